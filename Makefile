@@ -1,0 +1,79 @@
+# Each target sets up what it needs: a Python (3.10 to 3.13), make and a C++ compiler are enough.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CUDA_BIN := .venv-cuda/bin
+CSRC := $(shell find csrc -type f -not -name '*.md')
+FORMATTED := $(filter %.h %.cpp %.cu %.cuh,$(CSRC))
+
+.PHONY: help build test demo lint format bench cuda-build gpu-check clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make test        build, and run the tests"
+	@echo "make demo        train a character LSTM on English text, and sample from it"
+	@echo "make lint        ruff, clang-format and mypy; make format applies the first two"
+	@echo "make bench       rnnfast beside torch.nn on this CPU -> benchmarks/results/"
+	@echo "make cuda-build  compile and import the CUDA kernels (needs nvcc, no GPU)"
+	@echo "make gpu-check   on a GPU machine: PYTHON=<a Python with a CUDA torch>; no network"
+	@echo "make clean       remove what was built, and the virtual environments"
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/requirements.done: .ci/requirements.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -r $<
+	touch $@
+
+# The compiler's output is kept in a file, and shown only if it fails.
+$(VENV)/build.done: $(VENV)/requirements.done setup.py pyproject.toml $(CSRC)
+	@echo "building rnnfast (a few minutes the first time; log: $(VENV)/build.log)"
+	@$(BIN)/python -m pip install -v --no-deps --no-build-isolation -e . > $(VENV)/build.log 2>&1 \
+		|| { cat $(VENV)/build.log; exit 1; }
+	@grep -m1 -o 'rnnfast: .*' $(VENV)/build.log
+	@touch $@
+
+build: $(VENV)/build.done
+
+test: build
+	$(BIN)/python -m pytest -q
+
+demo: build
+	$(BIN)/rnnfast train
+
+lint: $(VENV)/requirements.done
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
+	$(BIN)/mypy
+
+format: $(VENV)/requirements.done
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(FORMATTED)
+
+bench: build
+	$(BIN)/python -m pytest benchmarks --benchmark-columns=min,median,rounds
+	$(BIN)/python -m benchmarks.compare --json benchmarks/results/cpu.json \
+		--csv benchmarks/results/cpu.csv
+
+.venv-cuda/requirements.done: .ci/requirements-cuda.txt
+	$(PYTHON) -m venv .venv-cuda
+	$(CUDA_BIN)/python -m pip install --quiet -r $<
+	touch $@
+
+# Installed as a copy, not in place: the working tree's module belongs to $(VENV).
+cuda-build: .venv-cuda/requirements.done
+	FORCE_CUDA=1 $(CUDA_BIN)/python -m pip install -v --force-reinstall --no-deps \
+		--no-build-isolation . > .venv-cuda/build.log 2>&1 \
+		|| { cat .venv-cuda/build.log; exit 1; }
+	@grep -m1 -o 'rnnfast: .*' .venv-cuda/build.log
+	$(CUDA_BIN)/python tests/check_cuda_build.py
+
+gpu-check:
+	rm -f $(VENV)/build.done
+	$(PYTHON) -m benchmarks.gpu_check
+
+clean:
+	rm -rf build dist *.egg-info rnnfast/_C*.so $(VENV) .venv-cuda
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

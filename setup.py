@@ -1,0 +1,142 @@
+"""Builds the one compiled module, rnnfast._C, from csrc/.
+
+CUDA sources join where torch is a CUDA build and a matching nvcc is found; whether a GPU is visible
+does not matter. Without a C++ compiler the package installs without the module and runs on torch's
+own kernels. Environment: FORCE_CUDA=1 (an error unless CUDA can be built), RNNFAST_CUDA=0 (leave
+CUDA out), CUDA_HOME, TORCH_CUDA_ARCH_LIST, MAX_JOBS, CXX.
+"""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from glob import glob
+from pathlib import Path
+
+from setuptools import Extension, setup
+
+try:
+    import torch
+except ImportError:
+    sys.exit(
+        "rnnfast is compiled against the torch it will run with: install torch first, "
+        "then `pip install --no-build-isolation .`"
+    )
+
+# Builds are parallel and incremental with ninja, which may be installed just beside this Python.
+os.environ["PATH"] = str(Path(sys.executable).parent) + os.pathsep + os.environ.get("PATH", "")
+
+# -fopenmp only when compiling: the OpenMP runtime is the one that torch has loaded already.
+CXX_FLAGS = [
+    *("-O3", "-std=c++20", "-fopenmp", "-fno-math-errno", "-ffp-contract=fast"),
+    *("-fvisibility=hidden", "-Wall", "-Wextra"),
+]
+# torch takes the operators of half and bfloat16 away; the kernels, free of torch, keep them.
+KEEP = ["HALF_OPERATORS", "HALF_CONVERSIONS", "HALF2_OPERATORS", "BFLOAT16_CONVERSIONS"]
+NVCC_FLAGS = [
+    *("-O3", "-std=c++20", "--compiler-options", "-fvisibility=hidden,-Wall,-Wextra"),
+    *(f"-U__CUDA_NO_{name}__" for name in KEEP),
+]
+INCLUDE_DIR = str(Path(__file__).resolve().parent / "csrc")
+DEFAULT_CUDA_ARCHS = "8.0;9.0+PTX"
+CPU_SOURCES = ["csrc/cpu/*.cpp", "csrc/cuda/*.cpp", "csrc/torch/*.cpp"]
+CUDA_SOURCES = ["csrc/cuda/*.cu", "csrc/torch/cuda/*.cpp"]
+
+
+def find_compiler() -> str | None:
+    command = os.environ.get("CXX", "c++")
+    return command if shutil.which(shlex.split(command)[0]) else None
+
+
+def find_cuda_home() -> Path | None:
+    """The toolkit's folder; the nvcc on PATH may be a wrapper script that lies outside it."""
+    nvcc = shutil.which("nvcc")
+    on_path = [Path(nvcc).resolve().parents[1]] if nvcc else []
+    for home in [os.environ.get("CUDA_HOME", ""), *on_path, "/usr/local/cuda"]:
+        if Path(home, "bin/nvcc").exists() and Path(home, "include/cuda_runtime.h").exists():
+            return Path(home)
+    return None
+
+
+def nvcc_major(cuda_home: Path) -> str:
+    version = subprocess.check_output([cuda_home / "bin/nvcc", "--version"], text=True)
+    return re.search(r"release (\d+)", version)[1]
+
+
+def find_sources(patterns: list[str]) -> list[str]:
+    return sorted(path for pattern in patterns for path in glob(pattern))
+
+
+def make_extension(cuda_home: Path | None) -> Extension:
+    if cuda_home is not None:
+        os.environ["CUDA_HOME"] = str(cuda_home)
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHS)
+    from torch.utils import cpp_extension as torch_build  # reads CUDA_HOME when imported
+
+    # As system headers, torch's own give no warnings.
+    torch_headers = [f"-isystem{path}" for path in torch_build.include_paths()]
+    options = {
+        "include_dirs": [INCLUDE_DIR],
+        "extra_compile_args": {"cxx": CXX_FLAGS + torch_headers, "nvcc": NVCC_FLAGS},
+    }
+    if cuda_home is None:
+        return torch_build.CppExtension("rnnfast._C", find_sources(CPU_SOURCES), **options)
+
+    extension = torch_build.CUDAExtension(
+        "rnnfast._C", find_sources(CPU_SOURCES + CUDA_SOURCES), **options
+    )
+    archs = os.environ["TORCH_CUDA_ARCH_LIST"]
+    extension.define_macros += [("RNNFAST_WITH_CUDA", None), ("RNNFAST_CUDA_ARCHS", f'"{archs}"')]
+    # A toolkit of only the compiler lacks cuBLAS, which the packages that torch depends on have.
+    packages = Path(torch.__file__).parents[1] / "nvidia"
+    extension.include_dirs += map(str, packages.glob("*/include"))
+    cublas = [*cuda_home.glob("lib64/libcublas.so"), *packages.glob("*/lib/libcublas.so.*")]
+    extension.extra_link_args += map(str, cublas[:1])
+    return extension
+
+
+def choose_extensions() -> list[Extension]:
+    """What to compile, after saying in one line what that is, what it is not, and why."""
+    compiler = find_compiler()
+    cuda_home, no_cuda = find_cuda_home(), None
+    if compiler is None:
+        no_cuda = "no C++ compiler (CXX, or c++ on PATH)"
+    elif os.environ.get("RNNFAST_CUDA") == "0":
+        no_cuda = "RNNFAST_CUDA=0"
+    elif torch.version.cuda is None:
+        no_cuda = f"torch {torch.__version__} is not a CUDA build"
+    elif cuda_home is None:
+        no_cuda = "no nvcc in CUDA_HOME, PATH or /usr/local/cuda"
+    elif nvcc_major(cuda_home) != torch.version.cuda.split(".")[0]:
+        no_cuda = f"{cuda_home}/bin/nvcc is not of CUDA {torch.version.cuda}, as torch is"
+
+    if no_cuda is not None and os.environ.get("FORCE_CUDA") == "1":
+        sys.exit(f"rnnfast: FORCE_CUDA=1, but CUDA cannot be compiled: {no_cuda}")
+    if compiler is None:
+        print(f"rnnfast: nothing compiled, torch's own kernels will run: {no_cuda}")
+        return []
+    extension = make_extension(cuda_home if no_cuda is None else None)
+    if no_cuda is None:
+        with_cuda = f"with CUDA {os.environ['TORCH_CUDA_ARCH_LIST']} ({cuda_home}/bin/nvcc)"
+    else:
+        with_cuda = f"without CUDA: {no_cuda}"
+    print(f"rnnfast: compiling for the CPU ({compiler}), {with_cuda}")
+    return [extension]
+
+
+extensions = choose_extensions()
+command_classes = {}
+if extensions:
+    from torch.utils.cpp_extension import BuildExtension
+
+    command_classes["build_ext"] = BuildExtension
+
+# One folder of objects per Python and torch, so that builds for both stay incremental.
+objects = f"build/{sys.implementation.cache_tag}-torch-{torch.__version__}"
+setup(
+    ext_modules=extensions,
+    cmdclass=command_classes,
+    options={"build_ext": {"build_temp": objects}},
+)
