@@ -1,0 +1,198 @@
+"""The fused operators with gradients: one layer, one direction, a whole sequence per call.
+
+Every cell has the operators ``rnnfast::<cell>`` and ``rnnfast::<cell>_backward``, which differ only
+in the number of states, so that two autograd Functions serve them all:
+
+    forward    (x, *states, w_ih, w_hh, b_ih, b_hh, reverse, save) -> (y, *final states, *saved)
+    backward   (*gradients of y and the final states, the tensors above, y, *saved, reverse, mask)
+               -> gradients of (x, *states, w_ih, w_hh, b_ih, b_hh)
+
+``saved`` is (gates,) for cells with one state and (gates, cells) for cells with two.
+The second and higher derivatives go through `rnnfast.reference`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import backend, reference
+from .reference import CELLS, Cell, States
+
+_Operator = Callable[..., States]
+
+
+class _Operators(NamedTuple):
+    forward: _Operator
+    backward: _Operator
+
+
+def _find_operators(cell: str) -> _Operators:
+    ops = torch.ops.rnnfast
+    return _Operators(getattr(ops, cell).default, getattr(ops, f"{cell}_backward").default)
+
+
+def layer(
+    cell: Cell,
+    x: Tensor,
+    states: States,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    reverse: bool,
+) -> tuple[Tensor, States]:
+    """`rnnfast.reference.layer` on the fused kernels: the same arguments and results.
+
+    The extension must be there, and no torch.func transform or forward-mode AD may be active.
+    """
+    tensors = (x, *states, w_ih, w_hh, b_ih, b_hh)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        outputs = _Layer.apply(cell.name, reverse, *tensors)
+    else:
+        outputs = _OPERATORS[cell.name].forward(*tensors, reverse, False)
+    return outputs[0], outputs[1 : 1 + cell.states]
+
+
+class _Layer(torch.autograd.Function):
+    """(cell, reverse, x, *states, w_ih, w_hh, b_ih, b_hh) -> (y, *final states, *saved)."""
+
+    @staticmethod
+    def forward(cell: str, reverse: bool, *tensors: Tensor | None) -> States:
+        return _OPERATORS[cell].forward(*tensors, reverse, True)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: States) -> None:
+        ctx.cell, ctx.reverse, *tensors = inputs
+        y, saved = output[0], output[1 + CELLS[ctx.cell].states :]
+        ctx.mark_non_differentiable(*saved)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, y, *saved)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        mask = list(ctx.needs_input_grad[2:])
+        grads = grads[: 1 + CELLS[ctx.cell].states]
+        arguments = (ctx.cell, ctx.reverse, mask, *grads, *ctx.saved_tensors)
+        if all(grad is None for grad in grads):
+            results: Sequence[Tensor | None] = [None] * len(mask)
+        elif backend.transforms_active():
+            results = _reference_backward(*arguments)
+        elif torch.is_grad_enabled():
+            results = _LayerBackward.apply(*arguments)
+        else:
+            results = _LayerBackward.forward(*arguments)
+        wanted = [grad if needed else None for grad, needed in zip(results, mask, strict=True)]
+        return None, None, *wanted
+
+
+class _LayerBackward(torch.autograd.Function):
+    """(cell, reverse, mask, *grads of y and final states, *tensors, y, *saved) -> *grads of tensors.
+
+    ``tensors`` are x, *states, w_ih, w_hh, b_ih, b_hh. A gradient that ``mask`` does not ask for is
+    an empty tensor.
+    """
+
+    @staticmethod
+    def forward(cell: str, reverse: bool, mask: list[bool], *arguments: Tensor | None) -> States:
+        return _OPERATORS[cell].backward(*arguments, reverse, mask)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: States) -> None:
+        ctx.cell, ctx.reverse, ctx.mask, *arguments = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*arguments)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        third_order = torch.is_grad_enabled()
+        with torch.enable_grad():
+            # Aliases make the derivatives partial where one argument was computed from another.
+            arguments = [None if t is None else t.view_as(t) for t in ctx.saved_tensors]
+            grads = _reference_backward(ctx.cell, ctx.reverse, ctx.mask, *arguments)
+        found = [
+            (grad, grad_grad)
+            for grad, grad_grad in zip(grads, grad_grads, strict=True)
+            if grad is not None and grad.requires_grad and grad_grad is not None
+        ]
+        wanted = [i for i, needed in enumerate(ctx.needs_input_grad[3:]) if needed]
+        results: list[Tensor | None] = [None] * len(arguments)
+        if found:
+            seconds = torch.autograd.grad(
+                [grad for grad, _ in found],
+                [arguments[i] for i in wanted],
+                [grad_grad for _, grad_grad in found],
+                create_graph=third_order,
+                allow_unused=True,
+            )
+            for i, second in zip(wanted, seconds, strict=True):
+                results[i] = second
+        return None, None, None, *results
+
+
+def _reference_backward(
+    cell: str, reverse: bool, mask: list[bool], *arguments: Tensor | None
+) -> list[Tensor | None]:
+    """The backward operator by way of `rnnfast.reference`, as a differentiable function.
+
+    It recomputes the forward, and so does without y and what the fused forward saved.
+    """
+    row = CELLS[cell]
+    grads = arguments[: 1 + row.states]
+    tensors = arguments[1 + row.states :][: len(mask)]
+    x, *others = tensors
+    with torch.enable_grad():
+        y, finals = reference.layer(
+            row, x, tuple(others[: row.states]), *others[row.states :], reverse
+        )
+        found = [
+            (output, grad)
+            for output, grad in zip((y, *finals), grads, strict=True)
+            if grad is not None
+        ]
+        results = iter(
+            torch.autograd.grad(
+                [output for output, _ in found],
+                [tensor for tensor, needed in zip(tensors, mask, strict=True) if needed],
+                [grad for _, grad in found],
+                create_graph=True,
+                allow_unused=True,
+            )
+        )
+    return [next(results) if needed else None for needed in mask]
+
+
+def _register_fake(cell: Cell) -> None:
+    """Tells torch.compile and torch.export the shapes that the operators of ``cell`` return."""
+
+    @torch.library.register_fake(f"rnnfast::{cell.name}")
+    def fake_forward(x: Tensor, *arguments: Any) -> States:
+        states, save = arguments[: cell.states], arguments[-1]
+        steps, (batch, hidden) = x.shape[0], states[0].shape
+        y = x.new_empty((steps, batch, hidden))
+        finals = tuple(x.new_empty((batch, hidden)) for _ in states)
+        gates = x.new_empty((steps, batch, cell.saved * hidden) if save else (0,))
+        if cell.states == 1:
+            return y, *finals, gates
+        cells = torch.empty_like(y, dtype=reference.compute_dtype(x.dtype))
+        return y, *finals, gates, cells if save else cells.new_empty((0,))
+
+    @torch.library.register_fake(f"rnnfast::{cell.name}_backward")
+    def fake_backward(*arguments: Any) -> States:
+        *tensors, _, mask = arguments
+        first = 1 + cell.states
+        sources = tensors[first : first + len(mask)]
+        return tuple(
+            tensor.new_empty(tensor.shape) if needed else tensors[first].new_empty((0,))
+            for tensor, needed in zip(sources, mask, strict=True)
+        )
+
+
+_OPERATORS: dict[str, _Operators] = {}
+if backend.EXTENSION is not None:
+    for _cell in CELLS.values():
+        _OPERATORS[_cell.name] = _find_operators(_cell.name)
+        _register_fake(_cell)

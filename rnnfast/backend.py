@@ -1,0 +1,195 @@
+"""Which path runs a call, and why.
+
+=========== ====================================================================
+fused       this package's C++ and CUDA kernels (the extension ``rnnfast._C``)
+aten        torch's own kernels, the ones torch.nn uses
+reference   the formulas of `rnnfast.reference` in plain PyTorch
+=========== ====================================================================
+
+``auto``, the default, takes the first of them that can run. A name given to a module or function
+goes before `use_backend`, that before the environment variable ``RNNFAST_BACKEND`` (read when
+rnnfast is imported), and that before ``auto``.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module, metadata
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .reference import CELLS
+
+NAMES = ("auto", "fused", "aten", "reference")
+FUSED_DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
+
+
+def _load_extension() -> tuple[ModuleType | None, ImportError | None]:
+    try:
+        return import_module("rnnfast._C"), None
+    except ImportError as error:
+        return None, error
+
+
+EXTENSION, IMPORT_ERROR = _load_extension()
+"""The compiled extension, or None and the error that importing it raised."""
+
+
+def check_name(name: str, origin: str) -> str:
+    """Returns ``name``; raises ValueError unless it names a backend. ``origin`` says who gave it."""
+    if name not in NAMES:
+        raise ValueError(f"{origin} should be one of {', '.join(NAMES)}, got: {name!r}")
+    return name
+
+
+def _fused_devices() -> frozenset[str]:
+    if EXTENSION is None:
+        return frozenset()
+    return frozenset({"cpu", "cuda"} if EXTENSION.built_with()["cuda"] else {"cpu"})
+
+
+_FUSED_DEVICES = _fused_devices()
+_ENVIRONMENT = check_name(os.environ.get("RNNFAST_BACKEND") or "auto", "RNNFAST_BACKEND")
+_in_context: str | None = None
+_warned: set[str] = set()
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Forces a backend for every call inside, in all threads of the process.
+
+    Args:
+        name: "fused", "aten", "reference", or "auto" to lift what ``RNNFAST_BACKEND`` forces.
+
+    Raises:
+        ValueError: ``name`` is none of these.
+    """
+    global _in_context
+    before, _in_context = _in_context, check_name(name, "use_backend(name)")
+    try:
+        yield
+    finally:
+        _in_context = before
+
+
+def in_force(requested: str | None) -> str:
+    """The backend asked for by the argument ``requested``, the context or the environment."""
+    return requested or _in_context or _ENVIRONMENT
+
+
+def transforms_active() -> bool:
+    """Whether a torch.func transform (vmap, grad, jvp, ...) or forward-mode AD is running.
+
+    Both probes are private to torch, which offers no public ones; nothing else may use them.
+    """
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def choose(requested: str | None, tensor: Tensor) -> str:
+    """Chooses the backend of a call whose tensors are like ``tensor``.
+
+    The fused kernels know nothing of torch.func transforms and forward-mode AD: under those,
+    ``fused`` and ``auto`` run the reference.
+
+    Args:
+        requested: The argument ``backend`` of the module or function, None if not given.
+        tensor: The input of the call, for its device and dtype.
+
+    Returns:
+        "fused", "aten" or "reference".
+
+    Raises:
+        ValueError: ``requested`` names no backend.
+        RuntimeError: "fused" is forced and cannot run.
+    """
+    name = in_force(requested)
+    if name == "aten" or name == "reference":
+        return name
+    device, dtype = tensor.device.type, tensor.dtype
+    if device in _FUSED_DEVICES and dtype in FUSED_DTYPES and name in NAMES:
+        return "reference" if transforms_active() else "fused"
+    if check_name(name, "backend") == "fused":
+        refuse("fused", *_shortfall(device, dtype))
+    if dtype in FUSED_DTYPES and device in ("cpu", "cuda"):
+        _warn_once(*_shortfall(device, dtype))
+    return "reference" if transforms_active() else "aten"
+
+
+def refuse(name: str, cause: str, remedy: str = "Use backend='aten' or leave it to 'auto'") -> None:
+    """Raises the RuntimeError of a forced backend that cannot run."""
+    raise RuntimeError(f"rnnfast: backend {name!r} cannot run: {cause}. {remedy}.")
+
+
+def _shortfall(device: str, dtype: torch.dtype) -> tuple[str, str]:
+    """Why the fused kernels cannot run on ``device`` and ``dtype``, and what would help."""
+    if EXTENSION is None:
+        cause = f"the compiled extension is missing ({IMPORT_ERROR})"
+        return cause, "Build it with `pip install --no-build-isolation .`; see rnnfast.doctor()"
+    if device == "cuda" and dtype in FUSED_DTYPES:
+        cause = "the extension was built without CUDA"
+        return cause, "Rebuild it with FORCE_CUDA=1 where nvcc and a CUDA build of torch are"
+    cause = f"there are no fused kernels for {dtype} on {device}"
+    return cause, "Use backend='aten' or leave it to 'auto'"
+
+
+def _warn_once(cause: str, remedy: str) -> None:
+    if cause not in _warned:
+        _warned.add(cause)
+        warnings.warn(f"rnnfast: torch's own kernels run, as {cause}. {remedy}.", stacklevel=2)
+
+
+def _outcome(device: str, dtype: torch.dtype) -> str:
+    """What `choose` would answer now, and why where that is not the fused path."""
+    name = in_force(None)
+    if name in ("aten", "reference"):
+        return name
+    if device in _FUSED_DEVICES:
+        return "fused"
+    cause, _ = _shortfall(device, dtype)
+    return f"error: {cause}" if name == "fused" else f"aten: {cause}"
+
+
+def _version() -> str:
+    try:
+        return metadata.version("rnnfast")
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def _extension_report() -> list[str]:
+    if EXTENSION is None:
+        return [f"extension    missing: {IMPORT_ERROR}", f"             {_shortfall('cpu', torch.float32)[1]}"]
+    built = EXTENSION.built_with()
+    cuda = ", ".join(built["cuda_arch"]) if built["cuda"] else "not built"
+    return [
+        f"extension    built with {built['compiler']} for torch {built['torch']}",
+        f"cpu kernels  {EXTENSION.get_cpu_capability()}"
+        f" (usable here: {', '.join(EXTENSION.cpu_capabilities())})",
+        f"cuda kernels {cuda}",
+    ]
+
+
+def doctor() -> str:
+    """Reports what was built, what this machine offers and which backend each cell would run on."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    lines = [
+        f"rnnfast {_version()}, torch {torch.__version__}, Python {platform.python_version()}, "
+        f"{platform.system()} {platform.machine()}",
+        *_extension_report(),
+        f"torch        {torch.get_num_threads()} threads, CPU capability "
+        f"{torch.backends.cpu.get_cpu_capability()}, {gpus} CUDA devices",
+        f"backend      {in_force(None)}"
+        f" (RNNFAST_BACKEND={os.environ.get('RNNFAST_BACKEND', '')})",
+        "what runs (float32):",
+    ]
+    for cell in CELLS:
+        for device in ("cpu", "cuda"):
+            lines.append(f"  {cell:<11}{device:<5} {_outcome(device, torch.float32)}")
+    return "\n".join(lines)

@@ -1,0 +1,432 @@
+"""The stateless interface: check the arguments, choose the backend, run layers and directions.
+
+Sizes: T time, B batch, I input, H hidden, G gate blocks of the cell (Elman 1, GRU 3, LSTM 4),
+L layers, D directions (2 if bidirectional, else 1).
+
+Under ``torch.autocast`` floating-point arguments, except float64, are cast to its dtype and the
+results stay in it, as with the recurrent kernels of cuDNN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import _VF, Tensor
+
+from . import autograd, reference
+from .backend import choose
+from .reference import CELLS, Cell, States
+
+_LAYERS = {"fused": autograd.layer, "reference": reference.layer}
+ELMAN = {"tanh": CELLS["elman_tanh"], "relu": CELLS["elman_relu"]}
+
+Weights = Sequence[Tensor | None]
+
+
+class Options(NamedTuple):
+    """How layers are put together; the meaning is torch.nn's."""
+
+    num_layers: int = 1
+    has_biases: bool = True
+    dropout: float = 0.0
+    training: bool = False
+    bidirectional: bool = False
+    batch_first: bool = False
+
+
+def rnn(
+    input: Tensor,
+    hx: Tensor | None,
+    flat_weights: Sequence[Tensor],
+    *,
+    nonlinearity: str = "tanh",
+    num_layers: int = 1,
+    has_biases: bool = True,
+    dropout: float = 0.0,
+    training: bool = False,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Elman layers, h' = nonlinearity(W_ih x + b_ih + W_hh h + b_hh), over a batch of sequences.
+
+    Args:
+        input: (T, B, I), or (B, T, I) with ``batch_first``.
+        hx: The initial state (L*D, B, H); None is zeros.
+        flat_weights: For each layer, for each direction: w_ih (G*H, I, or D*H from the second layer
+            on), w_hh (G*H, H) and, with ``has_biases``, b_ih and b_hh (G*H).
+        nonlinearity: "tanh" or "relu".
+        num_layers: L.
+        has_biases: Whether ``flat_weights`` holds biases.
+        dropout: Probability of zeroing an output of any layer but the last, while ``training``.
+        training: Whether dropout applies.
+        bidirectional: Whether each layer also runs from the end to the start.
+        batch_first: Whether B comes first in ``input`` and ``output``; the states are unaffected.
+        backend: None, or the backend to force; see `rnnfast.backend`.
+
+    Returns:
+        output (T, B, D*H), or (B, T, D*H) with ``batch_first``, and the final state (L*D, B, H).
+
+    Raises:
+        ValueError: Unknown ``nonlinearity`` or ``backend``.
+        RuntimeError: Shapes, dtypes or devices do not fit, or a forced backend cannot run.
+    """
+    options = Options(num_layers, has_biases, dropout, training, bidirectional, batch_first)
+    cell, states = elman(nonlinearity), None if hx is None else (hx,)
+    output, (h_n,) = _checked_sequence(cell, input, states, flat_weights, options, backend)
+    return output, h_n
+
+
+def gru(
+    input: Tensor,
+    hx: Tensor | None,
+    flat_weights: Sequence[Tensor],
+    *,
+    num_layers: int = 1,
+    has_biases: bool = True,
+    dropout: float = 0.0,
+    training: bool = False,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Gated recurrent units over a batch of sequences; arguments and results as in `rnn`."""
+    options = Options(num_layers, has_biases, dropout, training, bidirectional, batch_first)
+    states = None if hx is None else (hx,)
+    output, (h_n,) = _checked_sequence(CELLS["gru"], input, states, flat_weights, options, backend)
+    return output, h_n
+
+
+def lstm(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor] | None,
+    flat_weights: Sequence[Tensor],
+    *,
+    num_layers: int = 1,
+    has_biases: bool = True,
+    dropout: float = 0.0,
+    training: bool = False,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Long short-term memory over a batch of sequences; arguments and results as in `rnn`, except
+    that the state is the pair (h, c)."""
+    options = Options(num_layers, has_biases, dropout, training, bidirectional, batch_first)
+    output, (h_n, c_n) = _checked_sequence(
+        CELLS["lstm"], input, hx, flat_weights, options, backend
+    )
+    return output, (h_n, c_n)
+
+
+def rnn_cell(
+    input: Tensor,
+    hx: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    *,
+    nonlinearity: str = "tanh",
+    backend: str | None = None,
+) -> Tensor:
+    """One step of an Elman cell.
+
+    Args:
+        input: (B, I).
+        hx: The state (B, H); None is zeros.
+        w_ih, w_hh, b_ih, b_hh: (G*H, I), (G*H, H), (G*H) and (G*H); both biases or neither.
+        nonlinearity: "tanh" or "relu".
+        backend: None, or the backend to force; see `rnnfast.backend`.
+
+    Returns:
+        The next state (B, H).
+
+    Raises:
+        ValueError: Unknown ``nonlinearity`` or ``backend``.
+        RuntimeError: Shapes, dtypes or devices do not fit, or a forced backend cannot run.
+    """
+    states = None if hx is None else (hx,)
+    weights = (w_ih, w_hh, b_ih, b_hh)
+    return _checked_step(elman(nonlinearity), input, states, weights, backend)[0]
+
+
+def gru_cell(
+    input: Tensor,
+    hx: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """One step of a gated recurrent unit; arguments and result as in `rnn_cell`."""
+    states = None if hx is None else (hx,)
+    weights = (w_ih, w_hh, b_ih, b_hh)
+    return _checked_step(CELLS["gru"], input, states, weights, backend)[0]
+
+
+def lstm_cell(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor] | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One step of an LSTM cell; arguments and result as in `rnn_cell`, with the state (h, c)."""
+    h, c = _checked_step(CELLS["lstm"], input, hx, (w_ih, w_hh, b_ih, b_hh), backend)
+    return h, c
+
+
+def run_sequence(
+    cell: Cell,
+    x: Tensor,
+    states: States | None,
+    weights: Sequence[Tensor],
+    options: Options,
+    requested: str | None,
+) -> tuple[Tensor, States]:
+    """Runs layers and directions on the chosen backend, on arguments that have been checked.
+
+    Returns:
+        The output and the final states, in the shapes that `rnn` describes.
+    """
+    x, states, weights = _autocast(x, states, weights)
+    name = choose(requested, x)
+    if name == "aten":
+        return _aten_sequence(cell, x, states, weights, options)
+    if not options.batch_first:
+        return _stack(_LAYERS[name], cell, x, states, weights, options)
+    y, finals = _stack(_LAYERS[name], cell, x.transpose(0, 1), states, weights, options)
+    return y.transpose(0, 1), finals
+
+
+def run_step(
+    cell: Cell, x: Tensor, states: States | None, weights: Weights, requested: str | None
+) -> States:
+    """Runs one step on the chosen backend, on arguments that have been checked.
+
+    Returns:
+        The next states, each (B, H).
+    """
+    x, states, weights = _autocast(x, states, weights)
+    if states is None:
+        states = (x.new_zeros(x.shape[0], weights[1].shape[1]),) * cell.states
+    name = choose(requested, x)
+    if name == "aten":
+        result = getattr(_VF, f"{cell.aten}_cell")(x, _unwrap(states), *weights)
+        return result if cell.states > 1 else (result,)
+    return _LAYERS[name](cell, x.unsqueeze(0), states, *weights, reverse=False)[1]
+
+
+def _stack(
+    layer: Callable[..., tuple[Tensor, States]],
+    cell: Cell,
+    x: Tensor,
+    states: States | None,
+    weights: Sequence[Tensor],
+    options: Options,
+) -> tuple[Tensor, States]:
+    """Runs ``layer`` for every layer and direction; ``x`` is (T, B, I) whatever the options say."""
+    per_layer = _tensors_per_layer(options)
+    directions = _directions(options)
+    if states is None:
+        zeros = (x.new_zeros(x.shape[1], weights[1].shape[1]),) * cell.states
+        initial = [zeros] * (options.num_layers * directions)
+    else:
+        initial = list(zip(*(state.unbind(0) for state in states), strict=True))
+    finals = []
+    for k in range(options.num_layers):
+        if k > 0 and options.dropout > 0 and options.training:
+            x = F.dropout(x, options.dropout)
+        outputs = []
+        for direction in range(directions):
+            i = k * directions + direction
+            w = weights[i * per_layer : (i + 1) * per_layer]
+            w_ih, w_hh, b_ih, b_hh = w if options.has_biases else (*w, None, None)
+            y, final = layer(cell, x, initial[i], w_ih, w_hh, b_ih, b_hh, direction == 1)
+            outputs.append(y)
+            finals.append(final)
+        x = outputs[0] if directions == 1 else torch.cat(outputs, dim=-1)
+    return x, tuple(_stack_states(state) for state in zip(*finals, strict=True))
+
+
+def _stack_states(states: States) -> Tensor:
+    """(B, H) of every layer and direction -> (L*D, B, H)."""
+    return states[0].unsqueeze(0) if len(states) == 1 else torch.stack(states)
+
+
+def _aten_sequence(
+    cell: Cell, x: Tensor, states: States | None, weights: Sequence[Tensor], options: Options
+) -> tuple[Tensor, States]:
+    if states is None:
+        shape = (_directions(options) * options.num_layers, x.shape[0 if options.batch_first else 1])
+        states = (x.new_zeros(*shape, weights[1].shape[1]),) * cell.states
+    layers, biases, *others = options
+    y, *finals = getattr(_VF, cell.aten)(x, _unwrap(states), list(weights), biases, layers, *others)
+    return y, tuple(finals)
+
+
+def _unwrap(states: States) -> Tensor | States:
+    """The states as torch's operators take them: a tensor where there is one, else a tuple."""
+    return states if len(states) > 1 else states[0]
+
+
+def _directions(options: Options) -> int:
+    return 2 if options.bidirectional else 1
+
+
+def _tensors_per_layer(options: Options) -> int:
+    return 4 if options.has_biases else 2
+
+
+def _is_cast(tensor: Tensor) -> bool:
+    """Whether autocast is on and applies to ``tensor``."""
+    return (
+        tensor.is_floating_point()
+        and tensor.dtype is not torch.float64
+        and reference.autocast_enabled(tensor.device.type)
+    )
+
+
+def _autocast(
+    x: Tensor, states: States | None, weights: Weights
+) -> tuple[Tensor, States | None, Weights]:
+    """Casts the tensors to the dtype of autocast if it is on."""
+    device = x.device.type
+    if not reference.autocast_enabled(device):
+        return x, states, weights
+    dtype = torch.get_autocast_dtype(device)
+
+    def cast(tensor: Tensor | None) -> Tensor | None:
+        return tensor.to(dtype) if tensor is not None and _is_cast(tensor) else tensor
+
+    return cast(x), states and tuple(map(cast, states)), tuple(map(cast, weights))
+
+
+def elman(nonlinearity: str) -> Cell:
+    """The Elman cell with this nonlinearity; ValueError if there is none."""
+    if nonlinearity not in ELMAN:
+        raise ValueError(
+            f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'."
+        )
+    return ELMAN[nonlinearity]
+
+
+def _checked_sequence(
+    cell: Cell,
+    input: Tensor,
+    states: States | None,
+    weights: Sequence[Tensor],
+    options: Options,
+    requested: str | None,
+) -> tuple[Tensor, States]:
+    layers = options.num_layers * _directions(options)
+    problem = (
+        _count_problem(weights, layers * _tensors_per_layer(options))
+        or sequence_problem(cell, input, states, weights, options)
+        or _weights_problem(cell, weights, _tensors_per_layer(options), _directions(options))
+    )
+    if problem:
+        raise RuntimeError(problem)
+    return run_sequence(cell, input, states, weights, options, requested)
+
+
+def _checked_step(
+    cell: Cell, input: Tensor, states: States | None, weights: Weights, requested: str | None
+) -> States:
+    problem = step_problem(cell, input, states, weights) or _weights_problem(cell, weights, 4, 1)
+    if problem:
+        raise RuntimeError(problem)
+    return run_step(cell, input, states, weights, requested)
+
+
+def sequence_problem(
+    cell: Cell, x: Tensor, states: States | None, weights: Sequence[Tensor], options: Options
+) -> str | None:
+    """What is wrong with the arguments of `run_sequence`, in torch's words where it has words.
+
+    Returns:
+        None if nothing is wrong. The shapes of the weights are not looked at.
+    """
+    if x.dim() != 3:
+        return f"input must have 3 dimensions, got {x.dim()}"
+    steps, batch = x.shape[1::-1] if options.batch_first else x.shape[:2]
+    if steps == 0:
+        return "Expected sequence length to be larger than 0 in RNN"
+    layers = options.num_layers * _directions(options)
+    return _problem(cell, x, states, (layers, batch, weights[1].shape[-1]), weights)
+
+
+def step_problem(cell: Cell, x: Tensor, states: States | None, weights: Weights) -> str | None:
+    """What is wrong with the arguments of `run_step`; as `sequence_problem`."""
+    if x.dim() != 2:
+        return f"input must have 2 dimensions, got {x.dim()}"
+    return _problem(cell, x, states, (x.shape[0], weights[1].shape[-1]), weights)
+
+
+def _problem(
+    cell: Cell, x: Tensor, states: States | None, shape: tuple[int, ...], weights: Weights
+) -> str | None:
+    """What steps and sequences have in common; ``shape`` is that of each state."""
+    size = weights[0].shape[-1]
+    if x.shape[-1] != size:
+        return f"input.size(-1) must be equal to input_size. Expected {size}, got {x.shape[-1]}"
+    if states is None:
+        return _mismatch(x, weights, "parameter")
+    if not isinstance(states, tuple) or len(states) != cell.states:
+        return f"{cell.name} expects {cell.states} hidden states"
+    for state in states:
+        if not isinstance(state, Tensor):
+            return f"hidden states should be tensors, got {type(state).__name__}"
+        if state.shape != shape:
+            return f"Expected hidden size {shape}, got {list(state.shape)}"
+    return _mismatch(x, states, "hidden") or _mismatch(x, weights, "parameter")
+
+
+def _mismatch(x: Tensor, tensors: Weights, kind: str) -> str | None:
+    """Which tensor's device or dtype is not that of the input."""
+    device, dtype = x.device, x.dtype
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if tensor.device != device:
+            return (
+                f"Input and {kind} tensors are not at the same device, found input tensor at "
+                f"{device} and {kind} tensor at {tensor.device}"
+            )
+        if tensor.dtype is not dtype and not (_is_cast(x) and _is_cast(tensor)):
+            return (
+                f"Input and {kind} tensors are not the same dtype, found input tensor with "
+                f"{dtype} and {kind} tensor with {tensor.dtype}"
+            )
+    return None
+
+
+def _count_problem(weights: Weights, expected: int) -> str | None:
+    if len(weights) != expected:
+        return f"Expected {expected} tensors in flat_weights, got {len(weights)}"
+    return None
+
+
+def _weights_problem(
+    cell: Cell, weights: Weights, per_layer: int, directions: int
+) -> str | None:
+    """Which weight has not the shape that the first two imply."""
+    size, hidden = weights[0].shape[-1], weights[1].shape[-1]
+    rows = cell.gates * hidden
+    if per_layer == 4 and (weights[2] is None) != (weights[3] is None):
+        return "Expected both biases or neither"
+    for i, weight in enumerate(weights):
+        columns = size if i < directions * per_layer else directions * hidden
+        expected = ((rows, columns), (rows, hidden), (rows,), (rows,))[i % per_layer]
+        if weight is not None and weight.shape != expected:
+            return f"Expected size {expected} for weight {i}, got {list(weight.shape)}"
+    return None

@@ -1,0 +1,405 @@
+"""Drop-in RNN, LSTM, GRU and their cells.
+
+They take the arguments of torch.nn's modules of the same names, have the same parameters, initial
+values and state_dict, and return the same. What the fused path does not serve (packed sequences,
+``proj_size``) and what is malformed goes to torch.nn's own ``forward``, which serves or refuses it
+in its own words.
+
+They derive from torch.nn.RNNBase and RNNCellBase, not from torch.nn.LSTM and its like, because
+torch.compile refuses those.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from . import backend as _backend
+from . import functional
+from .functional import Options
+from .reference import CELLS, Cell
+
+_CELL_OF_MODE = {
+    "RNN_TANH": CELLS["elman_tanh"],
+    "RNN_RELU": CELLS["elman_relu"],
+    "GRU": CELLS["gru"],
+    "LSTM": CELLS["lstm"],
+}
+_CELL_WEIGHTS = ["weight_ih", "weight_hh", "bias_ih", "bias_hh"]
+_Device = torch.device | str | int | None
+
+
+class _Backed(nn.Module):
+    """What all modules here share: the choice of the backend and the way out to torch.nn."""
+
+    torch_class: ClassVar[type[nn.Module]]
+    """The module of torch.nn whose ``forward`` takes over what is not served here."""
+    backend: str | None
+
+    def _read(self, names: list[str]) -> list[Tensor]:
+        """The parameters of these names, as functional_call or a parametrization has them now."""
+        parameters = self._parameters
+        try:
+            return [parameters[name] for name in names]
+        except KeyError:
+            return [getattr(self, name) for name in names]
+
+    def _forward_in_torch(self, input: Any, hx: Any, reason: str) -> Any:
+        """torch.nn's own ``forward``; an error if another backend is forced and this accepts."""
+        result = self.torch_class.forward(self, input, hx)
+        name = _backend.in_force(self.backend)
+        if name not in ("auto", "aten"):
+            _backend.refuse(name, reason)
+        return result
+
+    def extra_repr(self) -> str:
+        own = super().extra_repr()
+        return own if self.backend is None else f"{own}, backend={self.backend!r}"
+
+
+class _Layers(_Backed, nn.RNNBase):
+    """A stack of layers of one kind of cell."""
+
+    def __init__(self, mode: str, *args: Any, backend: str | None, **kwargs: Any) -> None:
+        super().__init__(mode, *args, **kwargs)
+        self.backend = _check_backend(backend)
+
+    def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> Any:
+        """Runs the layers over a batch of sequences or a single one.
+
+        Args:
+            input: (T, B, I), (B, T, I) with ``batch_first``, (T, I) for a single sequence, or a
+                PackedSequence.
+            hx: The initial state (L*D, B, H), or (L*D, H) for a single sequence; for LSTM a pair of
+                such, (h, c). None is zeros.
+
+        Returns:
+            output (T, B, D*H), arranged like ``input``, and the final state, shaped like ``hx``.
+
+        Raises:
+            ValueError, RuntimeError: As torch.nn, and where a forced backend cannot run.
+        """
+        if not isinstance(input, Tensor):
+            return self._forward_in_torch(input, hx, f"input is a {type(input).__name__}")
+        if self.proj_size:
+            return self._forward_in_torch(input, hx, "proj_size is not 0")
+        cell = _CELL_OF_MODE[self.mode]
+        x, states, single = input, _states(cell, hx), input.dim() == 2
+        time = 1 if self.batch_first else 0
+        if single:
+            x, states = x.unsqueeze(1 - time), _unsqueeze(states, 1)
+        weights = self._read(self._flat_weights_names)
+        options = Options(
+            self.num_layers,
+            self.bias,
+            self.dropout,
+            self.training,
+            self.bidirectional,
+            self.batch_first,
+        )
+        problem = functional.sequence_problem(cell, x, states, weights, options)
+        if problem:
+            return self._forward_in_torch(input, hx, problem)
+        y, finals = functional.run_sequence(cell, x, states, weights, options, self.backend)
+        if single:
+            y, finals = y.squeeze(1 - time), tuple(final.squeeze(1) for final in finals)
+        return y, finals if cell.states > 1 else finals[0]
+
+
+class RNN(_Layers):
+    """Elman layers, h' = tanh or relu of (W_ih x + b_ih + W_hh h + b_hh); as torch.nn.RNN.
+
+    Args:
+        input_size: I, the number of features of an input.
+        hidden_size: H, the number of features of the state.
+        num_layers: L; each layer reads the outputs of the one below.
+        nonlinearity: "tanh" or "relu".
+        bias: Whether to add b_ih and b_hh.
+        batch_first: Whether inputs and outputs are (B, T, features) and not (T, B, features).
+        dropout: Probability of zeroing an output of any layer but the last, in training.
+        bidirectional: Whether each layer also runs from the end of the sequence to the start.
+        device, dtype: Of the parameters.
+        backend: None, or the backend to force; see `rnnfast.backend`.
+
+    Raises:
+        ValueError, TypeError: As torch.nn.RNN, and ValueError for an unknown ``backend``.
+    """
+
+    torch_class = nn.RNN
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: str = "tanh",
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: _Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        backend: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        _refuse_projection(kwargs)
+        functional.elman(nonlinearity)
+        self.nonlinearity = nonlinearity
+        super().__init__(
+            f"RNN_{nonlinearity.upper()}",
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            device=device,
+            dtype=dtype,
+            backend=backend,
+            **kwargs,
+        )
+
+
+class LSTM(_Layers):
+    """Long short-term memory; as torch.nn.LSTM.
+
+    Args:
+        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional: As in `RNN`.
+        proj_size: If not 0, the size to which h is projected; torch's own kernels run then.
+        device, dtype, backend: As in `RNN`.
+    """
+
+    torch_class = nn.LSTM
+
+    # torch.nn's forward calls these on self.
+    get_expected_cell_size = nn.LSTM.get_expected_cell_size
+    check_forward_args = nn.LSTM.check_forward_args
+    permute_hidden = nn.LSTM.permute_hidden
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: _Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        backend: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            "LSTM",
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            proj_size,
+            device=device,
+            dtype=dtype,
+            backend=backend,
+            **kwargs,
+        )
+
+
+class GRU(_Layers):
+    """Gated recurrent units; as torch.nn.GRU.
+
+    Args:
+        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional: As in `RNN`.
+        device, dtype, backend: As in `RNN`.
+    """
+
+    torch_class = nn.GRU
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: _Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        backend: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        _refuse_projection(kwargs)
+        super().__init__(
+            "GRU",
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            device=device,
+            dtype=dtype,
+            backend=backend,
+            **kwargs,
+        )
+
+
+class _OneStep(_Backed, nn.RNNCellBase):
+    """One step of one kind of cell."""
+
+    @property
+    def _cell(self) -> Cell | None:
+        """The row of the table of cells, None if there is none for this module."""
+        raise NotImplementedError
+
+    def forward(self, input: Tensor, hx: Any = None) -> Any:
+        """Takes one step.
+
+        Args:
+            input: (B, I), or (I) for a single input.
+            hx: The state (B, H), or (H); for LSTMCell a pair of such, (h, c). None is zeros.
+
+        Returns:
+            The next state, shaped like ``hx``.
+
+        Raises:
+            ValueError, RuntimeError: As torch.nn, and where a forced backend cannot run.
+        """
+        cell = self._cell
+        if cell is None or not isinstance(input, Tensor):
+            return self._forward_in_torch(input, hx, "the module or its input is malformed")
+        x, states, single = input, _states(cell, hx), input.dim() == 1
+        if single:
+            x, states = x.unsqueeze(0), _unsqueeze(states, 0)
+        weights = self._read(_CELL_WEIGHTS)
+        problem = functional.step_problem(cell, x, states, weights)
+        if problem:
+            return self._forward_in_torch(input, hx, problem)
+        finals = functional.run_step(cell, x, states, weights, self.backend)
+        if single:
+            finals = tuple(final.squeeze(0) for final in finals)
+        return finals if cell.states > 1 else finals[0]
+
+
+class RNNCell(_OneStep):
+    """One step of an Elman cell; as torch.nn.RNNCell.
+
+    Args:
+        input_size: I, the number of features of an input.
+        hidden_size: H, the number of features of the state.
+        bias: Whether to add b_ih and b_hh.
+        nonlinearity: "tanh" or "relu".
+        device, dtype: Of the parameters.
+        backend: None, or the backend to force; see `rnnfast.backend`.
+
+    Raises:
+        ValueError: Unknown ``backend``.
+    """
+
+    torch_class = nn.RNNCell
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        nonlinearity: str = "tanh",
+        device: _Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, 1, device=device, dtype=dtype)
+        self.nonlinearity = nonlinearity
+        self.backend = _check_backend(backend)
+
+    @property
+    def _cell(self) -> Cell | None:
+        return functional.ELMAN.get(self.nonlinearity)
+
+
+class LSTMCell(_OneStep):
+    """One step of an LSTM cell; as torch.nn.LSTMCell.
+
+    Args:
+        input_size, hidden_size, bias, device, dtype, backend: As in `RNNCell`.
+    """
+
+    torch_class = nn.LSTMCell
+    _cell = CELLS["lstm"]
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: _Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        backend: str | None = None,
+    ) -> None:
+        gates = CELLS["lstm"].gates
+        super().__init__(input_size, hidden_size, bias, gates, device=device, dtype=dtype)
+        self.backend = _check_backend(backend)
+
+
+class GRUCell(_OneStep):
+    """One step of a gated recurrent unit; as torch.nn.GRUCell.
+
+    Args:
+        input_size, hidden_size, bias, device, dtype, backend: As in `RNNCell`.
+    """
+
+    torch_class = nn.GRUCell
+    _cell = CELLS["gru"]
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: _Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        backend: str | None = None,
+    ) -> None:
+        gates = CELLS["gru"].gates
+        super().__init__(input_size, hidden_size, bias, gates, device=device, dtype=dtype)
+        self.backend = _check_backend(backend)
+
+
+def _check_backend(name: str | None) -> str | None:
+    return None if name is None else _backend.check_name(name, "backend")
+
+
+def _refuse_projection(kwargs: dict[str, Any]) -> None:
+    if "proj_size" in kwargs:
+        raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+
+
+def _states(cell: Cell, hx: Any) -> Any:
+    """``hx`` as a tuple of states; anything malformed is left for the checks to find."""
+    if hx is None:
+        return None
+    if cell.states == 1:
+        return (hx,)
+    return tuple(hx) if isinstance(hx, list) else hx
+
+
+def _unsqueeze(states: Any, dim: int) -> Any:
+    """Gives the states of a single sequence the dimension of the batch."""
+    if not isinstance(states, tuple):
+        return states
+    return tuple(s.unsqueeze(dim) if isinstance(s, Tensor) else s for s in states)

@@ -1,0 +1,156 @@
+"""Every cell in plain PyTorch: the specification, the fallback and the oracle of the tests.
+
+Nothing here is fast. It is differentiable to any order and works under ``vmap``, ``torch.func``
+and forward-mode AD, because it uses only out-of-place torch operations.
+
+Sizes: T time, B batch, I input, H hidden, G gate blocks of a cell. Weights have torch.nn's layout
+and gate order: ``w_ih`` (G*H, I), ``w_hh`` (G*H, H), ``b_ih`` and ``b_hh`` (G*H).
+
+To add a cell, write its step function and its row in `CELLS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+States = tuple[Tensor, ...]
+
+
+class Cell(NamedTuple):
+    """One row of the table of cells."""
+
+    name: str
+    """The name of the operator ``rnnfast::<name>``."""
+    gates: int
+    """G, the number of H-sized blocks in the weights."""
+    states: int
+    """How many states pass from step to step: 1 for (h), 2 for (h, c)."""
+    saved: int
+    """K, the number of H-sized blocks the fused forward keeps for its backward."""
+    aten: str
+    """torch's own sequence operator; its single step is called ``<aten>_cell``."""
+    step: Callable[..., States]
+    """``step(gates_x, gates_h, *states) -> states``: one time step. ``gates_x`` = W_ih x + b_ih and
+    ``gates_h`` = W_hh h + b_hh are (B, G*H), each state is (B, H)."""
+
+
+def elman_tanh(gates_x: Tensor, gates_h: Tensor, h: Tensor) -> States:
+    """h' = tanh(W_ih x + b_ih + W_hh h + b_hh).
+
+    Elman, "Finding structure in time", Cognitive Science 14, 1990; torch.nn.RNN.
+    """
+    return (torch.tanh(gates_x + gates_h),)
+
+
+def elman_relu(gates_x: Tensor, gates_h: Tensor, h: Tensor) -> States:
+    """h' = max(0, W_ih x + b_ih + W_hh h + b_hh).
+
+    Le, Jaitly, Hinton, arXiv:1504.00941; torch.nn.RNN with ``nonlinearity="relu"``.
+    """
+    return (torch.relu(gates_x + gates_h),)
+
+
+def gru(gates_x: Tensor, gates_h: Tensor, h: Tensor) -> States:
+    """Gated recurrent unit, gate order r, z, n. The index names the block of rows of W and b.
+
+    r  = sigmoid(W_ir x + b_ir + W_hr h + b_hr)
+    z  = sigmoid(W_iz x + b_iz + W_hz h + b_hz)
+    n  = tanh(W_in x + b_in + r * (W_hn h + b_hn))
+    h' = (1 - z) * n + z * h
+
+    Cho et al., arXiv:1406.1078, with the reset gate applied after the product as in torch.nn.GRU.
+    """
+    x_r, x_z, x_n = gates_x.chunk(3, dim=-1)
+    h_r, h_z, h_n = gates_h.chunk(3, dim=-1)
+    r = torch.sigmoid(x_r + h_r)
+    z = torch.sigmoid(x_z + h_z)
+    n = torch.tanh(x_n + r * h_n)
+    return ((1 - z) * n + z * h,)
+
+
+def lstm(gates_x: Tensor, gates_h: Tensor, h: Tensor, c: Tensor) -> States:
+    """Long short-term memory, gate order i, f, g, o. The index names the block of rows of W and b.
+
+    i  = sigmoid(W_ii x + b_ii + W_hi h + b_hi)
+    f  = sigmoid(W_if x + b_if + W_hf h + b_hf)
+    g  = tanh(W_ig x + b_ig + W_hg h + b_hg)
+    o  = sigmoid(W_io x + b_io + W_ho h + b_ho)
+    c' = f * c + i * g
+    h' = o * tanh(c')
+
+    Hochreiter, Schmidhuber, "Long short-term memory", Neural Computation 9(8), 1997, with the
+    forget gate of Gers, Schmidhuber, Cummins, Neural Computation 12(10), 2000; torch.nn.LSTM.
+    """
+    i, f, g, o = (gates_x + gates_h).chunk(4, dim=-1)
+    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+    return torch.sigmoid(o) * torch.tanh(c), c
+
+
+CELLS: dict[str, Cell] = {
+    cell.name: cell
+    for cell in (
+        Cell("elman_tanh", gates=1, states=1, saved=0, aten="rnn_tanh", step=elman_tanh),
+        Cell("elman_relu", gates=1, states=1, saved=0, aten="rnn_relu", step=elman_relu),
+        Cell("gru", gates=3, states=1, saved=4, aten="gru", step=gru),
+        Cell("lstm", gates=4, states=2, saved=4, aten="lstm", step=lstm),
+    )
+}
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which sums, gates and cell states of tensors of ``dtype`` are computed."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def autocast_enabled(device_type: str) -> bool:
+    """Whether ``torch.autocast`` is on for a type of device, which may be one that has none."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def layer(
+    cell: Cell,
+    x: Tensor,
+    states: States,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    reverse: bool,
+) -> tuple[Tensor, States]:
+    """Runs a whole sequence of one layer in one direction.
+
+    Args:
+        cell: A row of `CELLS`.
+        x: Input (T, B, I); T may be 0.
+        states: Initial states, each (B, H).
+        w_ih, w_hh, b_ih, b_hh: Weights and biases as in torch.nn; both biases or neither.
+        reverse: Whether time runs from T-1 down to 0. ``y[t]`` stays at its own t.
+
+    Returns:
+        y (T, B, H), the h of every step, and the final states, each (B, H), in the dtype of ``x``.
+        As in the kernels, half types are computed in float32 and h is rounded after every step.
+    """
+    if autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            return layer(cell, x, states, w_ih, w_hh, b_ih, b_hh, reverse)
+
+    dtype, wide = x.dtype, compute_dtype(x.dtype)
+    gates_x = F.linear(x.to(wide), w_ih.to(wide), None if b_ih is None else b_ih.to(wide))
+    w_hh, b_hh = w_hh.to(wide), None if b_hh is None else b_hh.to(wide)
+    h, *others = (state.to(wide) for state in states)
+
+    steps = gates_x.unbind(0)
+    y = []
+    for gates in reversed(steps) if reverse else steps:
+        h, *others = cell.step(gates, F.linear(h, w_hh, b_hh), h, *others)
+        y.append(h.to(dtype))
+        h = y[-1].to(wide)
+    if reverse:
+        y.reverse()
+    hidden = torch.stack(y) if y else x.new_empty((0, *states[0].shape))
+    return hidden, tuple(state.to(dtype) for state in (h, *others))
