@@ -1,0 +1,50 @@
+"""Dispatches to the commands, and turns the user's mistakes into one line on stderr."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import os
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from rnnfast import backend
+from rnnfast.cli.parser import build_parser
+
+_EXTRAS = ("matplotlib", "safetensors", "tqdm")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line (`sys.argv` if None) and return its exit code.
+
+    Raises:
+        SystemExit: with code 2 after a mistake of the user's, with code 0 after `--help`.
+    """
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    if "backend" in options:
+        try:
+            probe = torch.empty(0, device=options.device)
+            options.backend = backend.choose(options.backend, probe)
+        except RuntimeError as error:
+            parser.error(str(error))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # what the terminal cannot show
+    try:
+        importlib.import_module(f"rnnfast.cli.{options.command}").run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except ModuleNotFoundError as error:
+        if error.name not in _EXTRAS:
+            raise
+        parser.error(f"this command needs {error.name}: pip install 'rnnfast[cli]'")
+    except (ArithmeticError, OSError, ValueError) as error:
+        parser.error(str(error))
+    return 0

@@ -1,0 +1,55 @@
+"""Training speed of rnnfast.LSTM beside torch.nn.LSTM, in the same model, in the same run."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+import rnnfast
+from rnnfast.models import CharLSTM
+from rnnfast.models.training import Trainer, TrainingOptions
+from rnnfast.text import batches
+
+_WARM_UP, _ROUNDS, _SECONDS = 2, 17, 15.0
+
+
+def compare_speed(
+    model: CharLSTM, tokens: Tensor, options: TrainingOptions, backend: str
+) -> dict[str, float]:
+    """Characters per second of training, from the median time of a step.
+
+    Two copies of the model, one with each LSTM, learn from the same batch in turn: forward,
+    backward, clipping, Adam. `rnnfast.LSTM` is forced to `backend`.
+    """
+    inputs, targets = next(batches(tokens, options.batch_size, options.seq_length))
+    trainers = {
+        f"rnnfast.LSTM ({backend})": _trainer(model, options, lstm=rnnfast.LSTM, backend=backend),
+        "torch.nn.LSTM": _trainer(model, options, lstm=nn.LSTM, backend=None),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in trainers}
+    deadline = time.perf_counter() + _SECONDS
+    for finished in range(_ROUNDS):
+        if finished > _WARM_UP and time.perf_counter() > deadline:
+            break
+        for name, trainer in trainers.items():
+            start = time.perf_counter()
+            trainer.step(inputs, targets)
+            seconds[name].append(time.perf_counter() - start)
+    return {
+        name: inputs.numel() / statistics.median(times[_WARM_UP:])
+        for name, times in seconds.items()
+    }
+
+
+def _trainer(
+    model: CharLSTM, options: TrainingOptions, lstm: Callable[..., nn.RNNBase], backend: str | None
+) -> Trainer:
+    """A trainer for a copy of the model with another class of LSTM layers."""
+    copy = CharLSTM(
+        **model.config._asdict(), device=model.head.weight.device, lstm=lstm, backend=backend
+    )
+    copy.load_state_dict(model.state_dict())
+    return Trainer(copy, options.learning_rate, options.clip)

@@ -1,0 +1,34 @@
+"""The model to beat: what a character tells about the next one by counting pairs."""
+
+from __future__ import annotations
+
+import numpy as np
+from torch import Tensor
+
+from rnnfast.text.errors import TextError
+
+
+def bigram_bits_per_char(
+    train: Tensor | np.ndarray, validation: Tensor | np.ndarray, vocab_size: int
+) -> float:
+    """Mean bits per character that a bigram model of `train` (N,) needs for `validation` (M,).
+
+    P(b | a) = (count(ab) + u(a) P(b)) / (count(a) + u(a)), with u(a) the number of distinct
+    characters seen after a, and P(b) the add-one unigram model (Witten and Bell, 1991).
+
+    Raises:
+        TextError: either text has fewer than two characters.
+    """
+    train, validation = np.asarray(train), np.asarray(validation)
+    if min(len(train), len(validation)) < 2:
+        raise TextError(
+            f"a bigram model needs texts of two characters or more, got {len(train)} to learn "
+            f"from and {len(validation)} to predict"
+        )
+    pairs = np.zeros((vocab_size, vocab_size))
+    np.add.at(pairs, (train[:-1], train[1:]), 1)
+    unigram = np.bincount(train, minlength=vocab_size) + 1.0
+    unigram /= unigram.sum()
+    distinct = np.maximum((pairs > 0).sum(axis=1, keepdims=True), 1)
+    probability = (pairs + distinct * unigram) / (pairs.sum(axis=1, keepdims=True) + distinct)
+    return float(-np.log2(probability[validation[:-1], validation[1:]]).mean())

@@ -1,0 +1,246 @@
+"""CharLSTM: shapes, generation, training and checkpoints."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import rnnfast
+from rnnfast.models import CharLSTM, checkpoint
+from rnnfast.models.training import TrainingOptions, evaluate, one_cycle, progress, train
+from rnnfast.text import CharVocabulary, TextError
+
+TEXT = "the cat sat on the mat; " * 60
+VOCABULARY = CharVocabulary(TEXT)
+QUICK = TrainingOptions(
+    seq_length=24, batch_size=8, epochs=30, max_seconds=60, learning_rate=2e-2, clip=1.0
+)
+
+
+def small(**options):
+    torch.manual_seed(0)
+    options = {"num_layers": 1, "embedding_size": 16, "vocabulary": VOCABULARY, **options}
+    return CharLSTM(len(VOCABULARY), 32, **options)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A model that has learnt TEXT, with its losses on the way."""
+    model = small()
+    losses = [step.bits_per_char for step in train(model, VOCABULARY.encode(TEXT), QUICK)]
+    return model, losses
+
+
+def test_training_learns_a_repeating_text(trained):
+    model, losses = trained
+    assert losses[0] > 0.8 * math.log2(len(VOCABULARY))
+    assert losses[-1] < 0.05
+    assert evaluate(model, VOCABULARY.encode(TEXT), 8, 24) < 0.05
+
+
+def test_a_trained_model_recites_what_it_learnt(trained):
+    model, _ = trained
+    assert model.generate("the cat ", 48, temperature=0) == TEXT[8:56]
+
+
+def test_training_is_repeatable():
+    options = TrainingOptions(24, 4, epochs=1, max_seconds=60, learning_rate=1e-2, clip=1.0)
+    runs = [list(train(small(dropout=0.2), VOCABULARY.encode(TEXT), options)) for _ in range(2)]
+    assert runs[0] == runs[1]
+
+
+def test_training_ends_when_its_time_is_over():
+    options = TrainingOptions(8, 2, epochs=10**6, max_seconds=0.3, learning_rate=1e-2, clip=1.0)
+    assert len(list(train(small(), VOCABULARY.encode(TEXT), options))) > 1
+
+
+def test_training_stops_at_a_loss_that_is_not_finite():
+    model = small()
+    with torch.no_grad():
+        model.head.bias[0] = math.nan
+    with pytest.raises(ArithmeticError, match="lower learning rate"):
+        next(train(model, VOCABULARY.encode(TEXT), QUICK))
+
+
+def test_training_refuses_a_short_text():
+    with pytest.raises(TextError, match="too short"):
+        next(train(small(), VOCABULARY.encode(TEXT[:100]), QUICK))
+
+
+def test_the_learning_rate_rises_once_and_falls_to_zero():
+    rates = [one_cycle(step / 100) for step in range(101)]
+    top = rates.index(max(rates))
+    assert rates[top] == pytest.approx(1)
+    assert rates[-1] == pytest.approx(0)
+    assert rates[0] > 0
+    assert all(a < b for a, b in itertools.pairwise(rates[: top + 1]))
+    assert all(a > b for a, b in itertools.pairwise(rates[top:]))
+
+
+def test_the_clock_counts_only_for_a_slow_training():
+    assert progress(0.3, 0.6) == 0.3
+    assert progress(0.3, 0.9) == pytest.approx(0.8)
+    assert progress(0.3, 1.0) == 1.0
+
+
+def test_evaluation_of_an_undecided_model_is_the_size_of_the_vocabulary():
+    model = small()
+    nn.init.zeros_(model.head.weight)
+    nn.init.zeros_(model.head.bias)
+    for length in (2, 5, 100):
+        bits = evaluate(model, VOCABULARY.encode(TEXT[:length]), 8, 24)
+        assert bits == pytest.approx(math.log2(len(VOCABULARY)))
+    assert model.training
+
+
+def test_evaluation_needs_two_characters():
+    with pytest.raises(TextError, match="too short"):
+        evaluate(small(), VOCABULARY.encode("t"), 8, 24)
+
+
+def test_forward_equals_the_layers_written_out():
+    model = small(num_layers=2, lstm=nn.LSTM)
+    tokens = VOCABULARY.encode(TEXT[:10]).view(2, 5)
+    logits, (h, c) = model(tokens)
+    y, (h_n, c_n) = model.lstm(model.embedding(tokens))
+    assert logits.shape == (2, 5, len(VOCABULARY))
+    assert h.shape == c.shape == (2, 2, 32)
+    assert torch.equal(logits, model.head(y))
+    assert torch.equal(h, h_n)
+    assert torch.equal(c, c_n)
+
+
+def test_the_state_carries_the_past():
+    model = small(num_layers=2)
+    tokens = VOCABULARY.encode(TEXT[:20]).view(2, 10)
+    whole, _ = model(tokens, model.init_hidden(2))
+    first, state = model(tokens[:, :6])
+    second, _ = model(tokens[:, 6:], state)
+    torch.testing.assert_close(torch.cat([first, second], 1), whole)
+
+
+def test_both_classes_of_layers_share_state_dicts_and_results():
+    ours, torchs = small(num_layers=2), small(num_layers=2, lstm=nn.LSTM)
+    assert isinstance(ours.lstm, rnnfast.LSTM)
+    assert isinstance(torchs.lstm, nn.LSTM)
+    torchs.load_state_dict(ours.state_dict())
+    ours.load_state_dict(torchs.state_dict())
+    tokens = VOCABULARY.encode(TEXT[:30]).view(3, 10)
+    torch.testing.assert_close(ours(tokens)[0], torchs(tokens)[0])
+
+
+def test_the_embedding_is_as_wide_as_the_state_unless_told():
+    assert small(embedding_size=None).embedding.weight.shape == (len(VOCABULARY), 32)
+
+
+def test_generation_keeps_the_shape_of_the_prompt():
+    model = small()
+    assert model.generate(torch.tensor([1, 2, 3]), 5).shape == (5,)
+    assert model.generate(torch.tensor([[1, 2, 3], [3, 2, 1]]), 5).shape == (2, 5)
+    assert model.generate(torch.tensor([[1, 2, 3]]), 0).shape == (1, 0)
+    assert model.generate("the", 0) == ""
+
+
+def test_generation_of_a_batch_is_that_of_its_rows():
+    model = small()
+    prompt = VOCABULARY.encode(TEXT[:12]).view(3, 4)
+    together = model.generate(prompt, 10, temperature=0)
+    alone = [model.generate(row, 10, temperature=0) for row in prompt]
+    assert torch.equal(together, torch.stack(alone))
+
+
+def test_generation_is_repeatable_with_a_seeded_generator():
+    def sample(seed):
+        return model.generate("the", 40, generator=torch.Generator().manual_seed(seed))
+
+    model = small()
+    assert sample(1) == sample(1) != sample(2)
+
+
+def test_low_temperatures_approach_the_likeliest(trained):
+    model, _ = trained
+    greedy = model.generate("the ", 30, temperature=0)
+    assert model.generate("the ", 30, temperature=1e-3) == greedy
+    assert model.generate("the ", 30, temperature=50.0) != greedy
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_generation_restores_the_mode_and_ignores_dropout(training):
+    model = small(num_layers=2, dropout=0.5).train(training)
+    assert model.generate("the", 20, temperature=0) == model.generate("the", 20, temperature=0)
+    assert model.training is model.lstm.training is training
+
+
+def test_generated_tokens_can_be_trained_on():
+    model = small()
+    tokens = model.generate(torch.tensor([[1, 2]]), 4)
+    model(tokens)[0].sum().backward()
+    assert model.embedding.weight.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("prompt", "length", "temperature", "words"),
+    [
+        ("", 1, 1.0, "at least one token"),
+        (torch.zeros(2, 0, dtype=torch.int64), 1, 1.0, "at least one token"),
+        (torch.zeros(1, 1, 1, dtype=torch.int64), 1, 1.0, "shape"),
+        (torch.tensor(3), 1, 1.0, "shape"),
+        ("the", -1, 1.0, "length must not be negative"),
+        ("the", 1, -0.1, "temperature must not be negative"),
+        ("the", 1, math.nan, "temperature must not be negative"),
+        ("THE", 1, 1.0, "lacks 'E', 'H', 'T'"),
+    ],
+)
+def test_generation_refuses_impossible_requests(prompt, length, temperature, words):
+    with pytest.raises(ValueError, match=words):
+        small().generate(prompt, length, temperature)
+
+
+def test_text_needs_a_vocabulary():
+    with pytest.raises(ValueError, match="without a vocabulary"):
+        small(vocabulary=None).generate("the", 1)
+
+
+def test_forward_needs_batch_and_time():
+    with pytest.raises(ValueError, match=r"\(batch, time\), got \(3,\)"):
+        small()(torch.zeros(3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "options", "words"),
+    [
+        ((0, 4), {}, "vocab_size and embedding_size must be greater than zero, got 0 and 4"),
+        ((4, 4), {"embedding_size": 0}, "embedding_size must be greater than zero"),
+        ((4, 0), {"embedding_size": 4}, "hidden_size must be greater than zero"),
+        ((4, 4, 0), {}, "num_layers must be greater than zero"),
+        ((4, 4), {"dropout": 1.5}, "probability"),
+        ((4, 4), {"vocabulary": CharVocabulary("abc")}, "vocabulary has 3 characters"),
+    ],
+)
+def test_impossible_models_are_refused(sizes, options, words):
+    with pytest.raises(ValueError, match=words):
+        CharLSTM(*sizes, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("vocabulary", [VOCABULARY, None])
+def test_a_model_survives_its_file(tmp_path, dtype, vocabulary):
+    model = small(num_layers=2, dropout=0.25, dtype=dtype, vocabulary=vocabulary)
+    checkpoint.save(model, tmp_path / checkpoint.FILE_NAME)
+    for path in (tmp_path, tmp_path / checkpoint.FILE_NAME):
+        copy = checkpoint.load(path)
+        assert copy.config == model.config
+        assert copy.vocabulary == model.vocabulary
+        assert copy.state_dict().keys() == model.state_dict().keys()
+        for name, value in model.state_dict().items():
+            assert torch.equal(copy.state_dict()[name], value)
+        tokens = torch.tensor([[1, 2, 3]])
+        assert torch.equal(copy.eval()(tokens)[0], model.eval()(tokens)[0])
+
+
+def test_a_loaded_model_can_be_trained_further(tmp_path):
+    checkpoint.save(small(), tmp_path / "file")
+    model = checkpoint.load(tmp_path / "file")
+    assert next(train(model, VOCABULARY.encode(TEXT), QUICK)).bits_per_char > 1
