@@ -1,7 +1,8 @@
 """Checks an installed CUDA build on a machine that need not have a GPU (`make cuda-build`)."""
 
-import rnnfast
 import torch
+
+import rnnfast
 from rnnfast import _C
 
 OPS = [

@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m benchmarks.compare`, `python -m benchmarks.gpu_check`, pytest suites."""

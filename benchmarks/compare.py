@@ -1,0 +1,227 @@
+"""Sets rnnfast (backend "fused") beside its peers: `python -m benchmarks.compare --help`.
+
+For every mode, cell and case: the peers get the same weights and input, their numbers are checked
+against torch.nn in float64, and only then are they timed, in turn, in this process. A ratio is the
+peer's time over rnnfast's: above 1, rnnfast is faster.
+"""
+
+import argparse
+import contextlib
+import csv
+import itertools
+import json
+import math
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from . import machine
+from .peers import PEERS, Run, UnsupportedError, build_rnnfast, build_torch
+from .steps import CELLS, MODES, Case, Problem, disagreement, make_problem, make_step, results
+from .timing import time_in_turn
+
+DEFAULT_CASES = (
+    "1,1,64,64 1,1,512,512 100,1,64,64 100,1,256,256 100,1,512,512 100,1,1024,1024 "
+    "100,16,128,128 100,32,256,256 100,64,512,512 50,64,1024,1024 50,256,512,512 784,32,1,128"
+)
+DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+Row = dict[str, object]
+
+
+def parse_case(text: str) -> Case:
+    try:
+        case = Case(*map(int, text.split(",")))
+    except (TypeError, ValueError):
+        raise argparse.ArgumentTypeError(f"{text!r}: four integers T,B,I,H are wanted") from None
+    if min(case) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: every size must be at least 1")
+    return case
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.compare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--device", choices=["cpu", "cuda"], default="cpu")
+    add("--mode", nargs="+", choices=MODES, default=list(MODES))
+    add("--cell", nargs="+", choices=CELLS, default=list(CELLS))
+    add("--case", nargs="+", type=parse_case, default=DEFAULT_CASES.split(), metavar="T,B,I,H")
+    add("--peers", nargs="+", choices=PEERS, default=["torch"])
+    add("--dtype", nargs="+", choices=DTYPES, default=["float32"])
+    add("--input-grad", action="store_true", help="training also asks for the gradient of x")
+    add("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    add("--min-time", type=float, default=1.0, help="seconds of timing for each implementation")
+    add("--repeats", type=int, default=5, help="rounds of timing at least")
+    add("--time-limit", type=float, default=math.inf, help="start no case after these seconds")
+    add("--json", type=Path, metavar="FILE", help="write hardware, versions and all numbers")
+    add("--csv", type=Path, metavar="FILE", help="write the table")
+    args = parser.parse_args(argv)
+    args.case = [parse_case(case) if isinstance(case, str) else case for case in args.case]
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA device")
+    return args
+
+
+def build_all(peers: Iterable[str], problem: Problem, mode: str) -> tuple[dict[str, Run], Row]:
+    """The implementations that can run this, and for the others the reason why not, by name."""
+    runs: dict[str, Run] = {"rnnfast": build_rnnfast(problem.module, problem.x)}
+    reasons: Row = {}
+    for name in peers:
+        try:
+            run = PEERS[name](problem.module, problem.x)
+        except UnsupportedError as reason:
+            reasons[name] = str(reason)
+            continue
+        if mode == "training" and not isinstance(run, nn.Module):
+            reasons[name] = "inference only"
+        else:
+            runs[name] = run
+    return runs, reasons
+
+
+def compare_one(problem: Problem, mode: str, args: argparse.Namespace) -> Iterator[Row]:
+    """Checks, then times; yields one row for each peer."""
+    no_grad = torch.inference_mode() if mode == "inference" else contextlib.nullcontext()
+    synchronize = torch.cuda.synchronize if problem.x.is_cuda else lambda: None
+    runs, reasons = build_all(args.peers, problem, mode)
+    with no_grad:
+        steps = {n: make_step(run, problem, mode, args.input_grad) for n, run in runs.items()}
+        exact_problem = problem.to(torch.float64)
+        exact, ours = (
+            results(make_step(build_torch(p.module, p.x), p, mode, args.input_grad), mode)
+            for p in (exact_problem, problem)
+        )
+        for name, step in steps.items():
+            if wrong := disagreement(results(step, mode), ours, exact):
+                reasons[name] = f"disagrees: {wrong}"
+        agreeing = {name: step for name, step in steps.items() if name not in reasons}
+        timings = {}
+        if "rnnfast" in agreeing and len(agreeing) > 1:
+            timings = time_in_turn(agreeing, synchronize, args.min_time, args.repeats)
+    for peer in args.peers:
+        row: Row = {"peer": peer}
+        if peer in timings:
+            fast, other = timings["rnnfast"], timings[peer]
+            row |= {f"rnnfast_{key}": value for key, value in fast._asdict().items()}
+            row |= {f"peer_{key}": value for key, value in other._asdict().items()}
+            row["ratio_min"] = other.min / fast.min
+            row["ratio_median"] = other.median / fast.median
+        else:
+            names = ("rnnfast", peer) if "rnnfast" in reasons else (peer,)
+            row["not_timed"] = "; ".join(f"{n} {reasons[n]}" for n in names if n in reasons)
+        yield row
+
+
+def compare(args: argparse.Namespace) -> Iterator[Row]:
+    """Yields a row for each mode, cell, dtype, case and peer."""
+    torch.set_num_threads(args.threads)
+    deadline = time.monotonic() + args.time_limit
+    for mode, cell, dtype, case in itertools.product(args.mode, args.cell, args.dtype, args.case):
+        where: Row = {"mode": mode, "cell": cell, "dtype": dtype, **case._asdict()}
+        if time.monotonic() > deadline:
+            yield where | {"peer": " ".join(args.peers), "not_timed": "no time was left"}
+            continue
+        problem = make_problem(cell, case, args.device, DTYPES[dtype])
+        for row in compare_one(problem, mode, args):
+            yield where | row
+
+
+def format_row(row: Row) -> str:
+    case = "{T},{B},{I},{H}".format(**row)
+    where = f"{row['mode']:9} {row['cell']:4} {row['dtype']:8} {case:>15}  {row['peer']:12}"
+    if "not_timed" in row:
+        return f"{where} {row['not_timed']}"
+    times = " ".join(f"{row[key] * 1e6:11.1f}" for key in ("rnnfast_min", "peer_min"))
+    return f"{where} {times} {row['ratio_min']:8.2f} {row['ratio_median']:8.2f}"
+
+
+HEADER = (
+    f"{'mode':9} {'cell':4} {'dtype':8} {'T,B,I,H':>15}  {'peer':12} "
+    f"{'rnnfast us':>11} {'peer us':>11} {'by min':>8} {'by median':>9}"
+)
+
+
+def geometric_mean(values: list[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def summarize(rows: list[Row]) -> list[Row]:
+    """Geometric means of the ratios, by peer, mode, dtype and cell (and all cells together)."""
+    by = ("peer", "mode", "dtype", "cell")
+    groups: dict[tuple[object, ...], list[Row]] = {}
+    timed = [row for row in rows if "not_timed" not in row]
+    for row in timed + [row | {"cell": "all"} for row in timed]:
+        groups.setdefault(tuple(row[column] for column in by), []).append(row)
+    summary = []
+    for key, group in groups.items():
+        by_min = [row["ratio_min"] for row in group]
+        means = {
+            "cases": len(group),
+            "ratio_min": geometric_mean(by_min),
+            "ratio_median": geometric_mean([row["ratio_median"] for row in group]),
+            "least_ratio_min": min(by_min),
+        }
+        summary.append(dict(zip(by, key, strict=True)) | means)
+    return summary
+
+
+def format_summary(summary: list[Row]) -> str:
+    lines = ["geometric means of peer time / rnnfast time, and the least ratio by min:"]
+    for s in summary:
+        lines.append(
+            f"{s['mode']:9} {s['cell']:4} {s['dtype']:8} {s['cases']:>9} cases  {s['peer']:12} "
+            f"by min {s['ratio_min']:6.2f}  by median {s['ratio_median']:6.2f}  "
+            f"least {s['least_ratio_min']:6.2f}"
+        )
+    return "\n".join(lines)
+
+
+def write_json(path: Path, device: str, rows: list[Row], **more: object) -> None:
+    """All numbers (times in seconds), with the machine they were measured on."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"machine": machine.describe(device), **more, "summary": summarize(rows)}
+    path.write_text(json.dumps(content | {"rows": rows}, indent=1) + "\n")
+
+
+def write_csv(path: Path, rows: list[Row]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    columns = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    print(HEADER)
+    rows = []
+    for row in compare(args):
+        rows.append(row)
+        print(format_row(row), flush=True)
+    print(format_summary(summarize(rows)))
+    if args.json:
+        command = "python -m benchmarks.compare " + " ".join(argv or sys.argv[1:])
+        write_json(args.json, args.device, rows, command=command, input_grad=args.input_grad)
+    if args.csv:
+        write_csv(args.csv, rows)
+    wrong = [row for row in rows if "disagrees" in str(row.get("not_timed", ""))]
+    if wrong:
+        print(f"{len(wrong)} of {len(rows)} rows have numbers that disagree", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

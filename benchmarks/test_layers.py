@@ -1,0 +1,24 @@
+"""One layer over a sequence: rnnfast beside torch.nn (`pytest benchmarks`)."""
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from .peers import Builder, build_rnnfast, build_torch
+from .steps import CELLS, Case, make_problem, make_step
+
+SIZES = [Case(1, 1, 64, 64), Case(100, 1, 256, 256), Case(100, 32, 256, 256)]
+
+
+@pytest.mark.parametrize("build", [build_rnnfast, build_torch], ids=["rnnfast", "torch"])
+@pytest.mark.parametrize("mode", ["inference", "training"], ids=["forward", "forward+backward"])
+@pytest.mark.parametrize("case", SIZES, ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_layer(
+    benchmark: BenchmarkFixture, cell: str, case: Case, mode: str, build: Builder
+) -> None:
+    benchmark.group = f"{cell} {case} {mode}"
+    problem = make_problem(cell, case, "cpu", torch.float32)
+    run = build(problem.module, problem.x)
+    with torch.inference_mode(mode == "inference"):
+        benchmark(make_step(run, problem, mode, input_grad=False))

@@ -1,0 +1,62 @@
+"""Timing of several functions in turn, so that all of them meet the same state of the machine."""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+BLOCK_SECONDS = 0.5e-3  # what is timed at once: as many calls as fill this
+WARM_UP_SECONDS = 0.02
+
+
+class Timing(NamedTuple):
+    """Seconds per call over `rounds` rounds of `calls` calls each."""
+
+    min: float
+    median: float
+    rounds: int
+    calls: int
+
+
+def time_in_turn(
+    functions: dict[str, Callable[[], object]],
+    synchronize: Callable[[], object],
+    min_time: float,
+    min_rounds: int,
+) -> dict[str, Timing]:
+    """Times A, B, A, B, ... until `min_time` seconds per function and `min_rounds` have passed."""
+
+    def seconds(function: Callable[[], object], calls: int) -> float:
+        synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            function()
+        synchronize()
+        return (time.perf_counter() - start) / calls
+
+    calls = {}
+    for name, function in functions.items():
+        started = time.perf_counter()
+        once = seconds(function, 1)
+        while time.perf_counter() - started < WARM_UP_SECONDS:
+            once = min(once, seconds(function, 1))
+        calls[name] = max(1, round(BLOCK_SECONDS / once))
+
+    samples: dict[str, list[float]] = {name: [] for name in functions}
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        end = time.perf_counter() + min_time * len(functions)
+        rounds = 0
+        while rounds < min_rounds or time.perf_counter() < end:
+            for name, function in functions.items():
+                samples[name].append(seconds(function, calls[name]))
+            rounds += 1
+    finally:
+        if collecting:
+            gc.enable()
+    return {
+        name: Timing(min(times), statistics.median(times), rounds, calls[name])
+        for name, times in samples.items()
+    }

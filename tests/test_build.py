@@ -1,0 +1,92 @@
+"""The build: what compiles, and what happens where something is missing."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+KERNELS = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+CUDA_BIN = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")
+NVCC = shutil.which("nvcc") or shutil.which("nvcc", path=CUDA_BIN)
+SPILL = re.compile(r"\b(\d+) bytes spill (stores|loads)")
+
+
+@pytest.mark.skipif(NVCC is None, reason="nvcc was not found")
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda path: path.stem)
+def test_kernels_compile_alone_and_spill_no_registers(tmp_path, kernel, arch):
+    command = [NVCC, "-O3", "-std=c++20", "-cubin", f"-arch={arch}", "-Xptxas", "-v"]
+    command += ["-I", ROOT / "csrc", "-o", tmp_path / "kernel.cubin", kernel]
+    done = subprocess.run(command, capture_output=True, text=True)
+    report = done.stdout + done.stderr
+    assert done.returncode == 0, report
+    entry, spills = "", []
+    for line in report.splitlines():
+        if "Function properties for" in line:
+            entry = line.rsplit(" ", 1)[1]
+        if any(int(count) for count, _ in SPILL.findall(line)):
+            spills.append(f"{entry}: {line.strip()}")
+    assert SPILL.search(report), f"ptxas said nothing of registers: {report}"
+    assert not spills
+
+
+@pytest.fixture
+def source_copy(tmp_path):
+    for name in ("setup.py", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, tmp_path)
+    ignored = shutil.ignore_patterns("__pycache__", "*.so")
+    for name in ("rnnfast", "csrc"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored)
+    return tmp_path
+
+
+def run_python(*args, cwd, **environment):
+    command = [sys.executable, *map(str, args)]
+    environment = os.environ | environment
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+def test_without_a_compiler_the_package_installs_and_works(source_copy, tmp_path):
+    lib = tmp_path / "installed"
+    built = run_python("setup.py", "build", "--build-lib", lib, cwd=source_copy, CXX="no-such-c++")
+    assert built.returncode == 0, built.stdout + built.stderr
+    assert "rnnfast: nothing compiled" in built.stdout
+    assert "no C++ compiler" in built.stdout
+    script = """
+import torch, rnnfast
+print(rnnfast.__file__)
+print(rnnfast.doctor())
+x = torch.randn(3, 2, 4)
+rnnfast.LSTM(4, 5)(x)[0].sum().backward()
+try:
+    rnnfast.LSTM(4, 5, backend="fused")(x)
+except RuntimeError as error:
+    print("refused:", error)
+"""
+    used = run_python("-c", script, cwd=lib, PYTHONPATH=str(lib), RNNFAST_BACKEND="auto")
+    assert used.returncode == 0, used.stdout + used.stderr
+    assert str(lib) in used.stdout.splitlines()[0]
+    assert "refused:" in used.stdout
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [({"RNNFAST_CUDA": "0"}, "RNNFAST_CUDA=0"), ({"CXX": "no-such-c++"}, "no C++ compiler")],
+)
+def test_force_cuda_fails_loudly(source_copy, environment, reason):
+    asked = run_python("setup.py", "build", cwd=source_copy, FORCE_CUDA="1", **environment)
+    assert asked.returncode != 0
+    assert reason in asked.stderr
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="torch is a CUDA build")
+def test_force_cuda_needs_a_cuda_torch(source_copy):
+    asked = run_python("setup.py", "build", cwd=source_copy, FORCE_CUDA="1")
+    assert asked.returncode != 0
+    assert "is not a CUDA build" in asked.stderr
