@@ -5,11 +5,14 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from safetensors.torch import save_file
 
 import rnnfast
 from rnnfast.cli import main
+from rnnfast.cli.speed import compare_speed
 from rnnfast.models import CharLSTM, checkpoint
+from rnnfast.models.training import TrainingOptions
 from rnnfast.text import CharVocabulary
 
 TEXT = "the cat sat on the mat; “purr” ° " * 60
@@ -238,3 +241,23 @@ def test_the_module_is_the_command(folder):
     assert finished.returncode == 2
     assert finished.stderr.splitlines()[-1].startswith("rnnfast: error: unknown characters")
     assert "Traceback" not in finished.stderr
+
+
+def test_the_speed_is_measured_on_copies(folder):
+    model = checkpoint.load(folder)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    options = TrainingOptions(24, 8, epochs=1, max_seconds=1, learning_rate=0.1, clip=1.0)
+    speeds = compare_speed(model, model.vocabulary.encode(TEXT), options, "reference")
+    assert list(speeds) == ["rnnfast.LSTM (reference)", "torch.nn.LSTM"]
+    assert min(speeds.values()) > 0
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_an_interruption_ends_without_a_traceback(monkeypatch, capsys):
+    def interrupt(options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rnnfast.cli.doctor.run", interrupt)
+    assert main(["doctor"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"

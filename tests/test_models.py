@@ -9,7 +9,14 @@ from torch import nn
 
 import rnnfast
 from rnnfast.models import CharLSTM, checkpoint
-from rnnfast.models.training import TrainingOptions, evaluate, one_cycle, progress, train
+from rnnfast.models.training import (
+    Trainer,
+    TrainingOptions,
+    evaluate,
+    one_cycle,
+    progress,
+    train,
+)
 from rnnfast.text import CharVocabulary, TextError
 
 TEXT = "the cat sat on the mat; " * 60
@@ -244,3 +251,22 @@ def test_a_loaded_model_can_be_trained_further(tmp_path):
     checkpoint.save(small(), tmp_path / "file")
     model = checkpoint.load(tmp_path / "file")
     assert next(train(model, VOCABULARY.encode(TEXT), QUICK)).bits_per_char > 1
+
+
+def test_a_step_clips_the_gradient_and_carries_the_state_without_it():
+    model = small()
+    trainer = Trainer(model, learning_rate=1e-3, clip=0.01)
+    tokens = VOCABULARY.encode(TEXT[:50]).view(2, 25)
+    step = trainer.step(tokens[:, :-1], tokens[:, 1:])
+    norm = torch.stack([weight.grad.norm() for weight in model.parameters()]).norm()
+    assert norm.item() == pytest.approx(0.01, rel=1e-3)
+    assert step.characters == 48
+    _, state = small()(tokens[:, :-1])
+    for carried, expected in zip(trainer.state, state, strict=True):
+        assert not carried.requires_grad
+        torch.testing.assert_close(carried, expected.detach())
+
+
+def test_a_file_that_cannot_be_written_is_an_os_error(tmp_path):
+    with pytest.raises(OSError, match="missing"):
+        checkpoint.save(small(), tmp_path / "missing" / "file")

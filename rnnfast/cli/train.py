@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -116,6 +117,7 @@ def _train(
         unit="char",
         unit_scale=True,
         smoothing=0.05,
+        mininterval=0.1 if sys.stderr.isatty() else 10,  # seconds; a log needs no animation
     ) as bar:
         for step in train(model, tokens, settings):
             characters.append(characters[-1] + step.characters)

@@ -30,7 +30,10 @@ def save(model: CharLSTM, path: str | Path) -> None:
     """
     characters = model.vocabulary.characters if model.vocabulary else None
     description = {"config": model.config._asdict(), "characters": characters}
-    save_file(model.state_dict(), path, {_KEY: json.dumps(description)})
+    try:
+        save_file(model.state_dict(), path, {_KEY: json.dumps(description)})
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
 
 
 def load(path: str | Path, device: torch.device | str | None = None, **options: Any) -> CharLSTM:
