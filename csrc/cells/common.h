@@ -1,0 +1,40 @@
+// What every cell header needs: the host/device marker and the number types.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define RNNFAST_HD __host__ __device__ __forceinline__
+#else
+#define RNNFAST_HD inline __attribute__((always_inline))
+#endif
+
+namespace rnnfast {
+
+// Storage types of half precision: bits only. Arithmetic is always in float (see Compute).
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+// The type in which a value stored as S is computed and in which the cell state is kept.
+template <class S>
+struct ComputeType {
+  using type = float;
+};
+template <>
+struct ComputeType<double> {
+  using type = double;
+};
+template <class S>
+using Compute = typename ComputeType<S>::type;
+
+enum class Dtype : int { kFloat64, kFloat32, kBFloat16, kFloat16 };
+inline constexpr int kDtypes = 4;
+
+enum class CellKind : int { kElmanTanh, kElmanRelu, kGru, kLstm };
+inline constexpr int kCells = 4;
+
+}  // namespace rnnfast

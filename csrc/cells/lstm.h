@@ -1,0 +1,49 @@
+// LSTM cell (Hochreiter & Schmidhuber 1997, with the forget gate of Gers et al. 2000; torch.nn.LSTM).
+//   i = sigmoid(W_ii x + b_ii + W_hi h + b_hi)      f = sigmoid(W_if x + b_if + W_hf h + b_hf)
+//   g = tanh   (W_ig x + b_ig + W_hg h + b_hg)      o = sigmoid(W_io x + b_io + W_ho h + b_ho)
+//   c' = f * c + i * g                              h' = o * tanh(c')
+#pragma once
+
+#include "cells/common.h"
+
+namespace rnnfast {
+
+struct Lstm {
+  static constexpr int kGates = 4;
+  static constexpr int kSaved = 4;  // i, f, g, o after activation
+  static constexpr int kGradBlocks = 4;
+  static constexpr bool kHasCell = true;
+  static constexpr bool kDirect = false;
+  RNNFAST_HD static constexpr int input_gate(int j) { return j; }
+
+  template <class M, class V>
+  RNNFAST_HD static void forward(const V* from_x, const V* from_h, V /*h_prev*/, V& c, V& h,
+                                 V* saved) {
+    const V i = M::sigmoid(from_x[0] + from_h[0]);
+    const V f = M::sigmoid(from_x[1] + from_h[1]);
+    const V g = M::tanh(from_x[2] + from_h[2]);
+    const V o = M::sigmoid(from_x[3] + from_h[3]);
+    c = f * c + i * g;
+    h = o * M::tanh(c);
+    saved[0] = i;
+    saved[1] = f;
+    saved[2] = g;
+    saved[3] = o;
+  }
+
+  // c is the state after the step; d_c holds d loss/d c on entry and d loss/d c_prev on return
+  template <class M, class V>
+  RNNFAST_HD static void backward(const V* saved, V /*h*/, V /*h_prev*/, V c, V c_prev, V d_h,
+                                  V& d_c, V& /*d_h_direct*/, V* d_gates) {
+    const V i = saved[0], f = saved[1], g = saved[2], o = saved[3];
+    const V tanh_c = M::tanh(c);
+    const V d_c_total = d_c + d_h * o * (1 - tanh_c * tanh_c);
+    d_gates[0] = d_c_total * g * i * (1 - i);
+    d_gates[1] = d_c_total * c_prev * f * (1 - f);
+    d_gates[2] = d_c_total * i * (1 - g * g);
+    d_gates[3] = d_h * tanh_c * o * (1 - o);
+    d_c = d_c_total * f;
+  }
+};
+
+}  // namespace rnnfast

@@ -1,0 +1,357 @@
+// The backward of one layer in one direction. Included inside an instruction set's namespace.
+//
+// Steps are walked in the reverse of the forward's order, in blocks. Per step: the gradient of h comes
+// from the step after it through W_hh, and on each tile of that product the cell turns it into gate
+// gradients. Per block: the gradients of x, of the weights and of the biases as products over all rows
+// of the block.
+
+template <class Cell, class S>
+class Backward {
+  using A = Compute<S>;
+  using V = Vec<A>;
+  static constexpr int kLanesA = kLanes<A>;
+  static constexpr int G = Cell::kGates, D = Cell::kGradBlocks;
+  using Columns = ColumnPanels<A>;
+
+ public:
+  Backward(const BackwardArgs& args, const Plan& plan, Arena& arena)
+      : args_(args),
+        plan_(plan),
+        hidden_{args.size.H},
+        input_{args.size.I},
+        pitch_(ceil_div(args.size.H, kLanesA) * kLanesA) {
+    const auto [T, B, I, H] = args.size;
+    block_rows_ = plan.block_steps * B;
+    w_hh_ = arena.take<A>(hidden_.size(G * H));
+    w_ih_ = arena.take<A>(input_.size(G * H));
+    d_c_ = arena.take<A>(Cell::kHasCell ? B * pitch_ : 0);
+    c0_ = arena.take<A>(Cell::kHasCell ? B * pitch_ : 0);
+    d_h_ = arena.take<A>(B * pitch_);
+    d_gates_ = arena.take<A>(2 * block_rows_ * D * H);
+    left_size_ = (ceil_div(G * H, plan.threads) + 1) * block_rows_;
+    left_ = arena.take<A>(plan.threads * left_size_);
+    panel_size_ = Columns::kWidth * block_rows_;
+    panel_ = arena.take<A>(plan.threads * panel_size_);
+  }
+
+  static StepShape step_shape(const Sizes& size) {
+    return {size.B,
+            Columns{size.H}.count(),
+            Cell::kGates * size.H,
+            Columns::kVectors,
+            Columns::kRows,
+            int(sizeof(A)),
+            kLanesA,
+            Columns::kVectors * 30.0 * Cell::kGates};
+  }
+
+  void run() {
+    parallel(plan_.threads, [&](const Team& team) {
+      const auto [T, B, I, H] = args_.size;
+      pack(team);
+      load_state(team.share(B));
+      team.barrier();
+      const bool idle = plan_.split == Split::kNone && team.index() > 0;
+      const Span rows = idle                          ? Span{0, 0}
+                        : plan_.split == Split::kRows ? team.share(B)
+                                                      : Span{0, B};
+      const Span panels = plan_.split == Split::kUnits ? team.share(hidden_.count())
+                                                       : Span{0, hidden_.count()};
+      for (int64_t n = 0; n < T; n += plan_.block_steps) {
+        const Span block{n, std::min(T, n + plan_.block_steps)};
+        for (int64_t step = block.begin; step < block.end; ++step) {
+          step_back(step, rows, panels);
+          if (plan_.split == Split::kUnits) team.barrier();
+        }
+        team.barrier();
+        // The other half of d_gates_ takes the next block, so nobody waits for these.
+        grad_input(block, team);
+        grad_weight(block, team);
+        grad_bias(block, team);
+      }
+      if (args_.grad_h0 || args_.grad_c0) store_state(rows, panels);
+    });
+  }
+
+ private:
+  // Steps are counted in the order of the backward: step 0 is the last of the forward.
+  int64_t time(int64_t step) const { return args_.reverse ? step : args_.size.T - 1 - step; }
+  int64_t time_before(int64_t step) const { return time(step + 1); }
+  bool is_first_in_time(int64_t step) const { return step == args_.size.T - 1; }
+
+  A* gate_row(int64_t step, int64_t b) const {
+    const int64_t slot = step % (2 * plan_.block_steps);
+    return d_gates_ + (slot * args_.size.B + b) * D * args_.size.H;
+  }
+  const S* h_before(int64_t step, int64_t b) const {
+    const auto [T, B, I, H] = args_.size;
+    return is_first_in_time(step) ? static_cast<const S*>(args_.h0) + b * H
+                                  : static_cast<const S*>(args_.y) + (time_before(step) * B + b) * H;
+  }
+  const S* x_row(int64_t step, int64_t b) const {
+    return static_cast<const S*>(args_.x) + time(step) * args_.x_stride_t + b * args_.x_stride_b;
+  }
+
+  void pack(const Team& team) {
+    const auto [T, B, I, H] = args_.size;
+    const int64_t hidden = H;
+    const S* w_hh = static_cast<const S*>(args_.w_hh);
+    const Span own = team.share(hidden_.count());
+    for (int64_t p = own.begin; p < own.end; ++p)
+      hidden_.template pack<S>([&](int64_t k) { return w_hh + k * hidden; }, G * H, p,
+                               hidden_.at(w_hh_, G * H, p));
+    if (!args_.grad_x) return;
+    const int64_t inputs = I;
+    const S* w_ih = static_cast<const S*>(args_.w_ih);
+    const Span own_input = team.share(input_.count());
+    for (int64_t p = own_input.begin; p < own_input.end; ++p)
+      input_.template pack<S>(
+          [&](int64_t k) {
+            return w_ih + (Cell::input_gate(int(k / hidden)) * hidden + k % hidden) * inputs;
+          },
+          G * H, p, input_.at(w_ih_, G * H, p));
+  }
+
+  void load_state(Span rows) {
+    const int64_t H = args_.size.H;
+    const auto at = [&](const void* p, int64_t b) {
+      return p ? static_cast<const S*>(p) + b * H : nullptr;
+    };
+    for (int64_t b = rows.begin; b < rows.end; ++b) {
+      convert(d_h_ + b * pitch_, at(args_.grad_h_n, b), H);
+      if (!Cell::kHasCell) continue;
+      convert(d_c_ + b * pitch_, at(args_.grad_c_n, b), H);
+      convert(c0_ + b * pitch_, at(args_.c0, b), H);
+    }
+  }
+
+  // d loss / d h that reaches the state before `step` through W_hh, for the rows of a tile and one panel
+  void through_weights(int64_t step, int64_t panel, int64_t b, int rows, A* out) const {
+    const int64_t H = args_.size.H;
+    const A* a[kMaxTileRows];
+    for (int i = 0; i < rows; ++i) a[i] = gate_row(step, b + i) + (D - G) * H;
+    tile<A, false>(hidden_.vectors(panel), rows, G * H, a, hidden_.at(w_hh_, G * H, panel), out,
+                   Columns::kWidth, kLanesA);
+  }
+
+  void step_back(int64_t step, Span rows, Span panels) {
+    alignas(64) A d_h[kMaxTileRows * Columns::kWidth];
+    for (int64_t p = panels.begin; p < panels.end; ++p) {
+      for_row_tiles(rows.size(), Columns::kRows, [&](int64_t r, int n) {
+        const int64_t b = rows.begin + r;
+        if (step > 0) through_weights(step - 1, p, b, n, d_h);
+        for (int i = 0; i < n; ++i) apply_cell(step, b + i, p, d_h + i * Columns::kWidth);
+      });
+    }
+  }
+
+  void apply_cell(int64_t step, int64_t b, int64_t panel, const A* from_weights) {
+    const auto [T, B, I, H] = args_.size;
+    const int64_t t = time(step), row = t * B + b;
+    const S* gates = static_cast<const S*>(args_.gates);
+    const A* cells = static_cast<const A*>(args_.cells);
+    const S* h_prev_row = h_before(step, b);
+    const A* c_prev_row = nullptr;
+    if (Cell::kHasCell)
+      c_prev_row =
+          is_first_in_time(step) ? c0_ + b * pitch_ : cells + (time_before(step) * B + b) * H;
+    const S* grad_y = args_.grad_y ? static_cast<const S*>(args_.grad_y) +
+                                         t * args_.grad_y_stride_t + b * args_.grad_y_stride_b
+                                   : nullptr;
+    A* d_gates_row = gate_row(step, b);
+    for (int v = 0; v < Columns::kVectors; ++v) {
+      const int64_t unit = panel * Columns::kWidth + v * kLanesA;
+      const int64_t left = H - unit;
+      if (left <= 0) break;
+      V saved[Cell::kSaved + 1], d_gates[D];
+      for (int k = 0; k < Cell::kSaved; ++k)
+        saved[k] = load(gates + (row * Cell::kSaved + k) * H + unit, left);
+      const V h = load(static_cast<const S*>(args_.y) + row * H + unit, left);
+      const V h_prev = load(h_prev_row + unit, left);
+      V c{}, c_prev{}, d_c{};
+      if (Cell::kHasCell) {
+        c = load(cells + row * H + unit, left);
+        c_prev = load(c_prev_row + unit, left);
+        d_c = load(d_c_ + b * pitch_ + unit);
+      }
+      V d_h = grad_y ? load(grad_y + unit, left) : V{};
+      if (step > 0) d_h += load(from_weights + v * kLanesA);
+      if (step == 0 || Cell::kDirect) d_h += load(d_h_ + b * pitch_ + unit);
+      V d_h_direct{};
+      Cell::template backward<Math>(saved, h, h_prev, c, c_prev, d_h, d_c, d_h_direct, d_gates);
+      for (int k = 0; k < D; ++k) store(d_gates_row + k * H + unit, d_gates[k], left);
+      if (Cell::kHasCell) store(d_c_ + b * pitch_ + unit, d_c);
+      if (Cell::kDirect) store(d_h_ + b * pitch_ + unit, d_h_direct);
+    }
+  }
+
+  void store_state(Span rows, Span panels) {
+    const auto [T, B, I, H] = args_.size;
+    alignas(64) A d_h[kMaxTileRows * Columns::kWidth];
+    for (int64_t p = panels.begin; p < panels.end; ++p) {
+      for_row_tiles(rows.size(), Columns::kRows, [&](int64_t r, int n) {
+        const int64_t first = rows.begin + r;
+        if (args_.grad_h0) through_weights(T - 1, p, first, n, d_h);
+        for (int i = 0; i < n; ++i) {
+          for (int v = 0; v < Columns::kVectors; ++v) {
+            const int64_t unit = p * Columns::kWidth + v * kLanesA, b = first + i;
+            if (H - unit <= 0) break;
+            if (args_.grad_h0) {
+              V value = load(d_h + i * Columns::kWidth + v * kLanesA);
+              if (Cell::kDirect) value += load(d_h_ + b * pitch_ + unit);
+              store(static_cast<S*>(args_.grad_h0) + b * H + unit, value, H - unit);
+            }
+            if (args_.grad_c0)
+              store(static_cast<S*>(args_.grad_c0) + b * H + unit, load(d_c_ + b * pitch_ + unit),
+                    H - unit);
+          }
+        }
+      });
+    }
+  }
+
+  // grad_x[t] = d_gates[t] W_ih, rows of the block dealt to threads
+  void grad_input(Span block, const Team& team) const {
+    if (!args_.grad_x) return;
+    const auto [T, B, I, H] = args_.size;
+    const int64_t depth = G * H, batch = B, inputs = I;
+    const Span own = team.share(block.size() * B);
+    alignas(64) A out[kMaxTileRows * Columns::kWidth];
+    for (int64_t p = 0; p < input_.count(); ++p) {
+      const int64_t column = p * Columns::kWidth;
+      for_row_tiles(own.size(), Columns::kRows, [&](int64_t r, int n) {
+        const A* a[kMaxTileRows];
+        for (int i = 0; i < n; ++i) {
+          const int64_t row = own.begin + r + i;
+          a[i] = gate_row(block.begin + row / batch, row % batch);
+        }
+        tile<A, false>(input_.vectors(p), n, depth, a, input_.at(w_ih_, depth, p), out,
+                       Columns::kWidth, kLanesA);
+        for (int i = 0; i < n; ++i) {
+          const int64_t row = own.begin + r + i;
+          S* to = static_cast<S*>(args_.grad_x) +
+                  (time(block.begin + row / batch) * batch + row % batch) * inputs;
+          for (int v = 0; v < input_.vectors(p); ++v) {
+            const int64_t at = column + v * kLanesA;
+            store(to + at, load(out + i * Columns::kWidth + v * kLanesA), inputs - at);
+          }
+        }
+      });
+    }
+  }
+
+  void grad_weight(Span block, const Team& team) const {
+    if (args_.grad_w_ih)
+      accumulate(block, team, 0, input_, static_cast<A*>(args_.grad_w_ih), Cell::input_gate,
+                 [&](int64_t step, int64_t b) { return x_row(step, b); });
+    if (args_.grad_w_hh)
+      accumulate(block, team, D - G, hidden_, static_cast<A*>(args_.grad_w_hh), same_gate,
+                 [&](int64_t step, int64_t b) { return h_before(step, b); });
+  }
+  static constexpr int same_gate(int j) { return j; }
+
+  // grad[gate_of(j) * H + unit][n] (+)= sum over the rows of the block d_gates[first + j][unit] right[n],
+  // j < G; the rows of grad are dealt to threads
+  template <class GateOf, class Right>
+  void accumulate(Span block, const Team& team, int first, const Columns& columns, A* grad,
+                  GateOf gate_of, Right&& right) const {
+    const int64_t B = args_.size.B, H = args_.size.H;
+    const int64_t depth = block.size() * B;
+    const Span own = team.share(G * H);
+    A* left = left_ + team.index() * left_size_;
+    A* panel = panel_ + team.index() * panel_size_;
+    transpose_gates(block, first * H + own.begin, own.size(), left);
+    for (int64_t p = 0; p < columns.count(); ++p) {
+      columns.template pack<S>(
+          [&](int64_t k) { return right(block.begin + k / B, k % B); }, depth, p, panel);
+      for (int64_t j = own.begin / H; j * H < own.end; ++j) {
+        const Span part{std::max(own.begin, j * H), std::min(own.end, (j + 1) * H)};
+        A* to = grad + (gate_of(int(j)) * H + part.begin - j * H) * columns.N + p * Columns::kWidth;
+        outer_product(left + (part.begin - own.begin) * depth, part.size(), depth, panel, columns,
+                      p, block.begin > 0, to);
+      }
+    }
+  }
+
+  // left[m][k] = d_gates[row k of the block][column + m]
+  void transpose_gates(Span block, int64_t column, int64_t count, A* left) const {
+    const int64_t B = args_.size.B;
+    const int64_t depth = block.size() * B;
+    for (int64_t k = 0; k < depth; k += kLanesA) {
+      const int rows = int(std::min<int64_t>(kLanesA, depth - k));
+      const A* from[kLanesA];
+      for (int i = 0; i < rows; ++i)
+        from[i] = gate_row(block.begin + (k + i) / B, (k + i) % B) + column;
+      for (int64_t m = 0; m < count; m += kLanesA) {
+        V square[kLanesA];
+        for (int i = 0; i < kLanesA; ++i) square[i] = i < rows ? load(from[i] + m, count - m) : V{};
+        transpose<A>(square);
+        const int64_t n = std::min<int64_t>(kLanesA, count - m);
+        for (int64_t i = 0; i < n; ++i) store(left + (m + i) * depth + k, square[i], rows);
+      }
+    }
+  }
+
+  // to[m][panel columns] (+)= sum_k left[m][k] panel[k]
+  void outer_product(const A* left, int64_t rows, int64_t depth, const A* panel,
+                     const Columns& columns, int64_t p, bool add, A* to) const {
+    const int vectors = columns.vectors(p);
+    const int64_t width = columns.N - p * Columns::kWidth;
+    const bool whole = vectors * kLanesA <= width;
+    alignas(64) A edge[kMaxTileRows * Columns::kWidth];
+    for_row_tiles(rows, Columns::kRows, [&](int64_t m, int n) {
+      const A* a[kMaxTileRows];
+      for (int i = 0; i < n; ++i) a[i] = left + (m + i) * depth;
+      A* target = to + m * columns.N;
+      if (whole && add) return tile<A, true>(vectors, n, depth, a, panel, target, columns.N, kLanesA);
+      if (whole) return tile<A, false>(vectors, n, depth, a, panel, target, columns.N, kLanesA);
+      tile<A, false>(vectors, n, depth, a, panel, edge, Columns::kWidth, kLanesA);
+      for (int i = 0; i < n; ++i) {
+        for (int v = 0; v < vectors; ++v) {
+          A* cell = target + i * columns.N + v * kLanesA;
+          V value = load(edge + i * Columns::kWidth + v * kLanesA);
+          if (add) value += load(cell, width - v * kLanesA);
+          store(cell, value, width - v * kLanesA);
+        }
+      }
+    });
+  }
+
+  void grad_bias(Span block, const Team& team) const {
+    const Span own = team.share(D * args_.size.H);
+    for (int64_t m = own.begin; m < own.end; m += kLanesA) {
+      // a vector must not straddle two blocks, which may belong to different gates
+      const int64_t H = args_.size.H, j = m / H;
+      const int64_t n = std::min({int64_t(kLanesA), own.end - m, (j + 1) * H - m});
+      const V sum = column_sum(block, m, n);
+      if (args_.grad_b_ih && j < G)
+        add_bias(static_cast<A*>(args_.grad_b_ih) + Cell::input_gate(int(j)) * H + m % H, sum, n,
+                 block.begin > 0);
+      if (args_.grad_b_hh && j >= D - G)
+        add_bias(static_cast<A*>(args_.grad_b_hh) + m - (D - G) * H, sum, n, block.begin > 0);
+      m -= kLanesA - n;
+    }
+  }
+
+  V column_sum(Span block, int64_t column, int64_t n) const {
+    V sum{};
+    for (int64_t step = block.begin; step < block.end; ++step)
+      for (int64_t b = 0; b < args_.size.B; ++b) sum += load(gate_row(step, b) + column, n);
+    return sum;
+  }
+  static void add_bias(A* to, V sum, int64_t n, bool add) {
+    store(to, add ? sum + load(to, n) : sum, n);
+  }
+
+  const BackwardArgs& args_;
+  const Plan& plan_;
+  const Columns hidden_, input_;
+  const int64_t pitch_;
+  A *w_hh_, *w_ih_;    // packed columns [panel][G*H][width], the rows of w_ih in the order of d_gates
+  A *d_c_, *c0_;       // [B][pitch]
+  A* d_h_;             // [B][pitch]: grad_h_n, then what bypasses W_hh
+  A* d_gates_;         // two blocks of steps [step][B][D*H]
+  A* left_;            // per thread: transposed gate gradients [m][row of the block]
+  A* panel_;           // per thread: one packed panel of x or h
+  int64_t block_rows_, left_size_, panel_size_;
+};

@@ -1,0 +1,78 @@
+// Chooses the instruction set: the best the machine has, or what RNNFAST_CPU_CAPABILITY names.
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+
+#include "cpu/sequence.h"
+
+namespace rnnfast::cpu {
+
+namespace portable {
+const KernelTable& kernel_table();
+}
+#if defined(__x86_64__)
+namespace avx2 {
+const KernelTable& kernel_table();
+}
+namespace avx512 {
+const KernelTable& kernel_table();
+}
+#endif
+
+namespace {
+
+struct Capability {
+  const char* name;
+  const KernelTable& table;
+};
+
+const std::vector<Capability>& usable() {
+  static const std::vector<Capability> list = [] {
+    std::vector<Capability> found{{"portable", portable::kernel_table()}};
+#if defined(__x86_64__)
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+      found.push_back({"avx2", avx2::kernel_table()});
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+      found.push_back({"avx512", avx512::kernel_table()});
+#endif
+    return found;
+  }();
+  return list;
+}
+
+const Capability* find(const std::string& name) {
+  for (const Capability& one : usable())
+    if (name == one.name) return &one;
+  std::string names;
+  for (const Capability& one : usable()) names += std::string(names.empty() ? "" : ", ") + one.name;
+  throw std::invalid_argument("rnnfast: CPU capability '" + name +
+                              "' is not available here; available: " + names);
+}
+
+std::atomic<const Capability*>& current() {
+  static std::atomic<const Capability*> chosen{[] {
+    const char* name = std::getenv("RNNFAST_CPU_CAPABILITY");
+    return name && *name ? find(name) : &usable().back();
+  }()};
+  return chosen;
+}
+
+}  // namespace
+
+std::vector<std::string> capabilities() {
+  std::vector<std::string> names;
+  for (const Capability& one : usable()) names.emplace_back(one.name);
+  return names;
+}
+
+std::string capability() { return current().load()->name; }
+
+void set_capability(const std::string& name) { current().store(find(name)); }
+
+const Kernels& kernels(CellKind cell, Dtype dtype) {
+  return current().load(std::memory_order_relaxed)->table.kernels[int(cell)][int(dtype)];
+}
+
+}  // namespace rnnfast::cpu

@@ -1,0 +1,199 @@
+// The forward of one layer in one direction. Included inside an instruction set's namespace.
+
+template <class Cell, class S>
+class Forward {
+  using A = Compute<S>;
+  using V = Vec<A>;
+  using Panels = GatePanels<A, Cell::kGates>;
+  static constexpr int kLanesA = kLanes<A>;
+  static constexpr bool kConvert = !std::is_same_v<S, A>;
+
+ public:
+  Forward(const ForwardArgs& args, const Plan& plan, Arena& arena)
+      : args_(args),
+        plan_(plan),
+        panels_{args.size.H},
+        pitch_(ceil_div(args.size.H, kLanesA) * kLanesA) {
+    const auto [T, B, I, H] = args.size;
+    const int64_t count = panels_.count();
+    if (plan.pack_ih) w_ih_ = arena.take<A>(count * Panels::kWidth * I);
+    if (plan.pack_hh) w_hh_ = arena.take<A>(count * Panels::kWidth * H);
+    b_ih_ = arena.take<A>(count * Panels::kWidth);
+    b_hh_ = arena.take<A>(count * Panels::kWidth);
+    h_[0] = arena.take<A>(B * pitch_);
+    h_[1] = arena.take<A>(B * pitch_);
+    if (Cell::kHasCell) c_ = arena.take<A>(B * pitch_);
+    block_rows_ = plan.block_steps * (plan.split == Split::kRows ? ceil_div(B, plan.threads) : B);
+    block_panels_ = plan.split == Split::kUnits ? ceil_div(count, plan.threads) : count;
+    projected_ = arena.take<A>(plan.threads * block_rows_ * block_panels_ * Panels::kWidth);
+    if (kConvert) x_ = arena.take<A>(plan.threads * block_rows_ * I);
+  }
+
+  static StepShape step_shape(const Sizes& size) {
+    return {size.B,
+            Panels{size.H}.count(),
+            size.H,
+            Panels::kVectors,
+            Panels::kRows,
+            int(sizeof(A)),
+            kLanesA,
+            Panels::kUnitVectors * 30.0 * Cell::kGates};
+  }
+
+  void run() {
+    parallel(plan_.threads, [&](const Team& team) {
+      const auto [T, B, I, H] = args_.size;
+      pack(team.share(panels_.count()));
+      load_state(team.share(B));
+      team.barrier();
+      const Span rows = plan_.split == Split::kRows ? team.share(B) : Span{0, B};
+      const Span panels = plan_.split == Split::kUnits ? team.share(panels_.count())
+                                                       : Span{0, panels_.count()};
+      A* projected = projected_ + team.index() * block_rows_ * block_panels_ * Panels::kWidth;
+      A* x = x_ + team.index() * block_rows_ * I;
+      for (int64_t s = 0; s < T; s += plan_.block_steps) {
+        const Span steps{s, std::min(T, s + plan_.block_steps)};
+        project(steps, rows, panels, x, projected);
+        for (int64_t step = steps.begin; step < steps.end; ++step) {
+          const int64_t done = (step - steps.begin) * rows.size();
+          advance(step, rows, panels, projected + done * panels.size() * Panels::kWidth);
+          if (plan_.split == Split::kUnits) team.barrier();
+        }
+      }
+      store_state(plan_.split == Split::kRows ? rows : team.share(B));
+    });
+  }
+
+ private:
+  int64_t time(int64_t step) const { return args_.reverse ? args_.size.T - 1 - step : step; }
+  const S* x_row(int64_t step, int64_t b) const {
+    return static_cast<const S*>(args_.x) + time(step) * args_.x_stride_t + b * args_.x_stride_b;
+  }
+
+  void pack(Span panels) {
+    const auto [T, B, I, H] = args_.size;
+    for (int64_t p = panels.begin; p < panels.end; ++p) {
+      if (w_ih_)
+        panels_.pack(static_cast<const S*>(args_.w_ih), I, p, w_ih_ + p * Panels::kWidth * I);
+      if (w_hh_)
+        panels_.pack(static_cast<const S*>(args_.w_hh), H, p, w_hh_ + p * Panels::kWidth * H);
+      panels_.pack_bias(static_cast<const S*>(args_.b_ih), p, b_ih_ + p * Panels::kWidth);
+      panels_.pack_bias(static_cast<const S*>(args_.b_hh), p, b_hh_ + p * Panels::kWidth);
+    }
+  }
+
+  void load_state(Span rows) {
+    const int64_t H = args_.size.H;
+    for (int64_t b = rows.begin; b < rows.end; ++b) {
+      convert(h_[0] + b * pitch_, static_cast<const S*>(args_.h0) + b * H, H);
+      if (Cell::kHasCell) convert(c_ + b * pitch_, static_cast<const S*>(args_.c0) + b * H, H);
+    }
+  }
+
+  void store_state(Span rows) {
+    const int64_t H = args_.size.H;
+    const A* h = h_[args_.size.T & 1];
+    for (int64_t b = rows.begin; b < rows.end; ++b) {
+      convert(static_cast<S*>(args_.h_n) + b * H, h + b * pitch_, H);
+      if (Cell::kHasCell) convert(static_cast<S*>(args_.c_n) + b * H, c_ + b * pitch_, H);
+    }
+  }
+
+  // W a + b for the rows of a tile and one panel, packed or not; out[row * row_stride + column]
+  void product(const void* w, const A* packed, const A* bias, int64_t K, int64_t panel,
+               const A* const* a, int rows, A* out, int64_t row_stride) const {
+    bias += panel * Panels::kWidth;
+    if (packed) {
+      kTiles<A, Panels::kVectors>[rows - 1](K, a, packed + panel * Panels::kWidth * K, bias, out,
+                                            row_stride, kLanesA);
+      return;
+    }
+    for (int i = 0; i < rows; ++i)
+      panels_.dot(static_cast<const S*>(w), K, panel, a[i], bias, out + i * row_stride, kLanesA);
+  }
+
+  // projected[row of the block][panel] = W_ih x + b_ih, row of the block = (step, b)
+  void project(Span steps, Span rows, Span panels, A* x, A* projected) const {
+    const int64_t I = args_.size.I;
+    const int64_t block = steps.size() * rows.size();
+    const auto source = [&](int64_t r) {
+      return x_row(steps.begin + r / rows.size(), rows.begin + r % rows.size());
+    };
+    if constexpr (kConvert) {
+      for (int64_t r = 0; r < block; ++r) convert(x + r * I, source(r), I);
+    }
+    const int64_t row_stride = panels.size() * Panels::kWidth;
+    for (int64_t p = panels.begin; p < panels.end; ++p) {
+      for_row_tiles(block, Panels::kRows, [&](int64_t r, int n) {
+        const A* a[kMaxTileRows];
+        for (int i = 0; i < n; ++i) {
+          if constexpr (kConvert) {
+            a[i] = x + (r + i) * I;
+          } else {
+            a[i] = source(r + i);
+          }
+        }
+        product(args_.w_ih, w_ih_, b_ih_, I, p, a, n,
+                projected + r * row_stride + (p - panels.begin) * Panels::kWidth, row_stride);
+      });
+    }
+  }
+
+  // One step of the recurrence: the product with W_hh and, on each tile, the gate maths.
+  void advance(int64_t step, Span rows, Span panels, const A* projected) {
+    const A* h = h_[step & 1];
+    alignas(64) A from_h[kMaxTileRows * Panels::kWidth];
+    for (int64_t p = panels.begin; p < panels.end; ++p) {
+      for_row_tiles(rows.size(), Panels::kRows, [&](int64_t r, int n) {
+        const A* a[kMaxTileRows];
+        for (int i = 0; i < n; ++i) a[i] = h + (rows.begin + r + i) * pitch_;
+        product(args_.w_hh, w_hh_, b_hh_, args_.size.H, p, a, n, from_h, Panels::kWidth);
+        for (int i = 0; i < n; ++i) {
+          const A* from_x =
+              projected + ((r + i) * panels.size() + p - panels.begin) * Panels::kWidth;
+          apply_cell(step, rows.begin + r + i, p, from_x, from_h + i * Panels::kWidth);
+        }
+      });
+    }
+  }
+
+  void apply_cell(int64_t step, int64_t b, int64_t panel, const A* from_x, const A* from_h) {
+    const int64_t H = args_.size.H;
+    const int64_t row = time(step) * args_.size.B + b;
+    constexpr int kSaved = Cell::kSaved;
+    for (int v = 0; v < Panels::kUnitVectors; ++v) {
+      const int64_t unit = panel * Panels::kUnits + v * kLanesA;
+      const int64_t left = H - unit;
+      if (left <= 0) break;
+      V px[Cell::kGates], ph[Cell::kGates], saved[kSaved + 1], h;
+      for (int g = 0; g < Cell::kGates; ++g) {
+        px[g] = load(from_x + (g * Panels::kUnitVectors + v) * kLanesA);
+        ph[g] = load(from_h + (g * Panels::kUnitVectors + v) * kLanesA);
+      }
+      const V h_prev = load(h_[step & 1] + b * pitch_ + unit);
+      V c = Cell::kHasCell ? load(c_ + b * pitch_ + unit) : V{};
+      Cell::template forward<Math>(px, ph, h_prev, c, h, saved);
+      store(h_[(step + 1) & 1] + b * pitch_ + unit, h);
+      if (Cell::kHasCell) store(c_ + b * pitch_ + unit, c);
+      store(static_cast<S*>(args_.y) + row * H + unit, h, left);
+      if (args_.save) {
+        for (int k = 0; k < kSaved; ++k)
+          store(static_cast<S*>(args_.gates) + (row * kSaved + k) * H + unit, saved[k], left);
+        if (Cell::kHasCell) store(static_cast<A*>(args_.cells) + row * H + unit, c, left);
+      }
+    }
+  }
+
+  const ForwardArgs& args_;
+  const Plan& plan_;
+  const Panels panels_;
+  const int64_t pitch_;          // of a row of state: H, rounded up to whole vectors
+  A* w_ih_ = nullptr;            // packed panels [panel][I][kWidth], null: read unpacked
+  A* w_hh_ = nullptr;            // packed panels [panel][H][kWidth], null: read unpacked
+  A *b_ih_, *b_hh_;              // [panel][kWidth]
+  A* h_[2];                      // state before even and odd steps [B][pitch]
+  A* c_ = nullptr;               // [B][pitch]
+  A* projected_;                 // per thread [block_rows][block_panels][kWidth]
+  A* x_ = nullptr;               // per thread [block_rows][I], where x needs conversion
+  int64_t block_rows_, block_panels_;
+};

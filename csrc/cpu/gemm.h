@@ -1,0 +1,216 @@
+// Packed, register-tiled matrix products. Included inside an instruction set's namespace.
+//
+// A product is cut into tiles of up to kTileRows<NR> rows by NR vectors of columns, accumulated in
+// registers. The left side is given as row pointers (so rows may come from anywhere), contiguous along
+// the summed index k. The right side is packed into panels: panel[k][NR * lanes].
+// Every element is summed over k in the same order whatever the tile, so results do not depend on how
+// rows and columns are dealt to threads.
+
+// Accumulators, one right-hand vector and one broadcast must fit the register file.
+template <int NR>
+inline constexpr int kTileRows = NR == 4   ? (RNNFAST_REGISTERS == 32 ? 6 : 3)
+                                 : NR == 3 ? (RNNFAST_REGISTERS == 32 ? 8 : 4)
+                                           : (RNNFAST_REGISTERS == 32 ? 8 : 6);
+inline constexpr int kMaxTileRows = 8;
+
+// out[i * row_stride + j * vector_stride + lane] (=, or += if kAdd) bias[j][lane] + sum_k a[i][k] panel[k][j][lane]
+template <class A, int NR, int MR, bool kAdd>
+void tile(int64_t K, const A* const* a, const A* panel, const A* bias, A* out, int64_t row_stride,
+          int64_t vector_stride) {
+  constexpr int lanes = kLanes<A>;
+  Vec<A> sum[MR][NR] = {};
+  const A* row[MR];
+#pragma GCC unroll 8
+  for (int i = 0; i < MR; ++i) row[i] = a[i];
+  for (int64_t k = 0; k < K; ++k, panel += NR * lanes) {
+    Vec<A> b[NR];
+#pragma GCC unroll 4
+    for (int j = 0; j < NR; ++j) b[j] = load(panel + j * lanes);
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; ++i) {
+      const A value = row[i][k];
+#pragma GCC unroll 4
+      for (int j = 0; j < NR; ++j) sum[i][j] += value * b[j];
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < MR; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < NR; ++j) {
+      A* to = out + i * row_stride + j * vector_stride;
+      Vec<A> value = sum[i][j];
+      if (bias) value += load(bias + j * lanes);
+      if (kAdd) value += load(to);
+      store(to, value);
+    }
+  }
+}
+
+template <class A>
+using TileFunction = void (*)(int64_t, const A* const*, const A*, const A*, A*, int64_t, int64_t);
+
+template <class A, int NR, bool kAdd, int... MR>
+constexpr std::array<TileFunction<A>, sizeof...(MR)> tile_table(
+    std::integer_sequence<int, MR...>) {
+  return {tile<A, NR, MR + 1, kAdd>...};
+}
+template <class A, int NR, bool kAdd = false>
+inline constexpr auto kTiles =
+    tile_table<A, NR, kAdd>(std::make_integer_sequence<int, kTileRows<NR>>());
+
+template <class A, bool kAdd>
+RNNFAST_HD void tile(int vectors, int rows, int64_t K, const A* const* a, const A* panel, A* out,
+                     int64_t row_stride, int64_t vector_stride) {
+  const auto* table = vectors == 4   ? kTiles<A, 4, kAdd>.data()
+                      : vectors == 3 ? kTiles<A, 3, kAdd>.data()
+                      : vectors == 2 ? kTiles<A, 2, kAdd>.data()
+                                     : kTiles<A, 1, kAdd>.data();
+  table[rows - 1](K, a, panel, nullptr, out, row_stride, vector_stride);
+}
+
+// Calls f(first row, number of rows) for tiles of nearly equal height.
+template <class F>
+RNNFAST_HD void for_row_tiles(int64_t rows, int tile_rows, F&& f) {
+  const int64_t tiles = ceil_div(rows, tile_rows);
+  for (int64_t i = 0; i < tiles; ++i) {
+    const int64_t begin = rows * i / tiles, end = rows * (i + 1) / tiles;
+    f(begin, int(end - begin));
+  }
+}
+
+// ---- packing ----
+
+// panel[k * pitch + lane] = source(lane)[k] for k < K; a null source row gives zeros.
+template <class S, class A, class Source>
+RNNFAST_HD void pack_transposed(Source&& source, int64_t K, A* panel, int64_t pitch) {
+  constexpr int lanes = kLanes<A>;
+  const S* from[lanes];
+  for (int i = 0; i < lanes; ++i) from[i] = source(i);
+  for (int64_t k = 0; k < K; k += lanes) {
+    const int64_t n = K - k < lanes ? K - k : lanes;
+    Vec<A> block[lanes];
+    for (int i = 0; i < lanes; ++i) block[i] = from[i] ? load(from[i] + k, n) : Vec<A>{};
+    transpose<A>(block);
+    if (n == lanes) {
+#pragma GCC unroll 16
+      for (int i = 0; i < lanes; ++i) store(panel + (k + i) * pitch, block[i]);
+    } else {
+      for (int64_t i = 0; i < n; ++i) store(panel + (k + i) * pitch, block[i]);
+    }
+  }
+}
+
+// panel[k][vectors * lanes] = source(k)[column ...], columns at and beyond `columns` as zeros.
+template <class S, class A, class Source>
+RNNFAST_HD void pack_rows(Source&& source, int64_t K, int64_t column, int64_t columns, int vectors,
+                          A* panel) {
+  constexpr int lanes = kLanes<A>;
+  for (int64_t k = 0; k < K; ++k) {
+    const S* from = source(k) + column;
+    for (int j = 0; j < vectors; ++j, panel += lanes) {
+      const int64_t n = columns - column - j * lanes;
+      store(panel, load(from + j * lanes, n));
+    }
+  }
+}
+
+// ---- the gate block as panels ----
+
+// A weight matrix (G * H, K) seen as panels of whole units: one panel holds all G gates of `units()`
+// consecutive hidden units, as G * kUnitVectors vectors in the order [gate][unit vector].
+template <class A, int G>
+struct GatePanels {
+  static constexpr int kLanesA = kLanes<A>;
+  static constexpr int kUnitVectors = G == 1 ? 4 : 1;
+  static constexpr int kVectors = G * kUnitVectors;
+  static constexpr int kUnits = kUnitVectors * kLanesA;
+  static constexpr int kWidth = kVectors * kLanesA;
+  static constexpr int kRows = kTileRows<kVectors>;
+
+  int64_t H;
+
+  int64_t count() const { return ceil_div(H, kUnits); }
+
+  // the row of the weight matrix behind column `lane` of vector j of a panel; -1 beyond the last unit
+  int64_t weight_row(int64_t panel, int j, int lane) const {
+    const int64_t unit = panel * kUnits + (j % kUnitVectors) * kLanesA + lane;
+    return unit < H ? (j / kUnitVectors) * H + unit : -1;
+  }
+
+  template <class S>
+  void pack(const S* w, int64_t K, int64_t panel, A* to) const {
+    for (int j = 0; j < kVectors; ++j)
+      pack_transposed<S>(
+          [&](int lane) {
+            const int64_t row = weight_row(panel, j, lane);
+            return row < 0 ? nullptr : w + row * K;
+          },
+          K, to + j * kLanesA, kWidth);
+  }
+
+  template <class S>
+  void pack_bias(const S* bias, int64_t panel, A* to) const {
+    for (int j = 0; j < kVectors; ++j) {
+      const int64_t row = weight_row(panel, j, 0);
+      const int64_t n = H - panel * kUnits - (j % kUnitVectors) * kLanesA;
+      store(to + j * kLanesA, bias && row >= 0 ? load(bias + row, n) : Vec<A>{});
+    }
+  }
+
+  // One row against a panel of unpacked weights: rows of w as dot products. For few rows, where
+  // packing would cost more than it saves. Same arguments as a tile of one row.
+  template <class S>
+  void dot(const S* w, int64_t K, int64_t panel, const A* a, const A* bias, A* out,
+           int64_t vector_stride) const {
+    for (int j = 0; j < kVectors; ++j) {
+      Vec<A> sum[kLanesA] = {};
+      const int64_t first = weight_row(panel, j, 0);
+      const int64_t left = H - panel * kUnits - (j % kUnitVectors) * kLanesA;
+      if (first >= 0) dot_rows(w + first * K, K, left < kLanesA ? int(left) : kLanesA, a, sum);
+      store(out + j * vector_stride, lane_sums<A>(sum) + load(bias + j * kLanesA));
+    }
+  }
+
+ private:
+  template <class S>
+  RNNFAST_HD static void dot_rows(const S* w, int64_t K, int rows, const A* a,
+                                  Vec<A> (&sum)[kLanesA]) {
+    int64_t k = 0;
+    if (rows == kLanesA) {
+      for (; k + kLanesA <= K; k += kLanesA) {
+        const Vec<A> value = load(a + k);
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanesA; ++i) sum[i] += value * load(w + i * K + k);
+      }
+    }
+    for (; k < K; k += kLanesA) {
+      const Vec<A> value = load(a + k, K - k);
+      for (int i = 0; i < rows; ++i) sum[i] += value * load(w + i * K + k, K - k);
+    }
+  }
+};
+
+// ---- a general right-hand side (K, N), packed in panels of up to four vectors of columns ----
+
+template <class A>
+struct ColumnPanels {
+  static constexpr int kVectors = 4;
+  static constexpr int kWidth = kVectors * kLanes<A>;
+  static constexpr int kRows = kTileRows<kVectors>;
+
+  int64_t N;
+
+  int64_t count() const { return ceil_div(N, kWidth); }
+  // a narrow last panel is not padded to four vectors
+  int vectors(int64_t panel) const {
+    const int64_t left = ceil_div(N - panel * kWidth, kLanes<A>);
+    return left < kVectors ? int(left) : kVectors;
+  }
+  int64_t size(int64_t K) const { return count() * kWidth * K; }
+  A* at(A* packed, int64_t K, int64_t panel) const { return packed + panel * kWidth * K; }
+
+  template <class S, class Source>
+  void pack(Source&& source, int64_t K, int64_t panel, A* to) const {
+    pack_rows<S>(source, K, panel * kWidth, N, vectors(panel), to);
+  }
+};

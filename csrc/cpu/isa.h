@@ -1,0 +1,68 @@
+// Instantiates every kernel for one instruction set. A file isa_<name>.cpp selects the target, defines
+//   RNNFAST_ISA           namespace of this instruction set
+//   RNNFAST_VECTOR_BYTES  width of a vector register
+//   RNNFAST_REGISTERS     how many there are
+// and includes this file, after isa_prologue.h and the target pragma. Everything that may be compiled
+// for a newer machine than the one that runs it lives in the namespace, so the linker cannot mix them;
+// the cells' functions are always inlined and leave no symbol.
+
+#include "cells/elman.h"
+#include "cells/gru.h"
+#include "cells/lstm.h"
+
+namespace rnnfast::cpu::RNNFAST_ISA {
+
+#include "cpu/simd.h"
+//
+#include "cpu/gemm.h"
+//
+#include "cpu/backward.h"
+#include "cpu/forward.h"
+
+template <class Cell, class S>
+constexpr Kernels make_kernels() {
+  return {
+      [](const Sizes& size, const Machine& machine) {
+        return plan_forward(size, Forward<Cell, S>::step_shape(size), machine);
+      },
+      [](const Sizes& size, const Machine& machine) {
+        return plan_backward(size, Backward<Cell, S>::step_shape(size), machine);
+      },
+      [](const Sizes& size, const Plan& plan) {
+        Arena arena(nullptr);
+        ForwardArgs args{};
+        args.size = size;
+        Forward<Cell, S>(args, plan, arena);
+        return arena.used();
+      },
+      [](const ForwardArgs& args, const Plan& plan, void* workspace) {
+        Arena arena(workspace);
+        Forward<Cell, S>(args, plan, arena).run();
+      },
+      [](const Sizes& size, const Plan& plan) {
+        Arena arena(nullptr);
+        BackwardArgs args{};
+        args.size = size;
+        Backward<Cell, S>(args, plan, arena);
+        return arena.used();
+      },
+      [](const BackwardArgs& args, const Plan& plan, void* workspace) {
+        Arena arena(workspace);
+        Backward<Cell, S>(args, plan, arena).run();
+      },
+  };
+}
+
+#define RNNFAST_DTYPES(Cell)                                                          \
+  {make_kernels<Cell, double>(), make_kernels<Cell, float>(), make_kernels<Cell, bf16>(), \
+   make_kernels<Cell, f16>()}
+
+// in the order of CellKind and Dtype
+const KernelTable& kernel_table() {
+  static constexpr KernelTable table{{RNNFAST_DTYPES(ElmanTanh), RNNFAST_DTYPES(ElmanRelu),
+                                      RNNFAST_DTYPES(Gru), RNNFAST_DTYPES(Lstm)}};
+  return table;
+}
+#undef RNNFAST_DTYPES
+
+}  // namespace rnnfast::cpu::RNNFAST_ISA

@@ -1,0 +1,14 @@
+// Everything shared between instruction sets, included before a target is selected so that it is
+// compiled for the baseline.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <type_traits>
+#include <utility>
+
+#include "cells/common.h"
+#include "cpu/parallel.h"
+#include "cpu/plan.h"
+#include "cpu/sequence.h"

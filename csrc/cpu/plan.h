@@ -1,0 +1,46 @@
+// How one sequence is cut into work: a pure function of sizes, instruction set, threads and caches.
+#pragma once
+
+#include <cstdint>
+
+namespace rnnfast::cpu {
+
+struct Sizes {
+  int64_t T, B, I, H;
+};
+
+struct Machine {
+  int threads;
+  int64_t l2_bytes;  // per core
+};
+
+// How the recurrence is dealt to threads.
+enum class Split {
+  kNone,   // one thread runs it
+  kRows,   // each thread runs all steps for its rows of the batch, without waiting for the others
+  kUnits,  // each thread computes its hidden units for the whole batch; one barrier per step
+};
+
+struct Plan {
+  int threads;
+  Split split;
+  bool pack_ih, pack_hh;  // whether the weights are packed into panels or read as they lie
+  int64_t block_steps;    // steps between input projection (forward) or gradient products (backward)
+};
+
+// The recurrent product of one step as the planner sees it: rows times panels of packed weights.
+struct StepShape {
+  int64_t rows;        // B
+  int64_t panels;      // panels of the right-hand side
+  int64_t depth;       // length of the sums
+  int vectors;         // vectors of columns in a panel
+  int tile_rows;       // rows of the register tile
+  int element_bytes;   // of the compute type
+  int lanes;           // elements of a vector
+  double cell_cycles;  // gate maths for one row of one panel
+};
+
+Plan plan_forward(const Sizes& size, const StepShape& step, const Machine& machine);
+Plan plan_backward(const Sizes& size, const StepShape& step, const Machine& machine);
+
+}  // namespace rnnfast::cpu

@@ -1,0 +1,225 @@
+// SIMD vectors, conversions and activation functions, written once with the compiler's generic vectors.
+// Included inside an instruction set's namespace (see isa.h); RNNFAST_VECTOR_BYTES is its vector width.
+
+template <class A>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  typedef float type __attribute__((vector_size(RNNFAST_VECTOR_BYTES)));
+  typedef float unaligned __attribute__((vector_size(RNNFAST_VECTOR_BYTES), aligned(4), may_alias));
+  typedef int32_t integer __attribute__((vector_size(RNNFAST_VECTOR_BYTES)));
+};
+template <>
+struct VectorOf<double> {
+  typedef double type __attribute__((vector_size(RNNFAST_VECTOR_BYTES)));
+  typedef double unaligned
+      __attribute__((vector_size(RNNFAST_VECTOR_BYTES), aligned(8), may_alias));
+  typedef int64_t integer __attribute__((vector_size(RNNFAST_VECTOR_BYTES)));
+};
+template <class A>
+using Vec = typename VectorOf<A>::type;
+template <class A>
+inline constexpr int kLanes = RNNFAST_VECTOR_BYTES / int(sizeof(A));
+
+typedef uint32_t VecU32 __attribute__((vector_size(RNNFAST_VECTOR_BYTES)));
+typedef uint16_t HalfBits __attribute__((vector_size(RNNFAST_VECTOR_BYTES / 2)));
+typedef uint16_t HalfBitsUnaligned
+    __attribute__((vector_size(RNNFAST_VECTOR_BYTES / 2), aligned(2), may_alias));
+
+template <class To, class From>
+RNNFAST_HD To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  __builtin_memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+// ---- load and store, with conversion between the storage type and the compute type ----
+
+RNNFAST_HD Vec<float> load(const float* p) {
+  return *reinterpret_cast<const VectorOf<float>::unaligned*>(p);
+}
+RNNFAST_HD Vec<double> load(const double* p) {
+  return *reinterpret_cast<const VectorOf<double>::unaligned*>(p);
+}
+RNNFAST_HD void store(float* p, Vec<float> v) {
+  *reinterpret_cast<VectorOf<float>::unaligned*>(p) = v;
+}
+RNNFAST_HD void store(double* p, Vec<double> v) {
+  *reinterpret_cast<VectorOf<double>::unaligned*>(p) = v;
+}
+
+RNNFAST_HD VecU32 load_bits(const void* p) {
+  return __builtin_convertvector(HalfBits(*static_cast<const HalfBitsUnaligned*>(p)), VecU32);
+}
+RNNFAST_HD void store_bits(void* p, VecU32 bits) {
+  *static_cast<HalfBitsUnaligned*>(p) = __builtin_convertvector(bits, HalfBits);
+}
+
+RNNFAST_HD Vec<float> load(const bf16* p) { return bit_cast<Vec<float>>(load_bits(p) << 16); }
+RNNFAST_HD void store(bf16* p, Vec<float> v) {
+  const VecU32 u = bit_cast<VecU32>(v);
+  const VecU32 rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;  // to nearest, ties to even
+  store_bits(p, v == v ? rounded : (u >> 16) | 0x40);           // NaN stays a quiet NaN
+}
+
+RNNFAST_HD Vec<float> load(const f16* p) {
+  const VecU32 h = load_bits(p);
+  const VecU32 magnitude = (h & 0x7fff) << 13;
+  // scaling by 2^112 moves the exponent bias from 15 to 127, subnormal numbers included
+  const VecU32 finite = bit_cast<VecU32>(bit_cast<Vec<float>>(magnitude) * 0x1p112f);
+  const VecU32 special = magnitude | 0x7f800000;
+  return bit_cast<Vec<float>>((magnitude < 0x0f800000 ? finite : special) | ((h & 0x8000) << 16));
+}
+RNNFAST_HD void store(f16* p, Vec<float> v) {
+  const VecU32 u = bit_cast<VecU32>(v);
+  const VecU32 magnitude = u & 0x7fffffff;
+  const VecU32 normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  // adding 0.5 lets the adder round a number below 2^-14 at the last bit of a half
+  const VecU32 subnormal =
+      bit_cast<VecU32>(bit_cast<Vec<float>>(magnitude) + 0.5f) - 0x3f000000u;
+  const VecU32 special = magnitude > 0x7f800000 ? VecU32{} + 0x7e00 : VecU32{} + 0x7c00;
+  const VecU32 finite = magnitude < 0x38800000 ? subnormal : normal;
+  store_bits(p, (magnitude < 0x47800000 ? finite : special) | ((u >> 16) & 0x8000));
+}
+
+// The first n lanes only; lanes beyond are zero, and memory beyond is not touched.
+template <class S>
+RNNFAST_HD Vec<Compute<S>> load(const S* p, int64_t n) {
+  constexpr int lanes = kLanes<Compute<S>>;
+  if (n >= lanes) return load(p);
+  S part[lanes] = {};
+  for (int64_t i = 0; i < n; ++i) part[i] = p[i];
+  return load(part);
+}
+template <class S>
+RNNFAST_HD void store(S* p, Vec<Compute<S>> v, int64_t n) {
+  constexpr int lanes = kLanes<Compute<S>>;
+  if (n >= lanes) return store(p, v);
+  S part[lanes];
+  store(part, v);
+  for (int64_t i = 0; i < n; ++i) p[i] = part[i];
+}
+
+// to[0:n] = from[0:n] across number types; a null source stands for zeros
+template <class To, class From>
+void convert(To* to, const From* from, int64_t n) {
+  using A = Compute<From>;
+  for (int64_t i = 0; i < n; i += kLanes<A>)
+    store(to + i, from ? load(from + i, n - i) : Vec<A>{}, n - i);
+}
+
+// ---- transposition ----
+
+template <class V, int... I>
+RNNFAST_HD V interleave(V a, V b, int first, std::integer_sequence<int, I...>) {
+  constexpr int lanes = sizeof...(I);
+#if defined(__clang__)
+  return first ? __builtin_shufflevector(a, b, (lanes / 2 + I / 2 + (I & 1) * lanes)...)
+               : __builtin_shufflevector(a, b, (I / 2 + (I & 1) * lanes)...);
+#else
+  using Index = typename VectorOf<std::decay_t<decltype(a[0])>>::integer;
+  return first ? __builtin_shuffle(a, b, Index{(lanes / 2 + I / 2 + (I & 1) * lanes)...})
+               : __builtin_shuffle(a, b, Index{(I / 2 + (I & 1) * lanes)...});
+#endif
+}
+
+// rows[i][j] <-> rows[j][i], as log2(lanes) rounds of perfect shuffles
+template <class A>
+RNNFAST_HD void transpose(Vec<A> (&rows)[kLanes<A>]) {
+  constexpr int lanes = kLanes<A>;
+  constexpr auto order = std::make_integer_sequence<int, lanes>();
+#pragma GCC unroll 8
+  for (int round = 1; round < lanes; round *= 2) {
+    Vec<A> next[lanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes / 2; ++i) {
+      next[2 * i] = interleave(rows[i], rows[i + lanes / 2], 0, order);
+      next[2 * i + 1] = interleave(rows[i], rows[i + lanes / 2], 1, order);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) rows[i] = next[i];
+  }
+}
+
+// sums[j] = the sum over the lanes of v[j]: pairs are folded while transposing
+template <class A>
+RNNFAST_HD Vec<A> lane_sums(Vec<A> (&v)[kLanes<A>]) {
+  constexpr int lanes = kLanes<A>;
+  constexpr auto order = std::make_integer_sequence<int, lanes>();
+#pragma GCC unroll 8
+  for (int half = lanes / 2; half > 0; half /= 2) {
+#pragma GCC unroll 16
+    for (int i = 0; i < half; ++i)
+      v[i] = interleave(v[i], v[i + half], 0, order) + interleave(v[i], v[i + half], 1, order);
+  }
+  return v[0];
+}
+
+// ---- activation functions, a few ulp over the whole range ----
+
+template <class A>
+struct ExpConstants;
+template <>
+struct ExpConstants<float> {
+  static constexpr float kLog2E = 0x1.715476p0f;
+  static constexpr float kLn2High = 0x1.62e4p-1f, kLn2Low = 0x1.7f7d1cp-20f;
+  static constexpr float kRound = 0x1.8p23f;  // adding it leaves the nearest integer in the mantissa
+  static constexpr float kLimit = 87.0f;      // exp stays a normal number within +-limit
+  static constexpr int kMantissa = 23, kBias = 127, kTerms = 7;
+};
+template <>
+struct ExpConstants<double> {
+  static constexpr double kLog2E = 0x1.71547652b82fep0;
+  static constexpr double kLn2High = 0x1.62e42fefa38p-1, kLn2Low = 0x1.ef35793c7673p-45;
+  static constexpr double kRound = 0x1.8p52;
+  static constexpr double kLimit = 708.0;
+  static constexpr int kMantissa = 52, kBias = 1023, kTerms = 13;
+};
+
+template <class A>
+constexpr A inverse_factorial(int k) {
+  return k <= 1 ? A(1) : A(1) / A(k) * inverse_factorial<A>(k - 1);
+}
+
+// exp(x) = scale + scale * rest with scale a power of two and rest = expm1(x - log(scale))
+template <class A>
+struct ExpParts {
+  Vec<A> scale, rest;
+};
+
+template <class A>
+RNNFAST_HD ExpParts<A> exp_parts(Vec<A> x) {
+  using C = ExpConstants<A>;
+  using Integer = typename VectorOf<A>::integer;
+  x = x < -C::kLimit ? Vec<A>{} - C::kLimit : x;
+  x = x > C::kLimit ? Vec<A>{} + C::kLimit : x;
+  const Vec<A> shifted = x * C::kLog2E + C::kRound;
+  const Vec<A> n = shifted - C::kRound;
+  const Vec<A> r = (x - n * C::kLn2High) - n * C::kLn2Low;  // |r| <= ln(2) / 2
+  const Integer exponent = bit_cast<Integer>(shifted) + C::kBias;
+  Vec<A> p = Vec<A>{} + inverse_factorial<A>(C::kTerms);  // Taylor series of expm1(r) / r
+#pragma GCC unroll 16
+  for (int k = C::kTerms - 1; k > 0; --k) p = p * r + inverse_factorial<A>(k);
+  return {bit_cast<Vec<A>>(exponent << C::kMantissa), p * r};
+}
+
+struct Math {
+  template <class V, class A = std::decay_t<decltype(V{}[0])>>
+  RNNFAST_HD static V sigmoid(V x) {
+    const auto [scale, rest] = exp_parts<A>(-x);
+    return 1 / ((1 + scale) + scale * rest);
+  }
+
+  // tanh |x| = -t / (2 + t) with t = expm1(-2 |x|), exact to a few ulp for small x as well
+  template <class V, class A = std::decay_t<decltype(V{}[0])>>
+  RNNFAST_HD static V tanh(V x) {
+    using Integer = typename VectorOf<A>::integer;
+    constexpr auto sign = Integer{} + (decltype(Integer{}[0] + 0)(1) << (sizeof(A) * 8 - 1));
+    const Integer x_sign = bit_cast<Integer>(x) & sign;
+    const V magnitude = bit_cast<V>(bit_cast<Integer>(x) & ~sign);
+    const auto [scale, rest] = exp_parts<A>(-2 * magnitude);
+    const V t = scale * rest + (scale - 1);
+    return bit_cast<V>(bit_cast<Integer>(-t / (2 + t)) | x_sign);
+  }
+};

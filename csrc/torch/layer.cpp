@@ -1,0 +1,176 @@
+#include "torch/layer.h"
+
+#include <string>
+
+#include "cells/elman.h"
+#include "cells/gru.h"
+#include "cells/lstm.h"
+
+namespace rnnfast {
+namespace {
+
+template <class Cell>
+constexpr CellInfo row(const char* name, CellKind kind) {
+  return {name, kind, Cell::kGates, Cell::kSaved, Cell::kGradBlocks, Cell::kHasCell};
+}
+// in the order of CellKind
+constexpr CellInfo kTable[kCells] = {
+    row<ElmanTanh>("elman_tanh", CellKind::kElmanTanh),
+    row<ElmanRelu>("elman_relu", CellKind::kElmanRelu),
+    row<Gru>("gru", CellKind::kGru),
+    row<Lstm>("lstm", CellKind::kLstm),
+};
+
+struct Checker {
+  const CellInfo& cell;
+  const at::Tensor& x;
+
+  at::Tensor operator()(const at::Tensor& t, const char* name, at::IntArrayRef shape) const {
+    TORCH_CHECK(t.sizes() == shape, "rnnfast::", cell.name, ": expected ", name, " of shape ",
+                shape, ", got ", t.sizes());
+    TORCH_CHECK(t.scalar_type() == x.scalar_type(), "rnnfast::", cell.name, ": expected ", name,
+                " to have x's dtype ", x.scalar_type(), ", got ", t.scalar_type());
+    TORCH_CHECK(t.device() == x.device(), "rnnfast::", cell.name, ": expected ", name,
+                " on x's device ", x.device(), ", got ", t.device());
+    return t.contiguous();
+  }
+  at::Tensor operator()(const std::optional<at::Tensor>& t, const char* name,
+                        at::IntArrayRef shape) const {
+    return t.has_value() && t->defined() ? (*this)(*t, name, shape) : at::Tensor();
+  }
+};
+
+at::Tensor last_stride_one(const at::Tensor& t) {
+  return t.stride(-1) == 1 || t.size(-1) == 1 ? t : t.contiguous();
+}
+
+}  // namespace
+
+const CellInfo& cell_info(CellKind kind) { return kTable[int(kind)]; }
+
+const CellInfo& cell_info(const std::string& name) {
+  for (const CellInfo& one : kTable)
+    if (name == one.name) return one;
+  TORCH_CHECK_VALUE(false, "rnnfast: no cell is called '", name,
+                    "'; expected elman_tanh, elman_relu, gru or lstm");
+}
+
+Dtype dtype_of(const at::Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kDouble:
+      return Dtype::kFloat64;
+    case at::kFloat:
+      return Dtype::kFloat32;
+    case at::kBFloat16:
+      return Dtype::kBFloat16;
+    case at::kHalf:
+      return Dtype::kFloat16;
+    default:
+      TORCH_CHECK(false, "rnnfast: expected float64, float32, bfloat16 or float16, got ",
+                  t.scalar_type());
+  }
+}
+
+at::ScalarType compute_type(at::ScalarType storage) {
+  return storage == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+LayerInputs check_inputs(const CellInfo& cell, const at::Tensor& x, const at::Tensor& h0,
+                         const at::Tensor& c0, const at::Tensor& w_ih, const at::Tensor& w_hh,
+                         const std::optional<at::Tensor>& b_ih,
+                         const std::optional<at::Tensor>& b_hh, bool reverse) {
+  TORCH_CHECK(x.dim() == 3, "rnnfast::", cell.name, ": expected x of shape (T, B, I), got ",
+              x.sizes());
+  TORCH_CHECK(h0.dim() == 2, "rnnfast::", cell.name, ": expected h0 of shape (B, H), got ",
+              h0.sizes());
+  dtype_of(x);
+  const int64_t B = x.size(1), I = x.size(2), H = h0.size(1), rows = cell.gates * H;
+  const Checker check{cell, x};
+  LayerInputs in;
+  in.x = last_stride_one(x);
+  in.h0 = check(h0, "h0", {B, H});
+  if (cell.has_cell) in.c0 = check(c0, "c0", {B, H});
+  in.w_ih = check(w_ih, "w_ih", {rows, I});
+  in.w_hh = check(w_hh, "w_hh", {rows, H});
+  in.b_ih = check(b_ih, "b_ih", {rows});
+  in.b_hh = check(b_hh, "b_hh", {rows});
+  TORCH_CHECK(in.b_ih.defined() == in.b_hh.defined(), "rnnfast::", cell.name,
+              ": expected both b_ih and b_hh, or neither");
+  in.reverse = reverse;
+  return in;
+}
+
+LayerOutputs check_saved(const CellInfo& cell, const LayerInputs& in, const at::Tensor& y,
+                         const at::Tensor& gates, const at::Tensor& cells) {
+  const auto [T, B, I, H] = in.sizes();
+  const Checker check{cell, in.x};
+  LayerOutputs out;
+  out.y = check(y, "y", {T, B, H});
+  out.gates = check(gates, "gates", {T, B, cell.saved * H});
+  if (cell.has_cell) {
+    TORCH_CHECK(cells.sizes() == at::IntArrayRef({T, B, H}) && cells.device() == in.x.device() &&
+                    cells.scalar_type() == compute_type(in.x.scalar_type()),
+                "rnnfast::", cell.name, ": expected the cells that the forward saved, got ",
+                cells.sizes(), " of ", cells.scalar_type());
+    out.cells = cells.contiguous();
+  }
+  return out;
+}
+
+LayerGradOutputs check_grad_outputs(const CellInfo& cell, const LayerInputs& in,
+                                    const std::optional<at::Tensor>& y,
+                                    const std::optional<at::Tensor>& h_n,
+                                    const std::optional<at::Tensor>& c_n) {
+  const auto [T, B, I, H] = in.sizes();
+  const Checker check{cell, in.x};
+  return {check(y, "grad_y", {T, B, H}), check(h_n, "grad_h_n", {B, H}),
+          check(c_n, "grad_c_n", {B, H})};
+}
+
+LayerOutputs allocate_outputs(const CellInfo& cell, const LayerInputs& in, bool save) {
+  const auto [T, B, I, H] = in.sizes();
+  const auto options = in.x.options();
+  const auto compute = options.dtype(compute_type(in.x.scalar_type()));
+  LayerOutputs out;
+  out.y = at::empty({T, B, H}, options);
+  out.h_n = at::empty({B, H}, options);
+  out.gates = save ? at::empty({T, B, cell.saved * H}, options) : at::empty({0}, options);
+  if (cell.has_cell) {
+    out.c_n = at::empty({B, H}, options);
+    out.cells = save ? at::empty({T, B, H}, compute) : at::empty({0}, compute);
+  }
+  return out;
+}
+
+LayerGrads allocate_grads(const CellInfo& cell, const LayerInputs& in, at::ArrayRef<bool> mask) {
+  const size_t count = cell.has_cell ? 7 : 6;
+  TORCH_CHECK(mask.size() == count, "rnnfast::", cell.name, "_backward: expected a mask of ", count,
+              " entries, got ", mask.size());
+  const auto options = in.x.options();
+  const auto compute = options.dtype(compute_type(in.x.scalar_type()));
+  size_t next = 0;
+  const auto allocate = [&](const at::Tensor& like, const at::TensorOptions& opts) {
+    const bool wanted = mask[next++] && like.defined();
+    return wanted ? at::empty(like.sizes(), opts) : at::Tensor();
+  };
+  LayerGrads grads;
+  grads.x = allocate(in.x, options);
+  grads.h0 = allocate(in.h0, options);
+  if (cell.has_cell) grads.c0 = allocate(in.c0, options);
+  grads.w_ih = allocate(in.w_ih, compute);
+  grads.w_hh = allocate(in.w_hh, compute);
+  grads.b_ih = allocate(in.b_ih, compute);
+  grads.b_hh = allocate(in.b_hh, compute);
+  return grads;
+}
+
+void finish_grads(const LayerInputs& in, LayerGrads& grads) {
+  const auto storage = in.x.scalar_type();
+  for (at::Tensor* grad : {&grads.w_ih, &grads.w_hh, &grads.b_ih, &grads.b_hh})
+    if (grad->defined()) *grad = grad->to(storage);
+  for (at::Tensor* grad : {&grads.x, &grads.h0, &grads.c0, &grads.w_ih, &grads.w_hh, &grads.b_ih,
+                           &grads.b_hh})
+    if (!grad->defined()) *grad = at::empty({0}, in.x.options());
+}
+
+}  // namespace rnnfast

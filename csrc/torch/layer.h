@@ -1,0 +1,91 @@
+// One layer in one direction, as tensors: what every device shares before and after its kernels.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <optional>
+#include <vector>
+
+#include "cells/common.h"
+#include "cpu/plan.h"
+
+namespace rnnfast {
+
+// The row of a cell in the op table.
+struct CellInfo {
+  const char* name;
+  CellKind kind;
+  int gates;        // G: blocks of H rows in w_ih and w_hh
+  int saved;        // K: blocks of H columns in `gates`
+  int grad_blocks;  // blocks of H gate gradients per step
+  bool has_cell;    // a second state c
+};
+const CellInfo& cell_info(CellKind kind);
+// Throws for a name that is no cell's.
+const CellInfo& cell_info(const std::string& name);
+
+using cpu::Sizes;
+
+struct LayerInputs {
+  at::Tensor x;         // (T, B, I), last stride 1
+  at::Tensor h0, c0;    // (B, H); c0 undefined where the cell has none
+  at::Tensor w_ih;      // (G*H, I)
+  at::Tensor w_hh;      // (G*H, H)
+  at::Tensor b_ih, b_hh;  // (G*H), or both undefined
+  bool reverse;
+
+  Sizes sizes() const { return {x.size(0), x.size(1), x.size(2), h0.size(1)}; }
+};
+
+struct LayerOutputs {
+  at::Tensor y;         // (T, B, H)
+  at::Tensor h_n, c_n;  // (B, H)
+  at::Tensor gates;     // (T, B, K*H), or (0) when nothing is saved
+  at::Tensor cells;     // (T, B, H) in the compute type, or (0)
+};
+
+struct LayerGradOutputs {
+  at::Tensor y;         // (T, B, H), last stride 1, or undefined for zeros
+  at::Tensor h_n, c_n;  // (B, H) or undefined
+};
+
+// Each in the order of the ops' results; undefined where not wanted.
+struct LayerGrads {
+  at::Tensor x, h0, c0, w_ih, w_hh, b_ih, b_hh;
+};
+
+// Checks shapes, dtypes and devices of a call and brings the tensors into the layouts above.
+LayerInputs check_inputs(const CellInfo& cell, const at::Tensor& x, const at::Tensor& h0,
+                         const at::Tensor& c0, const at::Tensor& w_ih, const at::Tensor& w_hh,
+                         const std::optional<at::Tensor>& b_ih,
+                         const std::optional<at::Tensor>& b_hh, bool reverse);
+LayerOutputs check_saved(const CellInfo& cell, const LayerInputs& in, const at::Tensor& y,
+                         const at::Tensor& gates, const at::Tensor& cells);
+LayerGradOutputs check_grad_outputs(const CellInfo& cell, const LayerInputs& in,
+                                    const std::optional<at::Tensor>& y,
+                                    const std::optional<at::Tensor>& h_n,
+                                    const std::optional<at::Tensor>& c_n);
+
+LayerOutputs allocate_outputs(const CellInfo& cell, const LayerInputs& in, bool save);
+// Gradients of parameters are in the compute type, for the caller to round with finish_grads.
+LayerGrads allocate_grads(const CellInfo& cell, const LayerInputs& in, at::ArrayRef<bool> mask);
+void finish_grads(const LayerInputs& in, LayerGrads& grads);
+
+Dtype dtype_of(const at::Tensor& t);
+at::ScalarType compute_type(at::ScalarType storage);
+
+inline void* data_or_null(const at::Tensor& t) { return t.defined() ? t.data_ptr() : nullptr; }
+
+// A device's kernels. Sizes are positive; every output is written in full.
+struct CpuDevice {
+  static void forward(const CellInfo& cell, const LayerInputs& in, LayerOutputs& out, bool save);
+  static void backward(const CellInfo& cell, const LayerGradOutputs& grad_out,
+                       const LayerInputs& in, const LayerOutputs& out, LayerGrads& grads);
+};
+struct CudaDevice {
+  static void forward(const CellInfo& cell, const LayerInputs& in, LayerOutputs& out, bool save);
+  static void backward(const CellInfo& cell, const LayerGradOutputs& grad_out,
+                       const LayerInputs& in, const LayerOutputs& out, LayerGrads& grads);
+};
+
+}  // namespace rnnfast

@@ -1,0 +1,75 @@
+// The Python module rnnfast._C: loading it registers the ops; its functions tell and set what runs.
+#include <torch/extension.h>
+
+#include "cpu/sequence.h"
+#include "torch/layer.h"
+
+namespace rnnfast {
+
+cpu::Machine this_machine();
+
+namespace {
+
+namespace py = pybind11;
+
+py::dict built_with() {
+  py::dict facts;
+#ifdef RNNFAST_WITH_CUDA
+  facts["cuda"] = true;
+  facts["cuda_arch"] = py::str(RNNFAST_CUDA_ARCHS).attr("split")(" ");
+#else
+  facts["cuda"] = false;
+  facts["cuda_arch"] = py::list();
+#endif
+#if defined(__clang__)
+  facts["compiler"] = "clang " __clang_version__;
+#else
+  facts["compiler"] = "gcc " __VERSION__;
+#endif
+  facts["torch"] = TORCH_VERSION;
+  return facts;
+}
+
+Dtype dtype_named(const std::string& name) {
+  const char* names[kDtypes] = {"float64", "float32", "bfloat16", "float16"};
+  for (int i = 0; i < kDtypes; ++i)
+    if (name == names[i]) return Dtype(i);
+  throw py::value_error("expected dtype float64, float32, bfloat16 or float16, got '" + name + "'");
+}
+
+py::dict plan(const std::string& cell, int64_t T, int64_t B, int64_t I, int64_t H,
+              const std::string& dtype, int threads, bool backward) {
+  if (T < 1 || B < 1 || I < 0 || H < 1 || threads < 1)
+    throw py::value_error("expected positive sizes and threads");
+  const cpu::Kernels& kernels = cpu::kernels(cell_info(cell).kind, dtype_named(dtype));
+  const cpu::Sizes size{T, B, I, H};
+  cpu::Machine machine = this_machine();
+  machine.threads = threads;
+  const cpu::Plan plan =
+      backward ? kernels.plan_backward(size, machine) : kernels.plan_forward(size, machine);
+  const char* splits[] = {"none", "rows", "units"};
+  py::dict facts;
+  facts["threads"] = plan.threads;
+  facts["split"] = splits[int(plan.split)];
+  facts["pack_ih"] = plan.pack_ih;
+  facts["pack_hh"] = plan.pack_hh;
+  facts["block_steps"] = plan.block_steps;
+  facts["workspace_bytes"] = backward ? kernels.backward_workspace(size, plan)
+                                      : kernels.forward_workspace(size, plan);
+  return facts;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.doc() = "rnnfast's compiled kernels; importing it registers torch.ops.rnnfast.";
+  m.def("built_with", &built_with);
+  m.def("cpu_capabilities", &cpu::capabilities);
+  m.def("get_cpu_capability", &cpu::capability);
+  m.def("set_cpu_capability", &cpu::set_capability, py::arg("name"));
+  m.def("plan", &plan, py::arg("cell"), py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"),
+        py::arg("dtype") = "float32", py::arg("threads") = 1, py::arg("backward") = false);
+  cpu::capability();  // an unusable RNNFAST_CPU_CAPABILITY is reported at import
+}
+
+}  // namespace rnnfast

@@ -1,0 +1,149 @@
+// The ops' schemas and their registration: checks and allocation here, kernels behind a Device.
+#include <torch/library.h>
+
+#include "torch/layer.h"
+
+namespace rnnfast {
+namespace {
+
+using at::Tensor;
+using Optional = const std::optional<Tensor>&;
+using Mask = c10::List<bool>;
+
+bool is_empty(const LayerInputs& in) { return in.x.size(0) == 0 || in.h0.numel() == 0; }
+
+template <class Device>
+LayerOutputs forward(const CellInfo& cell, const LayerInputs& in, bool save) {
+  LayerOutputs out = allocate_outputs(cell, in, save);
+  if (!is_empty(in)) {
+    Device::forward(cell, in, out, save);
+  } else {
+    out.h_n.copy_(in.h0);
+    if (cell.has_cell) out.c_n.copy_(in.c0);
+  }
+  return out;
+}
+
+template <class Device>
+LayerGrads backward(const CellInfo& cell, const LayerGradOutputs& grad_out, const LayerInputs& in,
+                    const LayerOutputs& out, const Mask& mask) {
+  const c10::SmallVector<bool, 8> wanted(mask.begin(), mask.end());
+  LayerGrads grads = allocate_grads(cell, in, wanted);
+  if (!is_empty(in)) {
+    Device::backward(cell, grad_out, in, out, grads);
+  } else {
+    const auto set = [](Tensor& grad, const Tensor& value) {
+      if (!grad.defined()) return;
+      value.defined() ? (void)grad.copy_(value) : (void)grad.zero_();
+    };
+    set(grads.x, {}), set(grads.h0, grad_out.h_n), set(grads.c0, grad_out.c_n);
+    set(grads.w_ih, {}), set(grads.w_hh, {}), set(grads.b_ih, {}), set(grads.b_hh, {});
+  }
+  finish_grads(in, grads);
+  return grads;
+}
+
+// Cells with one state.
+template <class Device, CellKind kind>
+struct OneState {
+  static std::tuple<Tensor, Tensor, Tensor> run(const Tensor& x, const Tensor& h0,
+                                                const Tensor& w_ih, const Tensor& w_hh,
+                                                Optional b_ih, Optional b_hh, bool reverse,
+                                                bool save) {
+    const CellInfo& cell = cell_info(kind);
+    const LayerInputs in = check_inputs(cell, x, h0, {}, w_ih, w_hh, b_ih, b_hh, reverse);
+    LayerOutputs out = forward<Device>(cell, in, save);
+    return {out.y, out.h_n, out.gates};
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> run_backward(
+      Optional grad_y, Optional grad_h_n, const Tensor& x, const Tensor& h0, const Tensor& w_ih,
+      const Tensor& w_hh, Optional b_ih, Optional b_hh, const Tensor& y, const Tensor& gates,
+      bool reverse, Mask mask) {
+    const CellInfo& cell = cell_info(kind);
+    const LayerInputs in = check_inputs(cell, x, h0, {}, w_ih, w_hh, b_ih, b_hh, reverse);
+    const LayerOutputs out = check_saved(cell, in, y, gates, {});
+    const LayerGradOutputs grad_out = check_grad_outputs(cell, in, grad_y, grad_h_n, {});
+    LayerGrads g = backward<Device>(cell, grad_out, in, out, mask);
+    return {g.x, g.h0, g.w_ih, g.w_hh, g.b_ih, g.b_hh};
+  }
+};
+
+// Cells with a second state c.
+template <class Device, CellKind kind>
+struct TwoStates {
+  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run(
+      const Tensor& x, const Tensor& h0, const Tensor& c0, const Tensor& w_ih, const Tensor& w_hh,
+      Optional b_ih, Optional b_hh, bool reverse, bool save) {
+    const CellInfo& cell = cell_info(kind);
+    const LayerInputs in = check_inputs(cell, x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse);
+    LayerOutputs out = forward<Device>(cell, in, save);
+    return {out.y, out.h_n, out.c_n, out.gates, out.cells};
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> run_backward(
+      Optional grad_y, Optional grad_h_n, Optional grad_c_n, const Tensor& x, const Tensor& h0,
+      const Tensor& c0, const Tensor& w_ih, const Tensor& w_hh, Optional b_ih, Optional b_hh,
+      const Tensor& y, const Tensor& gates, const Tensor& cells, bool reverse, Mask mask) {
+    const CellInfo& cell = cell_info(kind);
+    const LayerInputs in = check_inputs(cell, x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse);
+    const LayerOutputs out = check_saved(cell, in, y, gates, cells);
+    const LayerGradOutputs grad_out = check_grad_outputs(cell, in, grad_y, grad_h_n, grad_c_n);
+    LayerGrads g = backward<Device>(cell, grad_out, in, out, mask);
+    return {g.x, g.h0, g.c0, g.w_ih, g.w_hh, g.b_ih, g.b_hh};
+  }
+};
+
+std::string schema(const CellInfo& cell) {
+  const std::string c0 = cell.has_cell ? "Tensor c0, " : "";
+  const std::string results =
+      cell.has_cell ? "(Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)"
+                    : "(Tensor y, Tensor h_n, Tensor gates)";
+  return std::string(cell.name) + "(Tensor x, Tensor h0, " + c0 +
+         "Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, bool reverse, bool save) -> " +
+         results;
+}
+
+std::string backward_schema(const CellInfo& cell) {
+  const std::string grad_c_n = cell.has_cell ? "Tensor? grad_c_n, " : "";
+  const std::string c0 = cell.has_cell ? "Tensor c0, " : "";
+  const std::string cells = cell.has_cell ? "Tensor cells, " : "";
+  const std::string grad_c0 = cell.has_cell ? "Tensor grad_c0, " : "";
+  return std::string(cell.name) + "_backward(Tensor? grad_y, Tensor? grad_h_n, " + grad_c_n +
+         "Tensor x, Tensor h0, " + c0 +
+         "Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor y, Tensor gates, " + cells +
+         "bool reverse, bool[] mask) -> (Tensor grad_x, Tensor grad_h0, " + grad_c0 +
+         "Tensor grad_w_ih, Tensor grad_w_hh, Tensor grad_b_ih, Tensor grad_b_hh)";
+}
+
+template <class Op>
+void implement(torch::Library& library, CellKind kind) {
+  const std::string name = cell_info(kind).name;
+  library.impl(name.c_str(), TORCH_FN(Op::run));
+  library.impl((name + "_backward").c_str(), TORCH_FN(Op::run_backward));
+}
+
+template <class Device>
+void implement_all(torch::Library& library) {
+  implement<OneState<Device, CellKind::kElmanTanh>>(library, CellKind::kElmanTanh);
+  implement<OneState<Device, CellKind::kElmanRelu>>(library, CellKind::kElmanRelu);
+  implement<OneState<Device, CellKind::kGru>>(library, CellKind::kGru);
+  implement<TwoStates<Device, CellKind::kLstm>>(library, CellKind::kLstm);
+}
+
+}  // namespace
+
+TORCH_LIBRARY(rnnfast, library) {
+  for (int kind = 0; kind < kCells; ++kind) {
+    library.def(schema(cell_info(CellKind(kind))).c_str());
+    library.def(backward_schema(cell_info(CellKind(kind))).c_str());
+  }
+}
+
+TORCH_LIBRARY_IMPL(rnnfast, CPU, library) { implement_all<CpuDevice>(library); }
+
+#ifdef RNNFAST_WITH_CUDA
+TORCH_LIBRARY_IMPL(rnnfast, CUDA, library) { implement_all<CudaDevice>(library); }
+#endif
+
+}  // namespace rnnfast
