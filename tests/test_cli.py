@@ -87,8 +87,14 @@ def test_train_is_repeatable(text_file, tmp_path, capsys):
         assert train(text_file, tmp_path / run, "--epochs", 1, "--seed", 3) == 0
         outputs.append(capsys.readouterr().out.split("\ntraining speed")[0])
     assert outputs[0] == outputs[1]
+    assert "time limit" not in outputs[0]
     weights = [(tmp_path / run / checkpoint.FILE_NAME).read_bytes() for run in "ab"]
     assert weights[0] == weights[1]
+
+
+def test_train_says_when_its_time_is_over(text_file, tmp_path, capsys):
+    assert train(text_file, tmp_path, "--epochs", 10**6, "--max-seconds", 0.3) == 0
+    assert "the time limit of 0.3 s ended the training" in capsys.readouterr().out
 
 
 def test_generate_follows_its_seed(folder, capsys):

@@ -111,6 +111,7 @@ def _train(
 ) -> tuple[list[int], list[float]]:
     """Train behind a progress bar; returns characters read so far, and loss, for each step."""
     characters, losses = [0], []
+    deadline = time.monotonic() + settings.max_seconds
     with tqdm(
         total=settings.epochs * len(tokens),
         desc="training",
@@ -124,6 +125,8 @@ def _train(
             losses.append(step.bits_per_char)
             bar.set_postfix_str(f"loss {step.bits_per_char:.2f} bits/char", refresh=False)
             bar.update(step.characters)
+    if time.monotonic() > deadline:
+        print(f"the time limit of {settings.max_seconds:g} s ended the training")
     return characters[1:], losses
 
 
