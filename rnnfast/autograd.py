@@ -49,12 +49,24 @@ def layer(
 
     The extension must be there, and no torch.func transform or forward-mode AD may be active.
     """
-    tensors = (x, *states, w_ih, w_hh, b_ih, b_hh)
+    tensors: tuple[Tensor | None, ...] = (x, *states, w_ih, w_hh, b_ih, b_hh)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        if torch.compiler.is_compiling():
+            tensors = _distinct(tensors)
         outputs = _Layer.apply(cell.name, reverse, *tensors)
     else:
         outputs = _OPERATORS[cell.name].forward(*tensors, reverse, False)
     return outputs[0], outputs[1 : 1 + cell.states]
+
+
+def _distinct(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Replaces repeated tensors by views: torch.compile takes none twice in one Function."""
+    distinct: list[Tensor | None] = []
+    for tensor in tensors:
+        if tensor is not None and any(tensor is other for other in distinct):
+            tensor = tensor.view_as(tensor)
+        distinct.append(tensor)
+    return tuple(distinct)
 
 
 class _Layer(torch.autograd.Function):
@@ -90,10 +102,10 @@ class _Layer(torch.autograd.Function):
 
 
 class _LayerBackward(torch.autograd.Function):
-    """(cell, reverse, mask, *grads of y and final states, *tensors, y, *saved) -> *grads of tensors.
+    """(cell, reverse, mask, *grads, *tensors, y, *saved) -> *gradients of tensors.
 
-    ``tensors`` are x, *states, w_ih, w_hh, b_ih, b_hh. A gradient that ``mask`` does not ask for is
-    an empty tensor.
+    ``grads`` are those of y and the final states, ``tensors`` are x, *states, w_ih, w_hh, b_ih,
+    b_hh. A gradient that ``mask`` does not ask for is an empty tensor.
     """
 
     @staticmethod
@@ -111,7 +123,7 @@ class _LayerBackward(torch.autograd.Function):
         third_order = torch.is_grad_enabled()
         with torch.enable_grad():
             # Aliases make the derivatives partial where one argument was computed from another.
-            arguments = [None if t is None else t.view_as(t) for t in ctx.saved_tensors]
+            arguments: list[Any] = [None if t is None else t.view_as(t) for t in ctx.saved_tensors]
             grads = _reference_backward(ctx.cell, ctx.reverse, ctx.mask, *arguments)
         found = [
             (grad, grad_grad)
@@ -134,20 +146,18 @@ class _LayerBackward(torch.autograd.Function):
 
 
 def _reference_backward(
-    cell: str, reverse: bool, mask: list[bool], *arguments: Tensor | None
+    cell: str, reverse: bool, mask: list[bool], *arguments: Any
 ) -> list[Tensor | None]:
     """The backward operator by way of `rnnfast.reference`, as a differentiable function.
 
     It recomputes the forward, and so does without y and what the fused forward saved.
     """
     row = CELLS[cell]
-    grads = arguments[: 1 + row.states]
-    tensors = arguments[1 + row.states :][: len(mask)]
-    x, *others = tensors
+    grads, tensors = arguments[: 1 + row.states], arguments[1 + row.states :][: len(mask)]
+    states = tensors[1 : 1 + row.states]
+    w_ih, w_hh, b_ih, b_hh = tensors[1 + row.states :]
     with torch.enable_grad():
-        y, finals = reference.layer(
-            row, x, tuple(others[: row.states]), *others[row.states :], reverse
-        )
+        y, finals = reference.layer(row, tensors[0], states, w_ih, w_hh, b_ih, b_hh, reverse)
         found = [
             (output, grad)
             for output, grad in zip((y, *finals), grads, strict=True)
@@ -165,11 +175,10 @@ def _reference_backward(
     return [next(results) if needed else None for needed in mask]
 
 
-def _register_fake(cell: Cell) -> None:
+def _register_fakes(cell: Cell) -> None:
     """Tells torch.compile and torch.export the shapes that the operators of ``cell`` return."""
 
-    @torch.library.register_fake(f"rnnfast::{cell.name}")
-    def fake_forward(x: Tensor, *arguments: Any) -> States:
+    def forward(x: Tensor, *arguments: Any) -> States:
         states, save = arguments[: cell.states], arguments[-1]
         steps, (batch, hidden) = x.shape[0], states[0].shape
         y = x.new_empty((steps, batch, hidden))
@@ -177,22 +186,23 @@ def _register_fake(cell: Cell) -> None:
         gates = x.new_empty((steps, batch, cell.saved * hidden) if save else (0,))
         if cell.states == 1:
             return y, *finals, gates
-        cells = torch.empty_like(y, dtype=reference.compute_dtype(x.dtype))
-        return y, *finals, gates, cells if save else cells.new_empty((0,))
+        cells = x.new_empty(y.shape if save else (0,), dtype=reference.compute_dtype(x.dtype))
+        return y, *finals, gates, cells
 
-    @torch.library.register_fake(f"rnnfast::{cell.name}_backward")
-    def fake_backward(*arguments: Any) -> States:
+    def backward(*arguments: Any) -> States:
         *tensors, _, mask = arguments
-        first = 1 + cell.states
-        sources = tensors[first : first + len(mask)]
+        tensors = tensors[1 + cell.states :][: len(mask)]
         return tuple(
-            tensor.new_empty(tensor.shape) if needed else tensors[first].new_empty((0,))
-            for tensor, needed in zip(sources, mask, strict=True)
+            tensor.new_empty(tensor.shape) if needed else tensors[0].new_empty((0,))
+            for tensor, needed in zip(tensors, mask, strict=True)
         )
+
+    torch.library.register_fake(f"rnnfast::{cell.name}", forward)
+    torch.library.register_fake(f"rnnfast::{cell.name}_backward", backward)
 
 
 _OPERATORS: dict[str, _Operators] = {}
 if backend.EXTENSION is not None:
     for _cell in CELLS.values():
         _OPERATORS[_cell.name] = _find_operators(_cell.name)
-        _register_fake(_cell)
+        _register_fakes(_cell)

@@ -43,7 +43,7 @@ EXTENSION, IMPORT_ERROR = _load_extension()
 
 
 def check_name(name: str, origin: str) -> str:
-    """Returns ``name``; raises ValueError unless it names a backend. ``origin`` says who gave it."""
+    """Returns ``name``, given by ``origin``; ValueError if it names no backend."""
     if name not in NAMES:
         raise ValueError(f"{origin} should be one of {', '.join(NAMES)}, got: {name!r}")
     return name
@@ -140,7 +140,8 @@ def _shortfall(device: str, dtype: torch.dtype) -> tuple[str, str]:
 
 
 def _warn_once(cause: str, remedy: str) -> None:
-    if cause not in _warned:
+    # torch.compile cannot trace a warning.
+    if cause not in _warned and not torch.compiler.is_compiling():
         _warned.add(cause)
         warnings.warn(f"rnnfast: torch's own kernels run, as {cause}. {remedy}.", stacklevel=2)
 
@@ -165,7 +166,8 @@ def _version() -> str:
 
 def _extension_report() -> list[str]:
     if EXTENSION is None:
-        return [f"extension    missing: {IMPORT_ERROR}", f"             {_shortfall('cpu', torch.float32)[1]}"]
+        cause, remedy = _shortfall("cpu", torch.float32)
+        return [f"extension    {cause}", f"             {remedy}"]
     built = EXTENSION.built_with()
     cuda = ", ".join(built["cuda_arch"]) if built["cuda"] else "not built"
     return [
@@ -185,8 +187,7 @@ def doctor() -> str:
         *_extension_report(),
         f"torch        {torch.get_num_threads()} threads, CPU capability "
         f"{torch.backends.cpu.get_cpu_capability()}, {gpus} CUDA devices",
-        f"backend      {in_force(None)}"
-        f" (RNNFAST_BACKEND={os.environ.get('RNNFAST_BACKEND', '')})",
+        f"backend      {in_force(None)} (RNNFAST_BACKEND={os.environ.get('RNNFAST_BACKEND', '')})",
         "what runs (float32):",
     ]
     for cell in CELLS:

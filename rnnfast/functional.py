@@ -10,7 +10,7 @@ results stay in it, as with the recurrent kernels of cuDNN.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,8 @@ from .reference import CELLS, Cell, States
 _LAYERS = {"fused": autograd.layer, "reference": reference.layer}
 ELMAN = {"tanh": CELLS["elman_tanh"], "relu": CELLS["elman_relu"]}
 
-Weights = Sequence[Tensor | None]
+StepWeights = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+"""w_ih (G*H, I), w_hh (G*H, H), b_ih (G*H), b_hh (G*H)."""
 
 
 class Options(NamedTuple):
@@ -113,12 +114,12 @@ def lstm(
     batch_first: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Long short-term memory over a batch of sequences; arguments and results as in `rnn`, except
-    that the state is the pair (h, c)."""
+    """Long short-term memory over a batch of sequences.
+
+    Arguments and results are as in `rnn`, except that the state is the pair (h, c).
+    """
     options = Options(num_layers, has_biases, dropout, training, bidirectional, batch_first)
-    output, (h_n, c_n) = _checked_sequence(
-        CELLS["lstm"], input, hx, flat_weights, options, backend
-    )
+    output, (h_n, c_n) = _checked_sequence(CELLS["lstm"], input, hx, flat_weights, options, backend)
     return output, (h_n, c_n)
 
 
@@ -138,7 +139,10 @@ def rnn_cell(
     Args:
         input: (B, I).
         hx: The state (B, H); None is zeros.
-        w_ih, w_hh, b_ih, b_hh: (G*H, I), (G*H, H), (G*H) and (G*H); both biases or neither.
+        w_ih: (G*H, I).
+        w_hh: (G*H, H).
+        b_ih: (G*H), or None.
+        b_hh: (G*H), or None; both biases or neither.
         nonlinearity: "tanh" or "relu".
         backend: None, or the backend to force; see `rnnfast.backend`.
 
@@ -209,7 +213,7 @@ def run_sequence(
 
 
 def run_step(
-    cell: Cell, x: Tensor, states: States | None, weights: Weights, requested: str | None
+    cell: Cell, x: Tensor, states: States | None, weights: StepWeights, requested: str | None
 ) -> States:
     """Runs one step on the chosen backend, on arguments that have been checked.
 
@@ -223,7 +227,7 @@ def run_step(
     if name == "aten":
         result = getattr(_VF, f"{cell.aten}_cell")(x, _unwrap(states), *weights)
         return result if cell.states > 1 else (result,)
-    return _LAYERS[name](cell, x.unsqueeze(0), states, *weights, reverse=False)[1]
+    return _LAYERS[name](cell, x.unsqueeze(0), states, *weights, False)[1]
 
 
 def _stack(
@@ -241,7 +245,7 @@ def _stack(
         zeros = (x.new_zeros(x.shape[1], weights[1].shape[1]),) * cell.states
         initial = [zeros] * (options.num_layers * directions)
     else:
-        initial = list(zip(*(state.unbind(0) for state in states), strict=True))
+        initial = _split(states)
     finals = []
     for k in range(options.num_layers):
         if k > 0 and options.dropout > 0 and options.training:
@@ -255,20 +259,30 @@ def _stack(
             outputs.append(y)
             finals.append(final)
         x = outputs[0] if directions == 1 else torch.cat(outputs, dim=-1)
-    return x, tuple(_stack_states(state) for state in zip(*finals, strict=True))
+    return x, _join(finals)
 
 
-def _stack_states(states: States) -> Tensor:
-    """(B, H) of every layer and direction -> (L*D, B, H)."""
-    return states[0].unsqueeze(0) if len(states) == 1 else torch.stack(states)
+def _split(states: States) -> list[States]:
+    """States of shape (L*D, B, H) -> for every layer and direction, its states of shape (B, H)."""
+    if states[0].shape[0] == 1:  # the quicker way counts where the sequence is short
+        return [tuple([state.squeeze(0) for state in states])]
+    return list(zip(*[state.unbind(0) for state in states], strict=True))
+
+
+def _join(finals: list[States]) -> States:
+    """The inverse of `_split`."""
+    if len(finals) == 1:
+        return tuple([state.unsqueeze(0) for state in finals[0]])
+    return tuple([torch.stack(states) for states in zip(*finals, strict=True)])
 
 
 def _aten_sequence(
     cell: Cell, x: Tensor, states: States | None, weights: Sequence[Tensor], options: Options
 ) -> tuple[Tensor, States]:
     if states is None:
-        shape = (_directions(options) * options.num_layers, x.shape[0 if options.batch_first else 1])
-        states = (x.new_zeros(*shape, weights[1].shape[1]),) * cell.states
+        batch = x.shape[0 if options.batch_first else 1]
+        shape = (_directions(options) * options.num_layers, batch, weights[1].shape[1])
+        states = tuple(x.new_zeros(shape) for _ in range(cell.states))
     layers, biases, *others = options
     y, *finals = getattr(_VF, cell.aten)(x, _unwrap(states), list(weights), biases, layers, *others)
     return y, tuple(finals)
@@ -297,55 +311,57 @@ def _is_cast(tensor: Tensor) -> bool:
 
 
 def _autocast(
-    x: Tensor, states: States | None, weights: Weights
-) -> tuple[Tensor, States | None, Weights]:
+    x: Tensor, states: States | None, weights: Sequence[Tensor | None]
+) -> tuple[Tensor, States | None, Any]:
     """Casts the tensors to the dtype of autocast if it is on."""
     device = x.device.type
     if not reference.autocast_enabled(device):
         return x, states, weights
     dtype = torch.get_autocast_dtype(device)
 
-    def cast(tensor: Tensor | None) -> Tensor | None:
-        return tensor.to(dtype) if tensor is not None and _is_cast(tensor) else tensor
+    def cast(tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
+        return tuple(t.to(dtype) if t is not None and _is_cast(t) else t for t in tensors)
 
-    return cast(x), states and tuple(map(cast, states)), tuple(map(cast, weights))
+    return cast((x,))[0], states and cast(states), cast(weights)
 
 
 def elman(nonlinearity: str) -> Cell:
     """The Elman cell with this nonlinearity; ValueError if there is none."""
     if nonlinearity not in ELMAN:
-        raise ValueError(
-            f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'."
-        )
+        raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
     return ELMAN[nonlinearity]
 
 
 def _checked_sequence(
     cell: Cell,
-    input: Tensor,
+    x: Tensor,
     states: States | None,
     weights: Sequence[Tensor],
     options: Options,
     requested: str | None,
 ) -> tuple[Tensor, States]:
-    layers = options.num_layers * _directions(options)
-    problem = (
-        _count_problem(weights, layers * _tensors_per_layer(options))
-        or sequence_problem(cell, input, states, weights, options)
-        or _weights_problem(cell, weights, _tensors_per_layer(options), _directions(options))
-    )
+    per_layer, directions = _tensors_per_layer(options), _directions(options)
+    expected = options.num_layers * directions * per_layer
+    if len(weights) != expected or expected < 1:
+        raise RuntimeError(f"Expected {expected} tensors in flat_weights, got {len(weights)}")
+    problem = sequence_problem(cell, x, states, weights, options)
+    hidden = weights[1].shape[-1]
+    for i in range(0, expected, per_layer):
+        inputs = x.shape[-1] if i < directions * per_layer else directions * hidden
+        problem = problem or _weights_problem(cell, weights[i : i + per_layer], inputs, hidden)
     if problem:
         raise RuntimeError(problem)
-    return run_sequence(cell, input, states, weights, options, requested)
+    return run_sequence(cell, x, states, weights, options, requested)
 
 
 def _checked_step(
-    cell: Cell, input: Tensor, states: States | None, weights: Weights, requested: str | None
+    cell: Cell, x: Tensor, states: States | None, weights: StepWeights, requested: str | None
 ) -> States:
-    problem = step_problem(cell, input, states, weights) or _weights_problem(cell, weights, 4, 1)
+    problem = step_problem(cell, x, states, weights)
+    problem = problem or _weights_problem(cell, weights, x.shape[-1], weights[1].shape[-1])
     if problem:
         raise RuntimeError(problem)
-    return run_step(cell, input, states, weights, requested)
+    return run_step(cell, x, states, weights, requested)
 
 
 def sequence_problem(
@@ -362,26 +378,32 @@ def sequence_problem(
     if steps == 0:
         return "Expected sequence length to be larger than 0 in RNN"
     layers = options.num_layers * _directions(options)
-    return _problem(cell, x, states, (layers, batch, weights[1].shape[-1]), weights)
+    shape = (layers, batch, weights[1].shape[-1])
+    return _problem(cell, x, weights[0].shape[-1], states, shape, weights)
 
 
-def step_problem(cell: Cell, x: Tensor, states: States | None, weights: Weights) -> str | None:
+def step_problem(cell: Cell, x: Tensor, states: States | None, weights: StepWeights) -> str | None:
     """What is wrong with the arguments of `run_step`; as `sequence_problem`."""
     if x.dim() != 2:
         return f"input must have 2 dimensions, got {x.dim()}"
-    return _problem(cell, x, states, (x.shape[0], weights[1].shape[-1]), weights)
+    shape = (x.shape[0], weights[1].shape[-1])
+    return _problem(cell, x, weights[0].shape[-1], states, shape, weights)
 
 
 def _problem(
-    cell: Cell, x: Tensor, states: States | None, shape: tuple[int, ...], weights: Weights
+    cell: Cell,
+    x: Tensor,
+    inputs: int,
+    states: States | None,
+    shape: tuple[int, ...],
+    weights: Sequence[Tensor | None],
 ) -> str | None:
     """What steps and sequences have in common; ``shape`` is that of each state."""
-    size = weights[0].shape[-1]
-    if x.shape[-1] != size:
-        return f"input.size(-1) must be equal to input_size. Expected {size}, got {x.shape[-1]}"
+    if x.shape[-1] != inputs:
+        return f"input.size(-1) must be equal to input_size. Expected {inputs}, got {x.shape[-1]}"
     if states is None:
         return _mismatch(x, weights, "parameter")
-    if not isinstance(states, tuple) or len(states) != cell.states:
+    if not isinstance(states, (tuple, list)) or len(states) != cell.states:
         return f"{cell.name} expects {cell.states} hidden states"
     for state in states:
         if not isinstance(state, Tensor):
@@ -391,7 +413,7 @@ def _problem(
     return _mismatch(x, states, "hidden") or _mismatch(x, weights, "parameter")
 
 
-def _mismatch(x: Tensor, tensors: Weights, kind: str) -> str | None:
+def _mismatch(x: Tensor, tensors: Sequence[Tensor | None], kind: str) -> str | None:
     """Which tensor's device or dtype is not that of the input."""
     device, dtype = x.device, x.dtype
     for tensor in tensors:
@@ -410,23 +432,15 @@ def _mismatch(x: Tensor, tensors: Weights, kind: str) -> str | None:
     return None
 
 
-def _count_problem(weights: Weights, expected: int) -> str | None:
-    if len(weights) != expected:
-        return f"Expected {expected} tensors in flat_weights, got {len(weights)}"
-    return None
-
-
 def _weights_problem(
-    cell: Cell, weights: Weights, per_layer: int, directions: int
+    cell: Cell, weights: Sequence[Tensor | None], inputs: int, hidden: int
 ) -> str | None:
-    """Which weight has not the shape that the first two imply."""
-    size, hidden = weights[0].shape[-1], weights[1].shape[-1]
+    """Which weight of one layer and direction has the wrong shape."""
     rows = cell.gates * hidden
-    if per_layer == 4 and (weights[2] is None) != (weights[3] is None):
-        return "Expected both biases or neither"
-    for i, weight in enumerate(weights):
-        columns = size if i < directions * per_layer else directions * hidden
-        expected = ((rows, columns), (rows, hidden), (rows,), (rows,))[i % per_layer]
-        if weight is not None and weight.shape != expected:
-            return f"Expected size {expected} for weight {i}, got {list(weight.shape)}"
+    shapes = {"w_ih": (rows, inputs), "w_hh": (rows, hidden), "b_ih": (rows,), "b_hh": (rows,)}
+    for (name, shape), weight in zip(shapes.items(), weights, strict=False):
+        if weight is not None and weight.shape != shape:
+            return f"Expected {name} size {shape}, got {list(weight.shape)}"
+    if [weight is None for weight in weights[2:]] not in ([], [False] * 2, [True] * 2):
+        return "Expected both b_ih and b_hh or neither"
     return None

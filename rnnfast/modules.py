@@ -39,7 +39,7 @@ class _Backed(nn.Module):
     """The module of torch.nn whose ``forward`` takes over what is not served here."""
     backend: str | None
 
-    def _read(self, names: list[str]) -> list[Tensor]:
+    def _read(self, names: list[str]) -> Any:
         """The parameters of these names, as functional_call or a parametrization has them now."""
         parameters = self._parameters
         try:
@@ -176,10 +176,10 @@ class LSTM(_Layers):
 
     torch_class = nn.LSTM
 
-    # torch.nn's forward calls these on self.
-    get_expected_cell_size = nn.LSTM.get_expected_cell_size
-    check_forward_args = nn.LSTM.check_forward_args
-    permute_hidden = nn.LSTM.permute_hidden
+    # torch.nn's forward calls these on self; Any, because they differ in type from RNNBase's.
+    get_expected_cell_size: Any = nn.LSTM.get_expected_cell_size
+    check_forward_args: Any = nn.LSTM.check_forward_args
+    permute_hidden: Any = nn.LSTM.permute_hidden
 
     def __init__(
         self,
@@ -390,16 +390,12 @@ def _refuse_projection(kwargs: dict[str, Any]) -> None:
 
 
 def _states(cell: Cell, hx: Any) -> Any:
-    """``hx`` as a tuple of states; anything malformed is left for the checks to find."""
-    if hx is None:
-        return None
-    if cell.states == 1:
-        return (hx,)
-    return tuple(hx) if isinstance(hx, list) else hx
+    """``hx`` as a sequence of states; anything malformed is left for the checks to find."""
+    return hx if hx is None or cell.states > 1 else (hx,)
 
 
 def _unsqueeze(states: Any, dim: int) -> Any:
     """Gives the states of a single sequence the dimension of the batch."""
-    if not isinstance(states, tuple):
+    if not isinstance(states, (tuple, list)):
         return states
     return tuple(s.unsqueeze(dim) if isinstance(s, Tensor) else s for s in states)

@@ -40,7 +40,7 @@ class Cell(NamedTuple):
 
 
 def elman_tanh(gates_x: Tensor, gates_h: Tensor, h: Tensor) -> States:
-    """h' = tanh(W_ih x + b_ih + W_hh h + b_hh).
+    """Elman cell: h' = tanh(W_ih x + b_ih + W_hh h + b_hh).
 
     Elman, "Finding structure in time", Cognitive Science 14, 1990; torch.nn.RNN.
     """
@@ -48,7 +48,7 @@ def elman_tanh(gates_x: Tensor, gates_h: Tensor, h: Tensor) -> States:
 
 
 def elman_relu(gates_x: Tensor, gates_h: Tensor, h: Tensor) -> States:
-    """h' = max(0, W_ih x + b_ih + W_hh h + b_hh).
+    """Elman cell: h' = max(0, W_ih x + b_ih + W_hh h + b_hh).
 
     Le, Jaitly, Hinton, arXiv:1504.00941; torch.nn.RNN with ``nonlinearity="relu"``.
     """
@@ -108,8 +108,8 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def autocast_enabled(device_type: str) -> bool:
-    """Whether ``torch.autocast`` is on for a type of device, which may be one that has none."""
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    """Whether ``torch.autocast`` is on for a type of device that this package has kernels for."""
+    return device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type)
 
 
 def layer(
@@ -128,7 +128,10 @@ def layer(
         cell: A row of `CELLS`.
         x: Input (T, B, I); T may be 0.
         states: Initial states, each (B, H).
-        w_ih, w_hh, b_ih, b_hh: Weights and biases as in torch.nn; both biases or neither.
+        w_ih: (G*H, I).
+        w_hh: (G*H, H).
+        b_ih: (G*H), or None.
+        b_hh: (G*H), or None; both biases or neither.
         reverse: Whether time runs from T-1 down to 0. ``y[t]`` stays at its own t.
 
     Returns:
