@@ -64,6 +64,7 @@ bench: build
 
 # Installed as a copy, not in place: the working tree's module belongs to $(VENV).
 cuda-build: .venv-cuda/requirements.done
+	rm -rf build/lib.*
 	FORCE_CUDA=1 $(CUDA_BIN)/python -m pip install -v --force-reinstall --no-deps \
 		--no-build-isolation . > .venv-cuda/build.log 2>&1 \
 		|| { cat .venv-cuda/build.log; exit 1; }

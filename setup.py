@@ -131,12 +131,13 @@ command_classes = {}
 if extensions:
     from torch.utils.cpp_extension import BuildExtension
 
-    command_classes["build_ext"] = BuildExtension
+    class BuildIncrementally(BuildExtension):
+        """Keeps the objects, in one folder per Python and torch; editable installs would not."""
 
-# One folder of objects per Python and torch, so that builds for both stay incremental.
-objects = f"build/{sys.implementation.cache_tag}-torch-{torch.__version__}"
-setup(
-    ext_modules=extensions,
-    cmdclass=command_classes,
-    options={"build_ext": {"build_temp": objects}},
-)
+        def finalize_options(self) -> None:
+            super().finalize_options()
+            self.build_temp = f"build/{sys.implementation.cache_tag}-torch-{torch.__version__}"
+
+    command_classes["build_ext"] = BuildIncrementally
+
+setup(ext_modules=extensions, cmdclass=command_classes)

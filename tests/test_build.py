@@ -69,7 +69,9 @@ try:
 except RuntimeError as error:
     print("refused:", error)
 """
-    used = run_python("-c", script, cwd=lib, PYTHONPATH=str(lib), RNNFAST_BACKEND="auto")
+    # -S: without it an editable install of this package would lend its compiled module.
+    path = os.pathsep.join([str(lib), str(Path(torch.__file__).parents[1])])
+    used = run_python("-S", "-c", script, cwd=lib, PYTHONPATH=path, RNNFAST_BACKEND="auto")
     assert used.returncode == 0, used.stdout + used.stderr
     assert str(lib) in used.stdout.splitlines()[0]
     assert "refused:" in used.stdout
