@@ -4,10 +4,15 @@
 #include <cstdlib>
 #include <stdexcept>
 
-#include "cpu/sequence.h"
+#include "cpu/kernels.h"
 
-namespace rnnfast::cpu {
+namespace rnnfast {
 
+namespace cuda_emulation {
+const cpu::KernelTable& kernel_table();
+}
+
+namespace cpu {
 namespace portable {
 const KernelTable& kernel_table();
 }
@@ -45,6 +50,8 @@ const std::vector<Capability>& usable() {
 const Capability* find(const std::string& name) {
   for (const Capability& one : usable())
     if (name == one.name) return &one;
+  static const Capability emulation{"cuda_emulation", cuda_emulation::kernel_table()};
+  if (name == emulation.name) return &emulation;
   std::string names;
   for (const Capability& one : usable()) names += std::string(names.empty() ? "" : ", ") + one.name;
   throw std::invalid_argument("rnnfast: CPU capability '" + name +
@@ -71,8 +78,7 @@ std::string capability() { return current().load()->name; }
 
 void set_capability(const std::string& name) { current().store(find(name)); }
 
-const Kernels& kernels(CellKind cell, Dtype dtype) {
-  return current().load(std::memory_order_relaxed)->table.kernels[int(cell)][int(dtype)];
-}
+const KernelTable& kernel_table() { return current().load(std::memory_order_relaxed)->table; }
 
-}  // namespace rnnfast::cpu
+}  // namespace cpu
+}  // namespace rnnfast

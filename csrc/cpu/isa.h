@@ -8,6 +8,7 @@
 
 #include "cells/elman.h"
 #include "cells/gru.h"
+#include "cells/half.h"
 #include "cells/lstm.h"
 
 namespace rnnfast::cpu::RNNFAST_ISA {
@@ -60,7 +61,8 @@ constexpr Kernels make_kernels() {
 // in the order of CellKind and Dtype
 const KernelTable& kernel_table() {
   static constexpr KernelTable table{{RNNFAST_DTYPES(ElmanTanh), RNNFAST_DTYPES(ElmanRelu),
-                                      RNNFAST_DTYPES(Gru), RNNFAST_DTYPES(Lstm)}};
+                                      RNNFAST_DTYPES(Gru), RNNFAST_DTYPES(Lstm)},
+                                     true};
   return table;
 }
 #undef RNNFAST_DTYPES

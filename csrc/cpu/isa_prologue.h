@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "cells/common.h"
+#include "cpu/kernels.h"
 #include "cpu/parallel.h"
 #include "cpu/plan.h"
-#include "cpu/sequence.h"
+#include "sequence.h"

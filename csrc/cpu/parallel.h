@@ -1,16 +1,13 @@
-// A team of threads for one whole sequence, its barrier, and the memory it works in.
+// A team of threads for one whole sequence, and its barrier.
 #pragma once
 
 #include <omp.h>
 #include <sched.h>
 
 #include <atomic>
-#include <cstddef>
 #include <cstdint>
 
 namespace rnnfast::cpu {
-
-inline constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Span {
   int64_t begin, end;
@@ -75,23 +72,5 @@ void parallel(int threads, F&& f) {
   }
   delete barrier;
 }
-
-// Hands out aligned pieces of a workspace; with a null base it only measures.
-class Arena {
- public:
-  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
-
-  template <class T>
-  T* take(int64_t count) {
-    const size_t at = used_;
-    used_ += (size_t(count) * sizeof(T) + 63) / 64 * 64;
-    return base_ ? reinterpret_cast<T*>(base_ + at) : nullptr;
-  }
-  size_t used() const { return used_; }
-
- private:
-  char* base_;
-  size_t used_ = 0;
-};
 
 }  // namespace rnnfast::cpu

@@ -14,8 +14,6 @@ constexpr int64_t kL1Bytes = 24 * 1024;
 // Weights used fewer times than this are read as they lie.
 constexpr int64_t kPackUses = 10;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 double step_cycles(const StepShape& s, int64_t rows, int64_t panels, const Machine& machine) {
   const int64_t bytes = panels * s.vectors * s.lanes * s.depth * s.element_bytes;
   const double load = bytes <= kL1Bytes                 ? kL1Vector

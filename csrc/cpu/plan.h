@@ -3,11 +3,9 @@
 
 #include <cstdint>
 
-namespace rnnfast::cpu {
+#include "sequence.h"
 
-struct Sizes {
-  int64_t T, B, I, H;
-};
+namespace rnnfast::cpu {
 
 struct Machine {
   int threads;

@@ -26,14 +26,6 @@ typedef uint16_t HalfBits __attribute__((vector_size(RNNFAST_VECTOR_BYTES / 2)))
 typedef uint16_t HalfBitsUnaligned
     __attribute__((vector_size(RNNFAST_VECTOR_BYTES / 2), aligned(2), may_alias));
 
-template <class To, class From>
-RNNFAST_HD To bit_cast(From from) {
-  static_assert(sizeof(To) == sizeof(From));
-  To to;
-  __builtin_memcpy(&to, &from, sizeof(to));
-  return to;
-}
-
 // ---- load and store, with conversion between the storage type and the compute type ----
 
 RNNFAST_HD Vec<float> load(const float* p) {
@@ -56,32 +48,10 @@ RNNFAST_HD void store_bits(void* p, VecU32 bits) {
   *static_cast<HalfBitsUnaligned*>(p) = __builtin_convertvector(bits, HalfBits);
 }
 
-RNNFAST_HD Vec<float> load(const bf16* p) { return bit_cast<Vec<float>>(load_bits(p) << 16); }
-RNNFAST_HD void store(bf16* p, Vec<float> v) {
-  const VecU32 u = bit_cast<VecU32>(v);
-  const VecU32 rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;  // to nearest, ties to even
-  store_bits(p, v == v ? rounded : (u >> 16) | 0x40);           // NaN stays a quiet NaN
-}
-
-RNNFAST_HD Vec<float> load(const f16* p) {
-  const VecU32 h = load_bits(p);
-  const VecU32 magnitude = (h & 0x7fff) << 13;
-  // scaling by 2^112 moves the exponent bias from 15 to 127, subnormal numbers included
-  const VecU32 finite = bit_cast<VecU32>(bit_cast<Vec<float>>(magnitude) * 0x1p112f);
-  const VecU32 special = magnitude | 0x7f800000;
-  return bit_cast<Vec<float>>((magnitude < 0x0f800000 ? finite : special) | ((h & 0x8000) << 16));
-}
-RNNFAST_HD void store(f16* p, Vec<float> v) {
-  const VecU32 u = bit_cast<VecU32>(v);
-  const VecU32 magnitude = u & 0x7fffffff;
-  const VecU32 normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
-  // adding 0.5 lets the adder round a number below 2^-14 at the last bit of a half
-  const VecU32 subnormal =
-      bit_cast<VecU32>(bit_cast<Vec<float>>(magnitude) + 0.5f) - 0x3f000000u;
-  const VecU32 special = magnitude > 0x7f800000 ? VecU32{} + 0x7e00 : VecU32{} + 0x7c00;
-  const VecU32 finite = magnitude < 0x38800000 ? subnormal : normal;
-  store_bits(p, (magnitude < 0x47800000 ? finite : special) | ((u >> 16) & 0x8000));
-}
+RNNFAST_HD Vec<float> load(const bf16* p) { return decode_bf16<Vec<float>>(load_bits(p)); }
+RNNFAST_HD Vec<float> load(const f16* p) { return decode_f16<Vec<float>>(load_bits(p)); }
+RNNFAST_HD void store(bf16* p, Vec<float> v) { store_bits(p, encode_bf16<VecU32>(v)); }
+RNNFAST_HD void store(f16* p, Vec<float> v) { store_bits(p, encode_f16<VecU32>(v)); }
 
 // The first n lanes only; lanes beyond are zero, and memory beyond is not touched.
 template <class S>

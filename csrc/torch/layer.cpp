@@ -44,6 +44,8 @@ at::Tensor last_stride_one(const at::Tensor& t) {
   return t.stride(-1) == 1 || t.size(-1) == 1 ? t : t.contiguous();
 }
 
+void* data_or_null(const at::Tensor& t) { return t.defined() ? t.data_ptr() : nullptr; }
+
 }  // namespace
 
 const CellInfo& cell_info(CellKind kind) { return kTable[int(kind)]; }
@@ -162,6 +164,58 @@ LayerGrads allocate_grads(const CellInfo& cell, const LayerInputs& in, at::Array
   grads.b_ih = allocate(in.b_ih, compute);
   grads.b_hh = allocate(in.b_hh, compute);
   return grads;
+}
+
+ForwardArgs forward_args(const LayerInputs& in, const LayerOutputs& out, bool save) {
+  return {
+      .size = in.sizes(),
+      .reverse = in.reverse,
+      .save = save,
+      .x = in.x.data_ptr(),
+      .x_stride_t = in.x.stride(0),
+      .x_stride_b = in.x.stride(1),
+      .h0 = in.h0.data_ptr(),
+      .c0 = data_or_null(in.c0),
+      .w_ih = in.w_ih.data_ptr(),
+      .w_hh = in.w_hh.data_ptr(),
+      .b_ih = data_or_null(in.b_ih),
+      .b_hh = data_or_null(in.b_hh),
+      .y = out.y.data_ptr(),
+      .h_n = out.h_n.data_ptr(),
+      .c_n = data_or_null(out.c_n),
+      .gates = data_or_null(out.gates),
+      .cells = data_or_null(out.cells),
+  };
+}
+
+BackwardArgs backward_args(const LayerGradOutputs& grad_out, const LayerInputs& in,
+                           const LayerOutputs& out, const LayerGrads& grads) {
+  return {
+      .size = in.sizes(),
+      .reverse = in.reverse,
+      .grad_y = data_or_null(grad_out.y),
+      .grad_y_stride_t = grad_out.y.defined() ? grad_out.y.stride(0) : 0,
+      .grad_y_stride_b = grad_out.y.defined() ? grad_out.y.stride(1) : 0,
+      .grad_h_n = data_or_null(grad_out.h_n),
+      .grad_c_n = data_or_null(grad_out.c_n),
+      .x = in.x.data_ptr(),
+      .x_stride_t = in.x.stride(0),
+      .x_stride_b = in.x.stride(1),
+      .h0 = in.h0.data_ptr(),
+      .c0 = data_or_null(in.c0),
+      .w_ih = in.w_ih.data_ptr(),
+      .w_hh = in.w_hh.data_ptr(),
+      .y = out.y.data_ptr(),
+      .gates = out.gates.data_ptr(),
+      .cells = data_or_null(out.cells),
+      .grad_x = data_or_null(grads.x),
+      .grad_h0 = data_or_null(grads.h0),
+      .grad_c0 = data_or_null(grads.c0),
+      .grad_w_ih = data_or_null(grads.w_ih),
+      .grad_w_hh = data_or_null(grads.w_hh),
+      .grad_b_ih = data_or_null(grads.b_ih),
+      .grad_b_hh = data_or_null(grads.b_hh),
+  };
 }
 
 void finish_grads(const LayerInputs& in, LayerGrads& grads) {

@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "cells/common.h"
-#include "cpu/plan.h"
+#include "sequence.h"
 
 namespace rnnfast {
 
@@ -23,8 +23,6 @@ struct CellInfo {
 const CellInfo& cell_info(CellKind kind);
 // Throws for a name that is no cell's.
 const CellInfo& cell_info(const std::string& name);
-
-using cpu::Sizes;
 
 struct LayerInputs {
   at::Tensor x;         // (T, B, I), last stride 1
@@ -74,18 +72,21 @@ void finish_grads(const LayerInputs& in, LayerGrads& grads);
 Dtype dtype_of(const at::Tensor& t);
 at::ScalarType compute_type(at::ScalarType storage);
 
-inline void* data_or_null(const at::Tensor& t) { return t.defined() ? t.data_ptr() : nullptr; }
+// The same call in pointers.
+ForwardArgs forward_args(const LayerInputs& in, const LayerOutputs& out, bool save);
+BackwardArgs backward_args(const LayerGradOutputs& grad_out, const LayerInputs& in,
+                           const LayerOutputs& out, const LayerGrads& grads);
 
 // A device's kernels. Sizes are positive; every output is written in full.
 struct CpuDevice {
-  static void forward(const CellInfo& cell, const LayerInputs& in, LayerOutputs& out, bool save);
-  static void backward(const CellInfo& cell, const LayerGradOutputs& grad_out,
-                       const LayerInputs& in, const LayerOutputs& out, LayerGrads& grads);
+  static void forward(const CellInfo& cell, LayerInputs in, LayerOutputs& out, bool save);
+  static void backward(const CellInfo& cell, LayerGradOutputs grad_out, LayerInputs in,
+                       const LayerOutputs& out, LayerGrads& grads);
 };
 struct CudaDevice {
-  static void forward(const CellInfo& cell, const LayerInputs& in, LayerOutputs& out, bool save);
-  static void backward(const CellInfo& cell, const LayerGradOutputs& grad_out,
-                       const LayerInputs& in, const LayerOutputs& out, LayerGrads& grads);
+  static void forward(const CellInfo& cell, LayerInputs in, LayerOutputs& out, bool save);
+  static void backward(const CellInfo& cell, LayerGradOutputs grad_out, LayerInputs in,
+                       const LayerOutputs& out, LayerGrads& grads);
 };
 
 }  // namespace rnnfast

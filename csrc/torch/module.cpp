@@ -1,7 +1,7 @@
 // The Python module rnnfast._C: loading it registers the ops; its functions tell and set what runs.
 #include <torch/extension.h>
 
-#include "cpu/sequence.h"
+#include "cpu/kernels.h"
 #include "torch/layer.h"
 
 namespace rnnfast {
@@ -41,8 +41,9 @@ py::dict plan(const std::string& cell, int64_t T, int64_t B, int64_t I, int64_t 
               const std::string& dtype, int threads, bool backward) {
   if (T < 1 || B < 1 || I < 0 || H < 1 || threads < 1)
     throw py::value_error("expected positive sizes and threads");
-  const cpu::Kernels& kernels = cpu::kernels(cell_info(cell).kind, dtype_named(dtype));
-  const cpu::Sizes size{T, B, I, H};
+  const int row = int(cell_info(cell).kind), column = int(dtype_named(dtype));
+  const cpu::Kernels& kernels = cpu::kernel_table().kernels[row][column];
+  const Sizes size{T, B, I, H};
   cpu::Machine machine = this_machine();
   machine.threads = threads;
   const cpu::Plan plan =

@@ -1,16 +1,19 @@
-// One layer in one direction over a whole sequence, on the CPU. Free of torch: sizes, strides, pointers.
+// One layer in one direction over a whole sequence: the arguments of every device's kernels.
+// Free of torch: sizes, strides in elements, pointers.
 // Sizes: T steps, B batch, I input, H hidden; G gates, K saved blocks and D gradient blocks of the cell.
 // S is the storage type (Dtype), A = Compute<S> the type of arithmetic.
 #pragma once
 
 #include <cstddef>
-#include <string>
-#include <vector>
+#include <cstdint>
 
 #include "cells/common.h"
-#include "cpu/plan.h"
 
-namespace rnnfast::cpu {
+namespace rnnfast {
+
+struct Sizes {
+  int64_t T, B, I, H;
+};
 
 struct ForwardArgs {
   Sizes size;
@@ -47,29 +50,26 @@ struct BackwardArgs {
   void *grad_b_ih, *grad_b_hh;   // A (G*H)
 };
 
-// The kernels of one cell and one dtype. The workspace is the caller's: workspace(size, plan) bytes,
-// aligned to kAlignment, contents undefined before and after.
-inline constexpr size_t kAlignment = 64;
+inline constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-struct Kernels {
-  Plan (*plan_forward)(const Sizes&, const Machine&);
-  Plan (*plan_backward)(const Sizes&, const Machine&);
-  size_t (*forward_workspace)(const Sizes&, const Plan&);
-  void (*forward)(const ForwardArgs&, const Plan&, void* workspace);
-  size_t (*backward_workspace)(const Sizes&, const Plan&);
-  void (*backward)(const BackwardArgs&, const Plan&, void* workspace);
+// Hands out aligned pieces of a workspace; with a null base it only measures.
+class Arena {
+ public:
+  static constexpr size_t kAlignment = 64;
+
+  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
+
+  template <class T>
+  T* take(int64_t count) {
+    const size_t at = used_;
+    used_ += (size_t(count) * sizeof(T) + kAlignment - 1) / kAlignment * kAlignment;
+    return base_ ? reinterpret_cast<T*>(base_ + at) : nullptr;
+  }
+  size_t used() const { return used_; }
+
+ private:
+  char* base_;
+  size_t used_ = 0;
 };
 
-struct KernelTable {
-  Kernels kernels[kCells][kDtypes];
-};
-
-// Instruction sets usable on this machine, worst first; the last is the default.
-std::vector<std::string> capabilities();
-std::string capability();
-// Throws std::invalid_argument for one that this machine or build lacks.
-void set_capability(const std::string& name);
-
-const Kernels& kernels(CellKind cell, Dtype dtype);
-
-}  // namespace rnnfast::cpu
+}  // namespace rnnfast

@@ -1,0 +1,98 @@
+// The CUDA driver on the host: same driver, same functors, same translation to column-major products,
+// with loops where the GPU has kernels. For tests on machines without a GPU.
+#include <cstring>
+
+#include "cpu/kernels.h"
+#include "cuda/cublas_call.h"
+#include "cuda/sequence.h"
+
+namespace rnnfast::cuda_emulation {
+namespace {
+
+using cuda::ColumnMajorProduct;
+using cuda::load;
+using cuda::Product;
+using cuda::store;
+
+class Host {
+ public:
+  template <class In, class Out>
+  void gemm(const Product& p, const In* a, const In* b, Out* c) const {
+    column_major_gemm(cuda::column_major(p), p.add, b, a, c);
+  }
+
+  template <class F>
+  void for_each(int64_t n, const F& f) const {
+    for (int64_t i = 0; i < n; ++i) f(i);
+  }
+
+  void copy(void* to, const void* from, size_t bytes) const { std::memcpy(to, from, bytes); }
+
+ private:
+  // What cublasGemmEx computes, by its definition.
+  template <class In, class Out>
+  static void column_major_gemm(const ColumnMajorProduct& p, bool add, const In* a, const In* b,
+                                Out* c) {
+    for (int64_t j = 0; j < p.n; ++j) {
+      for (int64_t i = 0; i < p.m; ++i) {
+        Compute<In> sum = 0;
+        for (int64_t k = 0; k < p.k; ++k)
+          sum += load(a + (p.transpose_a ? k + i * p.lda : i + k * p.lda)) *
+                 load(b + (p.transpose_b ? j + k * p.ldb : k + j * p.ldb));
+        Out* to = c + i + j * p.ldc;
+        store(to, add ? sum + load(to) : sum);
+      }
+    }
+  }
+};
+
+template <class Cell, class S>
+constexpr cpu::Kernels make_kernels() {
+  const auto plan = [](const Sizes& size, const cpu::Machine&) {
+    return cpu::Plan{1, cpu::Split::kNone, false, false, cuda::block_steps(size)};
+  };
+  return {
+      plan,
+      plan,
+      [](const Sizes& size, const cpu::Plan&) {
+        Arena arena(nullptr);
+        ForwardArgs args{};
+        args.size = size;
+        cuda::Forward<Cell, S>(args, arena);
+        return arena.used();
+      },
+      [](const ForwardArgs& args, const cpu::Plan&, void* workspace) {
+        Arena arena(workspace);
+        Host host;
+        cuda::Forward<Cell, S>(args, arena).run(host);
+      },
+      [](const Sizes& size, const cpu::Plan&) {
+        Arena arena(nullptr);
+        BackwardArgs args{};
+        args.size = size;
+        cuda::Backward<Cell, S>(args, arena);
+        return arena.used();
+      },
+      [](const BackwardArgs& args, const cpu::Plan&, void* workspace) {
+        Arena arena(workspace);
+        Host host;
+        cuda::Backward<Cell, S>(args, arena).run(host);
+      },
+  };
+}
+
+#define RNNFAST_DTYPES(Cell)                                                              \
+  {make_kernels<Cell, double>(), make_kernels<Cell, float>(), make_kernels<Cell, bf16>(), \
+   make_kernels<Cell, f16>()}
+
+}  // namespace
+
+const cpu::KernelTable& kernel_table() {
+  static constexpr cpu::KernelTable table{{RNNFAST_DTYPES(ElmanTanh), RNNFAST_DTYPES(ElmanRelu),
+                                           RNNFAST_DTYPES(Gru), RNNFAST_DTYPES(Lstm)},
+                                          false};
+  return table;
+}
+#undef RNNFAST_DTYPES
+
+}  // namespace rnnfast::cuda_emulation

@@ -1,0 +1,148 @@
+// The elementwise work of the CUDA driver, one functor per kernel: on the GPU operator()(i) is one
+// thread's work (steps.cu), in the emulation one turn of a loop (emulation.cpp).
+#pragma once
+
+#include <cmath>
+
+#include "cells/common.h"
+#include "cells/elman.h"
+#include "cells/gru.h"
+#include "cells/half.h"
+#include "cells/lstm.h"
+#if defined(__CUDACC__)
+#include <cuda_fp16.h>
+#endif
+
+namespace rnnfast::cuda {
+
+template <class S>
+RNNFAST_HD Compute<S> load(const S* p) {
+  return *p;
+}
+RNNFAST_HD float load(const bf16* p) { return decode_bf16<float>(uint32_t(p->bits)); }
+RNNFAST_HD float load(const f16* p) {
+#if defined(__CUDA_ARCH__)
+  return __half2float(__ushort_as_half(p->bits));
+#else
+  return decode_f16<float>(uint32_t(p->bits));
+#endif
+}
+
+template <class S>
+RNNFAST_HD void store(S* p, Compute<S> value) {
+  *p = value;
+}
+RNNFAST_HD void store(bf16* p, float value) { p->bits = uint16_t(encode_bf16<uint32_t>(value)); }
+RNNFAST_HD void store(f16* p, float value) {
+#if defined(__CUDA_ARCH__)
+  p->bits = __half_as_ushort(__float2half_rn(value));
+#else
+  p->bits = uint16_t(encode_f16<uint32_t>(value));
+#endif
+}
+
+struct ScalarMath {
+  RNNFAST_HD static float sigmoid(float x) { return 1 / (1 + ::expf(-x)); }
+  RNNFAST_HD static double sigmoid(double x) { return 1 / (1 + ::exp(-x)); }
+  RNNFAST_HD static float tanh(float x) { return ::tanhf(x); }
+  RNNFAST_HD static double tanh(double x) { return ::tanh(x); }
+};
+
+// to[i] = from[i] across number types; zeros where from is null
+template <class To, class From>
+struct Convert {
+  To* to;
+  const From* from;
+  RNNFAST_HD void operator()(int64_t i) const {
+    store(to + i, from ? Compute<To>(load(from + i)) : Compute<To>(0));
+  }
+};
+
+template <class S>
+struct Fill {
+  S* to;
+  Compute<S> value;
+  RNNFAST_HD void operator()(int64_t i) const { store(to + i, value); }
+};
+
+// The gate maths of one step; i = b * H + unit.
+template <class Cell, class S>
+struct ForwardStep {
+  using A = Compute<S>;
+  int64_t H;
+  const A* from_x;      // (B, G*H): W_ih x
+  const A* from_h;      // (B, G*H): W_hh h_prev
+  const S *b_ih, *b_hh; // (G*H) or null
+  const S* h_prev;      // (B, H)
+  A* c;                 // (B, H), updated in place
+  S* y;                 // (B, H)
+  S* gates;             // (B, K*H) or null
+  A* cells;             // (B, H) or null
+
+  RNNFAST_HD void operator()(int64_t i) const {
+    constexpr int G = Cell::kGates, K = Cell::kSaved;
+    const int64_t b = i / H, unit = i % H;
+    A px[G], ph[G], saved[K + 1], h, c_value = Cell::kHasCell ? c[i] : A(0);
+    for (int g = 0; g < G; ++g) {
+      px[g] = from_x[(b * G + g) * H + unit];
+      ph[g] = from_h[(b * G + g) * H + unit];
+      if (b_ih) {
+        px[g] += load(b_ih + g * H + unit);
+        ph[g] += load(b_hh + g * H + unit);
+      }
+    }
+    Cell::template forward<ScalarMath>(px, ph, A(load(h_prev + i)), c_value, h, saved);
+    store(y + i, h);
+    if (Cell::kHasCell) c[i] = c_value;
+    if (!gates) return;
+    for (int k = 0; k < K; ++k) store(gates + (b * K + k) * H + unit, saved[k]);
+    if (Cell::kHasCell) cells[i] = c_value;
+  }
+};
+
+// The gate maths of one step of the backward; i = b * H + unit.
+template <class Cell, class S>
+struct BackwardStep {
+  using A = Compute<S>;
+  int64_t H;
+  const S* gates;           // (B, K*H)
+  const S *h, *h_prev;      // (B, H)
+  const A *c, *c_prev;      // (B, H), where the cell has c
+  const S* grad_y;          // (B, H) or null
+  const A* through_weights; // (B, H): d loss/d h by way of W_hh, or null
+  A* d_h;                   // (B, H): on entry what else reaches h, or not used; see `add_d_h`
+  A* d_c;                   // (B, H), updated in place
+  S* d_gates;               // (B, D*H)
+  bool add_d_h;
+
+  RNNFAST_HD void operator()(int64_t i) const {
+    constexpr int K = Cell::kSaved, D = Cell::kGradBlocks;
+    const int64_t b = i / H, unit = i % H;
+    A saved[K + 1], d[D];
+    for (int k = 0; k < K; ++k) saved[k] = load(gates + (b * K + k) * H + unit);
+    A total = grad_y ? A(load(grad_y + i)) : A(0);
+    if (through_weights) total += through_weights[i];
+    if (add_d_h) total += d_h[i];
+    A d_c_value = Cell::kHasCell ? d_c[i] : A(0), direct = 0;
+    Cell::template backward<ScalarMath>(saved, A(load(h + i)), A(load(h_prev + i)),
+                                        Cell::kHasCell ? c[i] : A(0),
+                                        Cell::kHasCell ? c_prev[i] : A(0), total, d_c_value, direct,
+                                        d);
+    for (int k = 0; k < D; ++k) store(d_gates + (b * D + k) * H + unit, d[k]);
+    if (Cell::kHasCell) d_c[i] = d_c_value;
+    if (Cell::kDirect) d_h[i] = direct;
+  }
+};
+
+// grad_h0 = what came through W_hh and, for some cells, past it
+template <class S>
+struct GradState {
+  using A = Compute<S>;
+  S* grad;
+  const A *through_weights, *direct;  // direct may be null
+  RNNFAST_HD void operator()(int64_t i) const {
+    store(grad + i, through_weights[i] + (direct ? direct[i] : A(0)));
+  }
+};
+
+}  // namespace rnnfast::cuda
