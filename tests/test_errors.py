@@ -1,0 +1,285 @@
+"""Malformed calls raise what torch.nn raises; forced backends that cannot run say why."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import rnnfast
+from rnnfast import functional
+from rnnfast.backend import EXTENSION
+
+EXPECT_FUSED = EXTENSION is not None or os.environ.get("RNNFAST_EXPECT_EXTENSION") != "0"
+BACKENDS = [None, "aten", "reference", *(["fused"] if EXPECT_FUSED else [])]
+LAYERS = ["RNN", "GRU", "LSTM"]
+CELLS = ["RNNCell", "GRUCell", "LSTMCell"]
+
+zeros = torch.zeros
+
+
+def error_of(call):
+    """The type and words of what ``call`` raises."""
+    with pytest.raises(Exception) as caught:  # noqa: PT011 - any, to compare two
+        call()
+    return caught.type, str(caught.value)
+
+
+def state(kind, *shape, **options):
+    """A state for a module of this kind: a tensor, or a pair for LSTMs."""
+    return (zeros(*shape, **options),) * 2 if kind.startswith("LSTM") else zeros(*shape, **options)
+
+
+# Modules of input_size 3, hidden_size 4 and one layer.
+LAYER_CALLS = {
+    "no time": lambda m, s: m(zeros(0, 2, 3)),
+    "no time, one sequence": lambda m, s: m(zeros(0, 3)),
+    "no time, no batch": lambda m, s: m(zeros(0, 0, 3)),
+    "1-D": lambda m, s: m(zeros(3)),
+    "4-D": lambda m, s: m(zeros(5, 2, 3, 3)),
+    "wrong input size": lambda m, s: m(zeros(5, 2, 7)),
+    "integers": lambda m, s: m(zeros(5, 2, 3, dtype=torch.long)),
+    "float64 input": lambda m, s: m(zeros(5, 2, 3, dtype=torch.float64)),
+    "float64 state": lambda m, s: m(zeros(5, 2, 3), s(1, 2, 4, dtype=torch.float64)),
+    "integer state": lambda m, s: m(zeros(5, 2, 3), s(1, 2, 4, dtype=torch.long)),
+    "wrong batch of state": lambda m, s: m(zeros(5, 2, 3), s(1, 3, 4)),
+    "wrong layers of state": lambda m, s: m(zeros(5, 2, 3), s(2, 2, 4)),
+    "wrong size of state": lambda m, s: m(zeros(5, 2, 3), s(1, 2, 5)),
+    "2-D state": lambda m, s: m(zeros(5, 2, 3), s(2, 4)),
+    "3-D state, one sequence": lambda m, s: m(zeros(5, 3), s(1, 1, 4)),
+    "input elsewhere": lambda m, s: m(zeros(5, 2, 3, device="meta")),
+    "state elsewhere": lambda m, s: m(zeros(5, 2, 3), s(1, 2, 4, device="meta")),
+    "weights elsewhere": lambda m, s: m.to("meta")(zeros(5, 2, 3)),
+    "None": lambda m, s: m(None),
+    "a list": lambda m, s: m([[1.0, 2.0, 3.0]]),
+    "a NumPy array": lambda m, s: m(zeros(5, 2, 3).numpy()),
+    "state in a tuple": lambda m, s: m(zeros(5, 2, 3), (s(1, 2, 4),)),
+    "three states": lambda m, s: m(zeros(5, 2, 3), (zeros(1, 2, 4),) * 3),
+    "state is a number": lambda m, s: m(zeros(5, 2, 3), 1.0),
+    "states are None": lambda m, s: m(zeros(5, 2, 3), (None, None)),
+}
+
+CELL_CALLS = {
+    "3-D": lambda m, s: m(zeros(5, 2, 3)),
+    "0-D": lambda m, s: m(zeros(())),
+    "wrong input size": lambda m, s: m(zeros(2, 7)),
+    "wrong input size, one": lambda m, s: m(zeros(7)),
+    "integers": lambda m, s: m(zeros(2, 3, dtype=torch.long)),
+    "float64 input": lambda m, s: m(zeros(2, 3, dtype=torch.float64)),
+    "float64 state": lambda m, s: m(zeros(2, 3), s(2, 4, dtype=torch.float64)),
+    "integer state": lambda m, s: m(zeros(2, 3), s(2, 4, dtype=torch.long)),
+    "wrong batch of state": lambda m, s: m(zeros(2, 3), s(3, 4)),
+    "wrong size of state": lambda m, s: m(zeros(2, 3), s(2, 5)),
+    "1-D state": lambda m, s: m(zeros(2, 3), s(4)),
+    "3-D state": lambda m, s: m(zeros(2, 3), s(1, 2, 4)),
+    "2-D state, one": lambda m, s: m(zeros(3), s(1, 4)),
+    "input elsewhere": lambda m, s: m(zeros(2, 3, device="meta")),
+    "state elsewhere": lambda m, s: m(zeros(2, 3), s(2, 4, device="meta")),
+    "weights elsewhere": lambda m, s: m.to("meta")(zeros(2, 3)),
+    "None": lambda m, s: m(None),
+    "a list": lambda m, s: m([1.0, 2.0, 3.0]),
+    "state in a tuple": lambda m, s: m(zeros(2, 3), (s(2, 4),)),
+    "three states": lambda m, s: m(zeros(2, 3), (zeros(2, 4),) * 3),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("kind", "call"),
+    [(kind, name) for kind in LAYERS for name in LAYER_CALLS]
+    + [(kind, name) for kind in CELLS for name in CELL_CALLS],
+)
+def test_malformed_call_raises_as_torch(kind, call, backend):
+    calls = LAYER_CALLS if kind in LAYERS else CELL_CALLS
+    expected = error_of(
+        lambda: calls[call](getattr(nn, kind)(3, 4), lambda *a, **k: state(kind, *a, **k))
+    )
+    ours = getattr(rnnfast, kind)(3, 4, backend=backend)
+    actual = error_of(lambda: calls[call](ours, lambda *a, **k: state(kind, *a, **k)))
+    assert actual == expected
+
+
+@pytest.mark.parametrize("kind", LAYERS + CELLS)
+def test_float64_under_autocast_raises_as_torch(kind):
+    def call(namespace):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            getattr(namespace, kind)(3, 4)(zeros(2, 3, dtype=torch.float64))
+
+    assert error_of(lambda: call(rnnfast)) == error_of(lambda: call(nn))
+
+
+CONSTRUCTOR_OPTIONS = [
+    {"hidden_size": 0},
+    {"hidden_size": -1},
+    {"hidden_size": 2.5},
+    {"input_size": 0},
+    {"input_size": -2},
+    {"num_layers": 0},
+    {"num_layers": -1},
+    {"dropout": 2},
+    {"dropout": "a"},
+    {"dropout": True},
+    {"bias": 1},
+    {"batch_first": 1},
+    {"proj_size": 4},
+    {"proj_size": -1},
+    {"nonlinearity": "sigmoid"},
+    {"unknown": 1},
+]
+
+
+@pytest.mark.parametrize("options", CONSTRUCTOR_OPTIONS, ids=str)
+@pytest.mark.parametrize("kind", LAYERS + CELLS)
+def test_constructor_raises_or_accepts_as_torch(kind, options):
+    def outcome(namespace):
+        try:
+            return repr(getattr(namespace, kind)(**{"input_size": 3, "hidden_size": 4, **options}))
+        except Exception as error:
+            return type(error), str(error)
+
+    assert outcome(rnnfast) == outcome(nn)
+
+
+def test_cell_with_unknown_nonlinearity_raises_as_torch():
+    calls = [lambda n=n: n.RNNCell(3, 4, nonlinearity="cube")(zeros(2, 3)) for n in (nn, rnnfast)]
+    assert error_of(calls[0]) == error_of(calls[1])
+
+
+W_IH, W_HH, B = zeros(16, 3), zeros(16, 4), zeros(16)
+PAIR = (zeros(1, 2, 4), zeros(1, 2, 4))
+FUNCTIONAL_CALLS = {
+    "Expected 4 tensors in flat_weights, got 2": lambda: functional.lstm(
+        zeros(5, 2, 3), PAIR, [W_IH, W_HH]
+    ),
+    "Expected w_hh size (16, 4), got [12, 4]": lambda: functional.lstm(
+        zeros(5, 2, 3), PAIR, [W_IH, zeros(12, 4), B, B]
+    ),
+    "Expected b_hh size (16,), got [4]": lambda: functional.lstm(
+        zeros(5, 2, 3), PAIR, [W_IH, W_HH, B, zeros(4)]
+    ),
+    "Expected w_ih size (16, 4), got [16, 3]": lambda: functional.lstm(
+        zeros(5, 2, 3), None, [W_IH, W_HH] * 2, num_layers=2, has_biases=False
+    ),
+    "lstm expects 2 hidden states": lambda: functional.lstm(
+        zeros(5, 2, 3), PAIR[:1], [W_IH, W_HH, B, B]
+    ),
+    "Expected hidden size (1, 2, 4), got [1, 3, 4]": lambda: functional.lstm(
+        zeros(5, 2, 3), (zeros(1, 3, 4),) * 2, [W_IH, W_HH, B, B]
+    ),
+    "Input and parameter tensors are not the same dtype": lambda: functional.lstm(
+        zeros(5, 2, 3), None, [W_IH, W_HH, B, B.double()]
+    ),
+    "Input and parameter tensors are not at the same device": lambda: functional.lstm(
+        zeros(5, 2, 3), None, [W_IH, W_HH, B, B.to("meta")]
+    ),
+    "Expected sequence length to be larger than 0 in RNN": lambda: functional.lstm(
+        zeros(0, 2, 3), None, [W_IH, W_HH, B, B]
+    ),
+    "input must have 3 dimensions, got 2": lambda: functional.gru(
+        zeros(5, 3), None, [zeros(12, 3), zeros(12, 4)], has_biases=False
+    ),
+    "input must have 2 dimensions, got 1": lambda: functional.lstm_cell(zeros(3), None, W_IH, W_HH),
+    "input.size(-1) must be equal to input_size. Expected 3, got 5": lambda: functional.lstm_cell(
+        zeros(2, 5), None, W_IH, W_HH
+    ),
+    "Expected both b_ih and b_hh or neither": lambda: functional.lstm_cell(
+        zeros(2, 3), None, W_IH, W_HH, B
+    ),
+}
+
+
+@pytest.mark.parametrize("words", FUNCTIONAL_CALLS)
+def test_functional_says_what_is_wrong(words):
+    with pytest.raises(RuntimeError) as caught:
+        FUNCTIONAL_CALLS[words]()
+    assert words in str(caught.value)
+
+
+def test_functional_unknown_nonlinearity():
+    with pytest.raises(ValueError, match="Unknown nonlinearity 'cube'"):
+        functional.rnn(zeros(5, 2, 3), None, [W_IH, W_HH], nonlinearity="cube")
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda: rnnfast.LSTM(3, 4, backend="fast"),
+        lambda: rnnfast.LSTMCell(3, 4, backend="fast"),
+        lambda: functional.lstm_cell(zeros(2, 3), None, W_IH, W_HH, backend="fast"),
+        lambda: rnnfast.use_backend("fast").__enter__(),
+    ],
+)
+def test_unknown_backend_names_the_known_ones(use):
+    with pytest.raises(ValueError, match="one of auto, fused, aten, reference, got: 'fast'"):
+        use()
+
+
+def test_unknown_backend_in_the_environment():
+    environment = {**os.environ, "RNNFAST_BACKEND": "fast"}
+    result = subprocess.run(
+        [sys.executable, "-c", "import rnnfast"], env=environment, capture_output=True, text=True
+    )
+    assert result.returncode != 0
+    assert "RNNFAST_BACKEND should be one of auto, fused, aten, reference" in result.stderr
+
+
+@pytest.fixture
+def no_extension(monkeypatch):
+    """As if importing the extension had failed."""
+    monkeypatch.setattr(rnnfast.backend, "EXTENSION", None)
+    monkeypatch.setattr(rnnfast.backend, "IMPORT_ERROR", ImportError("no such file"))
+    monkeypatch.setattr(rnnfast.backend, "_FUSED_DEVICES", frozenset())
+    monkeypatch.setattr(rnnfast.backend, "_warned", set())
+
+
+@pytest.mark.usefixtures("no_extension")
+def test_fused_without_extension_says_how_to_build_it():
+    with pytest.raises(RuntimeError, match=r"(?s)missing \(no such file\).*pip install"):
+        rnnfast.LSTM(3, 4, backend="fused")(zeros(5, 2, 3))
+
+
+@pytest.mark.usefixtures("no_extension")
+def test_auto_without_extension_warns_once(recwarn):
+    torch.manual_seed(0)
+    ours = rnnfast.GRU(3, 4)
+    torch.manual_seed(0)
+    theirs = nn.GRU(3, 4)
+    x = torch.randn(5, 2, 3)
+    for _ in range(2):
+        torch.testing.assert_close(ours(x), theirs(x))
+    assert ["compiled extension is missing" in str(w.message) for w in recwarn] == [True]
+
+
+@pytest.mark.usefixtures("no_extension")
+def test_doctor_says_that_the_extension_is_missing():
+    report = rnnfast.doctor()
+    assert "the compiled extension is missing (no such file)" in report
+    assert "pip install" in report
+    assert "aten: " in report
+
+
+def test_doctor_reports_each_cell():
+    report = rnnfast.doctor()
+    assert torch.__version__ in report
+    for cell in rnnfast.reference.CELLS:
+        assert f"{cell:<11}cpu" in report
+        assert f"{cell:<11}cuda" in report
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name in ("reference", "fused")])
+def test_forced_backend_refuses_what_only_aten_serves(backend):
+    packed = nn.utils.rnn.pack_sequence([zeros(3, 3), zeros(2, 3)])
+    with pytest.raises(RuntimeError, match="cannot run: input is a PackedSequence"):
+        rnnfast.LSTM(3, 4, backend=backend)(packed)
+    with pytest.raises(RuntimeError, match="cannot run: proj_size is not 0"):
+        rnnfast.LSTM(3, 4, proj_size=2, backend=backend)(zeros(5, 2, 3))
+
+
+@pytest.mark.skipif(not EXPECT_FUSED, reason="the extension is not expected")
+def test_fused_refuses_other_dtypes():
+    with pytest.raises(RuntimeError, match=r"no fused kernels for torch\.complex64 on cpu"):
+        rnnfast.RNN(3, 4, dtype=torch.complex64, backend="fused")(
+            zeros(5, 2, 3, dtype=torch.complex64)
+        )

@@ -1,0 +1,374 @@
+"""The modules against torch.nn's, from the same weights."""
+
+import copy
+import io
+import os
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+import rnnfast
+from rnnfast import functional
+from rnnfast.backend import EXTENSION
+
+EXPECT_FUSED = EXTENSION is not None or os.environ.get("RNNFAST_EXPECT_EXTENSION") != "0"
+BACKENDS = [None, "aten", "reference", *(["fused"] if EXPECT_FUSED else [])]
+LAYERS = {
+    "RNN_TANH": ("RNN", {}),
+    "RNN_RELU": ("RNN", {"nonlinearity": "relu"}),
+    "GRU": ("GRU", {}),
+    "LSTM": ("LSTM", {}),
+}
+OPTIONS = [
+    {},
+    {"bias": False},
+    {"batch_first": True},
+    {"bidirectional": True},
+    {"num_layers": 2},
+    {"num_layers": 3, "bidirectional": True, "batch_first": True, "bias": False},
+]
+
+backends = pytest.mark.parametrize("backend", BACKENDS)
+modes = pytest.mark.parametrize("mode", LAYERS)
+
+
+def pair(mode, suffix="", *, backend=None, dtype=torch.float64, **options):
+    """Two modules with the same weights: torch.nn's and ours."""
+    kind, own = LAYERS[mode]
+    theirs = getattr(nn, kind + suffix)(3, 4, **own, **options, dtype=dtype)
+    ours = getattr(rnnfast, kind + suffix)(3, 4, **own, **options, dtype=dtype, backend=backend)
+    ours.load_state_dict(theirs.state_dict())
+    return theirs, ours
+
+
+def tensors(result):
+    """The tensors in nested tuples, in order."""
+    if isinstance(result, torch.Tensor):
+        return [result]
+    return [tensor for part in result for tensor in tensors(part)]
+
+
+def random_state(mode, *shape, dtype=torch.float64, requires_grad=True):
+    states = [
+        torch.randn(shape, dtype=dtype, requires_grad=requires_grad)
+        for _ in range(2 if mode == "LSTM" else 1)
+    ]
+    return tuple(states) if mode == "LSTM" else states[0]
+
+
+def assert_same(theirs, ours, x, hx=None):
+    """Same results, and same gradients of a loss that weighs every result differently."""
+    outcomes = []
+    for module in (theirs, ours):
+        results = tensors(module(x, hx))
+        loss = sum((i + 1) * result.sin().sum() for i, result in enumerate(results))
+        leaves = [t for t in [x, *([] if hx is None else tensors(hx))] if t.requires_grad]
+        gradients = torch.autograd.grad(loss, [*leaves, *module.parameters()], allow_unused=True)
+        outcomes.append([*results, *gradients])
+    torch.testing.assert_close(outcomes[1], outcomes[0])
+
+
+@backends
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@modes
+def test_layers_agree(mode, options, backend):
+    theirs, ours = pair(mode, backend=backend, **options)
+    rows = options.get("num_layers", 1) * (2 if options.get("bidirectional") else 1)
+    x = torch.randn(5, 2, 3, dtype=torch.float64, requires_grad=True)
+    batch = 5 if options.get("batch_first") else 2
+    assert_same(theirs, ours, x)
+    assert_same(theirs, ours, x, random_state(mode, rows, batch, 4))
+    assert_same(theirs, ours, x[:, 0], random_state(mode, rows, 4))
+    assert_same(theirs, ours, x[0])
+
+
+@backends
+@pytest.mark.parametrize("bias", [True, False])
+@modes
+def test_cells_agree(mode, bias, backend):
+    theirs, ours = pair(mode, "Cell", backend=backend, bias=bias)
+    x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    assert_same(theirs, ours, x)
+    assert_same(theirs, ours, x, random_state(mode, 2, 4))
+    assert_same(theirs, ours, x[0], random_state(mode, 4))
+
+
+@backends
+@modes
+def test_no_batch(mode, backend):
+    theirs, ours = pair(mode, backend=backend, bidirectional=True)
+    assert_same(theirs, ours, torch.randn(5, 0, 3, dtype=torch.float64, requires_grad=True))
+    theirs, ours = pair(mode, "Cell", backend=backend)
+    assert_same(theirs, ours, torch.randn(0, 3, dtype=torch.float64, requires_grad=True))
+
+
+@backends
+@modes
+def test_inputs_of_any_strides(mode, backend):
+    theirs, ours = pair(mode, backend=backend)
+    x = torch.randn(3, 5, 4, dtype=torch.float64, requires_grad=True)
+    views = [x.permute(1, 2, 0), x[:, :1, ::2].expand(3, 5, 2).permute(1, 2, 0)]
+    state = random_state(mode, 4, 2, 1)
+    expand = [s.permute(2, 1, 0) for s in tensors(state)]
+    for view in views:
+        assert_same(theirs, ours, view)
+    assert_same(theirs, ours, views[1], tuple(expand) if mode == "LSTM" else expand[0])
+
+
+@backends
+@modes
+def test_dropout_draws_what_torch_draws(mode, backend):
+    theirs, ours = pair(mode, backend=backend, num_layers=3, dropout=0.5, bidirectional=True)
+    x = torch.randn(5, 2, 3, dtype=torch.float64)
+    results = []
+    for module in (theirs, ours):
+        torch.manual_seed(0)
+        results.append(tensors(module(x)))
+    torch.testing.assert_close(results[1], results[0])
+    torch.testing.assert_close(tensors(ours.eval()(x)), tensors(theirs.eval()(x)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name in ("reference", "fused")])
+@modes
+def test_half_types(mode, backend, dtype):
+    exact, ours = pair(mode, backend=backend)
+    ours.to(dtype)
+    exact.load_state_dict(ours.state_dict())
+    x = torch.randn(5, 2, 3, dtype=dtype)
+    expected = [tensor.to(dtype) for tensor in tensors(exact(x.double()))]
+    torch.testing.assert_close(tensors(ours(x)), expected, rtol=0, atol=4 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name in ("reference", "fused")])
+@pytest.mark.parametrize("suffix", ["", "Cell"])
+@modes
+def test_autocast_returns_its_dtype(mode, suffix, backend, dtype):
+    _, ours = pair(mode, suffix, backend=backend, dtype=torch.float32)
+    low = copy.deepcopy(ours).to(dtype)
+    x = torch.randn((2, 3) if suffix else (5, 2, 3))
+    with torch.autocast("cpu", dtype=dtype):
+        results = tensors(ours(x))
+    assert {result.dtype for result in results} == {dtype}
+    torch.testing.assert_close(results, tensors(low(x.to(dtype))), rtol=0, atol=0)
+    gradients = torch.autograd.grad(results[0].float().sum(), list(ours.parameters()))
+    assert {gradient.dtype for gradient in gradients} == {torch.float32}
+
+
+@modes
+def test_autocast_on_aten_is_as_torch(mode):
+    theirs, ours = pair(mode, backend="aten", dtype=torch.float32)
+    x = torch.randn(5, 2, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = [tensor.bfloat16() for tensor in tensors(theirs(x))]
+        torch.testing.assert_close(tensors(ours(x)), expected, rtol=0, atol=2e-2)
+
+
+@backends
+@modes
+def test_nan_and_inf_pass_through(mode, backend):
+    theirs, ours = pair(mode, backend=backend)
+    x = torch.randn(5, 3, 3, dtype=torch.float64)
+    x[2, 0, 1], x[3, 1, 2] = float("nan"), float("inf")
+    torch.testing.assert_close(tensors(ours(x)), tensors(theirs(x)), equal_nan=True)
+
+
+@pytest.mark.parametrize("suffix", ["", "Cell"])
+@modes
+def test_same_seed_same_module(mode, suffix):
+    kind, own = LAYERS[mode]
+    arguments = [(3, 4), {**own, "bias": True}]
+    modules = []
+    for namespace in (nn, rnnfast):
+        torch.manual_seed(0)
+        modules.append(getattr(namespace, kind + suffix)(*arguments[0], **arguments[1]))
+    theirs, ours = modules
+    assert repr(ours) == repr(theirs)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=0, atol=0)
+    theirs.load_state_dict(ours.state_dict())
+
+
+def test_positional_arguments():
+    theirs = nn.RNN(3, 4, 2, "relu", False, True, 0.25, True)
+    ours = rnnfast.RNN(3, 4, 2, "relu", False, True, 0.25, True)
+    assert repr(ours) == repr(theirs)
+    assert ours.mode == "RNN_RELU"
+    assert repr(rnnfast.LSTM(3, 4, 2, True, True, 0.25, True, 2)) == repr(
+        nn.LSTM(3, 4, 2, True, True, 0.25, True, 2)
+    )
+    assert rnnfast.RNNCell(3, 4, False, "relu").nonlinearity == "relu"
+
+
+def test_backend_shows_in_repr():
+    assert repr(rnnfast.GRU(3, 4, backend="aten")) == "GRU(3, 4, backend='aten')"
+
+
+@modes
+def test_copies_and_pickles(mode):
+    _, ours = pair(mode, backend="reference", num_layers=2)
+    x = torch.randn(5, 2, 3, dtype=torch.float64)
+    saved = io.BytesIO()
+    torch.save(ours, saved)
+    saved.seek(0)
+    for other in (
+        copy.deepcopy(ours),
+        pickle.loads(pickle.dumps(ours)),
+        torch.load(saved, weights_only=False),
+    ):
+        assert other.backend == "reference"
+        torch.testing.assert_close(tensors(other(x)), tensors(ours(x)), rtol=0, atol=0)
+
+
+@modes
+def test_packed_sequences(mode):
+    theirs, ours = pair(mode, bidirectional=True)
+    x = torch.randn(5, 3, 3, dtype=torch.float64, requires_grad=True)
+    packed = pack_padded_sequence(x, torch.tensor([2, 5, 3]), enforce_sorted=False)
+    expected, actual = theirs(packed), ours(packed)
+    torch.testing.assert_close(
+        tensors([pad_packed_sequence(actual[0])[0], actual[1]]),
+        tensors([pad_packed_sequence(expected[0])[0], expected[1]]),
+    )
+
+
+def test_projection():
+    theirs, ours = pair("LSTM", proj_size=2, num_layers=2)
+    x = torch.randn(5, 2, 3, dtype=torch.float64, requires_grad=True)
+    assert_same(theirs, ours, x)
+
+
+class _Double(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+@backends
+@modes
+def test_parametrized_weights_are_used(mode, backend):
+    theirs, ours = pair(mode, backend=backend)
+    with torch.no_grad():
+        theirs.weight_hh_l0.mul_(2)
+    parametrize.register_parametrization(ours, "weight_hh_l0", _Double())
+    x = torch.randn(5, 2, 3, dtype=torch.float64)
+    torch.testing.assert_close(tensors(ours(x)), tensors(theirs(x)))
+
+
+@backends
+@modes
+def test_functional_call_uses_its_weights(mode, backend):
+    theirs, ours = pair(mode, backend=backend)
+    x = torch.randn(5, 2, 3, dtype=torch.float64)
+    other = {name: torch.randn_like(value) for name, value in ours.named_parameters()}
+    actual = torch.func.functional_call(ours, other, (x,))
+    theirs.load_state_dict(other)
+    torch.testing.assert_close(tensors(actual), tensors(theirs(x)))
+
+
+@backends
+def test_weights_shared_by_both_directions(backend):
+    theirs, ours = pair("GRU", backend=backend, bidirectional=True)
+    for module in (theirs, ours):
+        for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
+            setattr(module, f"{name}_l0_reverse", getattr(module, f"{name}_l0"))
+    assert len(list(ours.parameters())) == 4
+    assert_same(theirs, ours, torch.randn(5, 2, 3, dtype=torch.float64, requires_grad=True))
+
+
+@backends
+def test_only_some_gradients_wanted(backend):
+    theirs, ours = pair("LSTM", backend=backend)
+    x = torch.randn(5, 2, 3, dtype=torch.float64)
+    for name in ("weight_ih_l0", "bias_hh_l0"):
+        gradients = []
+        for module in (theirs, ours):
+            for other, parameter in module.named_parameters():
+                parameter.requires_grad_(other == name)
+            _, (_, c_n) = module(x)
+            (gradient,) = torch.autograd.grad(c_n.sum(), [getattr(module, name)])
+            gradients.append(gradient)
+        torch.testing.assert_close(gradients[1], gradients[0])
+
+
+@pytest.mark.parametrize("backend", [None, *BACKENDS[1:]])
+def test_functional_is_what_the_modules_do(backend):
+    x = torch.randn(5, 2, 3, dtype=torch.float64)
+    options = {"num_layers": 2, "bidirectional": True, "backend": backend}
+    for mode, (kind, own) in LAYERS.items():
+        theirs, _ = pair(mode, num_layers=2, bidirectional=True)
+        hx = random_state(mode, 4, 2, 4)
+        call = getattr(functional, kind.lower())
+        weights = [parameter for _, parameter in theirs.named_parameters()]
+        actual = call(x, hx, weights, **own, **options)
+        torch.testing.assert_close(tensors(actual), tensors(theirs(x, hx)))
+
+        cell, _ = pair(mode, "Cell")
+        hx = random_state(mode, 2, 4)
+        call = getattr(functional, f"{kind.lower()}_cell")
+        actual = call(x[0], hx, *cell.parameters(), **own, backend=backend)
+        torch.testing.assert_close(tensors(actual), tensors(cell(x[0], hx)))
+
+
+@pytest.mark.parametrize("cell", rnnfast.reference.CELLS)
+@pytest.mark.parametrize("reverse", [False, True])
+def test_reference_of_no_time_returns_the_states(cell, reverse):
+    row = rnnfast.reference.CELLS[cell]
+    states = tuple(torch.randn(2, 4) for _ in range(row.states))
+    weights = torch.randn(row.gates * 4, 3), torch.randn(row.gates * 4, 4), None, None
+    y, finals = rnnfast.reference.layer(row, torch.zeros(0, 2, 3), states, *weights, reverse)
+    assert y.shape == (0, 2, 4)
+    torch.testing.assert_close(finals, states)
+
+
+class TestPrecedence:
+    """Argument, then context, then environment, then automatic."""
+
+    @pytest.fixture(autouse=True)
+    def spy(self, monkeypatch):
+        self.ran = []
+        layers = functional._LAYERS
+
+        def spying(name):
+            def layer(*arguments):
+                self.ran.append(name)
+                return rnnfast.reference.layer(*arguments)
+
+            return layer
+
+        for name in layers:
+            monkeypatch.setitem(layers, name, spying(name))
+        monkeypatch.setattr(rnnfast.backend, "_FUSED_DEVICES", frozenset({"cpu"}))
+
+    def run(self, backend=None):
+        """The name of the backend that runs; aten leaves no trace here."""
+        self.ran.clear()
+        rnnfast.GRU(3, 4, backend=backend)(torch.zeros(1, 1, 3))
+        return self.ran[0] if self.ran else "aten"
+
+    def test_automatic(self):
+        assert self.run() == "fused"
+
+    def test_environment(self, monkeypatch):
+        monkeypatch.setattr(rnnfast.backend, "_ENVIRONMENT", "aten")
+        assert self.run() == "aten"
+        with rnnfast.use_backend("reference"):
+            assert self.run() == "reference"
+            with rnnfast.use_backend("auto"):
+                assert self.run() == "fused"
+            assert self.run() == "reference"
+        assert self.run() == "aten"
+
+    def test_argument(self):
+        with rnnfast.use_backend("reference"):
+            assert self.run("aten") == "aten"
+            assert self.run("fused") == "fused"
+
+    def test_context_ends_with_an_error(self):
+        with pytest.raises(KeyError), rnnfast.use_backend("reference"):
+            raise KeyError
+        assert self.run() == "fused"
