@@ -30,7 +30,7 @@ os.environ["PATH"] = str(Path(sys.executable).parent) + os.pathsep + os.environ.
 
 # -fopenmp only when compiling: the OpenMP runtime is the one that torch has loaded already.
 CXX_FLAGS = [
-    *("-O3", "-std=c++20", "-fopenmp", "-fno-math-errno", "-ffp-contract=fast"),
+    *("-O3", "-g0", "-std=c++20", "-fopenmp", "-fno-math-errno", "-ffp-contract=fast"),
     *("-fvisibility=hidden", "-Wall", "-Wextra"),
 ]
 # torch takes the operators of half and bfloat16 away; the kernels, free of torch, keep them.

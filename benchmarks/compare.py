@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from . import machine
-from .peers import PEERS, Run, UnsupportedError, build_rnnfast, build_torch
+from .peers import PEERS, Run, UnsupportedError, build_rnnfast
 from .steps import CELLS, MODES, Case, Problem, disagreement, make_problem, make_step, results
 from .timing import time_in_turn
 
@@ -96,11 +96,11 @@ def compare_one(problem: Problem, mode: str, args: argparse.Namespace) -> Iterat
     no_grad = torch.inference_mode() if mode == "inference" else contextlib.nullcontext()
     synchronize = torch.cuda.synchronize if problem.x.is_cuda else lambda: None
     runs, reasons = build_all(args.peers, problem, mode)
+    exact_problem = problem.to(torch.float64)
     with no_grad:
         steps = {n: make_step(run, problem, mode, args.input_grad) for n, run in runs.items()}
-        exact_problem = problem.to(torch.float64)
         exact, ours = (
-            results(make_step(build_torch(p.module, p.x), p, mode, args.input_grad), mode)
+            results(make_step(p.module, p, mode, args.input_grad), mode)
             for p in (exact_problem, problem)
         )
         for name, step in steps.items():

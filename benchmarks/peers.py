@@ -34,7 +34,9 @@ def build_rnnfast(module: nn.RNNBase, x: Tensor) -> nn.Module:
 
 
 def build_torch(module: nn.RNNBase, x: Tensor) -> nn.Module:
-    return copy.deepcopy(module)
+    twin = copy.deepcopy(module)
+    twin.flatten_parameters()  # cuDNN wants the weights in one piece, and a copy scatters them
+    return twin
 
 
 PEERS: dict[str, Builder] = {"torch": build_torch}

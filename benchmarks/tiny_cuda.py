@@ -7,11 +7,11 @@ from .peers import build_rnnfast
 from .steps import CELLS, Case, make_problem, make_step, results
 
 
-def main() -> None:
+def main(device: str = "cuda") -> None:
     for cell in CELLS:
         for name, dtype in DTYPES.items():
             for case in (Case(3, 2, 5, 7), Case(2, 3, 32, 32)):
-                problem = make_problem(cell, case, "cuda", dtype)
+                problem = make_problem(cell, case, device, dtype)
                 layer = build_rnnfast(problem.module, problem.x)
                 for mode in ("inference", "training"):
                     with torch.inference_mode(mode == "inference"):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import compare, peers, timing
+from benchmarks import compare, gpu_check, peers, timing, tiny_cuda
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ["--min-time", "0", "--repeats", "2", "--threads", "1"]
@@ -144,3 +144,43 @@ def test_suites_run():
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=one_thread, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_gpu_check_without_a_gpu_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu_check.main() == 1
+    assert "no CUDA device" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("failing", [None, "build", "tests", "benchmark"])
+def test_gpu_check_tells_all(monkeypatch, tmp_path, capsys, failing):
+    ran = []
+
+    def fake_run(title, command, at_most, **environment):
+        ran.append(title)
+        if title == "benchmark":
+            Path(command[command.index("--json") + 1]).write_text('{"rows": []}')
+        return "failed with exit code 1" if title == failing else "passed"
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Some GPU")
+    monkeypatch.setattr(gpu_check, "run", fake_run)
+    monkeypatch.setattr(gpu_check, "sanitizer", lambda: "compute-sanitizer")
+    monkeypatch.setattr(gpu_check, "RESULTS", tmp_path)
+    assert gpu_check.main() == (0 if failing is None else 1)
+    if failing == "build":
+        assert ran == ["build"]
+        return
+    assert ran == ["build", "tests", "memcheck", "benchmark"]
+    (file,) = tmp_path.glob("Some-GPU-*.json")
+    assert json.loads(file.read_text())["checks"]["build"] == "passed"
+
+
+def test_gpu_check_ends_parts_that_take_too_long():
+    sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+    assert "stopped" in gpu_check.run("sleep", sleep, at_most=1)
+    assert gpu_check.run("fail", [sys.executable, "-c", "exit(3)"], 60).endswith("exit code 3")
+
+
+def test_tiny_case_runs():
+    tiny_cuda.main("cpu")
