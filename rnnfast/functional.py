@@ -21,8 +21,12 @@ from .backend import choose
 from .reference import CELLS, Cell, States
 
 _LAYERS = {"fused": autograd.layer, "reference": reference.layer}
-ELMAN = {"tanh": CELLS["elman_tanh"], "relu": CELLS["elman_relu"]}
 
+_uncompiled_lstm = torch.compiler.disable(
+    lambda *arguments: _VF.lstm(*arguments),
+    reason="torch 2.13 cannot differentiate its oneDNN LSTM in a compiled graph",
+)
+ELMAN = {"tanh": CELLS["elman_tanh"], "relu": CELLS["elman_relu"]}
 StepWeights = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 """w_ih (G*H, I), w_hh (G*H, H), b_ih (G*H), b_hh (G*H)."""
 
@@ -283,8 +287,10 @@ def _aten_sequence(
         batch = x.shape[0 if options.batch_first else 1]
         shape = (_directions(options) * options.num_layers, batch, weights[1].shape[1])
         states = tuple(x.new_zeros(shape) for _ in range(cell.states))
+    uncompiled = cell.aten == "lstm" and torch.compiler.is_dynamo_compiling()
+    operator = _uncompiled_lstm if uncompiled else getattr(_VF, cell.aten)
     layers, biases, *others = options
-    y, *finals = getattr(_VF, cell.aten)(x, _unwrap(states), list(weights), biases, layers, *others)
+    y, *finals = operator(x, _unwrap(states), list(weights), biases, layers, *others)
     return y, tuple(finals)
 
 
