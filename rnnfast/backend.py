@@ -131,7 +131,7 @@ def _shortfall(device: str, dtype: torch.dtype) -> tuple[str, str]:
     """Why the fused kernels cannot run on ``device`` and ``dtype``, and what would help."""
     if EXTENSION is None:
         cause = f"the compiled extension is missing ({IMPORT_ERROR})"
-        return cause, "Build it with `pip install --no-build-isolation .`; see rnnfast.doctor()"
+        return cause, "Build it with `pip install --no-build-isolation .`"
     if device == "cuda" and dtype in FUSED_DTYPES:
         cause = "the extension was built without CUDA"
         return cause, "Rebuild it with FORCE_CUDA=1 where nvcc and a CUDA build of torch are"
@@ -143,18 +143,18 @@ def _warn_once(cause: str, remedy: str) -> None:
     # torch.compile cannot trace a warning.
     if cause not in _warned and not torch.compiler.is_compiling():
         _warned.add(cause)
-        warnings.warn(f"rnnfast: torch's own kernels run, as {cause}. {remedy}.", stacklevel=2)
+        words = f"rnnfast: torch's own kernels run, as {cause}. {remedy}; see rnnfast.doctor()."
+        warnings.warn(words, stacklevel=2)
 
 
-def _outcome(device: str, dtype: torch.dtype) -> str:
-    """What `choose` would answer now, and why where that is not the fused path."""
+def _outcome(device: str, dtype: torch.dtype) -> tuple[str, str | None]:
+    """What `choose` would answer now, and why not the fused path if that was meant to run."""
     name = in_force(None)
     if name in ("aten", "reference"):
-        return name
-    if device in _FUSED_DEVICES:
-        return "fused"
-    cause, _ = _shortfall(device, dtype)
-    return f"error: {cause}" if name == "fused" else f"aten: {cause}"
+        return name, None
+    if device in _FUSED_DEVICES and dtype in FUSED_DTYPES:
+        return "fused", None
+    return "error" if name == "fused" else "aten", _shortfall(device, dtype)[0]
 
 
 def _version() -> str:
@@ -188,9 +188,11 @@ def doctor() -> str:
         f"torch        {torch.get_num_threads()} threads, CPU capability "
         f"{torch.backends.cpu.get_cpu_capability()}, {gpus} CUDA devices",
         f"backend      {in_force(None)} (RNNFAST_BACKEND={os.environ.get('RNNFAST_BACKEND', '')})",
-        "what runs (float32):",
+        "",
+        f"what runs    {'cpu':<10}cuda",
     ]
+    outcomes = {device: _outcome(device, torch.float32) for device in ("cpu", "cuda")}
     for cell in CELLS:
-        for device in ("cpu", "cuda"):
-            lines.append(f"  {cell:<11}{device:<5} {_outcome(device, torch.float32)}")
+        lines.append(f"{cell:<13}{outcomes['cpu'][0]:<10}{outcomes['cuda'][0]}")
+    lines += [f"{device}: {cause}" for device, (_, cause) in outcomes.items() if cause]
     return "\n".join(lines)
