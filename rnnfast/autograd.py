@@ -69,34 +69,35 @@ def _distinct(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     return tuple(distinct)
 
 
+# The Functions save in `forward` and have no `setup_context`: with one, torch inspects the
+# signature of `forward` on every call, which takes longer than a step of a small cell.
+
+
 class _Layer(torch.autograd.Function):
-    """(cell, reverse, x, *states, w_ih, w_hh, b_ih, b_hh) -> (y, *final states, *saved)."""
+    """(cell, reverse, x, *states, w_ih, w_hh, b_ih, b_hh) -> (y, *final states)."""
 
     @staticmethod
-    def forward(cell: str, reverse: bool, *tensors: Tensor | None) -> States:
-        return _OPERATORS[cell].forward(*tensors, reverse, True)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: States) -> None:
-        ctx.cell, ctx.reverse, *tensors = inputs
-        y, saved = output[0], output[1 + CELLS[ctx.cell].states :]
-        ctx.mark_non_differentiable(*saved)
+    def forward(ctx: Any, cell: str, reverse: bool, *tensors: Tensor | None) -> States:
+        outputs = _OPERATORS[cell].forward(*tensors, reverse, True)
+        results = outputs[: 1 + CELLS[cell].states]
+        ctx.cell, ctx.reverse = cell, reverse
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, y, *saved)
+        ctx.save_for_backward(*tensors, results[0], *outputs[len(results) :])
+        return results
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        mask = list(ctx.needs_input_grad[2:])
-        grads = grads[: 1 + CELLS[ctx.cell].states]
-        arguments = (ctx.cell, ctx.reverse, mask, *grads, *ctx.saved_tensors)
+        cell, reverse, mask = ctx.cell, ctx.reverse, list(ctx.needs_input_grad[2:])
+        arguments = (*grads, *ctx.saved_tensors)
+        results: Sequence[Tensor | None]
         if all(grad is None for grad in grads):
-            results: Sequence[Tensor | None] = [None] * len(mask)
+            results = [None] * len(mask)
         elif backend.transforms_active():
-            results = _reference_backward(*arguments)
+            results = _reference_backward(cell, reverse, mask, *arguments)
         elif torch.is_grad_enabled():
-            results = _LayerBackward.apply(*arguments)
+            results = _LayerBackward.apply(cell, reverse, mask, *arguments)
         else:
-            results = _LayerBackward.forward(*arguments)
+            results = _OPERATORS[cell].backward(*arguments, reverse, mask)
         wanted = [grad if needed else None for grad, needed in zip(results, mask, strict=True)]
         return None, None, *wanted
 
@@ -109,14 +110,13 @@ class _LayerBackward(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(cell: str, reverse: bool, mask: list[bool], *arguments: Tensor | None) -> States:
-        return _OPERATORS[cell].backward(*arguments, reverse, mask)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: States) -> None:
-        ctx.cell, ctx.reverse, ctx.mask, *arguments = inputs
+    def forward(
+        ctx: Any, cell: str, reverse: bool, mask: list[bool], *arguments: Tensor | None
+    ) -> States:
+        ctx.cell, ctx.reverse, ctx.mask = cell, reverse, mask
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*arguments)
+        return _OPERATORS[cell].backward(*arguments, reverse, mask)
 
     @staticmethod
     def backward(ctx: Any, *grad_grads: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -216,6 +216,25 @@ def test_gradients_of_one_result(cell):
         torch.testing.assert_close(*gradients)
 
 
+class _NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+@cells
+@backends
+def test_undefined_gradients(module, x):
+    x.requires_grad_()
+    inputs = [x, *module.parameters()]
+    blocked = _NoGradient.apply(module(x)[0]).sum()
+    assert torch.autograd.grad(blocked, inputs, allow_unused=True) == (None,) * len(inputs)
+
+
 @cells
 @backends
 def test_checkpoint(module, x):
