@@ -33,12 +33,7 @@ CXX_FLAGS = [
     *("-O3", "-g0", "-std=c++20", "-fopenmp", "-fno-math-errno", "-ffp-contract=fast"),
     *("-fvisibility=hidden", "-Wall", "-Wextra"),
 ]
-# torch takes the operators of half and bfloat16 away; the kernels, free of torch, keep them.
-KEEP = ["HALF_OPERATORS", "HALF_CONVERSIONS", "HALF2_OPERATORS", "BFLOAT16_CONVERSIONS"]
-NVCC_FLAGS = [
-    *("-O3", "-std=c++20", "--compiler-options", "-fvisibility=hidden,-Wall,-Wextra"),
-    *(f"-U__CUDA_NO_{name}__" for name in KEEP),
-]
+NVCC_FLAGS = ["-O3", "-std=c++20", "--compiler-options", "-fvisibility=hidden,-Wall,-Wextra"]
 INCLUDE_DIR = str(Path(__file__).resolve().parent / "csrc")
 DEFAULT_CUDA_ARCHS = "8.0;9.0+PTX"
 CPU_SOURCES = ["csrc/cpu/*.cpp", "csrc/cuda/*.cpp", "csrc/torch/*.cpp"]
@@ -87,7 +82,7 @@ def make_extension(cuda_home: Path | None) -> Extension:
     extension = torch_build.CUDAExtension(
         "rnnfast._C", find_sources(CPU_SOURCES + CUDA_SOURCES), **options
     )
-    archs = os.environ["TORCH_CUDA_ARCH_LIST"]
+    archs = os.environ["TORCH_CUDA_ARCH_LIST"].replace(";", " ")
     extension.define_macros += [("RNNFAST_WITH_CUDA", None), ("RNNFAST_CUDA_ARCHS", f'"{archs}"')]
     # A toolkit of only the compiler lacks cuBLAS, which the packages that torch depends on have.
     packages = Path(torch.__file__).parents[1] / "nvidia"

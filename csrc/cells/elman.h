@@ -11,7 +11,8 @@ struct ElmanTraits {
   static constexpr int kGradBlocks = 1;    // blocks of H of gate gradients per step
   static constexpr bool kHasCell = false;  // a second state c
   static constexpr bool kDirect = false;   // h reaches h' other than through W_hh
-  // gate block of w_ih to which gradient block j belongs; w_hh takes the last kGates blocks in order
+  // gate block of w_ih to which gradient block j belongs; w_hh takes the last kGates blocks in
+  // order
   RNNFAST_HD static constexpr int input_gate(int j) { return j; }
 };
 

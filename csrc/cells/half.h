@@ -1,5 +1,5 @@
-// Conversion of half types by their bits, for scalars and SIMD vectors alike: U is uint32_t or a vector
-// of it, F float or a vector of it.
+// Conversion of half types by their bits, for scalars and SIMD vectors alike: U is uint32_t or a
+// vector of it, F float or a vector of it.
 #pragma once
 
 #include "cells/common.h"

@@ -1,4 +1,5 @@
-// LSTM cell (Hochreiter & Schmidhuber 1997, with the forget gate of Gers et al. 2000; torch.nn.LSTM).
+// LSTM cell (Hochreiter & Schmidhuber 1997, with the forget gate of Gers et al. 2000;
+// torch.nn.LSTM).
 //   i = sigmoid(W_ii x + b_ii + W_hi h + b_hi)      f = sigmoid(W_if x + b_if + W_hf h + b_hf)
 //   g = tanh   (W_ig x + b_ig + W_hg h + b_hg)      o = sigmoid(W_io x + b_io + W_ho h + b_ho)
 //   c' = f * c + i * g                              h' = o * tanh(c')

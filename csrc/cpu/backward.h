@@ -1,9 +1,9 @@
 // The backward of one layer in one direction. Included inside an instruction set's namespace.
 //
-// Steps are walked in the reverse of the forward's order, in blocks. Per step: the gradient of h comes
-// from the step after it through W_hh, and on each tile of that product the cell turns it into gate
-// gradients. Per block: the gradients of x, of the weights and of the biases as products over all rows
-// of the block.
+// Steps are walked in the reverse of the forward's order, in blocks. Per step: the gradient of h
+// comes from the step after it through W_hh, and on each tile of that product the cell turns it
+// into gate gradients. Per block: the gradients of x, of the weights and of the biases as products
+// over all rows of the block.
 
 template <class Cell, class S>
 class Backward {
@@ -12,6 +12,9 @@ class Backward {
   static constexpr int kLanesA = kLanes<A>;
   static constexpr int G = Cell::kGates, D = Cell::kGradBlocks;
   using Columns = ColumnPanels<A>;
+  // Products over many rows are summed in parts: one chain of all terms would lose more bits than
+  // torch's products do. A part of a panel also fits L1.
+  static constexpr int64_t kPart = 64;
 
  public:
   Backward(const BackwardArgs& args, const Plan& plan, Arena& arena)
@@ -55,8 +58,8 @@ class Backward {
       const Span rows = idle                          ? Span{0, 0}
                         : plan_.split == Split::kRows ? team.share(B)
                                                       : Span{0, B};
-      const Span panels = plan_.split == Split::kUnits ? team.share(hidden_.count())
-                                                       : Span{0, hidden_.count()};
+      const Span panels =
+          plan_.split == Split::kUnits ? team.share(hidden_.count()) : Span{0, hidden_.count()};
       for (int64_t n = 0; n < T; n += plan_.block_steps) {
         const Span block{n, std::min(T, n + plan_.block_steps)};
         for (int64_t step = block.begin; step < block.end; ++step) {
@@ -85,8 +88,9 @@ class Backward {
   }
   const S* h_before(int64_t step, int64_t b) const {
     const auto [T, B, I, H] = args_.size;
-    return is_first_in_time(step) ? static_cast<const S*>(args_.h0) + b * H
-                                  : static_cast<const S*>(args_.y) + (time_before(step) * B + b) * H;
+    return is_first_in_time(step)
+               ? static_cast<const S*>(args_.h0) + b * H
+               : static_cast<const S*>(args_.y) + (time_before(step) * B + b) * H;
   }
   const S* x_row(int64_t step, int64_t b) const {
     return static_cast<const S*>(args_.x) + time(step) * args_.x_stride_t + b * args_.x_stride_b;
@@ -125,7 +129,8 @@ class Backward {
     }
   }
 
-  // d loss / d h that reaches the state before `step` through W_hh, for the rows of a tile and one panel
+  // d loss / d h that reaches the state before `step` through W_hh, for the rows of a tile and one
+  // panel
   void through_weights(int64_t step, int64_t panel, int64_t b, int rows, A* out) const {
     const int64_t H = args_.size.H;
     const A* a[kMaxTileRows];
@@ -225,8 +230,13 @@ class Backward {
           const int64_t row = own.begin + r + i;
           a[i] = gate_row(block.begin + row / batch, row % batch);
         }
-        tile<A, false>(input_.vectors(p), n, depth, a, input_.at(w_ih_, depth, p), out,
-                       Columns::kWidth, kLanesA);
+        for (int64_t k = 0; k < depth; k += kPart) {
+          const A* panel = input_.at(w_ih_, depth, p) + k * input_.vectors(p) * kLanesA;
+          const auto product = k == 0 ? tile<A, false> : tile<A, true>;
+          product(input_.vectors(p), n, std::min(kPart, depth - k), a, panel, out, Columns::kWidth,
+                  kLanesA);
+          for (int i = 0; i < n; ++i) a[i] += kPart;
+        }
         for (int i = 0; i < n; ++i) {
           const int64_t row = own.begin + r + i;
           S* to = static_cast<S*>(args_.grad_x) +
@@ -250,8 +260,8 @@ class Backward {
   }
   static constexpr int same_gate(int j) { return j; }
 
-  // grad[gate_of(j) * H + unit][n] (+)= sum over the rows of the block d_gates[first + j][unit] right[n],
-  // j < G; the rows of grad are dealt to threads
+  // grad[gate_of(j) * H + unit][n] (+)= sum over the rows of the block d_gates[first + j][unit]
+  // right[n], j < G; the rows of grad are dealt to threads
   template <class GateOf, class Right>
   void accumulate(Span block, const Team& team, int first, const Columns& columns, A* grad,
                   GateOf gate_of, Right&& right) const {
@@ -262,8 +272,8 @@ class Backward {
     A* panel = panel_ + team.index() * panel_size_;
     transpose_gates(block, first * H + own.begin, own.size(), left);
     for (int64_t p = 0; p < columns.count(); ++p) {
-      columns.template pack<S>(
-          [&](int64_t k) { return right(block.begin + k / B, k % B); }, depth, p, panel);
+      columns.template pack<S>([&](int64_t k) { return right(block.begin + k / B, k % B); }, depth,
+                               p, panel);
       for (int64_t j = own.begin / H; j * H < own.end; ++j) {
         const Span part{std::max(own.begin, j * H), std::min(own.end, (j + 1) * H)};
         A* to = grad + (gate_of(int(j)) * H + part.begin - j * H) * columns.N + p * Columns::kWidth;
@@ -292,18 +302,28 @@ class Backward {
     }
   }
 
-  // to[m][panel columns] (+)= sum_k left[m][k] panel[k]
+  // to[m][panel columns] (+)= sum_k left[m][k] panel[k], in parts of the depth: a single chain of
+  // that many sums would lose more bits than torch's does
   void outer_product(const A* left, int64_t rows, int64_t depth, const A* panel,
                      const Columns& columns, int64_t p, bool add, A* to) const {
+    for (int64_t k = 0; k < depth; k += kPart)
+      outer_product_part(left + k, depth, rows, std::min(kPart, depth - k),
+                         panel + k * columns.vectors(p) * kLanesA, columns, p, add || k > 0, to);
+  }
+
+  void outer_product_part(const A* left, int64_t left_stride, int64_t rows, int64_t depth,
+                          const A* panel, const Columns& columns, int64_t p, bool add,
+                          A* to) const {
     const int vectors = columns.vectors(p);
     const int64_t width = columns.N - p * Columns::kWidth;
     const bool whole = vectors * kLanesA <= width;
     alignas(64) A edge[kMaxTileRows * Columns::kWidth];
     for_row_tiles(rows, Columns::kRows, [&](int64_t m, int n) {
       const A* a[kMaxTileRows];
-      for (int i = 0; i < n; ++i) a[i] = left + (m + i) * depth;
+      for (int i = 0; i < n; ++i) a[i] = left + (m + i) * left_stride;
       A* target = to + m * columns.N;
-      if (whole && add) return tile<A, true>(vectors, n, depth, a, panel, target, columns.N, kLanesA);
+      if (whole && add)
+        return tile<A, true>(vectors, n, depth, a, panel, target, columns.N, kLanesA);
       if (whole) return tile<A, false>(vectors, n, depth, a, panel, target, columns.N, kLanesA);
       tile<A, false>(vectors, n, depth, a, panel, edge, Columns::kWidth, kLanesA);
       for (int i = 0; i < n; ++i) {
@@ -333,10 +353,17 @@ class Backward {
     }
   }
 
+  // in parts of a few rows, so that rounding errors do not grow with the length of the block
   V column_sum(Span block, int64_t column, int64_t n) const {
+    constexpr int64_t kPart = 32;
+    const int64_t B = args_.size.B, rows = block.size() * B;
     V sum{};
-    for (int64_t step = block.begin; step < block.end; ++step)
-      for (int64_t b = 0; b < args_.size.B; ++b) sum += load(gate_row(step, b) + column, n);
+    for (int64_t part = 0; part < rows; part += kPart) {
+      V part_sum{};
+      for (int64_t k = part; k < std::min(rows, part + kPart); ++k)
+        part_sum += load(gate_row(block.begin + k / B, k % B) + column, n);
+      sum += part_sum;
+    }
     return sum;
   }
   static void add_bias(A* to, V sum, int64_t n, bool add) {
@@ -347,11 +374,11 @@ class Backward {
   const Plan& plan_;
   const Columns hidden_, input_;
   const int64_t pitch_;
-  A *w_hh_, *w_ih_;    // packed columns [panel][G*H][width], the rows of w_ih in the order of d_gates
-  A *d_c_, *c0_;       // [B][pitch]
-  A* d_h_;             // [B][pitch]: grad_h_n, then what bypasses W_hh
-  A* d_gates_;         // two blocks of steps [step][B][D*H]
-  A* left_;            // per thread: transposed gate gradients [m][row of the block]
-  A* panel_;           // per thread: one packed panel of x or h
+  A *w_hh_, *w_ih_;  // packed columns [panel][G*H][width], the rows of w_ih in the order of d_gates
+  A *d_c_, *c0_;  // [B][pitch]
+  A* d_h_;  // [B][pitch]: grad_h_n, then what bypasses W_hh
+  A* d_gates_;  // two blocks of steps [step][B][D*H]
+  A* left_;  // per thread: transposed gate gradients [m][row of the block]
+  A* panel_;  // per thread: one packed panel of x or h
   int64_t block_rows_, left_size_, panel_size_;
 };

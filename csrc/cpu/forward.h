@@ -30,14 +30,9 @@ class Forward {
   }
 
   static StepShape step_shape(const Sizes& size) {
-    return {size.B,
-            Panels{size.H}.count(),
-            size.H,
-            Panels::kVectors,
-            Panels::kRows,
-            int(sizeof(A)),
-            kLanesA,
-            Panels::kUnitVectors * 30.0 * Cell::kGates};
+    return {
+        size.B,        Panels{size.H}.count(), size.H,  Panels::kVectors,
+        Panels::kRows, int(sizeof(A)),         kLanesA, Panels::kUnitVectors * 30.0 * Cell::kGates};
   }
 
   void run() {
@@ -47,8 +42,8 @@ class Forward {
       load_state(team.share(B));
       team.barrier();
       const Span rows = plan_.split == Split::kRows ? team.share(B) : Span{0, B};
-      const Span panels = plan_.split == Split::kUnits ? team.share(panels_.count())
-                                                       : Span{0, panels_.count()};
+      const Span panels =
+          plan_.split == Split::kUnits ? team.share(panels_.count()) : Span{0, panels_.count()};
       A* projected = projected_ + team.index() * block_rows_ * block_panels_ * Panels::kWidth;
       A* x = x_ + team.index() * block_rows_ * I;
       for (int64_t s = 0; s < T; s += plan_.block_steps) {
@@ -104,7 +99,7 @@ class Forward {
                const A* const* a, int rows, A* out, int64_t row_stride) const {
     bias += panel * Panels::kWidth;
     if (packed) {
-      kTiles<A, Panels::kVectors>[rows - 1](K, a, packed + panel * Panels::kWidth * K, bias, out,
+      kTiles<A, Panels::kVectors>[rows - 1](K, a, packed + panel* Panels::kWidth* K, bias, out,
                                             row_stride, kLanesA);
       return;
     }
@@ -173,9 +168,11 @@ class Forward {
       const V h_prev = load(h_[step & 1] + b * pitch_ + unit);
       V c = Cell::kHasCell ? load(c_ + b * pitch_ + unit) : V{};
       Cell::template forward<Math>(px, ph, h_prev, c, h, saved);
+      S* y = static_cast<S*>(args_.y) + row * H + unit;
+      store(y, h, left);
+      if constexpr (kConvert) h = load(y, left);  // the next step sees h as it was stored
       store(h_[(step + 1) & 1] + b * pitch_ + unit, h);
       if (Cell::kHasCell) store(c_ + b * pitch_ + unit, c);
-      store(static_cast<S*>(args_.y) + row * H + unit, h, left);
       if (args_.save) {
         for (int k = 0; k < kSaved; ++k)
           store(static_cast<S*>(args_.gates) + (row * kSaved + k) * H + unit, saved[k], left);

@@ -1,9 +1,9 @@
 // Packed, register-tiled matrix products. Included inside an instruction set's namespace.
 //
 // A product is cut into tiles of up to kTileRows<NR> rows by NR vectors of columns, accumulated in
-// registers. The left side is given as row pointers (so rows may come from anywhere), contiguous along
-// the summed index k. The right side is packed into panels: panel[k][NR * lanes].
-// Every element is summed over k in the same order whatever the tile, so results do not depend on how
+// registers. The left side is given as row pointers (so rows may come from anywhere), contiguous
+// along the summed index k. The right side is packed into panels: panel[k][NR * lanes]. Every
+// element is summed over k in the same order whatever the tile, so results do not depend on how
 // rows and columns are dealt to threads.
 
 // Accumulators, one right-hand vector and one broadcast must fit the register file.
@@ -13,7 +13,8 @@ inline constexpr int kTileRows = NR == 4   ? (RNNFAST_REGISTERS == 32 ? 6 : 3)
                                            : (RNNFAST_REGISTERS == 32 ? 8 : 6);
 inline constexpr int kMaxTileRows = 8;
 
-// out[i * row_stride + j * vector_stride + lane] (=, or += if kAdd) bias[j][lane] + sum_k a[i][k] panel[k][j][lane]
+// out[i * row_stride + j * vector_stride + lane] (=, or += if kAdd) bias[j][lane] + sum_k a[i][k]
+// panel[k][j][lane]
 template <class A, int NR, int MR, bool kAdd>
 void tile(int64_t K, const A* const* a, const A* panel, const A* bias, A* out, int64_t row_stride,
           int64_t vector_stride) {
@@ -50,8 +51,7 @@ template <class A>
 using TileFunction = void (*)(int64_t, const A* const*, const A*, const A*, A*, int64_t, int64_t);
 
 template <class A, int NR, bool kAdd, int... MR>
-constexpr std::array<TileFunction<A>, sizeof...(MR)> tile_table(
-    std::integer_sequence<int, MR...>) {
+constexpr std::array<TileFunction<A>, sizeof...(MR)> tile_table(std::integer_sequence<int, MR...>) {
   return {tile<A, NR, MR + 1, kAdd>...};
 }
 template <class A, int NR, bool kAdd = false>
@@ -116,8 +116,8 @@ RNNFAST_HD void pack_rows(Source&& source, int64_t K, int64_t column, int64_t co
 
 // ---- the gate block as panels ----
 
-// A weight matrix (G * H, K) seen as panels of whole units: one panel holds all G gates of `units()`
-// consecutive hidden units, as G * kUnitVectors vectors in the order [gate][unit vector].
+// A weight matrix (G * H, K) seen as panels of whole units: one panel holds all G gates of
+// `units()` consecutive hidden units, as G * kUnitVectors vectors in the order [gate][unit vector].
 template <class A, int G>
 struct GatePanels {
   static constexpr int kLanesA = kLanes<A>;
@@ -131,7 +131,8 @@ struct GatePanels {
 
   int64_t count() const { return ceil_div(H, kUnits); }
 
-  // the row of the weight matrix behind column `lane` of vector j of a panel; -1 beyond the last unit
+  // the row of the weight matrix behind column `lane` of vector j of a panel; -1 beyond the last
+  // unit
   int64_t weight_row(int64_t panel, int j, int lane) const {
     const int64_t unit = panel * kUnits + (j % kUnitVectors) * kLanesA + lane;
     return unit < H ? (j / kUnitVectors) * H + unit : -1;

@@ -1,10 +1,11 @@
-// Instantiates every kernel for one instruction set. A file isa_<name>.cpp selects the target, defines
+// Instantiates every kernel for one instruction set. A file isa_<name>.cpp selects the target,
+// defines
 //   RNNFAST_ISA           namespace of this instruction set
 //   RNNFAST_VECTOR_BYTES  width of a vector register
 //   RNNFAST_REGISTERS     how many there are
-// and includes this file, after isa_prologue.h and the target pragma. Everything that may be compiled
-// for a newer machine than the one that runs it lives in the namespace, so the linker cannot mix them;
-// the cells' functions are always inlined and leave no symbol.
+// and includes this file, after isa_prologue.h and the target pragma. Everything that may be
+// compiled for a newer machine than the one that runs it lives in the namespace, so the linker
+// cannot mix them; the cells' functions are always inlined and leave no symbol.
 
 #include "cells/elman.h"
 #include "cells/gru.h"
@@ -54,7 +55,7 @@ constexpr Kernels make_kernels() {
   };
 }
 
-#define RNNFAST_DTYPES(Cell)                                                          \
+#define RNNFAST_DTYPES(Cell)                                                              \
   {make_kernels<Cell, double>(), make_kernels<Cell, float>(), make_kernels<Cell, bf16>(), \
    make_kernels<Cell, f16>()}
 

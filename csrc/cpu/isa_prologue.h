@@ -8,8 +8,8 @@
 #include <type_traits>
 #include <utility>
 
+#include "arguments.h"
 #include "cells/common.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 #include "cpu/plan.h"
-#include "sequence.h"

@@ -4,13 +4,13 @@
 #include <string>
 #include <vector>
 
+#include "arguments.h"
 #include "cpu/plan.h"
-#include "sequence.h"
 
 namespace rnnfast::cpu {
 
-// The kernels of one cell and one dtype. The workspace is the caller's: workspace(size, plan) bytes,
-// aligned to Arena::kAlignment, contents undefined before and after.
+// The kernels of one cell and one dtype. The workspace is the caller's: workspace(size, plan)
+// bytes, aligned to Arena::kAlignment, contents undefined before and after.
 struct Kernels {
   Plan (*plan_forward)(const Sizes&, const Machine&);
   Plan (*plan_backward)(const Sizes&, const Machine&);

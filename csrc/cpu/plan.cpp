@@ -16,13 +16,14 @@ constexpr int64_t kPackUses = 10;
 
 double step_cycles(const StepShape& s, int64_t rows, int64_t panels, const Machine& machine) {
   const int64_t bytes = panels * s.vectors * s.lanes * s.depth * s.element_bytes;
-  const double load = bytes <= kL1Bytes                 ? kL1Vector
+  const double load = bytes <= kL1Bytes                   ? kL1Vector
                       : bytes <= machine.l2_bytes * 3 / 4 ? kL2Vector
                                                           : kL3Vector;
   const int64_t tiles = ceil_div(rows, s.tile_rows);
   const double first = std::max(double(ceil_div(rows, tiles)), load);  // brings in the panel
   const double rest = std::max(double(ceil_div(rows, tiles)), kL1Vector) * double(tiles - 1);
-  return double(panels) * (double(s.depth) * s.vectors * (first + rest) + s.cell_cycles * double(rows));
+  return double(panels) *
+         (double(s.depth) * s.vectors * (first + rest) + s.cell_cycles * double(rows));
 }
 
 struct Choice {
@@ -33,7 +34,8 @@ struct Choice {
 
 Choice choose_split(const Sizes& size, const StepShape& s, const Machine& machine) {
   Choice best{1, Split::kNone, double(size.T) * step_cycles(s, s.rows, s.panels, machine)};
-  for (int n = 2; n <= machine.threads; n = n < machine.threads ? std::min(2 * n, machine.threads) : n + 1) {
+  for (int n = 2; n <= machine.threads;
+       n = n < machine.threads ? std::min(2 * n, machine.threads) : n + 1) {
     const double by_rows =
         kRegion + double(size.T) * step_cycles(s, ceil_div(s.rows, n), s.panels, machine);
     if (n <= s.rows && by_rows < best.cycles) best = {n, Split::kRows, by_rows};
@@ -50,29 +52,31 @@ Choice choose_split(const Sizes& size, const StepShape& s, const Machine& machin
 Plan plan_forward(const Sizes& size, const StepShape& step, const Machine& machine) {
   const Choice choice = choose_split(size, step, machine);
   const bool packed = size.T * size.B >= kPackUses;
-  const int64_t rows =
-      choice.split == Split::kRows ? ceil_div(size.B, choice.threads) : std::max<int64_t>(size.B, 1);
+  const int64_t rows = choice.split == Split::kRows ? ceil_div(size.B, choice.threads)
+                                                    : std::max<int64_t>(size.B, 1);
   const int64_t panels =
       choice.split == Split::kUnits ? ceil_div(step.panels, choice.threads) : step.panels;
   // The projected block should stay in L2, yet be high enough to reuse each panel of W_ih.
   const int64_t row_bytes = panels * step.vectors * step.lanes * step.element_bytes;
   const int64_t fitting = machine.l2_bytes / 4 / std::max<int64_t>(1, rows * row_bytes);
   const int64_t useful = ceil_div(4 * step.tile_rows, rows);
-  const int64_t steps = std::clamp<int64_t>(std::max(fitting, useful), 1, std::max<int64_t>(1, size.T));
+  const int64_t steps =
+      std::clamp<int64_t>(std::max(fitting, useful), 1, std::max<int64_t>(1, size.T));
   return {choice.threads, choice.split, packed, packed, steps};
 }
 
 Plan plan_backward(const Sizes& size, const StepShape& step, const Machine& machine) {
   const Choice choice = choose_split(size, step, machine);
-  // The weight gradients sum over the rows of a block: enough of them to pay for reading and writing
-  // the gradient, few enough for the gate gradients to stay in cache.
+  // The weight gradients sum over the rows of a block: enough of them to pay for reading and
+  // writing the gradient, few enough for the gate gradients to stay in cache.
   constexpr int64_t kBlockRows = 512;
   const int64_t steps = std::clamp<int64_t>(ceil_div(kBlockRows, std::max<int64_t>(size.B, 1)), 1,
                                             std::max<int64_t>(1, size.T));
   // Products over the whole sequence use every thread even where the recurrence cannot.
   const double products = 2 * choice.cycles;
-  const int threads =
-      choice.threads > 1 ? choice.threads : products > 8 * kRegion ? machine.threads : 1;
+  const int threads = choice.threads > 1       ? choice.threads
+                      : products > 8 * kRegion ? machine.threads
+                                               : 1;
   return {threads, choice.split, true, true, steps};
 }
 

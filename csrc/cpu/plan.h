@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "sequence.h"
+#include "arguments.h"
 
 namespace rnnfast::cpu {
 
@@ -14,8 +14,8 @@ struct Machine {
 
 // How the recurrence is dealt to threads.
 enum class Split {
-  kNone,   // one thread runs it
-  kRows,   // each thread runs all steps for its rows of the batch, without waiting for the others
+  kNone,  // one thread runs it
+  kRows,  // each thread runs all steps for its rows of the batch, without waiting for the others
   kUnits,  // each thread computes its hidden units for the whole batch; one barrier per step
 };
 
@@ -23,18 +23,18 @@ struct Plan {
   int threads;
   Split split;
   bool pack_ih, pack_hh;  // whether the weights are packed into panels or read as they lie
-  int64_t block_steps;    // steps between input projection (forward) or gradient products (backward)
+  int64_t block_steps;  // steps between input projection (forward) or gradient products (backward)
 };
 
 // The recurrent product of one step as the planner sees it: rows times panels of packed weights.
 struct StepShape {
-  int64_t rows;        // B
-  int64_t panels;      // panels of the right-hand side
-  int64_t depth;       // length of the sums
-  int vectors;         // vectors of columns in a panel
-  int tile_rows;       // rows of the register tile
-  int element_bytes;   // of the compute type
-  int lanes;           // elements of a vector
+  int64_t rows;  // B
+  int64_t panels;  // panels of the right-hand side
+  int64_t depth;  // length of the sums
+  int vectors;  // vectors of columns in a panel
+  int tile_rows;  // rows of the register tile
+  int element_bytes;  // of the compute type
+  int lanes;  // elements of a vector
   double cell_cycles;  // gate maths for one row of one panel
 };
 

@@ -1,5 +1,6 @@
-// SIMD vectors, conversions and activation functions, written once with the compiler's generic vectors.
-// Included inside an instruction set's namespace (see isa.h); RNNFAST_VECTOR_BYTES is its vector width.
+// SIMD vectors, conversions and activation functions, written once with the compiler's generic
+// vectors. Included inside an instruction set's namespace (see isa.h); RNNFAST_VECTOR_BYTES is its
+// vector width.
 
 template <class A>
 struct VectorOf;
@@ -134,7 +135,8 @@ template <>
 struct ExpConstants<float> {
   static constexpr float kLog2E = 0x1.715476p0f;
   static constexpr float kLn2High = 0x1.62e4p-1f, kLn2Low = 0x1.7f7d1cp-20f;
-  static constexpr float kRound = 0x1.8p23f;  // adding it leaves the nearest integer in the mantissa
+  static constexpr float kRound =
+      0x1.8p23f;  // adding it leaves the nearest integer in the mantissa
   static constexpr float kLimit = 87.0f;      // exp stays a normal number within +-limit
   static constexpr int kMantissa = 23, kBias = 127, kTerms = 7;
 };
@@ -174,22 +176,40 @@ RNNFAST_HD ExpParts<A> exp_parts(Vec<A> x) {
   return {bit_cast<Vec<A>>(exponent << C::kMantissa), p * r};
 }
 
+// Both end in q or 1 - q with a small q, so that a result near 1 is rounded once: backward formulas
+// take differences from 1.
 struct Math {
   template <class V, class A = std::decay_t<decltype(V{}[0])>>
   RNNFAST_HD static V sigmoid(V x) {
-    const auto [scale, rest] = exp_parts<A>(-x);
-    return 1 / ((1 + scale) + scale * rest);
+    const auto [scale, rest] = exp_parts<A>(-magnitude<A>(x));
+    const V e = scale + scale * rest;
+    const V q = e / (1 + e);
+    return x < V{} ? q : 1 - q;
   }
 
-  // tanh |x| = -t / (2 + t) with t = expm1(-2 |x|), exact to a few ulp for small x as well
+  // With e = exp(-2 |x|): tanh |x| = (1 - e) / (1 + e), the numerator as -expm1(-2 |x|) where x is
+  // small.
   template <class V, class A = std::decay_t<decltype(V{}[0])>>
   RNNFAST_HD static V tanh(V x) {
     using Integer = typename VectorOf<A>::integer;
-    constexpr auto sign = Integer{} + (decltype(Integer{}[0] + 0)(1) << (sizeof(A) * 8 - 1));
-    const Integer x_sign = bit_cast<Integer>(x) & sign;
-    const V magnitude = bit_cast<V>(bit_cast<Integer>(x) & ~sign);
-    const auto [scale, rest] = exp_parts<A>(-2 * magnitude);
-    const V t = scale * rest + (scale - 1);
-    return bit_cast<V>(bit_cast<Integer>(-t / (2 + t)) | x_sign);
+    const auto [scale, rest] = exp_parts<A>(-2 * magnitude<A>(x));
+    const V e = scale + scale * rest;
+    const V minus_expm1 = (1 - scale) - scale * rest;
+    const auto small = e > V{} + A(0.25);
+    const V q = (small ? minus_expm1 : 2 * e) / (1 + e);
+    const V result = small ? q : 1 - q;
+    return bit_cast<V>(bit_cast<Integer>(result) | (bit_cast<Integer>(x) & sign_bit<A>()));
+  }
+
+ private:
+  template <class A>
+  RNNFAST_HD static auto sign_bit() {
+    using Integer = typename VectorOf<A>::integer;
+    return Integer{} + (std::decay_t<decltype(Integer{}[0])>(1) << (sizeof(A) * 8 - 1));
+  }
+  template <class A>
+  RNNFAST_HD static Vec<A> magnitude(Vec<A> x) {
+    using Integer = typename VectorOf<A>::integer;
+    return bit_cast<Vec<A>>(bit_cast<Integer>(x) & ~sign_bit<A>());
   }
 };

@@ -12,7 +12,8 @@ struct ColumnMajorProduct {
   int64_t lda, ldb, ldc;
 };
 
-// A row-major matrix read as column-major is its transpose, so c' = op(b)' op(a)': pass b first, then a.
+// A row-major matrix read as column-major is its transpose, so c' = op(b)' op(a)': pass b first,
+// then a.
 inline ColumnMajorProduct column_major(const Product& p) {
   return {p.N, p.M, p.K, p.transpose_b, p.transpose_a, p.ldb, p.lda, p.ldc};
 }

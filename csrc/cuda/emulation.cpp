@@ -1,5 +1,5 @@
-// The CUDA driver on the host: same driver, same functors, same translation to column-major products,
-// with loops where the GPU has kernels. For tests on machines without a GPU.
+// The CUDA driver on the host: same driver, same functors, same translation to column-major
+// products, with loops where the GPU has kernels. For tests on machines without a GPU.
 #include <cstring>
 
 #include "cpu/kernels.h"
@@ -29,18 +29,19 @@ class Host {
   void copy(void* to, const void* from, size_t bytes) const { std::memcpy(to, from, bytes); }
 
  private:
-  // What cublasGemmEx computes, by its definition.
+  // What cublasGemmEx computes, by its definition; it sums in a better order than this loop, hence
+  // double.
   template <class In, class Out>
   static void column_major_gemm(const ColumnMajorProduct& p, bool add, const In* a, const In* b,
                                 Out* c) {
     for (int64_t j = 0; j < p.n; ++j) {
       for (int64_t i = 0; i < p.m; ++i) {
-        Compute<In> sum = 0;
-        for (int64_t k = 0; k < p.k; ++k)
-          sum += load(a + (p.transpose_a ? k + i * p.lda : i + k * p.lda)) *
-                 load(b + (p.transpose_b ? j + k * p.ldb : k + j * p.ldb));
         Out* to = c + i + j * p.ldc;
-        store(to, add ? sum + load(to) : sum);
+        double sum = add ? load(to) : 0;
+        for (int64_t k = 0; k < p.k; ++k)
+          sum += double(load(a + (p.transpose_a ? k + i * p.lda : i + k * p.lda))) *
+                 load(b + (p.transpose_b ? j + k * p.ldb : k + j * p.ldb));
+        store(to, Compute<Out>(sum));
       }
     }
   }

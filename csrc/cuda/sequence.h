@@ -1,6 +1,6 @@
-// The driver of one layer in one direction on CUDA: the input projection for a block of steps, then per
-// step one product with W_hh over the whole gate block and one gate kernel; in the backward the gradients
-// of weights and input as products over a block of steps.
+// The driver of one layer in one direction on CUDA: the input projection for a block of steps, then
+// per step one product with W_hh over the whole gate block and one gate kernel; in the backward the
+// gradients of weights and input as products over a block of steps.
 //
 // Device supplies what runs where (the GPU in torch/cuda/gpu.cpp, the host in emulation.cpp):
 //   void gemm(const Product&, const In* a, const In* b, Out* c)    row-major, see Product
@@ -11,18 +11,18 @@
 
 #include <algorithm>
 
+#include "arguments.h"
 #include "cuda/steps.h"
-#include "sequence.h"
 
 namespace rnnfast::cuda {
 
-// c (M, N) = op(a) (M, K) op(b) (K, N) + beta c. Row-major with leading dimensions lda, ldb, ldc; op is
-// the transpose where asked for, a then being stored as (K, M) and b as (N, K).
+// c (M, N) = op(a) (M, K) op(b) (K, N) + beta c. Row-major with leading dimensions lda, ldb, ldc;
+// op is the transpose where asked for, a then being stored as (K, M) and b as (N, K).
 struct Product {
   int64_t M, N, K;
   bool transpose_a, transpose_b;
   int64_t lda, ldb, ldc;
-  bool add;         // beta = 1 instead of 0
+  bool add;  // beta = 1 instead of 0
   bool allow_tf32;  // where the device's setting allows it too
 };
 
@@ -50,16 +50,14 @@ class Forward {
   void run(Device& device) const {
     const auto [T, B, I, H] = args_.size;
     const int64_t state = B * H;
-    if (Cell::kHasCell)
-      device.for_each(state, Convert<A, S>{c_, static_cast<const S*>(args_.c0)});
+    if (Cell::kHasCell) device.for_each(state, Convert<A, S>{c_, static_cast<const S*>(args_.c0)});
     for (int64_t begin = 0; begin < T; begin += steps_) {
       const int64_t count = std::min(steps_, T - begin);
       // steps of a block are neighbours in time; a reversed block starts with its last step
       const int64_t first_time = args_.reverse ? T - begin - count : begin;
-      device.gemm(
-          Product{count * B, G * H, I, false, true, I, I, G * H, false, true},
-          static_cast<const S*>(args_.x) + first_time * B * I, static_cast<const S*>(args_.w_ih),
-          from_x_);
+      device.gemm(Product{count * B, G * H, I, false, true, I, I, G * H, false, true},
+                  static_cast<const S*>(args_.x) + first_time * B * I,
+                  static_cast<const S*>(args_.w_ih), from_x_);
       for (int64_t step = begin; step < begin + count; ++step)
         advance(device, step, from_x_ + (time(step) - first_time) * B * G * H);
     }
@@ -80,26 +78,25 @@ class Forward {
                 static_cast<const S*>(args_.w_hh), from_h_);
     S* gates = static_cast<S*>(args_.gates);
     A* cells = static_cast<A*>(args_.cells);
-    device.for_each(state,
-                    ForwardStep<Cell, S>{
-                        .H = H,
-                        .from_x = from_x,
-                        .from_h = from_h_,
-                        .b_ih = static_cast<const S*>(args_.b_ih),
-                        .b_hh = static_cast<const S*>(args_.b_hh),
-                        .h_prev = h_prev,
-                        .c = c_,
-                        .y = y(t),
-                        .gates = args_.save ? gates + t * state * Cell::kSaved : nullptr,
-                        .cells = args_.save && Cell::kHasCell ? cells + t * state : nullptr,
-                    });
+    device.for_each(state, ForwardStep<Cell, S>{
+                               .H = H,
+                               .from_x = from_x,
+                               .from_h = from_h_,
+                               .b_ih = static_cast<const S*>(args_.b_ih),
+                               .b_hh = static_cast<const S*>(args_.b_hh),
+                               .h_prev = h_prev,
+                               .c = c_,
+                               .y = y(t),
+                               .gates = args_.save ? gates + t * state * Cell::kSaved : nullptr,
+                               .cells = args_.save && Cell::kHasCell ? cells + t * state : nullptr,
+                           });
   }
 
   const ForwardArgs& args_;
   const int64_t steps_;
   A* from_x_;  // (steps, B, G*H)
   A* from_h_;  // (B, G*H)
-  A* c_;       // (B, H)
+  A* c_;  // (B, H)
 };
 
 template <class Cell, class S>
@@ -135,14 +132,14 @@ class Backward {
     // Steps are counted in the order of the backward: step 0 is the last of the forward.
     for (int64_t begin = 0; begin < T; begin += steps_) {
       const int64_t count = std::min(steps_, T - begin);
-      for (int64_t step = begin; step < begin + count; ++step) step_back(device, step, begin, count);
+      for (int64_t step = begin; step < begin + count; ++step)
+        step_back(device, step, begin, count);
       whole_block(device, begin, count);
     }
     if (args_.grad_h0)
       device.for_each(state, GradState<S>{static_cast<S*>(args_.grad_h0), through_weights_,
                                           Cell::kDirect ? d_h_ : nullptr});
-    if (args_.grad_c0)
-      device.for_each(state, Convert<S, A>{static_cast<S*>(args_.grad_c0), d_c_});
+    if (args_.grad_c0) device.for_each(state, Convert<S, A>{static_cast<S*>(args_.grad_c0), d_c_});
   }
 
  private:
@@ -195,8 +192,8 @@ class Backward {
     }
     device.for_each(state, work);
     if (is_first_in_time(step) && !args_.grad_h0) return;
-    device.gemm(Product{B, H, G * H, false, false, D * H, H, H, false, true},
-                d_gates + (D - G) * H, static_cast<const S*>(args_.w_hh), through_weights_);
+    device.gemm(Product{B, H, G * H, false, false, D * H, H, H, false, true}, d_gates + (D - G) * H,
+                static_cast<const S*>(args_.w_hh), through_weights_);
   }
 
   template <class Device>
@@ -216,7 +213,8 @@ class Backward {
     if (args_.grad_b_ih || args_.grad_b_hh) grad_biases(device, rows, add);
   }
 
-  // The state before each step of the block is y one step earlier, save for h0 before the very first.
+  // The state before each step of the block is y one step earlier, save for h0 before the very
+  // first.
   template <class Device>
   void grad_recurrent_weights(Device& device, int64_t begin, int64_t count) const {
     const auto [T, B, I, H] = args_.size;
@@ -225,11 +223,13 @@ class Backward {
     const int64_t inner = has_first ? count - 1 : count;
     const int64_t t = first_time(begin, count);
     const S* d_gates = d_gates_ + (D - G) * H;
-    // rows of d_gates whose state before is in y; in a reversed sequence the first step is the last row
+    // rows of d_gates whose state before is in y; in a reversed sequence the first step is the last
+    // row
     const int64_t skip = has_first && !args_.reverse ? 1 : 0;
     const Product product{G * H, H, inner * B, true, false, D * H, H, H, begin > 0, true};
     if (inner > 0)
-      device.gemm(product, d_gates + skip * B * D * H, y(t + skip + (args_.reverse ? 1 : -1)), grad);
+      device.gemm(product, d_gates + skip * B * D * H, y(t + skip + (args_.reverse ? 1 : -1)),
+                  grad);
     if (!has_first) return;
     Product first = product;
     first.K = B;
@@ -247,7 +247,8 @@ class Backward {
     const size_t bytes = size_t(H) * sizeof(A);
     for (int j = 0; j < D; ++j) {
       if (args_.grad_b_ih && j < G)
-        device.copy(static_cast<A*>(args_.grad_b_ih) + Cell::input_gate(j) * H, bias_ + j * H, bytes);
+        device.copy(static_cast<A*>(args_.grad_b_ih) + Cell::input_gate(j) * H, bias_ + j * H,
+                    bytes);
       if (args_.grad_b_hh && j >= D - G)
         device.copy(static_cast<A*>(args_.grad_b_hh) + (j - (D - G)) * H, bias_ + j * H, bytes);
     }
@@ -255,13 +256,13 @@ class Backward {
 
   const BackwardArgs& args_;
   const int64_t steps_;
-  S* d_gates_;          // (steps, B, D*H)
-  S* w_ih_;             // (G*H, I), reordered
+  S* d_gates_;  // (steps, B, D*H)
+  S* w_ih_;  // (G*H, I), reordered
   A* through_weights_;  // (B, H)
-  A* d_h_;              // (B, H): grad_h_n, then what bypasses W_hh
-  A *d_c_, *c0_;        // (B, H)
-  S* ones_;             // (steps * B)
-  A* bias_;             // (D*H)
+  A* d_h_;  // (B, H): grad_h_n, then what bypasses W_hh
+  A *d_c_, *c0_;  // (B, H)
+  S* ones_;  // (steps * B)
+  A* bias_;  // (D*H)
 };
 
 }  // namespace rnnfast::cuda

@@ -32,15 +32,15 @@ void launch(const F& f, int64_t n, cudaStream_t stream) {
 }
 
 #define RNNFAST_LAUNCH(...) template void launch(const __VA_ARGS__&, int64_t, cudaStream_t)
-#define RNNFAST_LAUNCH_CELL(Cell, S)     \
-  RNNFAST_LAUNCH(ForwardStep<Cell, S>);  \
+#define RNNFAST_LAUNCH_CELL(Cell, S)    \
+  RNNFAST_LAUNCH(ForwardStep<Cell, S>); \
   RNNFAST_LAUNCH(BackwardStep<Cell, S>)
-#define RNNFAST_LAUNCH_DTYPE(S)        \
-  RNNFAST_LAUNCH_CELL(ElmanTanh, S);   \
-  RNNFAST_LAUNCH_CELL(ElmanRelu, S);   \
-  RNNFAST_LAUNCH_CELL(Gru, S);         \
-  RNNFAST_LAUNCH_CELL(Lstm, S);        \
-  RNNFAST_LAUNCH(Fill<S>);             \
+#define RNNFAST_LAUNCH_DTYPE(S)      \
+  RNNFAST_LAUNCH_CELL(ElmanTanh, S); \
+  RNNFAST_LAUNCH_CELL(ElmanRelu, S); \
+  RNNFAST_LAUNCH_CELL(Gru, S);       \
+  RNNFAST_LAUNCH_CELL(Lstm, S);      \
+  RNNFAST_LAUNCH(Fill<S>);           \
   RNNFAST_LAUNCH(GradState<S>)
 RNNFAST_LAUNCH_DTYPE(double);
 RNNFAST_LAUNCH_DTYPE(float);

@@ -124,10 +124,9 @@ struct BackwardStep {
     if (through_weights) total += through_weights[i];
     if (add_d_h) total += d_h[i];
     A d_c_value = Cell::kHasCell ? d_c[i] : A(0), direct = 0;
-    Cell::template backward<ScalarMath>(saved, A(load(h + i)), A(load(h_prev + i)),
-                                        Cell::kHasCell ? c[i] : A(0),
-                                        Cell::kHasCell ? c_prev[i] : A(0), total, d_c_value, direct,
-                                        d);
+    Cell::template backward<ScalarMath>(
+        saved, A(load(h + i)), A(load(h_prev + i)), Cell::kHasCell ? c[i] : A(0),
+        Cell::kHasCell ? c_prev[i] : A(0), total, d_c_value, direct, d);
     for (int k = 0; k < D; ++k) store(d_gates + (b * D + k) * H + unit, d[k]);
     if (Cell::kHasCell) d_c[i] = d_c_value;
     if (Cell::kDirect) d_h[i] = direct;

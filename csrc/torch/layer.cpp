@@ -222,8 +222,8 @@ void finish_grads(const LayerInputs& in, LayerGrads& grads) {
   const auto storage = in.x.scalar_type();
   for (at::Tensor* grad : {&grads.w_ih, &grads.w_hh, &grads.b_ih, &grads.b_hh})
     if (grad->defined()) *grad = grad->to(storage);
-  for (at::Tensor* grad : {&grads.x, &grads.h0, &grads.c0, &grads.w_ih, &grads.w_hh, &grads.b_ih,
-                           &grads.b_hh})
+  for (at::Tensor* grad :
+       {&grads.x, &grads.h0, &grads.c0, &grads.w_ih, &grads.w_hh, &grads.b_ih, &grads.b_hh})
     if (!grad->defined()) *grad = at::empty({0}, in.x.options());
 }
 

@@ -6,8 +6,8 @@
 #include <optional>
 #include <vector>
 
+#include "arguments.h"
 #include "cells/common.h"
-#include "sequence.h"
 
 namespace rnnfast {
 

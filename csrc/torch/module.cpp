@@ -55,8 +55,8 @@ py::dict plan(const std::string& cell, int64_t T, int64_t B, int64_t I, int64_t 
   facts["pack_ih"] = plan.pack_ih;
   facts["pack_hh"] = plan.pack_hh;
   facts["block_steps"] = plan.block_steps;
-  facts["workspace_bytes"] = backward ? kernels.backward_workspace(size, plan)
-                                      : kernels.forward_workspace(size, plan);
+  facts["workspace_bytes"] =
+      backward ? kernels.backward_workspace(size, plan) : kernels.forward_workspace(size, plan);
   return facts;
 }
 

@@ -96,9 +96,9 @@ struct TwoStates {
 
 std::string schema(const CellInfo& cell) {
   const std::string c0 = cell.has_cell ? "Tensor c0, " : "";
-  const std::string results =
-      cell.has_cell ? "(Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)"
-                    : "(Tensor y, Tensor h_n, Tensor gates)";
+  const std::string results = cell.has_cell
+                                  ? "(Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)"
+                                  : "(Tensor y, Tensor h_n, Tensor gates)";
   return std::string(cell.name) + "(Tensor x, Tensor h0, " + c0 +
          "Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, bool reverse, bool save) -> " +
          results;

@@ -1,5 +1,5 @@
-// The CUDA driver on the GPU: products by cuBLAS, elementwise work by the kernels of cuda/steps.cu, all
-// on torch's current stream.
+// The CUDA driver on the GPU: products by cuBLAS, elementwise work by the kernels of cuda/steps.cu,
+// all on torch's current stream.
 #include <ATen/Context.h>
 #include <ATen/cuda/CUDAContext.h>
 #include <ATen/cuda/Exceptions.h>
@@ -48,11 +48,10 @@ class Gpu {
                                         : std::is_same_v<In, float> && tf32_ && product.allow_tf32
                                             ? CUBLAS_COMPUTE_32F_FAST_TF32
                                             : CUBLAS_COMPUTE_32F;
-    TORCH_CUDABLAS_CHECK(cublasGemmEx(handle_, operation(p.transpose_a), operation(p.transpose_b),
-                                      narrow(p.m), narrow(p.n), narrow(p.k), &one, b,
-                                      kCudaType<In>, leading(p.lda), a, kCudaType<In>,
-                                      leading(p.ldb), &beta, c, kCudaType<Out>, leading(p.ldc),
-                                      compute, CUBLAS_GEMM_DEFAULT));
+    TORCH_CUDABLAS_CHECK(cublasGemmEx(
+        handle_, operation(p.transpose_a), operation(p.transpose_b), narrow(p.m), narrow(p.n),
+        narrow(p.k), &one, b, kCudaType<In>, leading(p.lda), a, kCudaType<In>, leading(p.ldb),
+        &beta, c, kCudaType<Out>, leading(p.ldc), compute, CUBLAS_GEMM_DEFAULT));
   }
 
   template <class F>
@@ -116,8 +115,7 @@ void run(const CellInfo& cell, const at::Tensor& x, const Args& args) {
   with_types(cell.kind, dtype_of(x), [&]<class Cell, class S>() {
     Arena measure(nullptr);
     Driver<Cell, S>(args, measure);
-    const at::Tensor memory =
-        at::empty({int64_t(measure.used())}, x.options().dtype(at::kByte));
+    const at::Tensor memory = at::empty({int64_t(measure.used())}, x.options().dtype(at::kByte));
     Arena arena(memory.data_ptr());
     Gpu gpu;
     Driver<Cell, S>(args, arena).run(gpu);

@@ -1,7 +1,7 @@
 // One layer in one direction over a whole sequence: the arguments of every device's kernels.
 // Free of torch: sizes, strides in elements, pointers.
-// Sizes: T steps, B batch, I input, H hidden; G gates, K saved blocks and D gradient blocks of the cell.
-// S is the storage type (Dtype), A = Compute<S> the type of arithmetic.
+// Sizes: T steps, B batch, I input, H hidden; G gates, K saved blocks and D gradient blocks of the
+// cell. S is the storage type (Dtype), A = Compute<S> the type of arithmetic.
 #pragma once
 
 #include <cstddef>

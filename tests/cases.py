@@ -1,0 +1,209 @@
+"""The table of cases that the tests of kernels draw from, and the oracle they are compared with."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rnnfast import reference
+from rnnfast.reference import CELLS
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class Case(NamedTuple):
+    """One call of a cell's operator: sizes T, B, I, H and options."""
+
+    cell: str
+    T: int
+    B: int
+    I: int
+    H: int
+    bias: bool = True
+    reverse: bool = False
+    layout: str = "contiguous"
+
+    def __str__(self) -> str:
+        options = [self.layout] * (self.layout != "contiguous")
+        options += ["no_bias"] * (not self.bias) + ["reverse"] * self.reverse
+        return "-".join([self.cell, f"{self.T}x{self.B}x{self.I}x{self.H}", *options])
+
+
+SHAPES = (
+    (1, 1, 1, 1),
+    (0, 2, 3, 4),  # no step
+    (2, 0, 3, 4),  # no sequence
+    (3, 2, 0, 4),  # no input
+    (3, 2, 5, 7),  # below every tile
+    (5, 1, 3, 16),
+    (4, 3, 17, 33),  # one over a vector
+    (2, 64, 8, 64),  # many rows, whole panels
+    (9, 13, 20, 65),
+    (6, 1, 100, 130),
+    (70, 9, 4, 12),  # several blocks of steps in the backward
+)
+LAYOUTS = ("batch_first", "strided", "expanded")
+
+CASES = [
+    *(Case(cell, *shape) for cell in CELLS for shape in SHAPES),
+    *(Case(cell, *shape, reverse=True) for cell in CELLS for shape in SHAPES[4:]),
+    *(Case(cell, *shape, bias=False) for cell in CELLS for shape in SHAPES[4:7]),
+    *(Case(cell, 5, 4, 6, 10, layout=layout) for cell in CELLS for layout in LAYOUTS),
+]
+
+GRADCHECK_CASES = [
+    Case(cell, *shape, bias=bias, reverse=reverse)
+    for cell in CELLS
+    for shape, bias, reverse in [
+        ((3, 2, 2, 3), True, False),
+        ((2, 1, 3, 2), False, True),
+        ((1, 2, 1, 1), True, True),
+    ]
+]
+
+
+def sample_x(case: Case) -> Tensor:
+    """x (T, B, I) in float64, laid out in memory as the case says."""
+    T, B, I = case.T, case.B, case.I
+    if case.layout == "batch_first":
+        return torch.randn(B, T, I, dtype=torch.float64).transpose(0, 1)
+    if case.layout == "strided":
+        return torch.randn(T, B, 2 * I, dtype=torch.float64)[..., ::2]
+    if case.layout == "expanded":
+        return torch.randn(1, B, 1, dtype=torch.float64).expand(T, B, I)
+    return torch.randn(T, B, I, dtype=torch.float64)
+
+
+def sample_inputs(case: Case, dtype: torch.dtype, seed: int = 0) -> list[Tensor | None]:
+    """(x, *states, w_ih, w_hh, b_ih, b_hh) as float64, rounded to ``dtype``; fresh for every seed."""
+    torch.manual_seed(seed)
+    row = CELLS[case.cell]
+    rows, scale = row.gates * case.H, 0.3 * case.H**-0.5
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.float64)
+
+    inputs: list[Tensor | None] = [sample_x(case)]
+    inputs += [normal(case.B, case.H) for _ in range(row.states)]
+    inputs += [normal(rows, case.I) * scale, normal(rows, case.H) * scale]
+    inputs += [normal(rows) * scale, normal(rows) * scale] if case.bias else [None, None]
+    return [None if t is None else like_layout(t.to(dtype).double(), t) for t in inputs]
+
+
+def like_layout(values: Tensor, layout: Tensor) -> Tensor:
+    """``values`` in the strides of ``layout``."""
+    result = torch.empty_strided(
+        layout.shape, layout.stride(), dtype=values.dtype, device=values.device
+    )
+    if 0 in layout.stride() and layout.numel():
+        return values.as_strided(values.shape, values.stride())
+    return result.copy_(values)
+
+
+def cast(tensors: list[Tensor | None], dtype: torch.dtype, device: str) -> list[Tensor | None]:
+    """The tensors in another dtype and on another device, in their own layouts."""
+    return [
+        None if t is None else like_layout(t.to(device, dtype), t.to(device, dtype))
+        for t in tensors
+    ]
+
+
+def sample_grads(case: Case, dtype: torch.dtype, seed: int = 1) -> list[Tensor]:
+    """Gradients of (y, *final states), float64 rounded to ``dtype``."""
+    torch.manual_seed(seed)
+    shapes = [(case.T, case.B, case.H)] + [(case.B, case.H)] * CELLS[case.cell].states
+    return [torch.randn(s, dtype=torch.float64).to(dtype).double() for s in shapes]
+
+
+class Expected(NamedTuple):
+    """What the oracle says: (y, *final states) and the gradients of the inputs, in float64."""
+
+    outputs: list[Tensor]
+    grads: list[Tensor | None]
+
+
+def oracle(
+    case: Case,
+    inputs: list[Tensor | None],
+    grad_outputs: list[Tensor | None],
+    dtype: torch.dtype = torch.float64,
+) -> Expected:
+    """The reference, differentiated by torch; None in ``grad_outputs`` stands for zeros.
+
+    In float64, or for a half ``dtype`` in float32 with h rounded after every step, as is specified:
+    a rounding decides on which side of relu's kink a unit is.
+    """
+    if dtype in (torch.float16, torch.bfloat16):
+        inputs, grad_outputs = cast(inputs, dtype, "cpu"), cast(grad_outputs, dtype, "cpu")
+    row = CELLS[case.cell]
+    leaves = [None if t is None else t.detach().clone().requires_grad_() for t in inputs]
+    x, states, weights = leaves[0], tuple(leaves[1 : 1 + row.states]), leaves[1 + row.states :]
+    y, finals = reference.layer(row, x, states, *weights, case.reverse)
+    outputs = [y, *finals]
+    used = [
+        (output, grad)
+        for output, grad in zip(outputs, grad_outputs, strict=True)
+        if grad is not None and output.requires_grad
+    ]
+    found = iter(
+        torch.autograd.grad(
+            [output for output, _ in used],
+            [t for t in leaves if t is not None],
+            [grad for _, grad in used],
+            materialize_grads=True,
+            allow_unused=True,
+        )
+    )
+    grads = [None if t is None else next(found).double() for t in leaves]
+    return Expected([output.detach().double() for output in outputs], grads)
+
+
+@cache
+def sample_with_oracle(
+    case: Case, dtype: torch.dtype
+) -> tuple[list[Tensor | None], list[Tensor], Expected]:
+    """Inputs and output gradients as float64 rounded to ``dtype``, and what should come of them."""
+    inputs, grads = sample_inputs(case, dtype), sample_grads(case, dtype)
+    return inputs, grads, oracle(case, inputs, grads, dtype)
+
+
+def run_forward(case: Case, inputs: list[Tensor | None], save: bool) -> tuple[Tensor, ...]:
+    """The operator itself: (y, *final states, *saved)."""
+    return getattr(torch.ops.rnnfast, case.cell)(*inputs, case.reverse, save)
+
+
+def run_backward(
+    case: Case,
+    inputs: list[Tensor | None],
+    grad_outputs: list[Tensor | None],
+    forward: tuple[Tensor, ...],
+    mask: list[bool] | None = None,
+) -> tuple[Tensor, ...]:
+    """The backward operator on what ``run_forward(save=True)`` returned."""
+    mask = [t is not None for t in inputs] if mask is None else mask
+    saved = forward[1 + CELLS[case.cell].states :]
+    op = getattr(torch.ops.rnnfast, f"{case.cell}_backward")
+    return op(*grad_outputs, *inputs, forward[0], *saved, case.reverse, mask)
+
+
+def error(actual: Tensor, expected: Tensor) -> float:
+    """The largest difference, relative to the largest value expected; NaN never passes a bound."""
+    assert actual.shape == expected.shape, f"{tuple(actual.shape)} != {tuple(expected.shape)}"
+    if expected.numel() == 0:
+        return 0.0
+    difference = (actual.detach().cpu().double() - expected).abs().max().item()
+    return difference / (expected.abs().max().item() or 1.0)
+
+
+def distance(actual: Tensor, expected: Tensor) -> float:
+    """The norm of the difference, relative to the norm of what is expected."""
+    difference = (actual.detach().cpu().double() - expected).norm()
+    return (difference / expected.norm()).item()
+
+
+def bound(dtype: torch.dtype) -> float:
+    """How large `error` may be: sums of up to some hundred terms, rounded in ``dtype``."""
+    return torch.finfo(dtype).eps * (64 if dtype in (torch.float64, torch.float32) else 6)

@@ -1,0 +1,43 @@
+"""What the kernels run on in tests: every instruction set of this CPU, the emulated CUDA driver and,
+where there is one, the GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from rnnfast import backend
+
+
+def _targets() -> list[object]:
+    if backend.EXTENSION is None:
+        return ["the extension"]
+    names: list[object] = [*backend.EXTENSION.cpu_capabilities(), "cuda_emulation"]
+    if torch.cuda.is_available():
+        names.append(pytest.param("cuda", marks=pytest.mark.cuda))
+    return names
+
+
+@pytest.fixture(params=_targets())
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The device of tensors for a target, with the CPU's kernels set to it."""
+    extension = backend.EXTENSION
+    if extension is None:
+        pytest.fail(f"rnnfast._C did not build or load: {backend.IMPORT_ERROR}")
+    if request.param == "cuda":
+        yield "cuda"
+        return
+    before = extension.get_cpu_capability()
+    extension.set_cpu_capability(request.param)
+    yield "cpu"
+    extension.set_cpu_capability(before)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Restores the number of threads."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

@@ -1,0 +1,342 @@
+"""The operators against the float64 oracle, on every target of conftest.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cases import (
+    CASES,
+    DTYPES,
+    GRADCHECK_CASES,
+    Case,
+    bound,
+    cast,
+    distance,
+    error,
+    oracle,
+    run_backward,
+    run_forward,
+    sample_grads,
+    sample_inputs,
+    sample_with_oracle,
+)
+from rnnfast import autograd, backend
+from rnnfast.reference import CELLS
+
+TORCH_CLASS = {
+    "elman_tanh": (torch.nn.RNN, {"nonlinearity": "tanh"}),
+    "elman_relu": (torch.nn.RNN, {"nonlinearity": "relu"}),
+    "gru": (torch.nn.GRU, {}),
+    "lstm": (torch.nn.LSTM, {}),
+}
+
+
+def dtype_name(value: object) -> str | None:
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else None
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.T * c.B * c.I], ids=str)
+def test_reference_is_torch_nn(case: Case) -> None:
+    """The oracle itself, against torch.nn in float64: values and every gradient."""
+    inputs, grads = sample_inputs(case, torch.float64), sample_grads(case, torch.float64)
+    states = CELLS[case.cell].states
+    make, options = TORCH_CLASS[case.cell]
+    module = make(case.I, case.H, bias=case.bias, dtype=torch.float64, **options)
+    weights = [t for t in inputs[1 + states :] if t is not None]
+    for parameter, value in zip(module.parameters(), weights, strict=True):
+        parameter.data.copy_(value)
+    x = inputs[0].flip(0) if case.reverse else inputs[0]
+    leaves = [t.detach().clone().requires_grad_() for t in (x, *inputs[1 : 1 + states])]
+    hx = tuple(t.unsqueeze(0) for t in leaves[1:])
+    y, finals = module(leaves[0], hx if states > 1 else hx[0])
+    y = y.flip(0) if case.reverse else y
+    outputs = [y, *(t.squeeze(0) for t in (finals if states > 1 else (finals,)))]
+    found = list(torch.autograd.grad(outputs, [*leaves, *module.parameters()], grads))
+    found[0] = found[0].flip(0) if case.reverse else found[0]
+
+    expected = oracle(case, inputs, grads)
+    for actual, value in zip(outputs, expected.outputs, strict=True):
+        assert error(actual, value) < bound(torch.float64)
+    wanted = [t for t in expected.grads if t is not None]
+    for actual, value in zip(found, wanted, strict=True):
+        assert error(actual, value) < bound(torch.float64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_values_and_gradients(case: Case, dtype: torch.dtype, device: str) -> None:
+    exact_inputs, exact_grads, expected = sample_with_oracle(case, dtype)
+    inputs, grads = cast(exact_inputs, dtype, device), cast(exact_grads, dtype, device)
+    forward = run_forward(case, inputs, save=True)
+    states = CELLS[case.cell].states
+    for actual, value in zip(forward[: 1 + states], expected.outputs, strict=True):
+        assert actual.dtype == dtype
+        assert error(actual, value) < bound(dtype)
+    for saved, plain in zip(forward, run_forward(case, inputs, save=False)[: 1 + states]):
+        assert torch.equal(saved, plain)
+    # sums over the batch and time of the gradients carry the rounding of all gates
+    found = run_backward(case, inputs, grads, forward)
+    for actual, value in zip(found, expected.grads, strict=True):
+        if value is None:
+            assert actual.numel() == 0
+        else:
+            assert actual.dtype == dtype
+            assert error(actual, value) < 2 * bound(dtype)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_saved_tensors(cell: str, device: str) -> None:
+    """The gates that are kept are those of the formulas, in the documented shapes."""
+    case = Case(cell, 4, 3, 5, 18)
+    inputs = cast(sample_inputs(case, torch.float64), torch.float64, device)
+    row = CELLS[cell]
+    y, *rest = run_forward(case, inputs, save=True)
+    gates = rest[row.states]
+    assert gates.shape == (4, 3, row.saved * 18)
+    x, h, w_ih, w_hh, b_ih, b_hh = inputs[0], inputs[1], *inputs[1 + row.states :]
+    h_prev = torch.cat([h.unsqueeze(0), y[:-1]])
+    from_x, from_h = x @ w_ih.T + b_ih, h_prev @ w_hh.T + b_hh
+    if cell == "lstm":
+        i, f, g, o = (from_x + from_h).chunk(4, -1)
+        expected = torch.cat([i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()], -1)
+        c = rest[row.states + 1]
+        torch.testing.assert_close(y, o.sigmoid() * c.tanh())
+        torch.testing.assert_close(c[-1], rest[1])
+    elif cell == "gru":
+        (x_r, x_z, x_n), (h_r, h_z, h_n) = from_x.chunk(3, -1), from_h.chunk(3, -1)
+        r, z = (x_r + h_r).sigmoid(), (x_z + h_z).sigmoid()
+        expected = torch.cat([(x_n + r * h_n).tanh(), r, z, h_n], -1)
+    else:
+        expected = gates
+    torch.testing.assert_close(gates, expected)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_each_gradient_alone(cell: str, device: str) -> None:
+    """A mask leaves out work, never changes a result."""
+    case = Case(cell, 6, 5, 7, 19)
+    inputs = cast(sample_inputs(case, torch.float32), torch.float32, device)
+    grads = cast(sample_grads(case, torch.float32), torch.float32, device)
+    forward = run_forward(case, inputs, save=True)
+    everything = run_backward(case, inputs, grads, forward)
+    for i in range(len(inputs)):
+        mask = [k == i for k in range(len(inputs))]
+        alone = run_backward(case, inputs, grads, forward, mask)
+        for k, grad in enumerate(alone):
+            if k == i:
+                assert torch.equal(grad, everything[k])
+            else:
+                assert grad.numel() == 0
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_absent_output_gradients_are_zeros(cell: str, device: str) -> None:
+    case = Case(cell, 3, 4, 5, 20)
+    exact = sample_inputs(case, torch.float64)
+    inputs = cast(exact, torch.float64, device)
+    forward = run_forward(case, inputs, save=True)
+    full = sample_grads(case, torch.float64)
+    for present in range(len(full)):
+        grads = [g if k == present else None for k, g in enumerate(full)]
+        found = run_backward(case, inputs, cast(grads, torch.float64, device), forward)
+        expected = oracle(case, exact, grads)
+        for actual, value in zip(found, expected.grads, strict=True):
+            assert error(actual, value) < bound(torch.float64)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_expanded_output_gradient(cell: str, device: str) -> None:
+    """The gradient of a sum is an expanded scalar: no stride may be taken for granted."""
+    case = Case(cell, 3, 4, 5, 20)
+    exact = sample_inputs(case, torch.float64)
+    grads = [torch.ones(1, 1, 1, dtype=torch.float64).expand(3, 4, 20)]
+    grads += [None] * CELLS[cell].states
+    inputs = cast(exact, torch.float64, device)
+    forward = run_forward(case, inputs, save=True)
+    found = run_backward(case, inputs, [g if g is None else g.to(device) for g in grads], forward)
+    for actual, value in zip(found, oracle(case, exact, grads).grads, strict=True):
+        assert error(actual, value) < bound(torch.float64)
+
+
+@pytest.mark.parametrize("case", GRADCHECK_CASES, ids=str)
+def test_gradcheck(case: Case, device: str) -> None:
+    """First and second derivatives of the autograd Functions over the fused operators."""
+    row = CELLS[case.cell]
+    inputs = cast(sample_inputs(case, torch.float64), torch.float64, device)
+    given = [t.requires_grad_() for t in inputs if t is not None]
+    absent = [None] * (len(inputs) - len(given))
+
+    def layer(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        x, *rest = (*tensors, *absent)
+        y, finals = autograd.layer(
+            row, x, tuple(rest[: row.states]), *rest[row.states :], case.reverse
+        )
+        return y, *finals
+
+    if case.cell == "elman_relu":  # its kink is no point for finite differences
+        y = layer(*given)[0]
+        assert y[y > 0].min() > 1e-3
+    assert torch.autograd.gradcheck(layer, given)
+    assert torch.autograd.gradgradcheck(layer, given)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_opcheck(cell: str, device: str) -> None:
+    """Schemas, fake kernels and autograd registration, as torch.library checks them."""
+    case = Case(cell, 3, 2, 4, 5)
+    inputs = cast(sample_inputs(case, torch.float32), torch.float32, device)
+    grads = cast(sample_grads(case, torch.float32), torch.float32, device)
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    op = getattr(torch.ops.rnnfast, cell).default
+    for save in (False, True):
+        torch.library.opcheck(op, (*inputs, False, save), test_utils=tests)
+    y, *rest = op(*inputs, False, True)
+    saved = rest[CELLS[cell].states :]
+    backward = getattr(torch.ops.rnnfast, f"{cell}_backward").default
+    for mask in ([True] * len(inputs), [k % 2 == 0 for k in range(len(inputs))]):
+        torch.library.opcheck(
+            backward, (*grads, *inputs, y, *saved, False, mask), test_utils=tests
+        )
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_float32_errors_are_torch_nns(cell: str, device: str) -> None:
+    """Against the float64 oracle, no worse than torch.nn in the same dtype, gradients included."""
+    case = Case(cell, 60, 12, 40, 72)
+    exact, exact_grads, expected = sample_with_oracle(case, torch.float32)
+    inputs = cast(exact, torch.float32, device)
+    grads = cast(exact_grads, torch.float32, device)
+    forward = run_forward(case, inputs, save=True)
+    ours = [*forward[: 1 + CELLS[cell].states], *run_backward(case, inputs, grads, forward)]
+
+    states = CELLS[cell].states
+    make, options = TORCH_CLASS[cell]
+    module = make(case.I, case.H, **options).to(device)
+    for parameter, value in zip(module.parameters(), inputs[1 + states :], strict=True):
+        parameter.data.copy_(value)
+    leaves = [t.detach().clone().requires_grad_() for t in inputs[: 1 + states]]
+    hx = tuple(t.unsqueeze(0) for t in leaves[1:])
+    y, finals = module(leaves[0], hx if states > 1 else hx[0])
+    theirs = [y, *(t.squeeze(0) for t in (finals if states > 1 else (finals,)))]
+    theirs += torch.autograd.grad(theirs, [*leaves, *module.parameters()], grads)
+
+    exact_values = [*expected.outputs, *expected.grads]
+    for mine, torchs, value in zip(ours, theirs, exact_values, strict=True):
+        assert distance(mine, value) < 1.25 * distance(torchs, value) + 2e-8, (
+            distance(mine, value),
+            distance(torchs, value),
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=dtype_name)
+def test_activations_to_a_few_ulp(dtype: torch.dtype, device: str) -> None:
+    """tanh and sigmoid over their whole range, read off cells with one unit and weight 1."""
+    small = torch.logspace(-30, 2, 4001, dtype=torch.float64)
+    x = torch.cat([-small, small, torch.zeros(1), torch.linspace(-20, 20, 8001)]).to(dtype)
+    one, zero = torch.ones(1, 1, dtype=dtype), torch.zeros(1, 1, dtype=dtype)
+    rows = x.numel()
+
+    def step(cell: str, gates: int, states: int) -> tuple[torch.Tensor, ...]:
+        arguments = [x.view(1, rows, 1), *[zero.expand(rows, 1)] * states]
+        arguments += [one.expand(gates, 1), zero.expand(gates, 1), None, None]
+        return run_forward(Case(cell, 1, rows, 1, 1), cast(arguments, dtype, device), save=True)
+
+    found = {"tanh": step("elman_tanh", 1, 1)[0], "sigmoid": step("lstm", 4, 2)[3][..., 0]}
+    for name, values in found.items():
+        exact = getattr(torch, name)(x.double())
+        spacing = torch.finfo(dtype).eps * exact.abs() + torch.finfo(dtype).tiny
+        ulps = (values.cpu().double().view(-1) - exact).abs() / spacing
+        assert ulps.max() < 4, name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("cell", CELLS)
+def test_nan_and_inf_flow_through(cell: str, dtype: torch.dtype, device: str) -> None:
+    """A NaN or an infinity in one sequence ends as in the reference, and stays in that sequence."""
+    case = Case(cell, 4, 3, 5, 17)
+    inputs = sample_inputs(case, dtype)
+    inputs[0][1, 0, 0], inputs[0][2, 1, 3] = float("nan"), float("inf")
+    expected = oracle(case, inputs, sample_grads(case, dtype)).outputs
+    found = run_forward(case, cast(inputs, dtype, device), save=False)
+    for actual, value in zip(found, expected, strict=False):
+        actual = actual.cpu().double()
+        assert torch.equal(actual.isnan(), value.isnan())
+        clean = ~value.isnan() & ~value.isinf()
+        assert torch.equal(actual[~clean & ~value.isnan()], value[~clean & ~value.isnan()])
+        assert error(actual[clean], value[clean]) < bound(dtype)
+
+
+@pytest.mark.parametrize("shape", [(12, 1, 40, 100), (9, 5, 3, 130), (5, 48, 16, 64)], ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_same_bits_for_every_run_and_thread_count(
+    cell: str, shape: tuple[int, int, int, int], device: str, threads: None
+) -> None:
+    case = Case(cell, *shape)
+    inputs = cast(sample_inputs(case, torch.float32), torch.float32, device)
+    grads = cast(sample_grads(case, torch.float32), torch.float32, device)
+
+    def run() -> list[torch.Tensor]:
+        forward = run_forward(case, inputs, save=True)
+        return [*forward, *run_backward(case, inputs, grads, forward)]
+
+    first = run()
+    for count in (1, 1, 2, 3, 7):  # more than there are cores, too
+        torch.set_num_threads(count)
+        for actual, expected in zip(run(), first, strict=True):
+            assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("threads_planned", [1, 2, 3, 16, 64])
+@pytest.mark.parametrize("cell", CELLS)
+def test_plan(cell: str, threads_planned: int, device: str) -> None:
+    """Plans stay within their bounds for any size and any number of threads."""
+    plan = backend.EXTENSION.plan
+    for T, B, I, H in [(1, 1, 1, 1), (1, 1, 512, 512), (100, 1, 8, 4096), (7, 300, 0, 20)]:
+        for backward in (False, True):
+            facts = plan(cell, T, B, I, H, "float32", threads_planned, backward)
+            assert 1 <= facts["threads"] <= threads_planned
+            assert 1 <= facts["block_steps"] <= T
+            if facts["split"] == "rows":
+                assert facts["threads"] <= B
+            assert facts["workspace_bytes"] > 0
+    with pytest.raises(ValueError, match="positive"):
+        plan(cell, 0, 1, 1, 1)
+    with pytest.raises(ValueError, match="no cell is called"):
+        plan("no_such_cell", 1, 1, 1, 1)
+
+
+def test_more_threads_where_there_is_more_work() -> None:
+    plan = backend.EXTENSION.plan
+    assert plan("lstm", 1, 1, 8, 8, "float32", 2)["threads"] == 1
+    assert plan("lstm", 100, 1, 1024, 1024, "float32", 2)["split"] == "units"
+    assert plan("lstm", 100, 32, 64, 64, "float32", 2)["split"] == "rows"
+
+
+BAD = {
+    "x rank": lambda t: [t[0][0], *t[1:]],
+    "h0 rank": lambda t: [t[0], t[1][0], *t[2:]],
+    "h0 batch": lambda t: [t[0], t[1][:-1], *t[2:]],
+    "w_ih size": lambda t: [*t[:-4], t[-4][:, :-1], *t[-3:]],
+    "w_hh size": lambda t: [*t[:-3], t[-3][:-1], *t[-2:]],
+    "one bias": lambda t: [*t[:-1], None],
+    "bias size": lambda t: [*t[:-1], t[-1][:-1]],
+    "mixed dtypes": lambda t: [t[0].double(), *t[1:]],
+    "integers": lambda t: [None if x is None else x.long() for x in t],
+}
+
+
+@pytest.mark.parametrize("spoil", BAD.values(), ids=BAD.keys())
+@pytest.mark.parametrize("cell", CELLS)
+def test_operators_refuse_bad_arguments(cell: str, spoil: object, device: str) -> None:
+    case = Case(cell, 3, 2, 4, 5)
+    inputs = cast(sample_inputs(case, torch.float32), torch.float32, device)
+    with pytest.raises(RuntimeError, match="rnnfast"):
+        run_forward(case, spoil(inputs), save=False)
+
+
+def test_cpu_capability_by_name() -> None:
+    extension = backend.EXTENSION
+    with pytest.raises(ValueError, match="not available here"):
+        extension.set_cpu_capability("mmx")
+    assert extension.get_cpu_capability() in extension.cpu_capabilities()
