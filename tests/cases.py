@@ -78,7 +78,7 @@ def sample_x(case: Case) -> Tensor:
 
 
 def sample_inputs(case: Case, dtype: torch.dtype, seed: int = 0) -> list[Tensor | None]:
-    """(x, *states, w_ih, w_hh, b_ih, b_hh) as float64, rounded to ``dtype``; fresh for every seed."""
+    """(x, *states, w_ih, w_hh, b_ih, b_hh) in float64, rounded to ``dtype``."""
     torch.manual_seed(seed)
     row = CELLS[case.cell]
     rows, scale = row.gates * case.H, 0.3 * case.H**-0.5

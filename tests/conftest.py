@@ -1,5 +1,7 @@
-"""What the kernels run on in tests: every instruction set of this CPU, the emulated CUDA driver and,
-where there is one, the GPU."""
+"""What the kernels run on in tests.
+
+Every instruction set of this CPU, the emulated CUDA driver and, where there is one, the GPU.
+"""
 
 from __future__ import annotations
 

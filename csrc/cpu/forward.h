@@ -16,8 +16,11 @@ class Forward {
         pitch_(ceil_div(args.size.H, kLanesA) * kLanesA) {
     const auto [T, B, I, H] = args.size;
     const int64_t count = panels_.count();
-    if (plan.pack_ih) w_ih_ = arena.take<A>(count * Panels::kWidth * I);
-    if (plan.pack_hh) w_hh_ = arena.take<A>(count * Panels::kWidth * H);
+    if (plan.input != Packing::kNone) {
+      const int64_t panels = plan.input == Packing::kOnce ? count : plan.threads;
+      w_ih_ = arena.take<A>(panels * Panels::kWidth * I);
+    }
+    if (plan.hidden == Packing::kOnce) w_hh_ = arena.take<A>(count * Panels::kWidth * H);
     b_ih_ = arena.take<A>(count * Panels::kWidth);
     b_hh_ = arena.take<A>(count * Panels::kWidth);
     h_[0] = arena.take<A>(B * pitch_);
@@ -48,7 +51,7 @@ class Forward {
       A* x = x_ + team.index() * block_rows_ * I;
       for (int64_t s = 0; s < T; s += plan_.block_steps) {
         const Span steps{s, std::min(T, s + plan_.block_steps)};
-        project(steps, rows, panels, x, projected);
+        project(steps, rows, panels, x, projected, team.index());
         for (int64_t step = steps.begin; step < steps.end; ++step) {
           const int64_t done = (step - steps.begin) * rows.size();
           advance(step, rows, panels, projected + done * panels.size() * Panels::kWidth);
@@ -68,7 +71,7 @@ class Forward {
   void pack(Span panels) {
     const auto [T, B, I, H] = args_.size;
     for (int64_t p = panels.begin; p < panels.end; ++p) {
-      if (w_ih_)
+      if (plan_.input == Packing::kOnce)
         panels_.pack(static_cast<const S*>(args_.w_ih), I, p, w_ih_ + p * Panels::kWidth * I);
       if (w_hh_)
         panels_.pack(static_cast<const S*>(args_.w_hh), H, p, w_hh_ + p * Panels::kWidth * H);
@@ -94,13 +97,14 @@ class Forward {
     }
   }
 
-  // W a + b for the rows of a tile and one panel, packed or not; out[row * row_stride + column]
+  // W a + b for the rows of a tile and one panel of W, packed or (null) not; out[row * row_stride +
+  // column]
   void product(const void* w, const A* packed, const A* bias, int64_t K, int64_t panel,
                const A* const* a, int rows, A* out, int64_t row_stride) const {
     bias += panel * Panels::kWidth;
     if (packed) {
-      kTiles<A, Panels::kVectors>[rows - 1](K, a, packed + panel* Panels::kWidth* K, bias, out,
-                                            row_stride, kLanesA);
+      const auto multiply = kTiles<A, Panels::kVectors>[rows - 1];
+      multiply(K, a, packed, bias, out, row_stride, kLanesA);
       return;
     }
     for (int i = 0; i < rows; ++i)
@@ -108,8 +112,9 @@ class Forward {
   }
 
   // projected[row of the block][panel] = W_ih x + b_ih, row of the block = (step, b)
-  void project(Span steps, Span rows, Span panels, A* x, A* projected) const {
+  void project(Span steps, Span rows, Span panels, A* x, A* projected, int thread) const {
     const int64_t I = args_.size.I;
+    const S* w = static_cast<const S*>(args_.w_ih);
     const int64_t block = steps.size() * rows.size();
     const auto source = [&](int64_t r) {
       return x_row(steps.begin + r / rows.size(), rows.begin + r % rows.size());
@@ -119,6 +124,12 @@ class Forward {
     }
     const int64_t row_stride = panels.size() * Panels::kWidth;
     for (int64_t p = panels.begin; p < panels.end; ++p) {
+      A* packed = nullptr;
+      if (plan_.input == Packing::kOnce) packed = w_ih_ + p * Panels::kWidth * I;
+      if (plan_.input == Packing::kPanelwise) {
+        packed = w_ih_ + thread * Panels::kWidth * I;
+        panels_.pack(w, I, p, packed);
+      }
       for_row_tiles(block, Panels::kRows, [&](int64_t r, int n) {
         const A* a[kMaxTileRows];
         for (int i = 0; i < n; ++i) {
@@ -128,7 +139,7 @@ class Forward {
             a[i] = source(r + i);
           }
         }
-        product(args_.w_ih, w_ih_, b_ih_, I, p, a, n,
+        product(w, packed, b_ih_, I, p, a, n,
                 projected + r * row_stride + (p - panels.begin) * Panels::kWidth, row_stride);
       });
     }
@@ -139,10 +150,11 @@ class Forward {
     const A* h = h_[step & 1];
     alignas(64) A from_h[kMaxTileRows * Panels::kWidth];
     for (int64_t p = panels.begin; p < panels.end; ++p) {
+      const A* packed = w_hh_ ? w_hh_ + p * Panels::kWidth * args_.size.H : nullptr;
       for_row_tiles(rows.size(), Panels::kRows, [&](int64_t r, int n) {
         const A* a[kMaxTileRows];
         for (int i = 0; i < n; ++i) a[i] = h + (rows.begin + r + i) * pitch_;
-        product(args_.w_hh, w_hh_, b_hh_, args_.size.H, p, a, n, from_h, Panels::kWidth);
+        product(args_.w_hh, packed, b_hh_, args_.size.H, p, a, n, from_h, Panels::kWidth);
         for (int i = 0; i < n; ++i) {
           const A* from_x =
               projected + ((r + i) * panels.size() + p - panels.begin) * Panels::kWidth;
@@ -185,8 +197,8 @@ class Forward {
   const Plan& plan_;
   const Panels panels_;
   const int64_t pitch_;          // of a row of state: H, rounded up to whole vectors
-  A* w_ih_ = nullptr;            // packed panels [panel][I][kWidth], null: read unpacked
-  A* w_hh_ = nullptr;            // packed panels [panel][H][kWidth], null: read unpacked
+  A* w_ih_ = nullptr;            // packed [panel, or thread][I][kWidth], null: read as it lies
+  A* w_hh_ = nullptr;            // packed [panel][H][kWidth], null: read as it lies
   A *b_ih_, *b_hh_;              // [panel][kWidth]
   A* h_[2];                      // state before even and odd steps [B][pitch]
   A* c_ = nullptr;               // [B][pitch]

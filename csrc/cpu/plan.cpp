@@ -13,6 +13,9 @@ constexpr int64_t kL1Bytes = 24 * 1024;
 
 // Weights used fewer times than this are read as they lie.
 constexpr int64_t kPackUses = 10;
+// A projection of the whole sequence may take this much memory: read once, it only passes the
+// caches.
+constexpr int64_t kWholeProjectionBytes = 4 << 20;
 
 double step_cycles(const StepShape& s, int64_t rows, int64_t panels, const Machine& machine) {
   const int64_t bytes = panels * s.vectors * s.lanes * s.depth * s.element_bytes;
@@ -51,18 +54,25 @@ Choice choose_split(const Sizes& size, const StepShape& s, const Machine& machin
 
 Plan plan_forward(const Sizes& size, const StepShape& step, const Machine& machine) {
   const Choice choice = choose_split(size, step, machine);
-  const bool packed = size.T * size.B >= kPackUses;
-  const int64_t rows = choice.split == Split::kRows ? ceil_div(size.B, choice.threads)
-                                                    : std::max<int64_t>(size.B, 1);
+  const bool by_rows = choice.split == Split::kRows;
+  const int64_t T = std::max<int64_t>(1, size.T), B = std::max<int64_t>(1, size.B);
+  const int64_t rows = by_rows ? ceil_div(B, choice.threads) : B;
   const int64_t panels =
       choice.split == Split::kUnits ? ceil_div(step.panels, choice.threads) : step.panels;
-  // The projected block should stay in L2, yet be high enough to reuse each panel of W_ih.
   const int64_t row_bytes = panels * step.vectors * step.lanes * step.element_bytes;
-  const int64_t fitting = machine.l2_bytes / 4 / std::max<int64_t>(1, rows * row_bytes);
+
+  // With few rows the whole sequence is projected at once, and W_ih need not be kept packed.
+  if (!by_rows && T * rows * row_bytes <= kWholeProjectionBytes) {
+    const bool pack = T * B >= kPackUses;
+    return {choice.threads, choice.split, pack ? Packing::kPanelwise : Packing::kNone,
+            pack ? Packing::kOnce : Packing::kNone, T};
+  }
+  // Else the projected block should stay in L2, yet be high enough to reuse each panel of W_ih.
+  const int64_t fitting = machine.l2_bytes / 4 / (rows * row_bytes);
   const int64_t useful = ceil_div(4 * step.tile_rows, rows);
-  const int64_t steps =
-      std::clamp<int64_t>(std::max(fitting, useful), 1, std::max<int64_t>(1, size.T));
-  return {choice.threads, choice.split, packed, packed, steps};
+  const int64_t steps = std::clamp<int64_t>(std::max(fitting, useful), 1, T);
+  const Packing packing = T * B >= kPackUses ? Packing::kOnce : Packing::kNone;
+  return {choice.threads, choice.split, packing, packing, steps};
 }
 
 Plan plan_backward(const Sizes& size, const StepShape& step, const Machine& machine) {
@@ -77,7 +87,7 @@ Plan plan_backward(const Sizes& size, const StepShape& step, const Machine& mach
   const int threads = choice.threads > 1       ? choice.threads
                       : products > 8 * kRegion ? machine.threads
                                                : 1;
-  return {threads, choice.split, true, true, steps};
+  return {threads, choice.split, Packing::kOnce, Packing::kOnce, steps};
 }
 
 }  // namespace rnnfast::cpu

@@ -19,10 +19,17 @@ enum class Split {
   kUnits,  // each thread computes its hidden units for the whole batch; one barrier per step
 };
 
+// What is done to a weight matrix before its products.
+enum class Packing {
+  kNone,  // read as it lies: cheaper for a handful of uses
+  kOnce,  // all panels are packed before the first step
+  kPanelwise,  // each panel is packed just before its only use, in a buffer that stays in cache
+};
+
 struct Plan {
   int threads;
   Split split;
-  bool pack_ih, pack_hh;  // whether the weights are packed into panels or read as they lie
+  Packing input, hidden;  // of W_ih and of W_hh
   int64_t block_steps;  // steps between input projection (forward) or gradient products (backward)
 };
 

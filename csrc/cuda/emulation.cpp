@@ -50,7 +50,8 @@ class Host {
 template <class Cell, class S>
 constexpr cpu::Kernels make_kernels() {
   const auto plan = [](const Sizes& size, const cpu::Machine&) {
-    return cpu::Plan{1, cpu::Split::kNone, false, false, cuda::block_steps(size)};
+    return cpu::Plan{1, cpu::Split::kNone, cpu::Packing::kNone, cpu::Packing::kNone,
+                     cuda::block_steps(size)};
   };
   return {
       plan,

@@ -49,11 +49,12 @@ py::dict plan(const std::string& cell, int64_t T, int64_t B, int64_t I, int64_t 
   const cpu::Plan plan =
       backward ? kernels.plan_backward(size, machine) : kernels.plan_forward(size, machine);
   const char* splits[] = {"none", "rows", "units"};
+  const char* packings[] = {"none", "once", "panelwise"};
   py::dict facts;
   facts["threads"] = plan.threads;
   facts["split"] = splits[int(plan.split)];
-  facts["pack_ih"] = plan.pack_ih;
-  facts["pack_hh"] = plan.pack_hh;
+  facts["input_packing"] = packings[int(plan.input)];
+  facts["hidden_packing"] = packings[int(plan.hidden)];
   facts["block_steps"] = plan.block_steps;
   facts["workspace_bytes"] =
       backward ? kernels.backward_workspace(size, plan) : kernels.forward_workspace(size, plan);

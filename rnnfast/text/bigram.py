@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rnnfast.text.errors import TextError
 
 
 def bigram_bits_per_char(
-    train: Tensor | np.ndarray, validation: Tensor | np.ndarray, vocab_size: int
+    train: Tensor | NDArray[np.integer], validation: Tensor | NDArray[np.integer], vocab_size: int
 ) -> float:
     """Mean bits per character that a bigram model of `train` (N,) needs for `validation` (M,).
 

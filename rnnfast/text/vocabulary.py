@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rnnfast.text.errors import TextError
@@ -73,7 +74,7 @@ class CharVocabulary:
             )
         return torch.from_numpy(tokens.astype(np.int64, copy=False))
 
-    def decode(self, tokens: Tensor | np.ndarray | Iterable[int]) -> str:
+    def decode(self, tokens: Tensor | NDArray[np.integer] | Iterable[int]) -> str:
         """Turn tokens (T,), of any integer type, back into a text.
 
         Raises:
@@ -119,6 +120,6 @@ class CharVocabulary:
         return cls(characters)
 
 
-def _code_points(text: str) -> np.ndarray:
+def _code_points(text: str) -> NDArray[np.uint32]:
     """The code points of a text, uint32 (T,); lone surrogates count as characters."""
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
