@@ -136,7 +136,7 @@ class Backward {
     const A* a[kMaxTileRows];
     for (int i = 0; i < rows; ++i) a[i] = gate_row(step, b + i) + (D - G) * H;
     tile<A, false>(hidden_.vectors(panel), rows, G * H, a, hidden_.at(w_hh_, G * H, panel), out,
-                   Columns::kWidth, kLanesA);
+                   Columns::kWidth);
   }
 
   void step_back(int64_t step, Span rows, Span panels) {
@@ -233,8 +233,7 @@ class Backward {
         for (int64_t k = 0; k < depth; k += kPart) {
           const A* panel = input_.at(w_ih_, depth, p) + k * input_.vectors(p) * kLanesA;
           const auto product = k == 0 ? tile<A, false> : tile<A, true>;
-          product(input_.vectors(p), n, std::min(kPart, depth - k), a, panel, out, Columns::kWidth,
-                  kLanesA);
+          product(input_.vectors(p), n, std::min(kPart, depth - k), a, panel, out, Columns::kWidth);
           for (int i = 0; i < n; ++i) a[i] += kPart;
         }
         for (int i = 0; i < n; ++i) {
@@ -322,10 +321,9 @@ class Backward {
       const A* a[kMaxTileRows];
       for (int i = 0; i < n; ++i) a[i] = left + (m + i) * left_stride;
       A* target = to + m * columns.N;
-      if (whole && add)
-        return tile<A, true>(vectors, n, depth, a, panel, target, columns.N, kLanesA);
-      if (whole) return tile<A, false>(vectors, n, depth, a, panel, target, columns.N, kLanesA);
-      tile<A, false>(vectors, n, depth, a, panel, edge, Columns::kWidth, kLanesA);
+      if (whole && add) return tile<A, true>(vectors, n, depth, a, panel, target, columns.N);
+      if (whole) return tile<A, false>(vectors, n, depth, a, panel, target, columns.N);
+      tile<A, false>(vectors, n, depth, a, panel, edge, Columns::kWidth);
       for (int i = 0; i < n; ++i) {
         for (int v = 0; v < vectors; ++v) {
           A* cell = target + i * columns.N + v * kLanesA;

@@ -104,11 +104,11 @@ class Forward {
     bias += panel * Panels::kWidth;
     if (packed) {
       const auto multiply = kTiles<A, Panels::kVectors>[rows - 1];
-      multiply(K, a, packed, bias, out, row_stride, kLanesA);
+      multiply(K, a, packed, bias, out, row_stride);
       return;
     }
     for (int i = 0; i < rows; ++i)
-      panels_.dot(static_cast<const S*>(w), K, panel, a[i], bias, out + i * row_stride, kLanesA);
+      panels_.dot(static_cast<const S*>(w), K, panel, a[i], bias, out + i * row_stride);
   }
 
   // projected[row of the block][panel] = W_ih x + b_ih, row of the block = (step, b)

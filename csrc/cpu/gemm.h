@@ -13,11 +13,10 @@ inline constexpr int kTileRows = NR == 4   ? (RNNFAST_REGISTERS == 32 ? 6 : 3)
                                            : (RNNFAST_REGISTERS == 32 ? 8 : 6);
 inline constexpr int kMaxTileRows = 8;
 
-// out[i * row_stride + j * vector_stride + lane] (=, or += if kAdd) bias[j][lane] + sum_k a[i][k]
+// out[i * row_stride + j * lanes + lane] (=, or += if kAdd) bias[j][lane] + sum_k a[i][k]
 // panel[k][j][lane]
 template <class A, int NR, int MR, bool kAdd>
-void tile(int64_t K, const A* const* a, const A* panel, const A* bias, A* out, int64_t row_stride,
-          int64_t vector_stride) {
+void tile(int64_t K, const A* const* a, const A* panel, const A* bias, A* out, int64_t row_stride) {
   constexpr int lanes = kLanes<A>;
   Vec<A> sum[MR][NR] = {};
   const A* row[MR];
@@ -35,10 +34,10 @@ void tile(int64_t K, const A* const* a, const A* panel, const A* bias, A* out, i
     }
   }
 #pragma GCC unroll 8
-  for (int i = 0; i < MR; ++i) {
+  for (int i = 0; i < MR; ++i, out += row_stride) {
 #pragma GCC unroll 4
     for (int j = 0; j < NR; ++j) {
-      A* to = out + i * row_stride + j * vector_stride;
+      A* to = out + j * lanes;
       Vec<A> value = sum[i][j];
       if (bias) value += load(bias + j * lanes);
       if (kAdd) value += load(to);
@@ -48,7 +47,7 @@ void tile(int64_t K, const A* const* a, const A* panel, const A* bias, A* out, i
 }
 
 template <class A>
-using TileFunction = void (*)(int64_t, const A* const*, const A*, const A*, A*, int64_t, int64_t);
+using TileFunction = void (*)(int64_t, const A* const*, const A*, const A*, A*, int64_t);
 
 template <class A, int NR, bool kAdd, int... MR>
 constexpr std::array<TileFunction<A>, sizeof...(MR)> tile_table(std::integer_sequence<int, MR...>) {
@@ -60,12 +59,12 @@ inline constexpr auto kTiles =
 
 template <class A, bool kAdd>
 RNNFAST_HD void tile(int vectors, int rows, int64_t K, const A* const* a, const A* panel, A* out,
-                     int64_t row_stride, int64_t vector_stride) {
+                     int64_t row_stride) {
   const auto* table = vectors == 4   ? kTiles<A, 4, kAdd>.data()
                       : vectors == 3 ? kTiles<A, 3, kAdd>.data()
                       : vectors == 2 ? kTiles<A, 2, kAdd>.data()
                                      : kTiles<A, 1, kAdd>.data();
-  table[rows - 1](K, a, panel, nullptr, out, row_stride, vector_stride);
+  table[rows - 1](K, a, panel, nullptr, out, row_stride);
 }
 
 // Calls f(first row, number of rows) for tiles of nearly equal height.
@@ -161,14 +160,13 @@ struct GatePanels {
   // One row against a panel of unpacked weights: rows of w as dot products. For few rows, where
   // packing would cost more than it saves. Same arguments as a tile of one row.
   template <class S>
-  void dot(const S* w, int64_t K, int64_t panel, const A* a, const A* bias, A* out,
-           int64_t vector_stride) const {
+  void dot(const S* w, int64_t K, int64_t panel, const A* a, const A* bias, A* out) const {
     for (int j = 0; j < kVectors; ++j) {
       Vec<A> sum[kLanesA] = {};
       const int64_t first = weight_row(panel, j, 0);
       const int64_t left = H - panel * kUnits - (j % kUnitVectors) * kLanesA;
       if (first >= 0) dot_rows(w + first * K, K, left < kLanesA ? int(left) : kLanesA, a, sum);
-      store(out + j * vector_stride, lane_sums<A>(sum) + load(bias + j * kLanesA));
+      store(out + j * kLanesA, lane_sums<A>(sum) + load(bias + j * kLanesA));
     }
   }
 
