@@ -1,4 +1,4 @@
-// What every cell header needs: the host/device marker and the number types.
+// What every cell header needs: the table of cells, the host/device marker and the number types.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,21 @@
 #define RNNFAST_HD inline __attribute__((always_inline))
 #endif
 
+// The table of cells. A new cell is a header in this folder, its #include in all.h and its entry
+// here; kernels, operators and their registration follow. (In Python: a row of
+// rnnfast.reference.CELLS.)
+#define RNNFAST_FOR_EACH_CELL(DO) \
+  DO(ElmanTanh)                   \
+  DO(ElmanRelu)                   \
+  DO(Gru)                         \
+  DO(Lstm)
+
 namespace rnnfast {
+
+#define RNNFAST_COUNT(Cell) k##Cell,
+enum class CellKind : int { RNNFAST_FOR_EACH_CELL(RNNFAST_COUNT) kCount };
+#undef RNNFAST_COUNT
+inline constexpr int kCells = int(CellKind::kCount);
 
 // Storage types of half precision: bits only. Arithmetic is always in float (see Compute).
 struct bf16 {
@@ -33,8 +47,5 @@ using Compute = typename ComputeType<S>::type;
 
 enum class Dtype : int { kFloat64, kFloat32, kBFloat16, kFloat16 };
 inline constexpr int kDtypes = 4;
-
-enum class CellKind : int { kElmanTanh, kElmanRelu, kGru, kLstm };
-inline constexpr int kCells = 4;
 
 }  // namespace rnnfast

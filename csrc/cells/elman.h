@@ -58,7 +58,11 @@ struct Elman : ElmanTraits {
   }
 };
 
-using ElmanTanh = Elman<TanhActivation>;
-using ElmanRelu = Elman<ReluActivation>;
+struct ElmanTanh : Elman<TanhActivation> {
+  static constexpr const char* kName = "elman_tanh";
+};
+struct ElmanRelu : Elman<ReluActivation> {
+  static constexpr const char* kName = "elman_relu";
+};
 
 }  // namespace rnnfast

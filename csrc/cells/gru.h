@@ -8,6 +8,7 @@
 namespace rnnfast {
 
 struct Gru {
+  static constexpr const char* kName = "gru";  // of the operator
   static constexpr int kGates = 3;       // r, z, n in w_ih and w_hh
   static constexpr int kSaved = 4;       // n, r, z, hn with hn = W_hn h + b_hn
   static constexpr int kGradBlocks = 4;  // d n, d r, d z, d hn before activation: the input side

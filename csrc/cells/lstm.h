@@ -10,6 +10,7 @@
 namespace rnnfast {
 
 struct Lstm {
+  static constexpr const char* kName = "lstm";  // of the operator
   static constexpr int kGates = 4;
   static constexpr int kSaved = 4;  // i, f, g, o after activation
   static constexpr int kGradBlocks = 4;

@@ -7,10 +7,7 @@
 // compiled for a newer machine than the one that runs it lives in the namespace, so the linker
 // cannot mix them; the cells' functions are always inlined and leave no symbol.
 
-#include "cells/elman.h"
-#include "cells/gru.h"
-#include "cells/half.h"
-#include "cells/lstm.h"
+#include "cells/all.h"
 
 namespace rnnfast::cpu::RNNFAST_ISA {
 
@@ -55,17 +52,14 @@ constexpr Kernels make_kernels() {
   };
 }
 
-#define RNNFAST_DTYPES(Cell)                                                              \
-  {make_kernels<Cell, double>(), make_kernels<Cell, float>(), make_kernels<Cell, bf16>(), \
-   make_kernels<Cell, f16>()}
-
 // in the order of CellKind and Dtype
 const KernelTable& kernel_table() {
-  static constexpr KernelTable table{{RNNFAST_DTYPES(ElmanTanh), RNNFAST_DTYPES(ElmanRelu),
-                                      RNNFAST_DTYPES(Gru), RNNFAST_DTYPES(Lstm)},
-                                     true};
+#define RNNFAST_ROW(Cell)                                                                 \
+  {make_kernels<Cell, double>(), make_kernels<Cell, float>(), make_kernels<Cell, bf16>(), \
+   make_kernels<Cell, f16>()},
+  static constexpr KernelTable table{{RNNFAST_FOR_EACH_CELL(RNNFAST_ROW)}, true};
+#undef RNNFAST_ROW
   return table;
 }
-#undef RNNFAST_DTYPES
 
 }  // namespace rnnfast::cpu::RNNFAST_ISA

@@ -83,18 +83,15 @@ constexpr cpu::Kernels make_kernels() {
   };
 }
 
-#define RNNFAST_DTYPES(Cell)                                                              \
-  {make_kernels<Cell, double>(), make_kernels<Cell, float>(), make_kernels<Cell, bf16>(), \
-   make_kernels<Cell, f16>()}
-
 }  // namespace
 
 const cpu::KernelTable& kernel_table() {
-  static constexpr cpu::KernelTable table{{RNNFAST_DTYPES(ElmanTanh), RNNFAST_DTYPES(ElmanRelu),
-                                           RNNFAST_DTYPES(Gru), RNNFAST_DTYPES(Lstm)},
-                                          false};
+#define RNNFAST_ROW(Cell)                                                                 \
+  {make_kernels<Cell, double>(), make_kernels<Cell, float>(), make_kernels<Cell, bf16>(), \
+   make_kernels<Cell, f16>()},
+  static constexpr cpu::KernelTable table{{RNNFAST_FOR_EACH_CELL(RNNFAST_ROW)}, false};
+#undef RNNFAST_ROW
   return table;
 }
-#undef RNNFAST_DTYPES
 
 }  // namespace rnnfast::cuda_emulation

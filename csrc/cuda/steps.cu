@@ -31,26 +31,29 @@ void launch(const F& f, int64_t n, cudaStream_t stream) {
                              cudaGetErrorString(error));
 }
 
-#define RNNFAST_LAUNCH(...) template void launch(const __VA_ARGS__&, int64_t, cudaStream_t)
-#define RNNFAST_LAUNCH_CELL(Cell, S)    \
-  RNNFAST_LAUNCH(ForwardStep<Cell, S>); \
+#define RNNFAST_LAUNCH(...) template void launch(const __VA_ARGS__&, int64_t, cudaStream_t);
+#define RNNFAST_LAUNCH_STEPS(Cell, S)  \
+  RNNFAST_LAUNCH(ForwardStep<Cell, S>) \
   RNNFAST_LAUNCH(BackwardStep<Cell, S>)
-#define RNNFAST_LAUNCH_DTYPE(S)      \
-  RNNFAST_LAUNCH_CELL(ElmanTanh, S); \
-  RNNFAST_LAUNCH_CELL(ElmanRelu, S); \
-  RNNFAST_LAUNCH_CELL(Gru, S);       \
-  RNNFAST_LAUNCH_CELL(Lstm, S);      \
-  RNNFAST_LAUNCH(Fill<S>);           \
+#define RNNFAST_LAUNCH_CELL(Cell)    \
+  RNNFAST_LAUNCH_STEPS(Cell, double) \
+  RNNFAST_LAUNCH_STEPS(Cell, float)  \
+  RNNFAST_LAUNCH_STEPS(Cell, bf16)   \
+  RNNFAST_LAUNCH_STEPS(Cell, f16)
+RNNFAST_FOR_EACH_CELL(RNNFAST_LAUNCH_CELL)
+
+#define RNNFAST_LAUNCH_DTYPE(S) \
+  RNNFAST_LAUNCH(Fill<S>)       \
   RNNFAST_LAUNCH(GradState<S>)
-RNNFAST_LAUNCH_DTYPE(double);
-RNNFAST_LAUNCH_DTYPE(float);
-RNNFAST_LAUNCH_DTYPE(bf16);
-RNNFAST_LAUNCH_DTYPE(f16);
-RNNFAST_LAUNCH(Convert<double, double>);
-RNNFAST_LAUNCH(Convert<float, float>);
-RNNFAST_LAUNCH(Convert<float, bf16>);
-RNNFAST_LAUNCH(Convert<bf16, float>);
-RNNFAST_LAUNCH(Convert<float, f16>);
-RNNFAST_LAUNCH(Convert<f16, float>);
+RNNFAST_LAUNCH_DTYPE(double)
+RNNFAST_LAUNCH_DTYPE(float)
+RNNFAST_LAUNCH_DTYPE(bf16)
+RNNFAST_LAUNCH_DTYPE(f16)
+RNNFAST_LAUNCH(Convert<double, double>)
+RNNFAST_LAUNCH(Convert<float, float>)
+RNNFAST_LAUNCH(Convert<float, bf16>)
+RNNFAST_LAUNCH(Convert<bf16, float>)
+RNNFAST_LAUNCH(Convert<float, f16>)
+RNNFAST_LAUNCH(Convert<f16, float>)
 
 }  // namespace rnnfast::cuda

@@ -4,11 +4,7 @@
 
 #include <cmath>
 
-#include "cells/common.h"
-#include "cells/elman.h"
-#include "cells/gru.h"
-#include "cells/half.h"
-#include "cells/lstm.h"
+#include "cells/all.h"
 #if defined(__CUDACC__)
 #include <cuda_fp16.h>
 #endif

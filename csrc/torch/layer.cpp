@@ -2,23 +2,17 @@
 
 #include <string>
 
-#include "cells/elman.h"
-#include "cells/gru.h"
-#include "cells/lstm.h"
+#include "cells/all.h"
 
 namespace rnnfast {
 namespace {
 
-template <class Cell>
-constexpr CellInfo row(const char* name, CellKind kind) {
-  return {name, kind, Cell::kGates, Cell::kSaved, Cell::kGradBlocks, Cell::kHasCell};
-}
 // in the order of CellKind
 constexpr CellInfo kTable[kCells] = {
-    row<ElmanTanh>("elman_tanh", CellKind::kElmanTanh),
-    row<ElmanRelu>("elman_relu", CellKind::kElmanRelu),
-    row<Gru>("gru", CellKind::kGru),
-    row<Lstm>("lstm", CellKind::kLstm),
+#define RNNFAST_ROW(Cell) \
+  {Cell::kName, CellKind::k##Cell, Cell::kGates, Cell::kSaved, Cell::kGradBlocks, Cell::kHasCell},
+    RNNFAST_FOR_EACH_CELL(RNNFAST_ROW)
+#undef RNNFAST_ROW
 };
 
 struct Checker {
@@ -53,8 +47,9 @@ const CellInfo& cell_info(CellKind kind) { return kTable[int(kind)]; }
 const CellInfo& cell_info(const std::string& name) {
   for (const CellInfo& one : kTable)
     if (name == one.name) return one;
-  TORCH_CHECK_VALUE(false, "rnnfast: no cell is called '", name,
-                    "'; expected elman_tanh, elman_relu, gru or lstm");
+  std::string names;
+  for (const CellInfo& one : kTable) names += std::string(names.empty() ? "" : ", ") + one.name;
+  TORCH_CHECK_VALUE(false, "rnnfast: no cell is called '", name, "'; there are ", names);
 }
 
 Dtype dtype_of(const at::Tensor& t) {

@@ -1,6 +1,7 @@
 // The ops' schemas and their registration: checks and allocation here, kernels behind a Device.
 #include <torch/library.h>
 
+#include "cells/all.h"
 #include "torch/layer.h"
 
 namespace rnnfast {
@@ -116,19 +117,18 @@ std::string backward_schema(const CellInfo& cell) {
          "Tensor grad_w_ih, Tensor grad_w_hh, Tensor grad_b_ih, Tensor grad_b_hh)";
 }
 
-template <class Op>
-void implement(torch::Library& library, CellKind kind) {
-  const std::string name = cell_info(kind).name;
-  library.impl(name.c_str(), TORCH_FN(Op::run));
-  library.impl((name + "_backward").c_str(), TORCH_FN(Op::run_backward));
+template <class Device, class Cell, CellKind kind>
+void implement(torch::Library& library) {
+  using Op = std::conditional_t<Cell::kHasCell, TwoStates<Device, kind>, OneState<Device, kind>>;
+  library.impl(Cell::kName, TORCH_FN(Op::run));
+  library.impl((std::string(Cell::kName) + "_backward").c_str(), TORCH_FN(Op::run_backward));
 }
 
 template <class Device>
 void implement_all(torch::Library& library) {
-  implement<OneState<Device, CellKind::kElmanTanh>>(library, CellKind::kElmanTanh);
-  implement<OneState<Device, CellKind::kElmanRelu>>(library, CellKind::kElmanRelu);
-  implement<OneState<Device, CellKind::kGru>>(library, CellKind::kGru);
-  implement<TwoStates<Device, CellKind::kLstm>>(library, CellKind::kLstm);
+#define RNNFAST_IMPLEMENT(Cell) implement<Device, Cell, CellKind::k##Cell>(library);
+  RNNFAST_FOR_EACH_CELL(RNNFAST_IMPLEMENT)
+#undef RNNFAST_IMPLEMENT
 }
 
 }  // namespace

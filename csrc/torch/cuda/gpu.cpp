@@ -86,16 +86,15 @@ class Gpu {
 template <class F>
 void with_types(CellKind kind, Dtype dtype, F&& f) {
   const auto with_cell = [&]<class S>() {
+#define RNNFAST_CASE(Cell) \
+  case CellKind::k##Cell:  \
+    return f.template operator()<Cell, S>();
     switch (kind) {
-      case CellKind::kElmanTanh:
-        return f.template operator()<ElmanTanh, S>();
-      case CellKind::kElmanRelu:
-        return f.template operator()<ElmanRelu, S>();
-      case CellKind::kGru:
-        return f.template operator()<Gru, S>();
-      case CellKind::kLstm:
-        return f.template operator()<Lstm, S>();
+      RNNFAST_FOR_EACH_CELL(RNNFAST_CASE)
+      case CellKind::kCount:
+        break;
     }
+#undef RNNFAST_CASE
   };
   switch (dtype) {
     case Dtype::kFloat64:

@@ -1,0 +1,7 @@
+// Every cell of the table in common.h.
+#pragma once
+
+#include "cells/elman.h"
+#include "cells/gru.h"
+#include "cells/half.h"
+#include "cells/lstm.h"
