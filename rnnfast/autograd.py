@@ -193,7 +193,9 @@ def _register_fakes(cell: Cell) -> None:
         *tensors, _, mask = arguments
         tensors = tensors[1 + cell.states :][: len(mask)]
         return tuple(
-            tensor.new_empty(tensor.shape) if needed else tensors[0].new_empty((0,))
+            tensor.new_empty(tensor.shape)
+            if needed and tensor is not None
+            else tensors[0].new_empty((0,))
             for tensor, needed in zip(tensors, mask, strict=True)
         )
 

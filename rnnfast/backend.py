@@ -33,9 +33,11 @@ FUSED_DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.fl
 
 def _load_extension() -> tuple[ModuleType | None, ImportError | None]:
     try:
-        return import_module("rnnfast._C"), None
+        extension = import_module("rnnfast._C")
     except ImportError as error:
         return None, error
+    extension.get_cpu_capability()  # ValueError if RNNFAST_CPU_CAPABILITY cannot be had
+    return extension, None
 
 
 EXTENSION, IMPORT_ERROR = _load_extension()

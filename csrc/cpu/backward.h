@@ -31,7 +31,7 @@ class Backward {
     c0_ = arena.take<A>(Cell::kHasCell ? B * pitch_ : 0);
     d_h_ = arena.take<A>(B * pitch_);
     d_gates_ = arena.take<A>(2 * block_rows_ * D * H);
-    left_size_ = (ceil_div(G * H, plan.threads) + 1) * block_rows_;
+    left_size_ = ceil_div(G * H, plan.threads) * block_rows_;
     left_ = arena.take<A>(plan.threads * left_size_);
     panel_size_ = Columns::kWidth * block_rows_;
     panel_ = arena.take<A>(plan.threads * panel_size_);
@@ -64,7 +64,7 @@ class Backward {
         const Span block{n, std::min(T, n + plan_.block_steps)};
         for (int64_t step = block.begin; step < block.end; ++step) {
           step_back(step, rows, panels);
-          if (plan_.split == Split::kUnits) team.barrier();
+          if (plan_.split == Split::kUnits && step + 1 < block.end) team.barrier();
         }
         team.barrier();
         // The other half of d_gates_ takes the next block, so nobody waits for these.
@@ -135,8 +135,8 @@ class Backward {
     const int64_t H = args_.size.H;
     const A* a[kMaxTileRows];
     for (int i = 0; i < rows; ++i) a[i] = gate_row(step, b + i) + (D - G) * H;
-    tile<A, false>(hidden_.vectors(panel), rows, G * H, a, hidden_.at(w_hh_, G * H, panel), out,
-                   Columns::kWidth);
+    any_tile<A, false>(hidden_.vectors(panel), rows, G * H, a, hidden_.at(w_hh_, G * H, panel), out,
+                       Columns::kWidth);
   }
 
   void step_back(int64_t step, Span rows, Span panels) {
@@ -232,7 +232,7 @@ class Backward {
         }
         for (int64_t k = 0; k < depth; k += kPart) {
           const A* panel = input_.at(w_ih_, depth, p) + k * input_.vectors(p) * kLanesA;
-          const auto product = k == 0 ? tile<A, false> : tile<A, true>;
+          const auto product = k == 0 ? any_tile<A, false> : any_tile<A, true>;
           product(input_.vectors(p), n, std::min(kPart, depth - k), a, panel, out, Columns::kWidth);
           for (int i = 0; i < n; ++i) a[i] += kPart;
         }
@@ -321,9 +321,9 @@ class Backward {
       const A* a[kMaxTileRows];
       for (int i = 0; i < n; ++i) a[i] = left + (m + i) * left_stride;
       A* target = to + m * columns.N;
-      if (whole && add) return tile<A, true>(vectors, n, depth, a, panel, target, columns.N);
-      if (whole) return tile<A, false>(vectors, n, depth, a, panel, target, columns.N);
-      tile<A, false>(vectors, n, depth, a, panel, edge, Columns::kWidth);
+      if (whole && add) return any_tile<A, true>(vectors, n, depth, a, panel, target, columns.N);
+      if (whole) return any_tile<A, false>(vectors, n, depth, a, panel, target, columns.N);
+      any_tile<A, false>(vectors, n, depth, a, panel, edge, Columns::kWidth);
       for (int i = 0; i < n; ++i) {
         for (int v = 0; v < vectors; ++v) {
           A* cell = target + i * columns.N + v * kLanesA;

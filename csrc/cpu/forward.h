@@ -48,7 +48,7 @@ class Forward {
       const Span panels =
           plan_.split == Split::kUnits ? team.share(panels_.count()) : Span{0, panels_.count()};
       A* projected = projected_ + team.index() * block_rows_ * block_panels_ * Panels::kWidth;
-      A* x = x_ + team.index() * block_rows_ * I;
+      A* x = kConvert ? x_ + team.index() * block_rows_ * I : nullptr;
       for (int64_t s = 0; s < T; s += plan_.block_steps) {
         const Span steps{s, std::min(T, s + plan_.block_steps)};
         project(steps, rows, panels, x, projected, team.index());

@@ -13,35 +13,43 @@ inline constexpr int kTileRows = NR == 4   ? (RNNFAST_REGISTERS == 32 ? 6 : 3)
                                            : (RNNFAST_REGISTERS == 32 ? 8 : 6);
 inline constexpr int kMaxTileRows = 8;
 
+// One chain of more sums than this would lose more bits than torch's products do; a longer product
+// is summed in parts.
+inline constexpr int64_t kChain = 256;
+
 // out[i * row_stride + j * lanes + lane] (=, or += if kAdd) bias[j][lane] + sum_k a[i][k]
 // panel[k][j][lane]
 template <class A, int NR, int MR, bool kAdd>
 void tile(int64_t K, const A* const* a, const A* panel, const A* bias, A* out, int64_t row_stride) {
   constexpr int lanes = kLanes<A>;
-  Vec<A> sum[MR][NR] = {};
   const A* row[MR];
 #pragma GCC unroll 8
   for (int i = 0; i < MR; ++i) row[i] = a[i];
-  for (int64_t k = 0; k < K; ++k, panel += NR * lanes) {
-    Vec<A> b[NR];
+  for (int64_t begin = 0; begin == 0 || begin < K; begin += kChain) {
+    const int64_t end = K < begin + kChain ? K : begin + kChain;
+    Vec<A> sum[MR][NR] = {};
+    for (int64_t k = begin; k < end; ++k, panel += NR * lanes) {
+      Vec<A> b[NR];
 #pragma GCC unroll 4
-    for (int j = 0; j < NR; ++j) b[j] = load(panel + j * lanes);
+      for (int j = 0; j < NR; ++j) b[j] = load(panel + j * lanes);
 #pragma GCC unroll 8
-    for (int i = 0; i < MR; ++i) {
-      const A value = row[i][k];
+      for (int i = 0; i < MR; ++i) {
+        const A value = row[i][k];
 #pragma GCC unroll 4
-      for (int j = 0; j < NR; ++j) sum[i][j] += value * b[j];
+        for (int j = 0; j < NR; ++j) sum[i][j] += value * b[j];
+      }
     }
-  }
+    const bool add = kAdd || begin > 0, add_bias = bias && begin == 0;
+    A* to = out;
 #pragma GCC unroll 8
-  for (int i = 0; i < MR; ++i, out += row_stride) {
+    for (int i = 0; i < MR; ++i, to += row_stride) {
 #pragma GCC unroll 4
-    for (int j = 0; j < NR; ++j) {
-      A* to = out + j * lanes;
-      Vec<A> value = sum[i][j];
-      if (bias) value += load(bias + j * lanes);
-      if (kAdd) value += load(to);
-      store(to, value);
+      for (int j = 0; j < NR; ++j) {
+        Vec<A> value = sum[i][j];
+        if (add_bias) value += load(bias + j * lanes);
+        if (add) value += load(to + j * lanes);
+        store(to + j * lanes, value);
+      }
     }
   }
 }
@@ -58,8 +66,8 @@ inline constexpr auto kTiles =
     tile_table<A, NR, kAdd>(std::make_integer_sequence<int, kTileRows<NR>>());
 
 template <class A, bool kAdd>
-RNNFAST_HD void tile(int vectors, int rows, int64_t K, const A* const* a, const A* panel, A* out,
-                     int64_t row_stride) {
+RNNFAST_HD void any_tile(int vectors, int rows, int64_t K, const A* const* a, const A* panel,
+                         A* out, int64_t row_stride) {
   const auto* table = vectors == 4   ? kTiles<A, 4, kAdd>.data()
                       : vectors == 3 ? kTiles<A, 3, kAdd>.data()
                       : vectors == 2 ? kTiles<A, 2, kAdd>.data()

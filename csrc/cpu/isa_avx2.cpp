@@ -2,16 +2,9 @@
 #if defined(__x86_64__)
 #include "cpu/isa_prologue.h"
 
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
-#else
 #pragma GCC target("avx2,fma")
-#endif
 #define RNNFAST_ISA avx2
 #define RNNFAST_VECTOR_BYTES 32
 #define RNNFAST_REGISTERS 16
 #include "cpu/isa.h"
-#if defined(__clang__)
-#pragma clang attribute pop
-#endif
 #endif

@@ -2,6 +2,10 @@
 // compiled for the baseline.
 #pragma once
 
+#if !defined(__GNUC__) || defined(__clang__)
+#error "rnnfast's CPU kernels are written for GCC: set CXX=g++"
+#endif
+
 #include <algorithm>
 #include <array>
 #include <cstdint>

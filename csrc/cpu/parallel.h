@@ -28,12 +28,26 @@ class Barrier {
       return;
     }
     for (int spins = 0; round_.load(std::memory_order_acquire) == round;) {
-      if (++spins > kSpins) sched_yield();
+      if (spins < kSpins) {
+        ++spins;
+        relax();
+      } else {
+        sched_yield();
+      }
     }
   }
 
  private:
-  static constexpr int kSpins = 20000;
+  static constexpr int kSpins = 10000;
+
+  static void relax() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+  }
+
   const int threads_;
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<uint32_t> round_{0};
@@ -55,22 +69,19 @@ class Team {
   int index_, size_;
 };
 
-// Runs f(team) on up to `threads` threads of the OpenMP pool, the one that torch uses.
+// Runs f(team) on `threads` threads of the OpenMP pool, the one that torch uses, or on one thread
+// if the pool gives fewer: the work has been planned, and its memory laid out, for that number.
 template <class F>
 void parallel(int threads, F&& f) {
-  if (threads == 1 || omp_in_parallel()) {
-    Barrier barrier(1);
-    f(Team(barrier, 0, 1));
-    return;
-  }
-  Barrier* barrier = nullptr;
+  Barrier alone(1), together(threads);
+  if (threads == 1 || omp_in_parallel()) return f(Team(alone, 0, 1));
 #pragma omp parallel num_threads(threads)
   {
-#pragma omp single
-    barrier = new Barrier(omp_get_num_threads());
-    f(Team(*barrier, omp_get_thread_num(), omp_get_num_threads()));
+    if (omp_get_num_threads() == threads)
+      f(Team(together, omp_get_thread_num(), threads));
+    else if (omp_get_thread_num() == 0)
+      f(Team(alone, 0, 1));
   }
-  delete barrier;
 }
 
 }  // namespace rnnfast::cpu

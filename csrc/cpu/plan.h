@@ -29,7 +29,7 @@ enum class Packing {
 struct Plan {
   int threads;
   Split split;
-  Packing input, hidden;  // of W_ih and of W_hh
+  Packing input, hidden;  // of W_ih and of W_hh in the forward; the backward packs both
   int64_t block_steps;  // steps between input projection (forward) or gradient products (backward)
 };
 

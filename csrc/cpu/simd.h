@@ -85,14 +85,9 @@ void convert(To* to, const From* from, int64_t n) {
 template <class V, int... I>
 RNNFAST_HD V interleave(V a, V b, int first, std::integer_sequence<int, I...>) {
   constexpr int lanes = sizeof...(I);
-#if defined(__clang__)
-  return first ? __builtin_shufflevector(a, b, (lanes / 2 + I / 2 + (I & 1) * lanes)...)
-               : __builtin_shufflevector(a, b, (I / 2 + (I & 1) * lanes)...);
-#else
   using Index = typename VectorOf<std::decay_t<decltype(a[0])>>::integer;
   return first ? __builtin_shuffle(a, b, Index{(lanes / 2 + I / 2 + (I & 1) * lanes)...})
                : __builtin_shuffle(a, b, Index{(I / 2 + (I & 1) * lanes)...});
-#endif
 }
 
 // rows[i][j] <-> rows[j][i], as log2(lanes) rounds of perfect shuffles
@@ -182,7 +177,8 @@ struct Math {
   template <class V, class A = std::decay_t<decltype(V{}[0])>>
   RNNFAST_HD static V sigmoid(V x) {
     const auto [scale, rest] = exp_parts<A>(-magnitude<A>(x));
-    const V e = scale + scale * rest;
+    V e = scale + scale * rest;
+    e = magnitude<A>(x) > V{} + ExpConstants<A>::kLimit ? V{} : e;  // a closed gate is closed
     const V q = e / (1 + e);
     return x < V{} ? q : 1 - q;
   }

@@ -1,6 +1,7 @@
 // The CUDA driver on the host: same driver, same functors, same translation to column-major
 // products, with loops where the GPU has kernels. For tests on machines without a GPU.
 #include <cstring>
+#include <stdexcept>
 
 #include "cpu/kernels.h"
 #include "cuda/cublas_call.h"
@@ -34,6 +35,8 @@ class Host {
   template <class In, class Out>
   static void column_major_gemm(const ColumnMajorProduct& p, bool add, const In* a, const In* b,
                                 Out* c) {
+    if (p.lda < (p.transpose_a ? p.k : p.m) || p.ldb < (p.transpose_b ? p.n : p.k) || p.ldc < p.m)
+      throw std::logic_error("a leading dimension that cuBLAS refuses");
     for (int64_t j = 0; j < p.n; ++j) {
       for (int64_t i = 0; i < p.m; ++i) {
         Out* to = c + i + j * p.ldc;

@@ -103,12 +103,14 @@ template <class Cell, class S>
 class Backward {
   using A = Compute<S>;
   static constexpr int G = Cell::kGates, D = Cell::kGradBlocks;
+  // whether the gradient blocks of the input side are in another order than the gates
+  static constexpr bool kReordered = Cell::input_gate(0) != 0;
 
  public:
   Backward(const BackwardArgs& args, Arena& arena) : args_(args), steps_(block_steps(args.size)) {
     const auto [T, B, I, H] = args.size;
     d_gates_ = arena.take<S>(steps_ * B * D * H);
-    w_ih_ = arena.take<S>(G * H * I);
+    w_ih_ = arena.take<S>(kReordered ? G * H * I : 0);
     through_weights_ = arena.take<A>(B * H);
     d_h_ = arena.take<A>(B * H);
     d_c_ = arena.take<A>(Cell::kHasCell ? B * H : 0);
@@ -127,7 +129,7 @@ class Backward {
       device.for_each(state, Convert<A, S>{d_c_, in(args_.grad_c_n)});
       device.for_each(state, Convert<A, S>{c0_, in(args_.c0)});
     }
-    if (args_.grad_x) reorder_input_weights(device);
+    if (args_.grad_x && kReordered) reorder_input_weights(device);
     if (args_.grad_b_ih || args_.grad_b_hh) device.for_each(steps_ * B, Fill<S>{ones_, A(1)});
     // Steps are counted in the order of the backward: step 0 is the last of the forward.
     for (int64_t begin = 0; begin < T; begin += steps_) {
@@ -136,6 +138,7 @@ class Backward {
         step_back(device, step, begin, count);
       whole_block(device, begin, count);
     }
+    store_biases(device);
     if (args_.grad_h0)
       device.for_each(state, GradState<S>{static_cast<S*>(args_.grad_h0), through_weights_,
                                           Cell::kDirect ? d_h_ : nullptr});
@@ -203,14 +206,18 @@ class Backward {
     const bool add = begin > 0;
     const S* x = static_cast<const S*>(args_.x) + t * B * I;
     if (args_.grad_x)
-      device.gemm(Product{rows, I, G * H, false, false, D * H, I, I, false, true}, d_gates_, w_ih_,
+      device.gemm(Product{rows, I, G * H, false, false, D * H, I, I, false, true}, d_gates_,
+                  kReordered ? w_ih_ : static_cast<const S*>(args_.w_ih),
                   static_cast<S*>(args_.grad_x) + t * B * I);
-    if (args_.grad_w_ih)
-      for (int j = 0; j < G; ++j)
-        device.gemm(Product{H, I, rows, true, false, D * H, I, I, add, true}, d_gates_ + j * H, x,
-                    static_cast<A*>(args_.grad_w_ih) + Cell::input_gate(j) * H * I);
+    if (args_.grad_w_ih) {
+      const int64_t parts = kReordered ? G : 1, height = G / parts * H;
+      for (int64_t j = 0; j < parts; ++j)
+        device.gemm(Product{height, I, rows, true, false, D * H, I, I, add, true},
+                    d_gates_ + j * height, x,
+                    static_cast<A*>(args_.grad_w_ih) + Cell::input_gate(int(j)) * height * I);
+    }
     if (args_.grad_w_hh) grad_recurrent_weights(device, begin, count);
-    if (args_.grad_b_ih || args_.grad_b_hh) grad_biases(device, rows, add);
+    if (args_.grad_b_ih || args_.grad_b_hh) sum_biases(device, rows, add);
   }
 
   // The state before each step of the block is y one step earlier, save for h0 before the very
@@ -240,10 +247,15 @@ class Backward {
 
   // Column sums as a product with ones, never in TF32: d_gates would lose bits for nothing.
   template <class Device>
-  void grad_biases(Device& device, int64_t rows, bool add) const {
+  void sum_biases(Device& device, int64_t rows, bool add) const {
     const int64_t H = args_.size.H;
     device.gemm(Product{1, D * H, rows, false, false, rows, D * H, D * H, add, false}, ones_,
                 d_gates_, bias_);
+  }
+
+  template <class Device>
+  void store_biases(Device& device) const {
+    const int64_t H = args_.size.H;
     const size_t bytes = size_t(H) * sizeof(A);
     for (int j = 0; j < D; ++j) {
       if (args_.grad_b_ih && j < G)
@@ -257,7 +269,7 @@ class Backward {
   const BackwardArgs& args_;
   const int64_t steps_;
   S* d_gates_;  // (steps, B, D*H)
-  S* w_ih_;  // (G*H, I), reordered
+  S* w_ih_;  // (G*H, I), reordered where that is needed
   A* through_weights_;  // (B, H)
   A* d_h_;  // (B, H): grad_h_n, then what bypasses W_hh
   A *d_c_, *c0_;  // (B, H)

@@ -10,7 +10,7 @@ namespace {
 // in the order of CellKind
 constexpr CellInfo kTable[kCells] = {
 #define RNNFAST_ROW(Cell) \
-  {Cell::kName, CellKind::k##Cell, Cell::kGates, Cell::kSaved, Cell::kGradBlocks, Cell::kHasCell},
+  {Cell::kName, CellKind::k##Cell, Cell::kGates, Cell::kSaved, Cell::kHasCell},
     RNNFAST_FOR_EACH_CELL(RNNFAST_ROW)
 #undef RNNFAST_ROW
 };
@@ -19,13 +19,16 @@ struct Checker {
   const CellInfo& cell;
   const at::Tensor& x;
 
-  at::Tensor operator()(const at::Tensor& t, const char* name, at::IntArrayRef shape) const {
+  void check(const at::Tensor& t, const char* name, at::IntArrayRef shape) const {
     TORCH_CHECK(t.sizes() == shape, "rnnfast::", cell.name, ": expected ", name, " of shape ",
                 shape, ", got ", t.sizes());
     TORCH_CHECK(t.scalar_type() == x.scalar_type(), "rnnfast::", cell.name, ": expected ", name,
                 " to have x's dtype ", x.scalar_type(), ", got ", t.scalar_type());
     TORCH_CHECK(t.device() == x.device(), "rnnfast::", cell.name, ": expected ", name,
                 " on x's device ", x.device(), ", got ", t.device());
+  }
+  at::Tensor operator()(const at::Tensor& t, const char* name, at::IntArrayRef shape) const {
+    check(t, name, shape);
     return t.contiguous();
   }
   at::Tensor operator()(const std::optional<at::Tensor>& t, const char* name,
@@ -120,8 +123,14 @@ LayerGradOutputs check_grad_outputs(const CellInfo& cell, const LayerInputs& in,
                                     const std::optional<at::Tensor>& c_n) {
   const auto [T, B, I, H] = in.sizes();
   const Checker check{cell, in.x};
-  return {check(y, "grad_y", {T, B, H}), check(h_n, "grad_h_n", {B, H}),
-          check(c_n, "grad_c_n", {B, H})};
+  LayerGradOutputs grad_out;
+  if (y.has_value() && y->defined()) {
+    check.check(*y, "grad_y", {T, B, H});
+    grad_out.y = last_stride_one(*y);
+  }
+  grad_out.h_n = check(h_n, "grad_h_n", {B, H});
+  grad_out.c_n = check(c_n, "grad_c_n", {B, H});
+  return grad_out;
 }
 
 LayerOutputs allocate_outputs(const CellInfo& cell, const LayerInputs& in, bool save) {

@@ -4,7 +4,6 @@
 #include <ATen/ATen.h>
 
 #include <optional>
-#include <vector>
 
 #include "arguments.h"
 #include "cells/common.h"
@@ -15,10 +14,9 @@ namespace rnnfast {
 struct CellInfo {
   const char* name;
   CellKind kind;
-  int gates;        // G: blocks of H rows in w_ih and w_hh
-  int saved;        // K: blocks of H columns in `gates`
-  int grad_blocks;  // blocks of H gate gradients per step
-  bool has_cell;    // a second state c
+  int gates;      // G: blocks of H rows in w_ih and w_hh
+  int saved;      // K: blocks of H columns in `gates`
+  bool has_cell;  // a second state c
 };
 const CellInfo& cell_info(CellKind kind);
 // Throws for a name that is no cell's.

@@ -21,11 +21,7 @@ py::dict built_with() {
   facts["cuda"] = false;
   facts["cuda_arch"] = py::list();
 #endif
-#if defined(__clang__)
-  facts["compiler"] = "clang " __clang_version__;
-#else
   facts["compiler"] = "gcc " __VERSION__;
-#endif
   facts["torch"] = TORCH_VERSION;
   return facts;
 }
@@ -53,8 +49,10 @@ py::dict plan(const std::string& cell, int64_t T, int64_t B, int64_t I, int64_t 
   py::dict facts;
   facts["threads"] = plan.threads;
   facts["split"] = splits[int(plan.split)];
-  facts["input_packing"] = packings[int(plan.input)];
-  facts["hidden_packing"] = packings[int(plan.hidden)];
+  if (!backward) {
+    facts["input_packing"] = packings[int(plan.input)];
+    facts["hidden_packing"] = packings[int(plan.hidden)];
+  }
   facts["block_steps"] = plan.block_steps;
   facts["workspace_bytes"] =
       backward ? kernels.backward_workspace(size, plan) : kernels.forward_workspace(size, plan);
@@ -71,7 +69,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("set_cpu_capability", &cpu::set_capability, py::arg("name"));
   m.def("plan", &plan, py::arg("cell"), py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"),
         py::arg("dtype") = "float32", py::arg("threads") = 1, py::arg("backward") = false);
-  cpu::capability();  // an unusable RNNFAST_CPU_CAPABILITY is reported at import
 }
 
 }  // namespace rnnfast

@@ -33,7 +33,8 @@ class Gpu {
         tf32_(at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::RNN) ==
               at::Float32Precision::TF32) {
     TORCH_CUDABLAS_CHECK(cublasGetMathMode(handle_, &math_mode_));
-    TORCH_CUDABLAS_CHECK(cublasSetMathMode(handle_, CUBLAS_DEFAULT_MATH));
+    TORCH_CUDABLAS_CHECK(
+        cublasSetMathMode(handle_, CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION));
   }
   ~Gpu() { cublasSetMathMode(handle_, math_mode_); }
   Gpu(const Gpu&) = delete;
@@ -43,6 +44,11 @@ class Gpu {
   void gemm(const cuda::Product& product, const In* a, const In* b, Out* c) const {
     const cuda::ColumnMajorProduct p = cuda::column_major(product);
     if (p.m == 0 || p.n == 0) return;
+    if (p.k == 0) {  // an empty sum; products of this kind are dense
+      const size_t bytes = size_t(p.m) * size_t(p.n) * sizeof(Out);
+      if (!product.add) AT_CUDA_CHECK(cudaMemsetAsync(c, 0, bytes, stream_));
+      return;
+    }
     const Compute<In> one = 1, beta = product.add ? 1 : 0;
     const cublasComputeType_t compute = std::is_same_v<In, double> ? CUBLAS_COMPUTE_64F
                                         : std::is_same_v<In, float> && tf32_ && product.allow_tf32
