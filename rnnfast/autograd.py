@@ -175,10 +175,21 @@ def _reference_backward(
     return [next(results) if needed else None for needed in mask]
 
 
+def _check_devices(x: Tensor, arguments: Sequence[Any]) -> None:
+    """The fake kernels stand in on every device, so that no other kernel would refuse a mixture."""
+    for tensor in arguments:
+        if isinstance(tensor, Tensor) and tensor.device != x.device:
+            raise RuntimeError(
+                f"Expected all tensors to be on the same device, but found at least two devices, "
+                f"{x.device} and {tensor.device}!"
+            )
+
+
 def _register_fakes(cell: Cell) -> None:
     """Tells torch.compile and torch.export the shapes that the operators of ``cell`` return."""
 
     def forward(x: Tensor, *arguments: Any) -> States:
+        _check_devices(x, arguments)
         states, save = arguments[: cell.states], arguments[-1]
         steps, (batch, hidden) = x.shape[0], states[0].shape
         y = x.new_empty((steps, batch, hidden))
@@ -191,6 +202,7 @@ def _register_fakes(cell: Cell) -> None:
 
     def backward(*arguments: Any) -> States:
         *tensors, _, mask = arguments
+        _check_devices(tensors[1 + cell.states], tensors)
         tensors = tensors[1 + cell.states :][: len(mask)]
         return tuple(
             tensor.new_empty(tensor.shape)

@@ -105,10 +105,7 @@ def sample_inputs(case: Case, dtype: torch.dtype, seed: int = 0) -> list[Tensor 
 def like_layout(values: Tensor, layout: Tensor) -> Tensor:
     """``values`` in the strides of ``layout``; where those are 0 the values repeat."""
     base = torch.empty_strided(
-        [
-            1 if stride == 0 else size
-            for size, stride in zip(layout.shape, layout.stride(), strict=True)
-        ],
+        [1 if layout.stride(dim) == 0 else size for dim, size in enumerate(layout.shape)],
         layout.stride(),
         dtype=values.dtype,
         device=values.device,
@@ -218,5 +215,5 @@ def distance(actual: Tensor, expected: Tensor) -> float:
 
 
 def bound(dtype: torch.dtype) -> float:
-    """How large `error` may be for values; gradients, sums over time and batch, may have 5 times it."""
+    """How large `error` may be for values; gradients, sums over many of them, may have 5 times it."""
     return torch.finfo(dtype).eps * (12 if dtype in (torch.float64, torch.float32) else 1)

@@ -1,4 +1,4 @@
-"""What only a GPU can show: streams, devices and graph capture. The values are in test_kernels.py."""
+"""What only a GPU can show: streams and graph capture. The values are in test_kernels.py."""
 
 from __future__ import annotations
 
