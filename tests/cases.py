@@ -215,5 +215,5 @@ def distance(actual: Tensor, expected: Tensor) -> float:
 
 
 def bound(dtype: torch.dtype) -> float:
-    """How large `error` may be for values; gradients, sums over many of them, may have 5 times it."""
+    """How large `error` may be for values; gradients, long sums of them, may have 5 times that."""
     return torch.finfo(dtype).eps * (12 if dtype in (torch.float64, torch.float32) else 1)
