@@ -100,7 +100,8 @@ class Backward {
     const auto [T, B, I, H] = args_.size;
     const int64_t hidden = H;
     const S* w_hh = static_cast<const S*>(args_.w_hh);
-    const Span own = team.share(hidden_.count());
+    const bool needs_w_hh = T > 1 || args_.grad_h0;
+    const Span own = team.share(needs_w_hh ? hidden_.count() : 0);
     for (int64_t p = own.begin; p < own.end; ++p)
       hidden_.template pack<S>([&](int64_t k) { return w_hh + k * hidden; }, G * H, p,
                                hidden_.at(w_hh_, G * H, p));
