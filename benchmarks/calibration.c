@@ -1,0 +1,117 @@
+// What this machine can do, measured by each thread over the same span of time: every function waits
+// for `start` (seconds of CLOCK_MONOTONIC), works for `seconds`, and returns its work per second.
+// Compiled and called by roofline.py.
+#include <stdatomic.h>
+#include <stddef.h>
+#include <time.h>
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+enum { kVectorBytes = 64 };
+#elif defined(__AVX__)
+enum { kVectorBytes = 32 };
+#else
+enum { kVectorBytes = 16 };
+#endif
+enum { kLanes = kVectorBytes / sizeof(float), kChains = 12 };  // enough to hide the latency
+typedef float Vector __attribute__((vector_size(kVectorBytes)));
+
+static volatile float sink;  // keeps results from being optimised away
+
+static double now(void) {
+  struct timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+static void wait_for(double start) {
+  while (now() < start) {
+  }
+}
+
+static void consume(const Vector* sums) {
+  Vector total = {0};
+  for (int k = 0; k < kChains; ++k) total += sums[k];
+  sink = total[0];
+}
+
+// Floating-point operations per second: independent multiply-adds, two operations each.
+double fma_float32(double start, double seconds) {
+  Vector sums[kChains] = {{0}}, factor, term;
+  for (int k = 0; k < kLanes; ++k) factor[k] = 0.5f, term[k] = 1.0f;
+  wait_for(start);
+  double steps = 0, end;
+  do {
+    for (int i = 0; i < 1000; ++i)
+#pragma GCC unroll 12
+      for (int k = 0; k < kChains; ++k) sums[k] = sums[k] * factor + term;
+    steps += 1000;
+    end = now();
+  } while (end < start + seconds);
+  consume(sums);
+  return steps * kChains * kLanes * 2 / (end - start);
+}
+
+// The same for pairs of bfloat16 added to float32; 0 without such instructions.
+double dot_bfloat16(double start, double seconds) {
+#if defined(__AVX512BF16__)
+  __m512 sums[kChains];
+  for (int k = 0; k < kChains; ++k) sums[k] = _mm512_setzero_ps();
+  const __m512bh factor = _mm512_cvtne2ps_pbh(_mm512_set1_ps(0.5f), _mm512_set1_ps(0.5f));
+  wait_for(start);
+  double steps = 0, end;
+  do {
+    for (int i = 0; i < 1000; ++i)
+#pragma GCC unroll 12
+      for (int k = 0; k < kChains; ++k) sums[k] = _mm512_dpbf16_ps(sums[k], factor, factor);
+    steps += 1000;
+    end = now();
+  } while (end < start + seconds);
+  consume((const Vector*)sums);
+  return steps * kChains * kLanes * 4 / (end - start);
+#else
+  (void)start, (void)seconds;
+  return 0;
+#endif
+}
+
+// Bytes per second read from `size` bytes (a multiple of 1 KiB), over and over.
+double read_memory(double start, double seconds, const char* data, size_t size) {
+  enum { kBlock = 16, kBlocks = 512 };
+  Vector sums[kBlock] = {{0}};
+  wait_for(start);
+  double blocks = 0, end;
+  size_t at = 0;
+  do {
+    for (int i = 0; i < kBlocks; ++i) {
+      const Vector* from = (const Vector*)(data + at);
+#pragma GCC unroll 16
+      for (int k = 0; k < kBlock; ++k) sums[k] += from[k];
+      at += kBlock * sizeof(Vector);
+      if (at >= size) at = 0;
+    }
+    blocks += kBlocks;
+    end = now();
+  } while (end < start + seconds);
+  for (int k = kChains; k < kBlock; ++k) sums[0] += sums[k];
+  consume(sums);
+  return blocks * kBlock * sizeof(Vector) / (end - start);
+}
+
+// Barriers per second. `arrived` starts at 0 and is shared by all threads.
+double barriers(double start, double seconds, atomic_long* arrived, long threads) {
+  wait_for(start);
+  long passed = 0;
+  double end = now();
+  while (end < start + seconds) {
+    atomic_fetch_add(arrived, 1);
+    const long all = ++passed * threads;
+    for (int spins = 1; atomic_load_explicit(arrived, memory_order_acquire) < all; ++spins)
+      if (spins % 1024 == 0 && now() > start + seconds) break;
+    if (passed % 64 == 0) end = now();
+    if (atomic_load_explicit(arrived, memory_order_relaxed) < all) break;
+  }
+  return (double)passed / (now() - start);
+}

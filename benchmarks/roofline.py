@@ -1,0 +1,252 @@
+"""How fast a layer could be on this CPU: `python -m benchmarks.roofline --help`.
+
+The limit of a case is the larger of two times on all threads, each at a rate measured on this
+machine at its start (`calibrate`):
+
+- FMA: the products' multiply-adds. Forward x W_ih and h W_hh, for every step (a zero initial state
+  counts as any other). Training adds d_gates W_hh (all steps but the first, as nobody asks for
+  the gradient of h0), d_gates^T h and d_gates^T x, and d_gates W_ih only for `--input-grad`. The
+  gate maths is not counted. bfloat16 counts at the rate of the chip's dot instructions, if any;
+  float16 at that of float32.
+- Traffic: the bytes that must be moved. W_hh is read in every step, and again in every step of the
+  backward; no core reads what another one reads. W_ih, x, y, saved gates (LSTM: 4 gates and c;
+  GRU: 3 gates and the recurrent candidate term; Elman: y is enough), grad_y and gradients move
+  once for each pass that needs them. Everything stays in cache from call to call, as far as there
+  is room: W_hh gets the first place, the others what is left, and each byte costs what reading
+  its level costs (L1 and L2 of all threads together, one L3, else DRAM). Writing counts as reading.
+
+Not in it: packing, waiting, the cost of a call. `synchronised` adds one thing: what depends on all
+units of the last step waits for all threads, so with fewer sequences than threads each step costs
+a barrier, unless one thread does everything.
+"""
+
+import argparse
+import ctypes
+import functools
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from .steps import CELLS, MODES, Case
+
+SOURCE = Path(__file__).with_name("calibration.c")
+GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
+SAVED = {"RNN": 0, "GRU": 4, "LSTM": 5}  # values per unit and step that only the backward reads
+ELEMENT_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
+
+class CalibrationError(Exception):
+    """The machine's speed cannot be measured; the message says why."""
+
+
+class Level(NamedTuple):
+    """A level of the memory hierarchy: what it and those above it hold, and bytes per second."""
+
+    name: str
+    capacity: float
+    bandwidth: float
+
+
+class Calibration(NamedTuple):
+    """What some threads of this machine can do together."""
+
+    threads: int
+    fma: dict[str, float]  # floating-point operations per second, by dtype
+    levels: list[Level]  # the last one holds everything
+    barrier: float  # seconds
+
+
+class Limit(NamedTuple):
+    """The least time of a case in seconds, and what binds it: "FMA" or a level of memory."""
+
+    seconds: float
+    bound: str
+    fma: float
+    traffic: float
+
+
+@functools.cache
+def native() -> ctypes.CDLL:
+    """calibration.c, compiled for this machine."""
+    compiler = next(filter(shutil.which, [os.environ.get("CC", ""), "cc", "gcc", "clang"]), None)
+    if compiler is None:
+        raise CalibrationError("no C compiler was found")
+    with tempfile.TemporaryDirectory() as folder:
+        library = f"{folder}/calibration.so"
+        flags = ["-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC"]
+        command = [compiler, *flags, str(SOURCE), "-o", library]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise CalibrationError(f"{compiler} cannot compile {SOURCE.name}: {done.stderr}")
+        loaded = ctypes.CDLL(library)
+    for name in ("fma_float32", "dot_bfloat16", "read_memory", "barriers"):
+        getattr(loaded, name).restype = ctypes.c_double
+    return loaded
+
+
+def cache_bytes() -> tuple[int, int, int]:
+    """Sizes of one core's L1 data cache and L2, and of one L3."""
+    found = {1: 32 << 10, 2: 1 << 20, 3: 16 << 20}
+    for index in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
+        if (index / "type").read_text().strip() != "Instruction":
+            size = (index / "size").read_text().strip()
+            found[int((index / "level").read_text())] = int(size.removesuffix("K")) << 10
+    return found[1], found[2], found[3]
+
+
+def calibrate(
+    threads: int, seconds: float = 0.003, windows: int = 30, dram_bytes: int | None = None
+) -> Calibration:
+    """Measures each rate over `windows` times `seconds` and takes the best."""
+    library = native()
+    l1, l2, l3 = cache_bytes()
+    dram = dram_bytes or 4 * l3
+    # Half of a level, so that nothing else pushes it out; L3 beyond what the L2s hold.
+    private = {"L1": l1 // 2, "L2": l2 // 2}
+    shared = {"L3": max(l3 // 2, 2 * threads * l2), "DRAM": dram}
+    sizes = private | {name: size // threads for name, size in shared.items()}
+    sizes = {name: size // 1024 * 1024 for name, size in sizes.items()}
+    stride = max(sizes.values())
+    buffer = np.ones(threads * stride + 64, np.uint8)
+    first = buffer.ctypes.data + -buffer.ctypes.data % 64
+
+    cores = sorted(os.sched_getaffinity(0))
+    with ThreadPoolExecutor(threads) as pool:
+
+        def on_core(k: int, function: Callable[..., float], *args: object) -> float:
+            os.sched_setaffinity(0, [cores[k % len(cores)]])  # of this thread of the pool
+            return function(*args)
+
+        def together(function: Callable[..., float], *args: Callable[[int], object]) -> float:
+            """The work per second of all threads over one window; `args` map a thread to values."""
+            span = ctypes.c_double(time.monotonic() + 3e-4), ctypes.c_double(seconds)
+            given = [[arg(k) for arg in args] for k in range(threads)]
+            calls = [pool.submit(on_core, k, function, *span, *given[k]) for k in range(threads)]
+            return sum(call.result() for call in calls)
+
+        def best(function: Callable[..., float], *args: Callable[[int], object]) -> float:
+            return max(together(function, *args) for _ in range(windows))
+
+        def barriers() -> float:
+            arrived = ctypes.byref(ctypes.c_long(0))
+            count = together(library.barriers, lambda k: arrived, lambda k: ctypes.c_long(threads))
+            return count / threads
+
+        float32 = best(library.fma_float32)
+        bfloat16 = best(library.dot_bfloat16) or float32
+        bandwidth = {
+            name: best(
+                library.read_memory,
+                lambda k: ctypes.c_void_p(first + k * stride),
+                lambda k, size=size: ctypes.c_size_t(size),
+            )
+            for name, size in sizes.items()
+        }
+        barrier = 1 / max(barriers() for _ in range(windows)) if threads > 1 else 0.0
+    capacities = threads * l1, threads * l2, max(l3, threads * l2), float("inf")
+    return Calibration(
+        threads,
+        {"float64": float32 / 2, "float32": float32, "bfloat16": bfloat16, "float16": float32},
+        [Level(name, c, bandwidth[name]) for name, c in zip(sizes, capacities, strict=True)],
+        barrier,
+    )
+
+
+def operations(cell: str, case: Case, mode: str, input_grad: bool) -> float:
+    """Floating-point operations of the products: two for each multiply-add."""
+    T, B, I, H = case
+    step = 2 * B * GATES[cell] * H
+    forward = T * step * (I + H)
+    if mode == "inference":
+        return forward
+    return 2 * forward + (T - 1) * step * H + T * step * I * input_grad
+
+
+def streams(
+    cell: str, case: Case, mode: str, dtype: str, input_grad: bool
+) -> list[tuple[float, int]]:
+    """(bytes, how often they move), in the order in which they get a place in the caches."""
+    T, B, I, H = case
+    size, training = ELEMENT_BYTES[dtype], mode == "training"
+    w_hh, w_ih, x, y = (
+        size * n for n in (GATES[cell] * H * H, GATES[cell] * H * I, T * B * I, T * B * H)
+    )
+    if not training:
+        return [(w_hh, T), (w_ih, 1), (x, 1), (y, 1)]
+    once = [w_hh + w_ih, y, x * input_grad]  # gradients of weights, grad_y, gradient of x
+    moved = [(w_hh, 2 * T - 1), (w_ih, 1 + input_grad), (x, 2), (y, 2), (SAVED[cell] * y, 2)]
+    return moved + [(n, 1) for n in once]
+
+
+def limit(
+    cell: str, case: Case, mode: str, dtype: str, input_grad: bool, machine: Calibration
+) -> Limit:
+    """The least time of one step of the benchmark; the assumptions are this module's."""
+    fma = operations(cell, case, mode, input_grad) / machine.fma[dtype]
+    by_level = dict.fromkeys((level.name for level in machine.levels), 0.0)
+    used = 0.0
+    for size, times in streams(cell, case, mode, dtype, input_grad):
+        begin, used = used, used + size
+        for level in machine.levels:
+            end = min(used, max(begin, level.capacity))
+            by_level[level.name] += (end - begin) * times / level.bandwidth
+            begin = end
+    traffic = sum(by_level.values())
+    slowest = max(by_level, key=by_level.__getitem__)
+    return Limit(max(fma, traffic), "FMA" if fma >= traffic else slowest, fma, traffic)
+
+
+def synchronised(case: Case, mode: str, one: Limit, all_threads: Limit, barrier: float) -> float:
+    """The limit if steps must wait for each other's units; `one` is the limit of one thread."""
+    steps = case.T if mode == "inference" else 2 * case.T
+    return min(one.seconds, all_threads.seconds + steps * barrier)
+
+
+def format_calibration(machine: Calibration) -> str:
+    reads = ", ".join(f"{level.name} {level.bandwidth / 1e9:.0f}" for level in machine.levels)
+    return (
+        f"{machine.threads} thread{'s'[: machine.threads > 1]}: "
+        f"FMA {machine.fma['float32'] / 1e9:.0f} GFLOP/s, "
+        f"bfloat16 {machine.fma['bfloat16'] / 1e9:.0f}; "
+        f"reads in GB/s: {reads}; barrier {machine.barrier * 1e6:.2f} us"
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    from .compare import DEFAULT_CASES, parse_case
+
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.roofline",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--case", nargs="+", type=parse_case, metavar="T,B,I,H")
+    add("--dtype", choices=ELEMENT_BYTES, default="float32")
+    add("--input-grad", action="store_true", help="training also asks for the gradient of x")
+    add("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args(argv)
+    cases = args.case or [parse_case(case) for case in DEFAULT_CASES.split()]
+    one, machine = calibrate(1), calibrate(args.threads)
+    print(format_calibration(one), format_calibration(machine), sep="\n")
+    print(f"{'limit in us':15}", *(f"{cell + ' ' + mode:>20}" for mode in MODES for cell in CELLS))
+    for case in cases:
+        limits = [
+            limit(cell, case, mode, args.dtype, args.input_grad, machine)
+            for mode in MODES
+            for cell in CELLS
+        ]
+        print(f"{case!s:15}", *(f"{x.seconds * 1e6:15.1f} {x.bound:>4}" for x in limits))
+
+
+if __name__ == "__main__":
+    main()
