@@ -2,7 +2,9 @@
 
 For every mode, cell and case: the peers get the same weights and input, their numbers are checked
 against torch.nn in float64, and only then are they timed, in turn, in this process. A ratio is the
-peer's time over rnnfast's: above 1, rnnfast is faster.
+peer's time over rnnfast's: above 1, rnnfast is faster. On the CPU each row also has the least time
+that this machine could take, after a short calibration (`python -m benchmarks.roofline --help` says
+what is in it), and which part of rnnfast's time that is.
 """
 
 import argparse
@@ -17,11 +19,20 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from . import machine
-from .peers import PEERS, Run, UnsupportedError, build_rnnfast
-from .steps import CELLS, MODES, Case, Problem, disagreement, make_problem, make_step, results
+from . import machine, roofline
+from .peers import PEERS, UnsupportedError, build_rnnfast
+from .steps import (
+    CELLS,
+    MODES,
+    Case,
+    Problem,
+    Step,
+    disagreement,
+    make_problem,
+    module_step,
+    results,
+)
 from .timing import time_in_turn
 
 DEFAULT_CASES = (
@@ -34,6 +45,8 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+BEST = "best"  # in the summary: the fastest peer of each case that computes in full precision
+GOOD_FRACTION = 0.85  # of the limit
 Row = dict[str, object]
 
 
@@ -65,6 +78,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--min-time", type=float, default=1.0, help="seconds of timing for each implementation")
     add("--repeats", type=int, default=5, help="rounds of timing at least")
     add("--time-limit", type=float, default=math.inf, help="start no case after these seconds")
+    add("--no-limit", action="store_true", help="no calibration, no limits")
     add("--json", type=Path, metavar="FILE", help="write hardware, versions and all numbers")
     add("--csv", type=Path, metavar="FILE", help="write the table")
     args = parser.parse_args(argv)
@@ -74,44 +88,40 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def build_all(peers: Iterable[str], problem: Problem, mode: str) -> tuple[dict[str, Run], Row]:
+def build_all(peers: Iterable[str], problem: Problem) -> tuple[dict[str, Step], Row]:
     """The implementations that can run this, and for the others the reason why not, by name."""
-    runs: dict[str, Run] = {"rnnfast": build_rnnfast(problem.module, problem.x)}
+    steps = {"rnnfast": build_rnnfast(problem)}
     reasons: Row = {}
     for name in peers:
         try:
-            run = PEERS[name](problem.module, problem.x)
+            steps[name] = PEERS[name].build(problem)
         except UnsupportedError as reason:
             reasons[name] = str(reason)
-            continue
-        if mode == "training" and not isinstance(run, nn.Module):
-            reasons[name] = "inference only"
-        else:
-            runs[name] = run
-    return runs, reasons
+        except ImportError as missing:
+            reasons[name] = f"not installed: {missing}"
+    return steps, reasons
 
 
-def compare_one(problem: Problem, mode: str, args: argparse.Namespace) -> Iterator[Row]:
+def compare_one(problem: Problem, args: argparse.Namespace) -> Iterator[Row]:
     """Checks, then times; yields one row for each peer."""
-    no_grad = torch.inference_mode() if mode == "inference" else contextlib.nullcontext()
+    inference = problem.mode == "inference"
+    no_grad = torch.inference_mode() if inference else contextlib.nullcontext()
     synchronize = torch.cuda.synchronize if problem.x.is_cuda else lambda: None
-    runs, reasons = build_all(args.peers, problem, mode)
-    exact_problem = problem.to(torch.float64)
     with no_grad:
-        steps = {n: make_step(run, problem, mode, args.input_grad) for n, run in runs.items()}
+        steps, reasons = build_all(args.peers, problem)
         exact, ours = (
-            results(make_step(p.module, p, mode, args.input_grad), mode)
-            for p in (exact_problem, problem)
+            results(module_step(p.module, p)) for p in (problem.to(torch.float64), problem)
         )
         for name, step in steps.items():
-            if wrong := disagreement(results(step, mode), ours, exact):
+            tolerance = PEERS[name].tolerance if name in PEERS else 0.0
+            if wrong := disagreement(results(step), ours, exact, tolerance):
                 reasons[name] = f"disagrees: {wrong}"
-        agreeing = {name: step for name, step in steps.items() if name not in reasons}
+        agreeing = {name: step.run for name, step in steps.items() if name not in reasons}
         timings = {}
         if "rnnfast" in agreeing and len(agreeing) > 1:
             timings = time_in_turn(agreeing, synchronize, args.min_time, args.repeats)
     for peer in args.peers:
-        row: Row = {"peer": peer}
+        row: Row = {"peer": peer, "lower_precision": PEERS[peer].tolerance > 0}
         if peer in timings:
             fast, other = timings["rnnfast"], timings[peer]
             row |= {f"rnnfast_{key}": value for key, value in fast._asdict().items()}
@@ -124,7 +134,40 @@ def compare_one(problem: Problem, mode: str, args: argparse.Namespace) -> Iterat
         yield row
 
 
-def compare(args: argparse.Namespace) -> Iterator[Row]:
+class Roofline:
+    """The limits of cases on this machine, on one thread and on all."""
+
+    def __init__(self, threads: int) -> None:
+        self.one, self.all = roofline.calibrate(1), roofline.calibrate(threads)
+
+    def of(self, cell: str, case: Case, dtype: str, mode: str, input_grad: bool) -> Row:
+        one, limit = (
+            roofline.limit(cell, case, mode, dtype, input_grad, m) for m in (self.one, self.all)
+        )
+        synchronised = roofline.synchronised(case, mode, one, limit, self.all)
+        return {
+            "limit": limit.seconds,
+            "limit_bound": limit.bound,
+            "limit_fma": limit.fma,
+            "limit_traffic": limit.traffic,
+            "limit_synchronised": synchronised,
+        }
+
+
+def calibrated(args: argparse.Namespace) -> Roofline | None:
+    if args.no_limit or args.device != "cpu":
+        return None
+    try:
+        limits = Roofline(args.threads)
+    except roofline.CalibrationError as error:
+        print(f"no limits: {error}", file=sys.stderr)
+        return None
+    for machine_ in (limits.one, limits.all):
+        print(roofline.format_calibration(machine_))
+    return limits
+
+
+def compare(args: argparse.Namespace, limits: Roofline | None) -> Iterator[Row]:
     """Yields a row for each mode, cell, dtype, case and peer."""
     torch.set_num_threads(args.threads)
     deadline = time.monotonic() + args.time_limit
@@ -133,8 +176,11 @@ def compare(args: argparse.Namespace) -> Iterator[Row]:
         if time.monotonic() > deadline:
             yield where | {"peer": " ".join(args.peers), "not_timed": "no time was left"}
             continue
-        problem = make_problem(cell, case, args.device, DTYPES[dtype])
-        for row in compare_one(problem, mode, args):
+        problem = make_problem(cell, case, args.device, DTYPES[dtype], mode, args.input_grad)
+        for row in compare_one(problem, args):
+            if limits and "not_timed" not in row:
+                row |= limits.of(cell, case, dtype, mode, args.input_grad)
+                row["of_limit"] = row["limit"] / row["rnnfast_min"]
             yield where | row
 
 
@@ -144,12 +190,15 @@ def format_row(row: Row) -> str:
     if "not_timed" in row:
         return f"{where} {row['not_timed']}"
     times = " ".join(f"{row[key] * 1e6:11.1f}" for key in ("rnnfast_min", "peer_min"))
-    return f"{where} {times} {row['ratio_min']:8.2f} {row['ratio_median']:8.2f}"
+    line = f"{where} {times} {row['ratio_min']:8.2f} {row['ratio_median']:9.2f}"
+    if "limit" in row:
+        line += f" {row['of_limit']:8.0%} {row['limit_bound']}"
+    return line
 
 
 HEADER = (
     f"{'mode':9} {'cell':4} {'dtype':8} {'T,B,I,H':>15}  {'peer':12} "
-    f"{'rnnfast us':>11} {'peer us':>11} {'by min':>8} {'by median':>9}"
+    f"{'rnnfast us':>11} {'peer us':>11} {'by min':>8} {'by median':>9} {'of limit':>8}"
 )
 
 
@@ -157,11 +206,23 @@ def geometric_mean(values: list[float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values))
 
 
+def best_peers(timed: list[Row]) -> list[Row]:
+    """The row of the fastest peer in full precision of each case, its peer renamed to BEST."""
+    best: dict[tuple[object, ...], Row] = {}
+    for row in timed:
+        case = tuple(row.get(column) for column in ("mode", "cell", "dtype", *Case._fields))
+        full = not row.get("lower_precision")
+        if full and (case not in best or row["ratio_min"] < best[case]["ratio_min"]):
+            best[case] = row
+    return [row | {"peer": BEST} for row in best.values()]
+
+
 def summarize(rows: list[Row]) -> list[Row]:
     """Geometric means of the ratios, by peer, mode, dtype and cell (and all cells together)."""
     by = ("peer", "mode", "dtype", "cell")
     groups: dict[tuple[object, ...], list[Row]] = {}
     timed = [row for row in rows if "not_timed" not in row]
+    timed += best_peers(timed)
     for row in timed + [row | {"cell": "all"} for row in timed]:
         groups.setdefault(tuple(row[column] for column in by), []).append(row)
     summary = []
@@ -173,6 +234,8 @@ def summarize(rows: list[Row]) -> list[Row]:
             "ratio_median": geometric_mean([row["ratio_median"] for row in group]),
             "least_ratio_min": min(by_min),
         }
+        if all("of_limit" in row for row in group):
+            means["good_of_limit"] = sum(row["of_limit"] >= GOOD_FRACTION for row in group)
         summary.append(dict(zip(by, key, strict=True)) | means)
     return summary
 
@@ -185,6 +248,12 @@ def format_summary(summary: list[Row]) -> str:
             f"by min {s['ratio_min']:6.2f}  by median {s['ratio_median']:6.2f}  "
             f"least {s['least_ratio_min']:6.2f}"
         )
+    reached = [s for s in summary if s["peer"] == BEST and "good_of_limit" in s]
+    if reached:
+        lines.append(f"cases in which rnnfast reaches {GOOD_FRACTION:.0%} of the limit:")
+    for s in reached:
+        counts = f"{s['good_of_limit']} of {s['cases']}"
+        lines.append(f"{s['mode']:9} {s['cell']:4} {s['dtype']:8} {counts}")
     return "\n".join(lines)
 
 
@@ -206,15 +275,19 @@ def write_csv(path: Path, rows: list[Row]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    limits = calibrated(args)
     print(HEADER)
     rows = []
-    for row in compare(args):
+    for row in compare(args, limits):
         rows.append(row)
         print(format_row(row), flush=True)
     print(format_summary(summarize(rows)))
     if args.json:
         command = "python -m benchmarks.compare " + " ".join(argv or sys.argv[1:])
-        write_json(args.json, args.device, rows, command=command, input_grad=args.input_grad)
+        more = {"command": command, "input_grad": args.input_grad}
+        if limits:
+            more["calibration"] = [limits.one._asdict(), limits.all._asdict()]
+        write_json(args.json, args.device, rows, **more)
     if args.csv:
         write_csv(args.csv, rows)
     wrong = [row for row in rows if "disagrees" in str(row.get("not_timed", ""))]

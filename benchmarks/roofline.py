@@ -205,10 +205,12 @@ def limit(
     return Limit(max(fma, traffic), "FMA" if fma >= traffic else slowest, fma, traffic)
 
 
-def synchronised(case: Case, mode: str, one: Limit, all_threads: Limit, barrier: float) -> float:
-    """The limit if steps must wait for each other's units; `one` is the limit of one thread."""
+def synchronised(case: Case, mode: str, one: Limit, together: Limit, machine: Calibration) -> float:
+    """The limit where steps wait for other threads' units; `one` is the limit of one thread."""
     steps = case.T if mode == "inference" else 2 * case.T
-    return min(one.seconds, all_threads.seconds + steps * barrier)
+    if machine.threads <= case.B:
+        return together.seconds
+    return min(one.seconds, together.seconds + steps * machine.barrier)
 
 
 def format_calibration(machine: Calibration) -> str:

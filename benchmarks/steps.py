@@ -1,12 +1,10 @@
 """One inference step and one training step of a layer, and whether their numbers are right."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-
-from .peers import Run
 
 CELLS: dict[str, type[nn.RNNBase]] = {"RNN": nn.RNN, "GRU": nn.GRU, "LSTM": nn.LSTM}
 MODES = ("inference", "training")
@@ -25,72 +23,95 @@ class Case(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """A torch.nn module with its input x (T, B, I) and the loss's gradient grad_y (T, B, H)."""
+    """What to compute: a torch.nn module, its input x (T, B, I) and the mode.
+
+    Training also gets the loss's gradient grad_y (T, B, H), and gives the gradients of the
+    parameters and, with `input_grad`, of x.
+    """
 
     module: nn.RNNBase
     x: Tensor
     grad_y: Tensor
+    mode: str
+    input_grad: bool = False
 
     def to(self, dtype: torch.dtype) -> "Problem":
         module = type(self.module)(
             self.module.input_size, self.module.hidden_size, device=self.x.device, dtype=dtype
         )
         module.load_state_dict(self.module.state_dict())
-        return Problem(module, self.x.to(dtype), self.grad_y.to(dtype))
+        x, grad_y = self.x.to(dtype), self.grad_y.to(dtype)
+        return self._replace(module=module, x=x, grad_y=grad_y)
 
 
-def make_problem(cell: str, case: Case, device: str, dtype: torch.dtype) -> Problem:
+class Step(NamedTuple):
+    """One implementation's way to solve a problem once: `run` is what is timed."""
+
+    run: Callable[[], Any]
+    numbers: Callable[[Any], dict[str, Tensor]]  # every number of what `run` returned, by name
+
+
+def make_problem(
+    cell: str, case: Case, device: str, dtype: torch.dtype, mode: str, input_grad: bool = False
+) -> Problem:
     torch.manual_seed(0)
     T, B, I, H = case
     module = CELLS[cell](I, H, device=device, dtype=dtype)
     x = torch.randn(T, B, I, device=device, dtype=dtype)
-    return Problem(module, x, torch.randn(T, B, H, device=device, dtype=dtype))
+    grad_y = torch.randn(T, B, H, device=device, dtype=dtype)
+    return Problem(module, x, grad_y, mode, input_grad)
 
 
-def make_step(run: Run, problem: Problem, mode: str, input_grad: bool) -> Callable[[], object]:
-    """A function of no arguments that does one step. Inference wants torch.inference_mode()."""
-    x = problem.x.clone().requires_grad_(mode == "training" and input_grad)
-    if mode == "inference":
-        return lambda: run(x)
-    if not isinstance(run, nn.Module):
-        raise TypeError("only an nn.Module can be trained")
-    leaves = dict(run.named_parameters())
-    if input_grad:
-        leaves["x"] = x
+def module_step(module: nn.Module, problem: Problem) -> Step:
+    """The step of a module called as torch.nn's are. Inference wants torch.inference_mode()."""
+    x = problem.x.clone()
+    if problem.mode == "inference":
+        return Step(lambda: module(x), outputs)
+    leaves = dict(module.named_parameters())
+    if problem.input_grad:
+        leaves["x"] = x.requires_grad_()
 
-    def train() -> tuple[Tensor, dict[str, Tensor]]:
+    def train() -> Tensor:
         for leaf in leaves.values():
             leaf.grad = None
-        y, _ = run(x)
+        y, _ = module(x)
         y.backward(problem.grad_y)
-        return y, leaves
+        return y
 
-    return train
+    def numbers(y: Tensor) -> dict[str, Tensor]:
+        return {"y": y.detach(), **{f"grad of {name}": leaf.grad for name, leaf in leaves.items()}}
+
+    return Step(train, numbers)
 
 
-def results(step: Callable[[], object], mode: str) -> dict[str, Tensor]:
-    """Every number that one step gives, by name."""
-    y, rest = step()
-    if mode == "inference":
-        state = rest if isinstance(rest, tuple) else (rest,)
-        return {"y": y, **{f"state {k}": value for k, value in enumerate(state)}}
-    return {"y": y.detach(), **{f"grad of {name}": leaf.grad for name, leaf in rest.items()}}
+def outputs(result: tuple[Tensor, Any]) -> dict[str, Tensor]:
+    """The numbers of (y, h) or (y, (h, c))."""
+    y, state = result
+    state = state if isinstance(state, tuple) else (state,)
+    return {"y": y, **{f"state {k}": value for k, value in enumerate(state)}}
+
+
+def results(step: Step) -> dict[str, Tensor]:
+    return step.numbers(step.run())
 
 
 def disagreement(
-    got: dict[str, Tensor], ours: dict[str, Tensor], exact: dict[str, Tensor]
+    got: dict[str, Tensor],
+    ours: dict[str, Tensor],
+    exact: dict[str, Tensor],
+    tolerance: float = 0.0,
 ) -> str | None:
     """What is wrong with `got`, or None.
 
     Its error against `exact` (torch.nn in float64) may be 4 times that of torch.nn in the same
-    dtype, plus 16 units of rounding of the largest element.
+    dtype, plus 16 units of rounding and `tolerance` of the largest element.
     """
     for name, want in exact.items():
         if name not in got or got[name] is None or got[name].shape != want.shape:
             return f"{name} is missing or has the wrong shape"
         error = (got[name].double() - want).abs().max().item()
         torch_error = (ours[name].double() - want).abs().max().item()
-        rounding = torch.finfo(ours[name].dtype).eps * want.abs().max().item()
-        if not error <= 4 * torch_error + 16 * rounding:
+        relative = tolerance + 16 * torch.finfo(ours[name].dtype).eps
+        if not error <= 4 * torch_error + relative * want.abs().max().item():
             return f"{name} is off by {error:.2g} (torch.nn: {torch_error:.2g})"
     return None

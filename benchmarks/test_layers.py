@@ -5,7 +5,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from .peers import Builder, build_rnnfast, build_torch
-from .steps import CELLS, Case, make_problem, make_step
+from .steps import CELLS, Case, make_problem
 
 SIZES = [Case(1, 1, 64, 64), Case(100, 1, 256, 256), Case(100, 32, 256, 256)]
 
@@ -18,7 +18,6 @@ def test_layer(
     benchmark: BenchmarkFixture, cell: str, case: Case, mode: str, build: Builder
 ) -> None:
     benchmark.group = f"{cell} {case} {mode}"
-    problem = make_problem(cell, case, "cpu", torch.float32)
-    run = build(problem.module, problem.x)
+    problem = make_problem(cell, case, "cpu", torch.float32, mode)
     with torch.inference_mode(mode == "inference"):
-        benchmark(make_step(run, problem, mode, input_grad=False))
+        benchmark(build(problem).run)

@@ -8,6 +8,10 @@ from typing import NamedTuple
 
 BLOCK_SECONDS = 0.5e-3  # what is timed at once: as many calls as fill this
 WARM_UP_SECONDS = 0.02
+# Between functions: threads of the last one may still spin, and its data fill the caches.
+PAUSE_SECONDS = 2e-3
+SETTLE_SECONDS = 1e-3  # of untimed calls
+LONG_CALL_SECONDS = 20e-3  # needs neither
 
 
 class Timing(NamedTuple):
@@ -35,13 +39,23 @@ def time_in_turn(
         synchronize()
         return (time.perf_counter() - start) / calls
 
-    calls = {}
+    def settle(function: Callable[[], object]) -> None:
+        time.sleep(PAUSE_SECONDS)
+        end = time.perf_counter() + SETTLE_SECONDS
+        while True:
+            seconds(function, 1)
+            if time.perf_counter() >= end:
+                return
+
+    calls, long = {}, set()
     for name, function in functions.items():
         started = time.perf_counter()
         once = seconds(function, 1)
         while time.perf_counter() - started < WARM_UP_SECONDS:
             once = min(once, seconds(function, 1))
         calls[name] = max(1, round(BLOCK_SECONDS / once))
+        if once > LONG_CALL_SECONDS:
+            long.add(name)
 
     samples: dict[str, list[float]] = {name: [] for name in functions}
     collecting = gc.isenabled()
@@ -51,6 +65,8 @@ def time_in_turn(
         rounds = 0
         while rounds < min_rounds or time.perf_counter() < end:
             for name, function in functions.items():
+                if name not in long:
+                    settle(function)
                 samples[name].append(seconds(function, calls[name]))
             rounds += 1
     finally:

@@ -4,20 +4,19 @@ import torch
 
 from .compare import DTYPES
 from .peers import build_rnnfast
-from .steps import CELLS, Case, make_problem, make_step, results
+from .steps import CELLS, MODES, Case, make_problem, results
 
 
 def main(device: str = "cuda") -> None:
     for cell in CELLS:
         for name, dtype in DTYPES.items():
             for case in (Case(3, 2, 5, 7), Case(2, 3, 32, 32)):
-                problem = make_problem(cell, case, device, dtype)
-                layer = build_rnnfast(problem.module, problem.x)
-                for mode in ("inference", "training"):
+                for mode in MODES:
+                    problem = make_problem(cell, case, device, dtype, mode, input_grad=True)
                     with torch.inference_mode(mode == "inference"):
-                        step = make_step(layer, problem, mode, input_grad=True)
-                        assert all(value.isfinite().all() for value in results(step, mode).values())
-            print(f"{cell} {name}: done")
+                        numbers = results(build_rnnfast(problem))
+                        assert all(value.isfinite().all() for value in numbers.values())
+        print(f"{cell} {name}: done")
 
 
 if __name__ == "__main__":
