@@ -14,10 +14,10 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 
 mpl.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
-from .compare import best_peers  # noqa: E402
-from .steps import CELLS, MODES, Case  # noqa: E402
+from .compare import best_peers
+from .steps import CELLS, MODES, Case
 
 Row = dict[str, Any]
 # Colours of Okabe and Ito, told apart by the colour-blind, and a marker for each.

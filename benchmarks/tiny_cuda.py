@@ -16,7 +16,7 @@ def main(device: str = "cuda") -> None:
                     with torch.inference_mode(mode == "inference"):
                         numbers = results(build_rnnfast(problem))
                         assert all(value.isfinite().all() for value in numbers.values())
-        print(f"{cell} {name}: done")
+            print(f"{cell} {name}: done")
 
 
 if __name__ == "__main__":
