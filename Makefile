@@ -13,7 +13,7 @@ help:
 	@echo "make test        build, and run the tests"
 	@echo "make demo        train a character LSTM on English text, and sample from it"
 	@echo "make lint        ruff, clang-format and mypy; make format applies the first two"
-	@echo "make bench       rnnfast beside torch.nn on this CPU -> benchmarks/results/"
+	@echo "make bench       rnnfast beside its peers on this CPU -> benchmarks/results/"
 	@echo "make cuda-build  compile and import the CUDA kernels (needs nvcc, no GPU)"
 	@echo "make gpu-check   on a GPU machine: PYTHON=<a Python with a CUDA torch>; no network"
 	@echo "make clean       remove what was built, and the virtual environments"
@@ -53,9 +53,13 @@ format: $(VENV)/requirements.done
 	$(BIN)/clang-format -i $(FORMATTED)
 
 bench: build
+	$(BIN)/python -m pip install --quiet -c .ci/requirements.txt -r .ci/requirements-bench.txt \
+		|| echo "peers that are not installed are left out"
 	$(BIN)/python -m pytest benchmarks --benchmark-columns=min,median,rounds
-	$(BIN)/python -m benchmarks.compare --json benchmarks/results/cpu.json \
-		--csv benchmarks/results/cpu.csv
+	$(BIN)/python -m benchmarks.compare --peers torch onnxruntime openvino jax torch_int8 \
+		--json benchmarks/results/cpu.json --csv benchmarks/results/cpu.csv
+	$(BIN)/python -m benchmarks.plot benchmarks/results/cpu.json --markdown \
+		--png benchmarks/results/cpu.png
 
 .venv-cuda/requirements.done: .ci/requirements-cuda.txt
 	$(PYTHON) -m venv .venv-cuda

@@ -1,7 +1,7 @@
 """Picture and table of a comparison: `python -m benchmarks.plot RESULTS.json --png FILE`.
 
 The picture has one panel for each mode and cell, with one dot for each case and peer: how many
-times as fast rnnfast is (on a log scale, by the least times), left of the line slower.
+times as fast rnnfast is (on a log scale, by the least times); in the grey part it is slower.
 `--markdown` prints the same as a table: the ratio to `--peer`, and to the fastest of all peers.
 """
 
@@ -50,8 +50,9 @@ def draw_panel(axes: Axes, rows: list[Row], cases: list[Case]) -> None:
             label=label,
             color=color,
             marker=marker,
+            linewidth=1.2 if marker == "x" else 0.5,
+            edgecolor=None if marker == "x" else "white",
             zorder=3,
-            alpha=0.9,
         )
     axes.set_xscale("log")
     axes.set_ylim(len(cases) - 0.5, -0.5)
@@ -86,14 +87,14 @@ def draw(report: Row, path: Path, dtype: str) -> None:
     ratios = [row["ratio_min"] for row in rows]
     panels[0, 0].set_xlim(min(0.8, *ratios) / 1.15, max(2, *ratios) * 1.15)
     low, high = panels[0, 0].get_xlim()
-    ticks = [tick for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200) if low <= tick <= high]
+    steps = (1, 2, 5) if high / low < 60 else (1, 3) if high / low < 1000 else (1,)
+    ticks = [step * 10.0**power for power in range(-2, 4) for step in steps]
+    ticks = [tick for tick in ticks if low <= tick <= high]
     panels[0, 0].set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
     panels[0, 0].set_xticks([], minor=True)
-    for axes in panels[-1]:
-        axes.set_xlabel("slower  |  times as fast as the peer" if low < 0.9 else "times as fast")
     machine = report["machine"]
     figure.suptitle(
-        f"rnnfast's speed over each peer's, {dtype}\n"
+        f"Time of each peer / time of rnnfast, {dtype} (grey: rnnfast is slower)\n"
         f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}",
         fontsize=12,
     )
@@ -109,6 +110,10 @@ def draw(report: Row, path: Path, dtype: str) -> None:
     plt.close(figure)
 
 
+def format_ratio(ratio: float) -> str:
+    return f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}"
+
+
 def markdown(report: Row, peer: str, dtype: str) -> str:
     """Cases by cells and modes: the ratio to `peer` / the ratio to the fastest of all peers."""
     rows = timed_rows(report, dtype)
@@ -116,7 +121,7 @@ def markdown(report: Row, peer: str, dtype: str) -> str:
     found: dict[tuple[object, ...], list[str]] = {}
     for row in [row for row in rows if row["peer"] == peer] + best_peers(rows):
         key = (case_of(row), row["mode"], row["cell"])
-        found.setdefault(key, []).append(f"{row['ratio_min']:.2g}")
+        found.setdefault(key, []).append(format_ratio(row["ratio_min"]))
     lines = ["| T, B, I, H | " + " | ".join(f"{cell} {mode}" for mode, cell in columns) + " |"]
     lines.append("|---|" + "---|" * len(columns))
     for case in dict.fromkeys(map(case_of, rows)):

@@ -10,12 +10,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
 
-from benchmarks import compare, gpu_check, peers, timing, tiny_cuda
+from benchmarks import compare, gpu_check, peers, plot, roofline, steps, timing, tiny_cuda
+from benchmarks.roofline import Calibration, Level
+from benchmarks.steps import Case, Problem, Step
 
 ROOT = Path(__file__).resolve().parents[1]
-QUICK = ["--min-time", "0", "--repeats", "2", "--threads", "1"]
+QUICK = ["--min-time", "0", "--repeats", "2", "--threads", "1", "--no-limit"]
+# A machine with round numbers.
+MACHINE = Calibration(
+    threads=2,
+    fma=dict.fromkeys(roofline.ELEMENT_BYTES, 200e9),
+    levels=[
+        Level("L1", 64e3, 400e9),
+        Level("L2", 2e6, 200e9),
+        Level("L3", 32e6, 100e9),
+        Level("DRAM", math.inf, 50e9),
+    ],
+    barrier=1e-6,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -25,11 +38,11 @@ def keep_threads():
     torch.set_num_threads(threads)
 
 
-def build_wrong(module: nn.RNNBase, x: Tensor) -> nn.Module:
-    wrong = copy.deepcopy(module)
+def build_wrong(problem: Problem) -> Step:
+    wrong = copy.deepcopy(problem.module)
     with torch.no_grad():
         wrong.weight_hh_l0[0, 0] += 1e-3
-    return wrong
+    return steps.module_step(wrong, problem)
 
 
 class WrongGradient(torch.autograd.Function):
@@ -42,18 +55,18 @@ class WrongGradient(torch.autograd.Function):
         return grad_y * 1.001
 
 
-def build_wrong_gradient(module: nn.RNNBase, x: Tensor) -> nn.Module:
-    wrong = copy.deepcopy(module)
+def build_wrong_gradient(problem: Problem) -> Step:
+    wrong = copy.deepcopy(problem.module)
     wrong.register_forward_hook(lambda module, args, out: (WrongGradient.apply(out[0]), out[1]))
-    return wrong
+    return steps.module_step(wrong, problem)
 
 
-def build_inference_only(module: nn.RNNBase, x: Tensor) -> peers.Run:
-    return lambda x: module(x)
-
-
-def build_refusing(module: nn.RNNBase, x: Tensor) -> peers.Run:
+def build_refusing(problem: Problem) -> Step:
     raise peers.UnsupportedError("not on a Tuesday")
+
+
+def build_missing(problem: Problem) -> Step:
+    import a_package_that_nobody_has  # noqa: F401
 
 
 def test_compare_writes_table_json_and_csv(tmp_path, capsys):
@@ -77,7 +90,7 @@ def test_compare_writes_table_json_and_csv(tmp_path, capsys):
 )
 @pytest.mark.parametrize("cell", compare.CELLS)
 def test_wrong_numbers_are_not_timed(monkeypatch, capsys, cell, wrong, mode):
-    monkeypatch.setitem(compare.PEERS, "wrong", wrong)
+    monkeypatch.setitem(compare.PEERS, "wrong", peers.Peer(wrong))
     argv = [
         *QUICK,
         "--case",
@@ -97,13 +110,32 @@ def test_wrong_numbers_are_not_timed(monkeypatch, capsys, cell, wrong, mode):
 
 
 def test_peers_that_cannot_run_are_named(monkeypatch, capsys):
-    monkeypatch.setitem(compare.PEERS, "frozen", build_inference_only)
-    monkeypatch.setitem(compare.PEERS, "refusing", build_refusing)
-    argv = [*QUICK, "--case", "2,1,3,4", "--cell", "GRU", "--peers", "frozen", "refusing"]
+    monkeypatch.setitem(compare.PEERS, "absent", peers.Peer(build_missing))
+    monkeypatch.setitem(compare.PEERS, "refusing", peers.Peer(build_refusing))
+    argv = [*QUICK, "--case", "2,1,3,4", "--cell", "GRU", "--peers", "absent", "refusing"]
     assert compare.main(argv) == 0
     rows = capsys.readouterr().out
-    assert rows.count("frozen inference only") == 1
+    assert rows.count("not installed: No module named 'a_package_that_nobody_has'") == 2
     assert rows.count("not on a Tuesday") == 2
+
+
+@pytest.mark.parametrize("mode", compare.MODES)
+@pytest.mark.parametrize("cell", compare.CELLS)
+@pytest.mark.parametrize("name", [name for name in peers.PEERS if name != "torch"])
+def test_installed_peers_agree(name, cell, mode):
+    torch.set_num_threads(1)
+    problem = steps.make_problem(cell, Case(5, 3, 7, 9), "cpu", torch.float32, mode, True)
+    exact_problem = problem.to(torch.float64)
+    with torch.inference_mode(mode == "inference"):
+        try:
+            step = peers.PEERS[name].build(problem)
+        except (peers.UnsupportedError, ImportError) as reason:
+            pytest.skip(str(reason))
+        exact, ours = (
+            steps.results(steps.module_step(p.module, p)) for p in (exact_problem, problem)
+        )
+        tolerance = peers.PEERS[name].tolerance
+        assert steps.disagreement(steps.results(step), ours, exact, tolerance) is None
 
 
 @pytest.mark.parametrize("case", ["1,2,3", "1,2,3,x", "0,1,1,1"])
@@ -118,9 +150,106 @@ def test_summary_has_geometric_means():
         {"peer": "p", "mode": "m", "dtype": "d", "cell": cell, "ratio_min": r, "ratio_median": r}
         for cell, r in (("RNN", 2.0), ("RNN", 8.0), ("GRU", 4.0))
     ]
-    means = {s["cell"]: s["ratio_min"] for s in compare.summarize(rows)}
+    means = {s["cell"]: s["ratio_min"] for s in compare.summarize(rows) if s["peer"] == "p"}
     assert means == pytest.approx({"RNN": 4.0, "GRU": 4.0, "all": 4.0})
     assert compare.summarize([{"not_timed": "why"}]) == []
+
+
+def test_best_peer_of_each_case():
+    def row(peer: str, T: int, ratio: float) -> dict[str, object]:
+        where = {"mode": "m", "dtype": "d", "cell": "c", "T": T, "peer": peer}
+        return where | {"lower_precision": peer == "int8", "ratio_min": ratio}
+
+    rows = [row("a", 1, 3.0), row("b", 1, 2.0), row("int8", 1, 0.5), row("a", 2, 1.5)]
+    best = compare.best_peers(rows)
+    assert [(r["T"], r["peer"], r["ratio_min"]) for r in best] == [
+        (1, "best", 2.0),
+        (2, "best", 1.5),
+    ]
+
+
+def test_calibration_is_plausible():
+    for threads in (1, 2):
+        machine = roofline.calibrate(threads, seconds=5e-4, windows=4, dram_bytes=8 << 20)
+        assert 1e8 < machine.fma["float32"] < 1e14
+        assert machine.fma["bfloat16"] >= machine.fma["float32"]
+        assert [level.name for level in machine.levels] == ["L1", "L2", "L3", "DRAM"]
+        assert all(1e8 < level.bandwidth < 1e13 for level in machine.levels)
+        capacities = [level.capacity for level in machine.levels]
+        assert capacities == sorted(capacities)
+        assert machine.barrier >= 0
+
+
+@pytest.mark.parametrize("mode", compare.MODES)
+@pytest.mark.parametrize("cell", compare.CELLS)
+def test_limits(cell, mode):
+    def limit(*case: int, dtype: str = "float32", input_grad: bool = False) -> roofline.Limit:
+        return roofline.limit(cell, Case(*case), mode, dtype, input_grad, MACHINE)
+
+    small = (2, 2, 50, 60)
+    for k in range(4):
+        grown = [limit(*(n * 2**g if k == j else n for j, n in enumerate(small))) for g in range(9)]
+        seconds = [one.seconds for one in grown]
+        assert seconds == sorted(seconds)
+        assert all(one.seconds == max(one.fma, one.traffic) > 0 for one in grown)
+    assert limit(50, 4096, 512, 512).bound == "FMA"
+    assert limit(1, 1, 4000, 4000).bound == "DRAM"
+    assert limit(100, 1, 8, 800).bound in ("L2", "L3")
+    assert limit(9, 1, 500, 500, dtype="float16").traffic < limit(9, 1, 500, 500).traffic
+    grad = limit(9, 99, 500, 500, input_grad=True)
+    assert (grad.fma > limit(9, 99, 500, 500).fma) == (mode == "training")
+
+
+def test_limit_of_lstm_inference_by_hand():
+    found = roofline.limit("LSTM", Case(10, 8, 16, 32), "inference", "float32", False, MACHINE)
+    assert found.fma == pytest.approx(10 * 8 * 2 * 4 * 32 * (16 + 32) / 200e9)
+    once = 4 * (4 * 32 * 16 + 10 * 8 * (16 + 32))
+    assert found.traffic == pytest.approx((10 * 4 * 4 * 32 * 32 + once) / 400e9)
+
+
+def test_barriers_only_where_threads_outnumber_sequences():
+    one, both = (roofline.Limit(seconds, "FMA", seconds, 0) for seconds in (10e-6, 5e-6))
+
+    def synchronised(T: int, B: int) -> float:
+        return roofline.synchronised(Case(T, B, 8, 8), "inference", one, both, MACHINE)
+
+    assert synchronised(2, 2) == both.seconds
+    assert synchronised(2, 1) == pytest.approx(7e-6)
+    assert synchronised(9, 1) == one.seconds
+
+
+def test_limits_are_reported(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(roofline, "calibrate", lambda threads: MACHINE._replace(threads=threads))
+    argv = [arg for arg in QUICK if arg != "--no-limit"] + ["--case", "2,1,3,4", "--cell", "RNN"]
+    assert compare.main([*argv, "--json", str(tmp_path / "c.json")]) == 0
+    assert "reaches 85% of the limit" in capsys.readouterr().out
+    report = json.loads((tmp_path / "c.json").read_text())
+    for row in report["rows"]:
+        assert row["of_limit"] == pytest.approx(row["limit"] / row["rnnfast_min"])
+    assert len(report["calibration"]) == 2
+
+
+def test_no_compiler_no_limits(monkeypatch, capsys):
+    def fail(threads: int) -> None:
+        raise roofline.CalibrationError("no C compiler was found")
+
+    monkeypatch.setattr(roofline, "calibrate", fail)
+    argv = [arg for arg in QUICK if arg != "--no-limit"] + ["--case", "2,1,3,4", "--cell", "RNN"]
+    assert compare.main(argv) == 0
+    assert "no C compiler" in capsys.readouterr().err
+
+
+def test_plot_and_table(tmp_path, capsys):
+    numbers, picture = tmp_path / "c.json", tmp_path / "c.png"
+    cases = ["--case", "2,1,3,4", "3,2,5,5", "--cell", "GRU", "LSTM"]
+    assert compare.main([*QUICK, *cases, "--json", str(numbers)]) == 0
+    capsys.readouterr()
+    plot.main([str(numbers), "--png", str(picture), "--markdown"])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    table = capsys.readouterr().out.splitlines()
+    assert [line.count("|") for line in table] == [6] * 4
+    assert table[2].startswith("| 2, 1, 3, 4 |")
+    assert " / " in table[2]
 
 
 def test_time_limit_ends_a_comparison(capsys):
@@ -129,7 +258,8 @@ def test_time_limit_ends_a_comparison(capsys):
     assert capsys.readouterr().out.count("no time was left") == 6
 
 
-def test_functions_are_timed_in_turn():
+def test_functions_are_timed_in_turn(monkeypatch):
+    monkeypatch.setattr(timing, "LONG_CALL_SECONDS", 0.0)  # no untimed calls in between
     order = []
     functions = {name: lambda name=name: order.append(name) for name in "ab"}
     timings = timing.time_in_turn(functions, lambda: None, min_time=0.0, min_rounds=3)
