@@ -87,19 +87,28 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        cell, reverse, mask = ctx.cell, ctx.reverse, list(ctx.needs_input_grad[2:])
-        arguments = (*grads, *ctx.saved_tensors)
-        results: Sequence[Tensor | None]
-        if all(grad is None for grad in grads):
-            results = [None] * len(mask)
-        elif backend.transforms_active():
-            results = _reference_backward(cell, reverse, mask, *arguments)
-        elif torch.is_grad_enabled():
-            results = _LayerBackward.apply(cell, reverse, mask, *arguments)
-        else:
-            results = _OPERATORS[cell].backward(*arguments, reverse, mask)
-        wanted = [grad if needed else None for grad, needed in zip(results, mask, strict=True)]
-        return None, None, *wanted
+        mask = list(ctx.needs_input_grad[2:])
+        return None, None, *_gradients(ctx.cell, ctx.reverse, mask, grads, ctx.saved_tensors)
+
+
+def _gradients(
+    cell: str,
+    reverse: bool,
+    mask: list[bool],
+    grads: Sequence[Tensor | None],
+    saved: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """The backward of `_Layer`, also called by the extension's own autograd Function."""
+    results: Sequence[Tensor | None]
+    if all(grad is None for grad in grads):
+        results = [None] * len(mask)
+    elif backend.transforms_active():
+        results = _reference_backward(cell, reverse, mask, *grads, *saved)
+    elif torch.is_grad_enabled():
+        results = _LayerBackward.apply(cell, reverse, mask, *grads, *saved)
+    else:
+        results = _OPERATORS[cell].backward(*grads, *saved, reverse, mask)
+    return [grad if needed else None for grad, needed in zip(results, mask, strict=True)]
 
 
 class _LayerBackward(torch.autograd.Function):
@@ -217,6 +226,7 @@ def _register_fakes(cell: Cell) -> None:
 
 _OPERATORS: dict[str, _Operators] = {}
 if backend.EXTENSION is not None:
+    backend.EXTENSION.set_python_backward(_gradients)
     for _cell in CELLS.values():
         _OPERATORS[_cell.name] = _find_operators(_cell.name)
         _register_fakes(_cell)

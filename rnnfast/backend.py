@@ -58,6 +58,8 @@ def _fused_devices() -> frozenset[str]:
 
 
 _FUSED_DEVICES = _fused_devices()
+CELL_KINDS: dict[str, int] = EXTENSION.cell_kinds() if EXTENSION is not None else {}
+"""The number by which the extension knows a cell."""
 _ENVIRONMENT = check_name(os.environ.get("RNNFAST_BACKEND") or "auto", "RNNFAST_BACKEND")
 _in_context: str | None = None
 _warned: set[str] = set()
@@ -122,6 +124,20 @@ def choose(requested: str | None, tensor: Tensor) -> str:
     if dtype in FUSED_DTYPES and device in ("cpu", "cuda"):
         _warn_once(*_shortfall(device, dtype))
     return "reference" if transforms_active() else "aten"
+
+
+def short_way(requested: str | None) -> ModuleType | None:
+    """The extension, if a call may first be offered to its ``run_layers`` or ``run_step``.
+
+    They run plain calls on the CPU with little overhead and decline, with None, what is unusual.
+    """
+    if (
+        (requested or _in_context or _ENVIRONMENT) in ("auto", "fused")
+        and not torch.compiler.is_compiling()
+        and not transforms_active()
+    ):
+        return EXTENSION
+    return None
 
 
 def refuse(name: str, cause: str, remedy: str = "Use backend='aten' or leave it to 'auto'") -> None:

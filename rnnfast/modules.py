@@ -87,11 +87,25 @@ class _Layers(_Backed, nn.RNNBase):
         if self.proj_size:
             return self._forward_in_torch(input, hx, "proj_size is not 0")
         cell = _CELL_OF_MODE[self.mode]
+        weights = self._read(self._flat_weights_names)
+        if extension := _backend.short_way(self.backend):
+            result = extension.run_layers(
+                _backend.CELL_KINDS[cell.name],
+                input,
+                hx,
+                weights,
+                self.num_layers,
+                self.bias,
+                self.dropout if self.training else 0.0,
+                self.batch_first,
+                self.bidirectional,
+            )
+            if result is not None:
+                return result
         x, states, single = input, _states(cell, hx), input.dim() == 2
         time = 1 if self.batch_first else 0
         if single:
             x, states = x.unsqueeze(1 - time), _unsqueeze(states, 1)
-        weights = self._read(self._flat_weights_names)
         options = Options(
             self.num_layers,
             self.bias,
@@ -280,10 +294,15 @@ class _OneStep(_Backed, nn.RNNCellBase):
         cell = self._cell
         if cell is None or not isinstance(input, Tensor):
             return self._forward_in_torch(input, hx, "the module or its input is malformed")
+        weights = self._read(_CELL_WEIGHTS)
+        if extension := _backend.short_way(self.backend):
+            kind = _backend.CELL_KINDS[cell.name]
+            result = extension.run_step(kind, input, hx, weights, self.bias)
+            if result is not None:
+                return result
         x, states, single = input, _states(cell, hx), input.dim() == 1
         if single:
             x, states = x.unsqueeze(0), _unsqueeze(states, 0)
-        weights = self._read(_CELL_WEIGHTS)
         problem = functional.step_problem(cell, x, states, weights)
         if problem:
             return self._forward_in_torch(input, hx, problem)

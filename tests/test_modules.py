@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
@@ -347,7 +348,8 @@ class TestPrecedence:
     def run(self, backend=None):
         """The name of the backend that runs; aten leaves no trace here."""
         self.ran.clear()
-        rnnfast.GRU(3, 4, backend=backend)(torch.zeros(1, 1, 3))
+        weights = list(rnnfast.GRU(3, 4).parameters())
+        functional.gru(torch.zeros(1, 1, 3), None, weights, backend=backend)
         return self.ran[0] if self.ran else "aten"
 
     def test_automatic(self):
@@ -362,6 +364,21 @@ class TestPrecedence:
                 assert self.run() == "fused"
             assert self.run() == "reference"
         assert self.run() == "aten"
+
+    def test_short_way(self, monkeypatch):
+        """Modules offer a call to the extension first only where the fused path would run."""
+        short = rnnfast.backend.short_way
+        monkeypatch.setattr(rnnfast.backend, "EXTENSION", object())
+        assert short(None)
+        assert short("fused")
+        assert not short("aten")
+        with rnnfast.use_backend("reference"):
+            assert not short(None)
+            assert short("fused")
+        with forward_ad.dual_level():
+            assert not short(None)
+        monkeypatch.setattr(rnnfast.backend, "EXTENSION", None)
+        assert not short(None)
 
     def test_argument(self):
         with rnnfast.use_backend("reference"):

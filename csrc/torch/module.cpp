@@ -6,11 +6,24 @@
 
 namespace rnnfast {
 
+namespace py = pybind11;
+
 cpu::Machine this_machine();
+// of call.cpp
+py::object run_layers(int cell, py::handle input, py::handle hx, const py::list& weights,
+                      int64_t layers, bool biases, double dropout, bool batch_first,
+                      bool bidirectional);
+py::object run_step(int cell, py::handle input, py::handle hx, const py::list& weights,
+                    bool biases);
+void set_python_backward(py::object function);
 
 namespace {
 
-namespace py = pybind11;
+py::dict cell_kinds() {
+  py::dict kinds;
+  for (int kind = 0; kind < kCells; ++kind) kinds[cell_info(CellKind(kind)).name] = kind;
+  return kinds;
+}
 
 py::dict built_with() {
   py::dict facts;
@@ -67,6 +80,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("cpu_capabilities", &cpu::capabilities);
   m.def("get_cpu_capability", &cpu::capability);
   m.def("set_cpu_capability", &cpu::set_capability, py::arg("name"));
+  m.def("cell_kinds", &cell_kinds);
+  m.def("run_layers", &run_layers);
+  m.def("run_step", &run_step);
+  m.def("set_python_backward", &set_python_backward);
   m.def("plan", &plan, py::arg("cell"), py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"),
         py::arg("dtype") = "float32", py::arg("threads") = 1, py::arg("backward") = false);
 }
