@@ -25,6 +25,7 @@ import ctypes
 import functools
 import os
 import shutil
+import statistics
 import subprocess
 import tempfile
 import time
@@ -104,9 +105,12 @@ def cache_bytes() -> tuple[int, int, int]:
 
 
 def calibrate(
-    threads: int, seconds: float = 0.003, windows: int = 30, dram_bytes: int | None = None
+    threads: int, seconds: float = 0.003, windows: int = 20, dram_bytes: int | None = None
 ) -> Calibration:
-    """Measures each rate over `windows` times `seconds` and takes the best."""
+    """Measures the rates in turn, `windows` times for `seconds` each, and takes the best of each.
+
+    In turn, because a virtual machine's cores may for a while be two threads of one core.
+    """
     library = native()
     l1, l2, l3 = cache_bytes()
     dram = dram_bytes or 4 * l3
@@ -133,31 +137,34 @@ def calibrate(
             calls = [pool.submit(on_core, k, function, *span, *given[k]) for k in range(threads)]
             return sum(call.result() for call in calls)
 
-        def best(function: Callable[..., float], *args: Callable[[int], object]) -> float:
-            return max(together(function, *args) for _ in range(windows))
-
-        def barriers() -> float:
-            arrived = ctypes.byref(ctypes.c_long(0))
-            count = together(library.barriers, lambda k: arrived, lambda k: ctypes.c_long(threads))
-            return count / threads
-
-        float32 = best(library.fma_float32)
-        bfloat16 = best(library.dot_bfloat16) or float32
-        bandwidth = {
-            name: best(
-                library.read_memory,
-                lambda k: ctypes.c_void_p(first + k * stride),
-                lambda k, size=size: ctypes.c_size_t(size),
+        def read(name: str) -> float:
+            size = ctypes.c_size_t(sizes[name])
+            place = [ctypes.c_void_p(first + k * stride) for k in range(threads)]
+            # Twice, as the first time brings it into its level.
+            return max(
+                together(library.read_memory, place.__getitem__, lambda k: size) for _ in "12"
             )
-            for name, size in sizes.items()
+
+        def meet() -> float:
+            arrived, count = ctypes.byref(ctypes.c_long(0)), ctypes.c_long(threads)
+            return together(library.barriers, lambda k: arrived, lambda k: count) / threads
+
+        measures: dict[str, Callable[[], float]] = {
+            "float32": lambda: together(library.fma_float32),
+            "bfloat16": lambda: together(library.dot_bfloat16),
+            **{name: functools.partial(read, name) for name in sizes},
+            "barriers": meet,
         }
-        barrier = 1 / max(barriers() for _ in range(windows)) if threads > 1 else 0.0
+        rates = [{name: measure() for name, measure in measures.items()} for _ in range(windows)]
+        best = {name: max(rate[name] for rate in rates) for name in measures}
+        meetings = statistics.median(rate["barriers"] for rate in rates)
     capacities = threads * l1, threads * l2, max(l3, threads * l2), float("inf")
+    float32, bfloat16 = best["float32"], best["bfloat16"] or best["float32"]
     return Calibration(
         threads,
         {"float64": float32 / 2, "float32": float32, "bfloat16": bfloat16, "float16": float32},
-        [Level(name, c, bandwidth[name]) for name, c in zip(sizes, capacities, strict=True)],
-        barrier,
+        [Level(name, c, best[name]) for name, c in zip(sizes, capacities, strict=True)],
+        1 / meetings if threads > 1 else 0.0,
     )
 
 

@@ -132,7 +132,7 @@ struct ExpConstants<float> {
   static constexpr float kLn2High = 0x1.62e4p-1f, kLn2Low = 0x1.7f7d1cp-20f;
   static constexpr float kRound =
       0x1.8p23f;  // adding it leaves the nearest integer in the mantissa
-  static constexpr float kLimit = 87.0f;      // exp stays a normal number within +-limit
+  static constexpr float kLimit = 88.0f;      // exp(-limit) comes out as 0
   static constexpr int kMantissa = 23, kBias = 127, kTerms = 7;
 };
 template <>
@@ -140,7 +140,7 @@ struct ExpConstants<double> {
   static constexpr double kLog2E = 0x1.71547652b82fep0;
   static constexpr double kLn2High = 0x1.62e42fefa38p-1, kLn2Low = 0x1.ef35793c7673p-45;
   static constexpr double kRound = 0x1.8p52;
-  static constexpr double kLimit = 708.0;
+  static constexpr double kLimit = 709.0;
   static constexpr int kMantissa = 52, kBias = 1023, kTerms = 13;
 };
 
@@ -149,7 +149,8 @@ constexpr A inverse_factorial(int k) {
   return k <= 1 ? A(1) : A(1) / A(k) * inverse_factorial<A>(k - 1);
 }
 
-// exp(x) = scale + scale * rest with scale a power of two and rest = expm1(x - log(scale))
+// For x <= 0: exp(x) = scale + scale * rest with scale a power of two, 0 at the limit, and
+// rest = expm1(x - log(scale)).
 template <class A>
 struct ExpParts {
   Vec<A> scale, rest;
@@ -160,7 +161,6 @@ RNNFAST_HD ExpParts<A> exp_parts(Vec<A> x) {
   using C = ExpConstants<A>;
   using Integer = typename VectorOf<A>::integer;
   x = x < -C::kLimit ? Vec<A>{} - C::kLimit : x;
-  x = x > C::kLimit ? Vec<A>{} + C::kLimit : x;
   const Vec<A> shifted = x * C::kLog2E + C::kRound;
   const Vec<A> n = shifted - C::kRound;
   const Vec<A> r = (x - n * C::kLn2High) - n * C::kLn2Low;  // |r| <= ln(2) / 2
@@ -176,9 +176,8 @@ RNNFAST_HD ExpParts<A> exp_parts(Vec<A> x) {
 struct Math {
   template <class V, class A = std::decay_t<decltype(V{}[0])>>
   RNNFAST_HD static V sigmoid(V x) {
-    const auto [scale, rest] = exp_parts<A>(-magnitude<A>(x));
-    V e = scale + scale * rest;
-    e = magnitude<A>(x) > V{} + ExpConstants<A>::kLimit ? V{} : e;  // a closed gate is closed
+    const auto [scale, rest] = exp_parts<A>(minus_magnitude<A>(x));
+    const V e = scale + scale * rest;
     const V q = e / (1 + e);
     return x < V{} ? q : 1 - q;
   }
@@ -188,7 +187,7 @@ struct Math {
   template <class V, class A = std::decay_t<decltype(V{}[0])>>
   RNNFAST_HD static V tanh(V x) {
     using Integer = typename VectorOf<A>::integer;
-    const auto [scale, rest] = exp_parts<A>(-2 * magnitude<A>(x));
+    const auto [scale, rest] = exp_parts<A>(2 * minus_magnitude<A>(x));
     const V e = scale + scale * rest;
     const V minus_expm1 = (1 - scale) - scale * rest;
     const auto small = e > V{} + A(0.25);
@@ -204,8 +203,8 @@ struct Math {
     return Integer{} + (std::decay_t<decltype(Integer{}[0])>(1) << (sizeof(A) * 8 - 1));
   }
   template <class A>
-  RNNFAST_HD static Vec<A> magnitude(Vec<A> x) {
+  RNNFAST_HD static Vec<A> minus_magnitude(Vec<A> x) {
     using Integer = typename VectorOf<A>::integer;
-    return bit_cast<Vec<A>>(bit_cast<Integer>(x) & ~sign_bit<A>());
+    return bit_cast<Vec<A>>(bit_cast<Integer>(x) | sign_bit<A>());
   }
 };
