@@ -286,7 +286,7 @@ def main(argv: list[str] | None = None) -> int:
         command = "python -m benchmarks.compare " + " ".join(argv or sys.argv[1:])
         more = {"command": command, "input_grad": args.input_grad}
         if limits:
-            more["calibration"] = [limits.one._asdict(), limits.all._asdict()]
+            more["calibration"] = [limits.one.describe(), limits.all.describe()]
         write_json(args.json, args.device, rows, **more)
     if args.csv:
         write_csv(args.csv, rows)

@@ -65,6 +65,11 @@ class Calibration(NamedTuple):
     levels: list[Level]  # the last one holds everything
     barrier: float  # seconds
 
+    def describe(self) -> dict[str, object]:
+        """Rates per second, ready for JSON."""
+        read = {level.name: level.bandwidth for level in self.levels}
+        return {"threads": self.threads, "fma": self.fma, "read": read, "barrier": self.barrier}
+
 
 class Limit(NamedTuple):
     """The least time of a case in seconds, and what binds it: "FMA" or a level of memory."""
