@@ -1,0 +1,63 @@
+"""Peak memory of training one LSTM layer, rnnfast beside torch.nn: `python -m benchmarks.memory`.
+
+Each runs in a fresh process. What is counted is how far the peak of resident memory rises over three
+steps of forward and backward, above a process that already holds the parameters, x and grad_y.
+"""
+
+import argparse
+import resource
+import subprocess
+import sys
+
+import torch
+
+import rnnfast
+
+CLASSES = {"rnnfast": rnnfast.LSTM, "torch": torch.nn.LSTM}
+
+
+def peak_mib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def training_mib(name: str, T: int, B: int, H: int) -> float:
+    """How much the peak rises in this process, in MiB."""
+
+    def step(layer: torch.nn.Module, x: torch.Tensor, grad_y: torch.Tensor) -> None:
+        layer.zero_grad(set_to_none=True)
+        layer(x)[0].backward(grad_y)
+
+    options = {"backend": "fused"} if name == "rnnfast" else {}
+    step(CLASSES[name](8, 8, **options), torch.ones(2, 2, 8), torch.ones(2, 2, 8))  # loads code
+    layer = CLASSES[name](H, H, **options)
+    x, grad_y = torch.randn(T, B, H), torch.randn(T, B, H)
+    before = peak_mib()
+    for _ in range(3):
+        step(layer, x, grad_y)
+    return peak_mib() - before
+
+
+def measure(name: str, T: int, B: int, H: int) -> float:
+    """`training_mib` in a fresh process."""
+    command = [sys.executable, "-m", "benchmarks.memory", "--only", name]
+    command += ["--size", f"{T},{B},{H}"]
+    return float(subprocess.check_output(command, text=True))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--size", default="100,64,512", metavar="T,B,H")
+    parser.add_argument("--only", choices=CLASSES, help="print the MiB of this one, measured here")
+    args = parser.parse_args()
+    size = tuple(map(int, args.size.split(",")))
+    if args.only:
+        print(f"{training_mib(args.only, *size):.1f}")
+        return
+    found = {name: measure(name, *size) for name in CLASSES}
+    for name, mib in found.items():
+        print(f"{name:8} {mib:8.1f} MiB")
+    print(f"ratio    {found['rnnfast'] / found['torch']:8.2f}")
+
+
+if __name__ == "__main__":
+    main()
