@@ -1,7 +1,7 @@
 """Peak memory of training one LSTM layer, rnnfast beside torch.nn: `python -m benchmarks.memory`.
 
-Each runs in a fresh process. What is counted is how far the peak of resident memory rises over three
-steps of forward and backward, above a process that already holds the parameters, x and grad_y.
+Each runs in a fresh process. What is counted is how far the peak of resident memory rises over
+three steps of forward and backward, above a process that holds the parameters, x and grad_y.
 """
 
 import argparse
