@@ -11,6 +11,8 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import rnnfast
 from rnnfast import functional
@@ -324,6 +326,51 @@ def test_reference_of_no_time_returns_the_states(cell, reverse):
     y, finals = rnnfast.reference.layer(row, torch.zeros(0, 2, 3), states, *weights, reverse)
     assert y.shape == (0, 2, 4)
     torch.testing.assert_close(finals, states)
+
+
+class TestWhatWatchesIsSeen:
+    """The short way of plain calls leaves nobody out who asked to see what is done to tensors."""
+
+    def test_dispatch_mode(self):
+        seen = []
+
+        class Recorder(TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                seen.append(str(function))
+                return function(*args, **(kwargs or {}))
+
+        with Recorder(), torch.no_grad():
+            rnnfast.LSTM(3, 4)(torch.zeros(2, 1, 3))
+        assert any(name.startswith(("rnnfast.lstm", "aten.")) for name in seen)
+
+    def test_function_mode(self):
+        seen = []
+
+        class Recorder(TorchFunctionMode):
+            def __torch_function__(self, function, types, args=(), kwargs=None):
+                seen.append(function)
+                return function(*args, **(kwargs or {}))
+
+        module = rnnfast.GRUCell(3, 4)
+        with Recorder():
+            module(torch.zeros(1, 3))
+        assert len(seen) > 1  # more than the call to zeros above
+
+    def test_parameter_subclass(self):
+        seen = []
+
+        class Watched(torch.nn.Parameter):
+            @classmethod
+            def __torch_function__(cls, function, types, args=(), kwargs=None):
+                seen.append(function)
+                with torch._C.DisableTorchFunctionSubclass():
+                    return function(*args, **(kwargs or {}))
+
+        module = rnnfast.RNN(3, 4)
+        plain = module(torch.ones(2, 1, 3))[0]
+        module.weight_ih_l0 = Watched(module.weight_ih_l0.detach())
+        torch.testing.assert_close(module(torch.ones(2, 1, 3))[0], plain)
+        assert seen
 
 
 class TestPrecedence:

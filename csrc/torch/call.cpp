@@ -46,10 +46,10 @@ bool is_plain_context() {
          !at::autocast::is_autocast_enabled(at::kCPU);
 }
 
-// Takes a tensor out of a Python object; false if it is none, or not a plain one like x.
-bool unpack(py::handle object, bool exact, Tensor& tensor) {
-  if (exact ? !THPVariable_CheckExact(object.ptr()) : !THPVariable_Check(object.ptr()))
-    return false;
+// Takes a tensor out of a Python object; false if it is no tensor or parameter, but a subclass of
+// them say, or not a plain one.
+bool unpack(py::handle object, Tensor& tensor) {
+  if (!THPVariable_CheckExact(object.ptr())) return false;
   tensor = THPVariable_Unpack(object.ptr());
   return is_plain(tensor);
 }
@@ -289,17 +289,16 @@ bool collect(Call& call, py::handle hx, const py::list& weights) {
     const size_t states = call.cell.has_cell ? 2 : 1;
     call.states.resize(states);
     if (states == 1) {
-      if (!unpack(hx, true, call.states[0])) return false;
+      if (!unpack(hx, call.states[0])) return false;
     } else {
       if (!PyTuple_CheckExact(hx.ptr()) || PyTuple_GET_SIZE(hx.ptr()) != 2) return false;
       for (size_t k = 0; k < states; ++k)
-        if (!unpack(PyTuple_GET_ITEM(hx.ptr(), Py_ssize_t(k)), true, call.states[k])) return false;
+        if (!unpack(PyTuple_GET_ITEM(hx.ptr(), Py_ssize_t(k)), call.states[k])) return false;
     }
   }
   call.weights.resize(weights.size());
   for (size_t i = 0; i < weights.size(); ++i)
-    if (!unpack(PyList_GET_ITEM(weights.ptr(), Py_ssize_t(i)), false, call.weights[i]))
-      return false;
+    if (!unpack(PyList_GET_ITEM(weights.ptr(), Py_ssize_t(i)), call.weights[i])) return false;
   return true;
 }
 
@@ -317,7 +316,7 @@ py::object run_layers(int cell, py::handle input, py::handle hx, const py::list&
                       int64_t layers, bool biases, double dropout, bool batch_first,
                       bool bidirectional) {
   Tensor x;
-  if (!is_plain_context() || !unpack(input, true, x) || x.dim() != 3) return py::none();
+  if (!is_plain_context() || !unpack(input, x) || x.dim() != 3) return py::none();
   Call call{
       .cell = cell_info(CellKind(cell)),
       .x = batch_first ? x.transpose(0, 1) : x,
@@ -343,7 +342,7 @@ py::object run_layers(int cell, py::handle input, py::handle hx, const py::list&
 py::object run_step(int cell, py::handle input, py::handle hx, const py::list& weights,
                     bool biases) {
   Tensor x;
-  if (!is_plain_context() || !unpack(input, true, x) || x.dim() != 2) return py::none();
+  if (!is_plain_context() || !unpack(input, x) || x.dim() != 2) return py::none();
   Call call{
       .cell = cell_info(CellKind(cell)),
       .x = x.unsqueeze(0),
