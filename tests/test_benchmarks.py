@@ -126,11 +126,16 @@ def test_installed_peers_agree(name, cell, mode):
     torch.set_num_threads(1)
     problem = steps.make_problem(cell, Case(5, 3, 7, 9), "cpu", torch.float32, mode, True)
     exact_problem = problem.to(torch.float64)
+    inference_only = name in ("onnxruntime", "openvino", "torch_int8")
+    if (mode == "training" and inference_only) or (name == "torch_int8" and cell == "RNN"):
+        with pytest.raises((peers.UnsupportedError, ImportError)):
+            peers.PEERS[name].build(problem)
+        return
     with torch.inference_mode(mode == "inference"):
         try:
             step = peers.PEERS[name].build(problem)
-        except (peers.UnsupportedError, ImportError) as reason:
-            pytest.skip(str(reason))
+        except ImportError as reason:
+            pytest.skip(f"not installed: {reason}")
         exact, ours = (
             steps.results(steps.module_step(p.module, p)) for p in (exact_problem, problem)
         )
