@@ -354,7 +354,7 @@ class Backward {
 
   // in parts of a few rows, so that rounding errors do not grow with the length of the block
   V column_sum(Span block, int64_t column, int64_t n) const {
-    constexpr int64_t kPart = 32;
+    constexpr int64_t kPart = 16;
     const int64_t B = args_.size.B, rows = block.size() * B;
     V sum{};
     for (int64_t part = 0; part < rows; part += kPart) {
