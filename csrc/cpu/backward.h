@@ -12,9 +12,6 @@ class Backward {
   static constexpr int kLanesA = kLanes<A>;
   static constexpr int G = Cell::kGates, D = Cell::kGradBlocks;
   using Columns = ColumnPanels<A>;
-  // Products over many rows are summed in parts: one chain of all terms would lose more bits than
-  // torch's products do. A part of a panel also fits L1.
-  static constexpr int64_t kPart = 64;
 
  public:
   Backward(const BackwardArgs& args, const Plan& plan, Arena& arena)
@@ -231,12 +228,8 @@ class Backward {
           const int64_t row = own.begin + r + i;
           a[i] = gate_row(block.begin + row / batch, row % batch);
         }
-        for (int64_t k = 0; k < depth; k += kPart) {
-          const A* panel = input_.at(w_ih_, depth, p) + k * input_.vectors(p) * kLanesA;
-          const auto product = k == 0 ? any_tile<A, false> : any_tile<A, true>;
-          product(input_.vectors(p), n, std::min(kPart, depth - k), a, panel, out, Columns::kWidth);
-          for (int i = 0; i < n; ++i) a[i] += kPart;
-        }
+        any_tile<A, false, kLongChain>(input_.vectors(p), n, depth, a, input_.at(w_ih_, depth, p),
+                                       out, Columns::kWidth);
         for (int i = 0; i < n; ++i) {
           const int64_t row = own.begin + r + i;
           S* to = static_cast<S*>(args_.grad_x) +
@@ -302,29 +295,22 @@ class Backward {
     }
   }
 
-  // to[m][panel columns] (+)= sum_k left[m][k] panel[k], in parts of the depth: a single chain of
-  // that many sums would lose more bits than torch's does
+  // to[m][panel columns] (+)= sum_k left[m][k] panel[k]
   void outer_product(const A* left, int64_t rows, int64_t depth, const A* panel,
                      const Columns& columns, int64_t p, bool add, A* to) const {
-    for (int64_t k = 0; k < depth; k += kPart)
-      outer_product_part(left + k, depth, rows, std::min(kPart, depth - k),
-                         panel + k * columns.vectors(p) * kLanesA, columns, p, add || k > 0, to);
-  }
-
-  void outer_product_part(const A* left, int64_t left_stride, int64_t rows, int64_t depth,
-                          const A* panel, const Columns& columns, int64_t p, bool add,
-                          A* to) const {
     const int vectors = columns.vectors(p);
     const int64_t width = columns.N - p * Columns::kWidth;
     const bool whole = vectors * kLanesA <= width;
     alignas(64) A edge[kMaxTileRows * Columns::kWidth];
     for_row_tiles(rows, Columns::kRows, [&](int64_t m, int n) {
       const A* a[kMaxTileRows];
-      for (int i = 0; i < n; ++i) a[i] = left + (m + i) * left_stride;
+      for (int i = 0; i < n; ++i) a[i] = left + (m + i) * depth;
       A* target = to + m * columns.N;
-      if (whole && add) return any_tile<A, true>(vectors, n, depth, a, panel, target, columns.N);
-      if (whole) return any_tile<A, false>(vectors, n, depth, a, panel, target, columns.N);
-      any_tile<A, false>(vectors, n, depth, a, panel, edge, Columns::kWidth);
+      if (whole) {
+        const auto product = add ? any_tile<A, true, kLongChain> : any_tile<A, false, kLongChain>;
+        return product(vectors, n, depth, a, panel, target, columns.N);
+      }
+      any_tile<A, false, kLongChain>(vectors, n, depth, a, panel, edge, Columns::kWidth);
       for (int i = 0; i < n; ++i) {
         for (int v = 0; v < vectors; ++v) {
           A* cell = target + i * columns.N + v * kLanesA;

@@ -14,19 +14,19 @@ inline constexpr int kTileRows = NR == 4   ? (RNNFAST_REGISTERS == 32 ? 6 : 3)
 inline constexpr int kMaxTileRows = 8;
 
 // One chain of more sums than this would lose more bits than torch's products do; a longer product
-// is summed in parts.
-inline constexpr int64_t kChain = 256;
+// is summed in parts: of kChain terms in products with weights, of kLongChain in those over many rows.
+inline constexpr int64_t kChain = 256, kLongChain = 64;
 
 // out[i * row_stride + j * lanes + lane] (=, or += if kAdd) bias[j][lane] + sum_k a[i][k]
 // panel[k][j][lane]
-template <class A, int NR, int MR, bool kAdd>
+template <class A, int NR, int MR, bool kAdd, int64_t kPart>
 void tile(int64_t K, const A* const* a, const A* panel, const A* bias, A* out, int64_t row_stride) {
   constexpr int lanes = kLanes<A>;
   const A* row[MR];
 #pragma GCC unroll 8
   for (int i = 0; i < MR; ++i) row[i] = a[i];
-  for (int64_t begin = 0; begin == 0 || begin < K; begin += kChain) {
-    const int64_t end = K < begin + kChain ? K : begin + kChain;
+  for (int64_t begin = 0; begin == 0 || begin < K; begin += kPart) {
+    const int64_t end = K < begin + kPart ? K : begin + kPart;
     Vec<A> sum[MR][NR] = {};
     for (int64_t k = begin; k < end; ++k, panel += NR * lanes) {
       Vec<A> b[NR];
@@ -57,21 +57,21 @@ void tile(int64_t K, const A* const* a, const A* panel, const A* bias, A* out, i
 template <class A>
 using TileFunction = void (*)(int64_t, const A* const*, const A*, const A*, A*, int64_t);
 
-template <class A, int NR, bool kAdd, int... MR>
+template <class A, int NR, bool kAdd, int64_t kPart, int... MR>
 constexpr std::array<TileFunction<A>, sizeof...(MR)> tile_table(std::integer_sequence<int, MR...>) {
-  return {tile<A, NR, MR + 1, kAdd>...};
+  return {tile<A, NR, MR + 1, kAdd, kPart>...};
 }
-template <class A, int NR, bool kAdd = false>
+template <class A, int NR, bool kAdd = false, int64_t kPart = kChain>
 inline constexpr auto kTiles =
-    tile_table<A, NR, kAdd>(std::make_integer_sequence<int, kTileRows<NR>>());
+    tile_table<A, NR, kAdd, kPart>(std::make_integer_sequence<int, kTileRows<NR>>());
 
-template <class A, bool kAdd>
+template <class A, bool kAdd, int64_t kPart = kChain>
 RNNFAST_HD void any_tile(int vectors, int rows, int64_t K, const A* const* a, const A* panel,
                          A* out, int64_t row_stride) {
-  const auto* table = vectors == 4   ? kTiles<A, 4, kAdd>.data()
-                      : vectors == 3 ? kTiles<A, 3, kAdd>.data()
-                      : vectors == 2 ? kTiles<A, 2, kAdd>.data()
-                                     : kTiles<A, 1, kAdd>.data();
+  const auto* table = vectors == 4   ? kTiles<A, 4, kAdd, kPart>.data()
+                      : vectors == 3 ? kTiles<A, 3, kAdd, kPart>.data()
+                      : vectors == 2 ? kTiles<A, 2, kAdd, kPart>.data()
+                                     : kTiles<A, 1, kAdd, kPart>.data();
   table[rows - 1](K, a, panel, nullptr, out, row_stride);
 }
 

@@ -1,5 +1,6 @@
 // The CPU kernels behind the ops.
 #include <ATen/Parallel.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include "cpu/kernels.h"
@@ -17,8 +18,23 @@ cpu::Machine this_machine() {
 
 namespace {
 
+// Asks for huge pages in freshly allocated memory. Large buffers come from the kernel anew in every
+// call, and what it does for 4 KiB pages one by one can take as long as the forward itself.
+void prefer_huge_pages(const at::Tensor& t) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t kHugePage = 2 << 20, kLeast = 2 * kHugePage;
+  if (!t.defined() || t.nbytes() < kLeast) return;
+  const auto begin = reinterpret_cast<uintptr_t>(t.data_ptr());
+  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t last = (begin + t.nbytes()) / kHugePage * kHugePage;
+  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a hint: may be refused
+#endif
+}
+
 at::Tensor workspace(size_t bytes) {
-  return at::empty({int64_t(bytes)}, at::TensorOptions().dtype(at::kByte));
+  at::Tensor memory = at::empty({int64_t(bytes)}, at::TensorOptions().dtype(at::kByte));
+  prefer_huge_pages(memory);
+  return memory;
 }
 
 }  // namespace
@@ -26,6 +42,7 @@ at::Tensor workspace(size_t bytes) {
 void CpuDevice::forward(const CellInfo& cell, LayerInputs in, LayerOutputs& out, bool save) {
   const cpu::KernelTable& table = cpu::kernel_table();
   if (!table.strided) in.x = in.x.contiguous();
+  for (const at::Tensor* result : {&out.y, &out.gates, &out.cells}) prefer_huge_pages(*result);
   const cpu::Kernels& kernels = table.kernels[int(cell.kind)][int(dtype_of(in.x))];
   const ForwardArgs args = forward_args(in, out, save);
   const cpu::Plan plan = kernels.plan_forward(args.size, this_machine());
@@ -40,6 +57,7 @@ void CpuDevice::backward(const CellInfo& cell, LayerGradOutputs grad_out, LayerI
     in.x = in.x.contiguous();
     if (grad_out.y.defined()) grad_out.y = grad_out.y.contiguous();
   }
+  for (const at::Tensor* result : {&grads.x, &grads.w_ih, &grads.w_hh}) prefer_huge_pages(*result);
   const cpu::Kernels& kernels = table.kernels[int(cell.kind)][int(dtype_of(in.x))];
   const BackwardArgs args = backward_args(grad_out, in, out, grads);
   const cpu::Plan plan = kernels.plan_backward(args.size, this_machine());
