@@ -19,19 +19,20 @@ class Backward {
         plan_(plan),
         hidden_{args.size.H},
         input_{args.size.I},
-        pitch_(ceil_div(args.size.H, kLanesA) * kLanesA) {
+        pitch_(ceil_div(args.size.H, kLanesA) * kLanesA),
+        gate_pitch_(D * args.size.H + kLanesA),
+        left_pitch_(ceil_div(plan.block_steps * args.size.B, kLanesA) * kLanesA + kLanesA) {
     const auto [T, B, I, H] = args.size;
-    block_rows_ = plan.block_steps * B;
+    const int64_t block_rows = plan.block_steps * B;
     w_hh_ = arena.take<A>(hidden_.size(G * H));
     w_ih_ = arena.take<A>(input_.size(G * H));
     d_c_ = arena.take<A>(Cell::kHasCell ? B * pitch_ : 0);
     c0_ = arena.take<A>(Cell::kHasCell ? B * pitch_ : 0);
     d_h_ = arena.take<A>(B * pitch_);
-    d_gates_ = arena.take<A>(2 * block_rows_ * D * H);
-    left_size_ = ceil_div(G * H, plan.threads) * block_rows_;
-    left_ = arena.take<A>(plan.threads * left_size_);
-    panel_size_ = Columns::kWidth * block_rows_;
-    panel_ = arena.take<A>(plan.threads * panel_size_);
+    d_gates_ = arena.take<A>(2 * block_rows * gate_pitch_);
+    left_ = arena.take<A>(D * H * left_pitch_);
+    x_ = arena.take<A>(input_.size(block_rows));
+    h_ = arena.take<A>(hidden_.size(block_rows));
   }
 
   static StepShape step_shape(const Sizes& size) {
@@ -66,8 +67,7 @@ class Backward {
         team.barrier();
         // The other half of d_gates_ takes the next block, so nobody waits for these.
         grad_input(block, team);
-        grad_weight(block, team);
-        grad_bias(block, team);
+        grad_parameters(block, team);
       }
       if (args_.grad_h0 || args_.grad_c0) store_state(rows, panels);
     });
@@ -81,7 +81,7 @@ class Backward {
 
   A* gate_row(int64_t step, int64_t b) const {
     const int64_t slot = step % (2 * plan_.block_steps);
-    return d_gates_ + (slot * args_.size.B + b) * D * args_.size.H;
+    return d_gates_ + (slot * args_.size.B + b) * gate_pitch_;
   }
   const S* h_before(int64_t step, int64_t b) const {
     const auto [T, B, I, H] = args_.size;
@@ -243,54 +243,74 @@ class Backward {
     }
   }
 
-  void grad_weight(Span block, const Team& team) const {
+  // Of weights and biases. d_gates is transposed, and x and h are packed, once for all threads.
+  void grad_parameters(Span block, const Team& team) const {
+    const bool any_weight = args_.grad_w_ih || args_.grad_w_hh;
+    if (!any_weight && !args_.grad_b_ih && !args_.grad_b_hh) return;
+    const auto [T, B, I, H] = args_.size;
+    const Span vectors = team.share(ceil_div(D * H, kLanesA));
+    const Span own{vectors.begin * kLanesA, std::min(vectors.end * kLanesA, D * H)};
+    transpose_gates(block, own);
+    grad_bias(block, own);
+    if (!any_weight) return;
+    const auto x = [&](int64_t step, int64_t b) { return x_row(step, b); };
+    const auto h = [&](int64_t step, int64_t b) { return h_before(step, b); };
+    if (args_.grad_w_ih) pack_rows_of(block, team, input_, x, x_);
+    if (args_.grad_w_hh) pack_rows_of(block, team, hidden_, h, h_);
+    team.barrier();
     if (args_.grad_w_ih)
-      accumulate(block, team, 0, input_, static_cast<A*>(args_.grad_w_ih), Cell::input_gate,
-                 [&](int64_t step, int64_t b) { return x_row(step, b); });
+      accumulate(block, team, 0, input_, x_, static_cast<A*>(args_.grad_w_ih), Cell::input_gate);
     if (args_.grad_w_hh)
-      accumulate(block, team, D - G, hidden_, static_cast<A*>(args_.grad_w_hh), same_gate,
-                 [&](int64_t step, int64_t b) { return h_before(step, b); });
+      accumulate(block, team, D - G, hidden_, h_, static_cast<A*>(args_.grad_w_hh), same_gate);
   }
   static constexpr int same_gate(int j) { return j; }
 
+  template <class Row>
+  void pack_rows_of(Span block, const Team& team, const Columns& columns, Row&& row, A* to) const {
+    const int64_t B = args_.size.B, depth = block.size() * B;
+    const Span own = team.share(columns.count());
+    for (int64_t p = own.begin; p < own.end; ++p)
+      columns.template pack<S>([&](int64_t k) { return row(block.begin + k / B, k % B); }, depth, p,
+                               columns.at(to, depth, p));
+  }
+
   // grad[gate_of(j) * H + unit][n] (+)= sum over the rows of the block d_gates[first + j][unit]
-  // right[n], j < G; the rows of grad are dealt to threads
-  template <class GateOf, class Right>
-  void accumulate(Span block, const Team& team, int first, const Columns& columns, A* grad,
-                  GateOf gate_of, Right&& right) const {
-    const int64_t B = args_.size.B, H = args_.size.H;
+  // right[n], j < G. Bands of rows times panels of columns are dealt to threads: a band for each
+  // thread, unless that would make them too narrow for the tiles.
+  template <class GateOf>
+  void accumulate(Span block, const Team& team, int first, const Columns& columns, A* packed,
+                  A* grad, GateOf gate_of) const {
+    const int64_t B = args_.size.B, H = args_.size.H, rows = G * H;
     const int64_t depth = block.size() * B;
-    const Span own = team.share(G * H);
-    A* left = left_ + team.index() * left_size_;
-    A* panel = panel_ + team.index() * panel_size_;
-    transpose_gates(block, first * H + own.begin, own.size(), left);
-    for (int64_t p = 0; p < columns.count(); ++p) {
-      columns.template pack<S>([&](int64_t k) { return right(block.begin + k / B, k % B); }, depth,
-                               p, panel);
-      for (int64_t j = own.begin / H; j * H < own.end; ++j) {
-        const Span part{std::max(own.begin, j * H), std::min(own.end, (j + 1) * H)};
+    const int64_t bands = std::clamp<int64_t>(rows / (4 * Columns::kRows), 1, team.size());
+    const Span own = team.share(bands * columns.count());
+    for (int64_t i = own.begin; i < own.end; ++i) {
+      const int64_t band = i / columns.count(), p = i % columns.count();
+      const int64_t begin = rows * band / bands, end = rows * (band + 1) / bands;
+      for (int64_t j = begin / H; j * H < end; ++j) {
+        const Span part{std::max(begin, j * H), std::min(end, (j + 1) * H)};
         A* to = grad + (gate_of(int(j)) * H + part.begin - j * H) * columns.N + p * Columns::kWidth;
-        outer_product(left + (part.begin - own.begin) * depth, part.size(), depth, panel, columns,
-                      p, block.begin > 0, to);
+        outer_product(left_ + (first * H + part.begin) * left_pitch_, part.size(), depth,
+                      columns.at(packed, depth, p), columns, p, block.begin > 0, to);
       }
     }
   }
 
-  // left[m][k] = d_gates[row k of the block][column + m]
-  void transpose_gates(Span block, int64_t column, int64_t count, A* left) const {
+  // left[m][k] = d_gates[row k of the block][m], with zeros up to a whole vector of k
+  void transpose_gates(Span block, Span own) const {
     const int64_t B = args_.size.B;
     const int64_t depth = block.size() * B;
     for (int64_t k = 0; k < depth; k += kLanesA) {
       const int rows = int(std::min<int64_t>(kLanesA, depth - k));
       const A* from[kLanesA];
-      for (int i = 0; i < rows; ++i)
-        from[i] = gate_row(block.begin + (k + i) / B, (k + i) % B) + column;
-      for (int64_t m = 0; m < count; m += kLanesA) {
+      for (int i = 0; i < rows; ++i) from[i] = gate_row(block.begin + (k + i) / B, (k + i) % B);
+      for (int64_t m = own.begin; m < own.end; m += kLanesA) {
         V square[kLanesA];
-        for (int i = 0; i < kLanesA; ++i) square[i] = i < rows ? load(from[i] + m, count - m) : V{};
+        for (int i = 0; i < kLanesA; ++i)
+          square[i] = i < rows ? load(from[i] + m, own.end - m) : V{};
         transpose<A>(square);
-        const int64_t n = std::min<int64_t>(kLanesA, count - m);
-        for (int64_t i = 0; i < n; ++i) store(left + (m + i) * depth + k, square[i], rows);
+        const int64_t n = std::min<int64_t>(kLanesA, own.end - m);
+        for (int64_t i = 0; i < n; ++i) store(left_ + (m + i) * left_pitch_ + k, square[i]);
       }
     }
   }
@@ -304,7 +324,7 @@ class Backward {
     alignas(64) A edge[kMaxTileRows * Columns::kWidth];
     for_row_tiles(rows, Columns::kRows, [&](int64_t m, int n) {
       const A* a[kMaxTileRows];
-      for (int i = 0; i < n; ++i) a[i] = left + (m + i) * depth;
+      for (int i = 0; i < n; ++i) a[i] = left + (m + i) * left_pitch_;
       A* target = to + m * columns.N;
       if (whole) {
         const auto product = add ? any_tile<A, true, kLongChain> : any_tile<A, false, kLongChain>;
@@ -322,48 +342,47 @@ class Backward {
     });
   }
 
-  void grad_bias(Span block, const Team& team) const {
-    const Span own = team.share(D * args_.size.H);
+  void grad_bias(Span block, Span own) const {
+    if (!args_.grad_b_ih && !args_.grad_b_hh) return;
+    constexpr int64_t kPart = 16;  // so that rounding errors do not grow with the length of the block
+    const int64_t H = args_.size.H, depth = block.size() * args_.size.B;
     for (int64_t m = own.begin; m < own.end; m += kLanesA) {
-      // a vector must not straddle two blocks, which may belong to different gates
-      const int64_t H = args_.size.H, j = m / H;
-      const int64_t n = std::min({int64_t(kLanesA), own.end - m, (j + 1) * H - m});
-      const V sum = column_sum(block, m, n);
-      if (args_.grad_b_ih && j < G)
-        add_bias(static_cast<A*>(args_.grad_b_ih) + Cell::input_gate(int(j)) * H + m % H, sum, n,
-                 block.begin > 0);
-      if (args_.grad_b_hh && j >= D - G)
-        add_bias(static_cast<A*>(args_.grad_b_hh) + m - (D - G) * H, sum, n, block.begin > 0);
-      m -= kLanesA - n;
+      const int n = int(std::min<int64_t>(kLanesA, own.end - m));
+      V rows[kLanesA] = {};
+      for (int i = 0; i < n; ++i)
+        for (int64_t k = 0; k < depth; k += kPart * kLanesA)
+          rows[i] += partial_sum<kPart>(left_ + (m + i) * left_pitch_ + k, depth - k);
+      const V sums = lane_sums<A>(rows);
+      for (int i = 0; i < n; ++i) {
+        const int64_t j = (m + i) / H, unit = (m + i) % H;
+        if (args_.grad_b_ih && j < G)
+          add(static_cast<A*>(args_.grad_b_ih) + Cell::input_gate(int(j)) * H + unit, sums[i],
+              block.begin > 0);
+        if (args_.grad_b_hh && j >= D - G)
+          add(static_cast<A*>(args_.grad_b_hh) + (j - (D - G)) * H + unit, sums[i],
+              block.begin > 0);
+      }
     }
   }
-
-  // in parts of a few rows, so that rounding errors do not grow with the length of the block
-  V column_sum(Span block, int64_t column, int64_t n) const {
-    constexpr int64_t kPart = 16;
-    const int64_t B = args_.size.B, rows = block.size() * B;
+  template <int64_t kVectors>
+  static V partial_sum(const A* from, int64_t count) {
     V sum{};
-    for (int64_t part = 0; part < rows; part += kPart) {
-      V part_sum{};
-      for (int64_t k = part; k < std::min(rows, part + kPart); ++k)
-        part_sum += load(gate_row(block.begin + k / B, k % B) + column, n);
-      sum += part_sum;
-    }
+    const int64_t end = std::min(count, kVectors * kLanesA);
+    for (int64_t k = 0; k < end; k += kLanesA) sum += load(from + k);
     return sum;
   }
-  static void add_bias(A* to, V sum, int64_t n, bool add) {
-    store(to, add ? sum + load(to, n) : sum, n);
-  }
+  static void add(A* to, A value, bool add) { *to = add ? *to + value : value; }
 
   const BackwardArgs& args_;
   const Plan& plan_;
   const Columns hidden_, input_;
-  const int64_t pitch_;
+  // Rows of d_gates and of its transpose are a vector longer than they need be: at multiples of 4 KiB
+  // they would compete for the same lines of L1.
+  const int64_t pitch_, gate_pitch_, left_pitch_;
   A *w_hh_, *w_ih_;  // packed columns [panel][G*H][width], the rows of w_ih in the order of d_gates
   A *d_c_, *c0_;  // [B][pitch]
   A* d_h_;  // [B][pitch]: grad_h_n, then what bypasses W_hh
-  A* d_gates_;  // two blocks of steps [step][B][D*H]
-  A* left_;  // per thread: transposed gate gradients [m][row of the block]
-  A* panel_;  // per thread: one packed panel of x or h
-  int64_t block_rows_, left_size_, panel_size_;
+  A* d_gates_;  // two blocks of steps [step][B][gate_pitch]
+  A* left_;  // transposed gate gradients [D*H][left_pitch]
+  A *x_, *h_;  // packed columns of the rows of a block
 };

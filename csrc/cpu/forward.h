@@ -13,7 +13,7 @@ class Forward {
       : args_(args),
         plan_(plan),
         panels_{args.size.H},
-        pitch_(ceil_div(args.size.H, kLanesA) * kLanesA) {
+        pitch_(ceil_div(args.size.H, kLanesA) * kLanesA + kLanesA) {
     const auto [T, B, I, H] = args.size;
     const int64_t count = panels_.count();
     if (plan.input != Packing::kNone) {
@@ -196,7 +196,9 @@ class Forward {
   const ForwardArgs& args_;
   const Plan& plan_;
   const Panels panels_;
-  const int64_t pitch_;          // of a row of state: H, rounded up to whole vectors
+  // Of a row of state: whole vectors, and one more, as rows at multiples of 4 KiB would compete for
+  // the same lines of L1.
+  const int64_t pitch_;
   A* w_ih_ = nullptr;            // packed [panel, or thread][I][kWidth], null: read as it lies
   A* w_hh_ = nullptr;            // packed [panel][H][kWidth], null: read as it lies
   A *b_ih_, *b_hh_;              // [panel][kWidth]
