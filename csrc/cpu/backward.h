@@ -11,7 +11,9 @@ class Backward {
   using V = Vec<A>;
   static constexpr int kLanesA = kLanes<A>;
   static constexpr int G = Cell::kGates, D = Cell::kGradBlocks;
-  using Columns = ColumnPanels<A>;
+  using Op = Operand<S>;
+  using Element = typename Op::Element;
+  using Columns = ColumnPanels<Op>;
 
  public:
   Backward(const BackwardArgs& args, const Plan& plan, Arena& arena)
@@ -20,8 +22,9 @@ class Backward {
         hidden_{args.size.H},
         input_{args.size.I},
         pitch_(ceil_div(args.size.H, kLanesA) * kLanesA),
-        gate_pitch_(D * args.size.H + kLanesA),
-        left_pitch_(ceil_div(plan.block_steps * args.size.B, kLanesA) * kLanesA + kLanesA) {
+        gate_pitch_(D * args.size.H + kLanesA * Op::kPerWord),
+        left_pitch_((ceil_div(plan.block_steps * args.size.B, kLanesA * Op::kPerWord) + 1) *
+                    kLanesA * Op::kPerWord) {
     const auto [T, B, I, H] = args.size;
     const int64_t block_rows = plan.block_steps * B;
     w_hh_ = arena.take<A>(hidden_.size(G * H));
@@ -29,8 +32,8 @@ class Backward {
     d_c_ = arena.take<A>(Cell::kHasCell ? B * pitch_ : 0);
     c0_ = arena.take<A>(Cell::kHasCell ? B * pitch_ : 0);
     d_h_ = arena.take<A>(B * pitch_);
-    d_gates_ = arena.take<A>(2 * block_rows * gate_pitch_);
-    left_ = arena.take<A>(D * H * left_pitch_);
+    d_gates_ = arena.take<Element>(2 * block_rows * gate_pitch_);
+    left_ = arena.take<Element>(D * H * left_pitch_);
     x_ = arena.take<A>(input_.size(block_rows));
     h_ = arena.take<A>(hidden_.size(block_rows));
   }
@@ -38,7 +41,7 @@ class Backward {
   static StepShape step_shape(const Sizes& size) {
     return {size.B,
             Columns{size.H}.count(),
-            Cell::kGates * size.H,
+            words<Op>(Cell::kGates * size.H),
             Columns::kVectors,
             Columns::kRows,
             int(sizeof(A)),
@@ -79,7 +82,7 @@ class Backward {
   int64_t time_before(int64_t step) const { return time(step + 1); }
   bool is_first_in_time(int64_t step) const { return step == args_.size.T - 1; }
 
-  A* gate_row(int64_t step, int64_t b) const {
+  Element* gate_row(int64_t step, int64_t b) const {
     const int64_t slot = step % (2 * plan_.block_steps);
     return d_gates_ + (slot * args_.size.B + b) * gate_pitch_;
   }
@@ -120,6 +123,9 @@ class Backward {
       return p ? static_cast<const S*>(p) + b * H : nullptr;
     };
     for (int64_t b = rows.begin; b < rows.end; ++b) {
+      // what completes the last word of an odd number of elements
+      for (int64_t step = 0; G * H % Op::kPerWord && step < 2 * plan_.block_steps; ++step)
+        gate_row(step, b)[D * H] = Element{};
       convert(d_h_ + b * pitch_, at(args_.grad_h_n, b), H);
       if (!Cell::kHasCell) continue;
       convert(d_c_ + b * pitch_, at(args_.grad_c_n, b), H);
@@ -131,10 +137,10 @@ class Backward {
   // panel
   void through_weights(int64_t step, int64_t panel, int64_t b, int rows, A* out) const {
     const int64_t H = args_.size.H;
-    const A* a[kMaxTileRows];
+    const Element* a[kMaxTileRows];
     for (int i = 0; i < rows; ++i) a[i] = gate_row(step, b + i) + (D - G) * H;
-    any_tile<A, false>(hidden_.vectors(panel), rows, G * H, a, hidden_.at(w_hh_, G * H, panel), out,
-                       Columns::kWidth);
+    any_tile<Op, false>(hidden_.vectors(panel), rows, words<Op>(G * H), a,
+                        hidden_.at(w_hh_, G * H, panel), out, Columns::kWidth);
   }
 
   void step_back(int64_t step, Span rows, Span panels) {
@@ -161,7 +167,7 @@ class Backward {
     const S* grad_y = args_.grad_y ? static_cast<const S*>(args_.grad_y) +
                                          t * args_.grad_y_stride_t + b * args_.grad_y_stride_b
                                    : nullptr;
-    A* d_gates_row = gate_row(step, b);
+    Element* d_gates_row = gate_row(step, b);
     for (int v = 0; v < Columns::kVectors; ++v) {
       const int64_t unit = panel * Columns::kWidth + v * kLanesA;
       const int64_t left = H - unit;
@@ -223,13 +229,13 @@ class Backward {
     for (int64_t p = 0; p < input_.count(); ++p) {
       const int64_t column = p * Columns::kWidth;
       for_row_tiles(own.size(), Columns::kRows, [&](int64_t r, int n) {
-        const A* a[kMaxTileRows];
+        const Element* a[kMaxTileRows];
         for (int i = 0; i < n; ++i) {
           const int64_t row = own.begin + r + i;
           a[i] = gate_row(block.begin + row / batch, row % batch);
         }
-        any_tile<A, false, kLongChain>(input_.vectors(p), n, depth, a, input_.at(w_ih_, depth, p),
-                                       out, Columns::kWidth);
+        any_tile<Op, false, kLongChain>(input_.vectors(p), n, words<Op>(depth), a,
+                                        input_.at(w_ih_, depth, p), out, Columns::kWidth);
         for (int i = 0; i < n; ++i) {
           const int64_t row = own.begin + r + i;
           S* to = static_cast<S*>(args_.grad_x) +
@@ -296,41 +302,45 @@ class Backward {
     }
   }
 
-  // left[m][k] = d_gates[row k of the block][m], with zeros up to a whole vector of k
+  // left[m][k] = d_gates[row k of the block][m], with zeros up to a whole vector of words
   void transpose_gates(Span block, Span own) const {
-    const int64_t B = args_.size.B;
-    const int64_t depth = block.size() * B;
-    for (int64_t k = 0; k < depth; k += kLanesA) {
-      const int rows = int(std::min<int64_t>(kLanesA, depth - k));
-      const A* from[kLanesA];
-      for (int i = 0; i < rows; ++i) from[i] = gate_row(block.begin + (k + i) / B, (k + i) % B);
+    const int64_t B = args_.size.B, depth = block.size() * B;
+    for (int64_t k = 0; k < depth; k += kLanesA * Op::kPerWord) {
+      const Element* from[kLanesA][Op::kPerWord];
+      for (int64_t i = 0; i < kLanesA * Op::kPerWord; ++i)
+        from[i / Op::kPerWord][i % Op::kPerWord] =
+            k + i < depth ? gate_row(block.begin + (k + i) / B, (k + i) % B) + own.begin : nullptr;
       for (int64_t m = own.begin; m < own.end; m += kLanesA) {
         V square[kLanesA];
-        for (int i = 0; i < kLanesA; ++i)
-          square[i] = i < rows ? load(from[i] + m, own.end - m) : V{};
+        for (int i = 0; i < kLanesA; ++i) {
+          square[i] = Op::load_columns(from[i], own.end - m);
+          for (const Element*& row : from[i]) row = row ? row + kLanesA : nullptr;
+        }
         transpose<A>(square);
         const int64_t n = std::min<int64_t>(kLanesA, own.end - m);
-        for (int64_t i = 0; i < n; ++i) store(left_ + (m + i) * left_pitch_ + k, square[i]);
+        for (int64_t i = 0; i < n; ++i)
+          __builtin_memcpy(left_ + (m + i) * left_pitch_ + k, &square[i], sizeof(V));
       }
     }
   }
 
   // to[m][panel columns] (+)= sum_k left[m][k] panel[k]
-  void outer_product(const A* left, int64_t rows, int64_t depth, const A* panel,
+  void outer_product(const Element* left, int64_t rows, int64_t depth, const A* panel,
                      const Columns& columns, int64_t p, bool add, A* to) const {
     const int vectors = columns.vectors(p);
     const int64_t width = columns.N - p * Columns::kWidth;
     const bool whole = vectors * kLanesA <= width;
     alignas(64) A edge[kMaxTileRows * Columns::kWidth];
     for_row_tiles(rows, Columns::kRows, [&](int64_t m, int n) {
-      const A* a[kMaxTileRows];
+      const Element* a[kMaxTileRows];
       for (int i = 0; i < n; ++i) a[i] = left + (m + i) * left_pitch_;
       A* target = to + m * columns.N;
       if (whole) {
-        const auto product = add ? any_tile<A, true, kLongChain> : any_tile<A, false, kLongChain>;
-        return product(vectors, n, depth, a, panel, target, columns.N);
+        const auto product = add ? any_tile<Op, true, kLongChain> : any_tile<Op, false, kLongChain>;
+        return product(vectors, n, words<Op>(depth), a, panel, target, columns.N);
       }
-      any_tile<A, false, kLongChain>(vectors, n, depth, a, panel, edge, Columns::kWidth);
+      any_tile<Op, false, kLongChain>(vectors, n, words<Op>(depth), a, panel, edge,
+                                      Columns::kWidth);
       for (int i = 0; i < n; ++i) {
         for (int v = 0; v < vectors; ++v) {
           A* cell = target + i * columns.N + v * kLanesA;
@@ -344,7 +354,8 @@ class Backward {
 
   void grad_bias(Span block, Span own) const {
     if (!args_.grad_b_ih && !args_.grad_b_hh) return;
-    constexpr int64_t kPart = 16;  // so that rounding errors do not grow with the length of the block
+    constexpr int64_t kPart =
+        16;  // so that rounding errors do not grow with the length of the block
     const int64_t H = args_.size.H, depth = block.size() * args_.size.B;
     for (int64_t m = own.begin; m < own.end; m += kLanesA) {
       const int n = int(std::min<int64_t>(kLanesA, own.end - m));
@@ -365,7 +376,7 @@ class Backward {
     }
   }
   template <int64_t kVectors>
-  static V partial_sum(const A* from, int64_t count) {
+  static V partial_sum(const Element* from, int64_t count) {
     V sum{};
     const int64_t end = std::min(count, kVectors * kLanesA);
     for (int64_t k = 0; k < end; k += kLanesA) sum += load(from + k);
@@ -376,13 +387,13 @@ class Backward {
   const BackwardArgs& args_;
   const Plan& plan_;
   const Columns hidden_, input_;
-  // Rows of d_gates and of its transpose are a vector longer than they need be: at multiples of 4 KiB
-  // they would compete for the same lines of L1.
+  // Rows of d_gates and of its transpose are a vector longer than they need be: at multiples of 4
+  // KiB they would compete for the same lines of L1.
   const int64_t pitch_, gate_pitch_, left_pitch_;
   A *w_hh_, *w_ih_;  // packed columns [panel][G*H][width], the rows of w_ih in the order of d_gates
   A *d_c_, *c0_;  // [B][pitch]
   A* d_h_;  // [B][pitch]: grad_h_n, then what bypasses W_hh
-  A* d_gates_;  // two blocks of steps [step][B][gate_pitch]
-  A* left_;  // transposed gate gradients [D*H][left_pitch]
+  Element* d_gates_;  // two blocks of steps [step][B][gate_pitch]
+  Element* left_;  // transposed gate gradients [D*H][left_pitch]
   A *x_, *h_;  // packed columns of the rows of a block
 };

@@ -23,6 +23,9 @@ const KernelTable& kernel_table();
 namespace avx512 {
 const KernelTable& kernel_table();
 }
+namespace avx512_bf16 {
+const KernelTable& kernel_table();
+}
 #endif
 
 namespace {
@@ -41,6 +44,8 @@ const std::vector<Capability>& usable() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
       found.push_back({"avx512", avx512::kernel_table()});
+    if (found.back().name == std::string("avx512") && __builtin_cpu_supports("avx512bf16"))
+      found.push_back({"avx512_bf16", avx512_bf16::kernel_table()});
 #endif
     return found;
   }();

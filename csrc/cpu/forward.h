@@ -4,38 +4,46 @@ template <class Cell, class S>
 class Forward {
   using A = Compute<S>;
   using V = Vec<A>;
-  using Panels = GatePanels<A, Cell::kGates>;
+  using Op = Operand<S>;
+  using Element = typename Op::Element;
+  using Panels = GatePanels<Op, Cell::kGates>;
   static constexpr int kLanesA = kLanes<A>;
-  static constexpr bool kConvert = !std::is_same_v<S, A>;
 
  public:
   Forward(const ForwardArgs& args, const Plan& plan, Arena& arena)
       : args_(args),
         plan_(plan),
         panels_{args.size.H},
-        pitch_(ceil_div(args.size.H, kLanesA) * kLanesA + kLanesA) {
+        pitch_((ceil_div(args.size.H, kLanesA) + 1) * kLanesA * Op::kPerWord),
+        x_pitch_(words<Op>(args.size.I) * Op::kPerWord),
+        copy_x_(!std::is_same_v<S, Element> || x_pitch_ != args.size.I) {
     const auto [T, B, I, H] = args.size;
     const int64_t count = panels_.count();
     if (plan.input != Packing::kNone) {
       const int64_t panels = plan.input == Packing::kOnce ? count : plan.threads;
-      w_ih_ = arena.take<A>(panels * Panels::kWidth * I);
+      w_ih_ = arena.take<A>(panels * Panels::kWidth * words<Op>(I));
     }
-    if (plan.hidden == Packing::kOnce) w_hh_ = arena.take<A>(count * Panels::kWidth * H);
+    if (plan.hidden == Packing::kOnce) w_hh_ = arena.take<A>(count * Panels::kWidth * words<Op>(H));
     b_ih_ = arena.take<A>(count * Panels::kWidth);
     b_hh_ = arena.take<A>(count * Panels::kWidth);
-    h_[0] = arena.take<A>(B * pitch_);
-    h_[1] = arena.take<A>(B * pitch_);
+    h_[0] = arena.take<Element>(B * pitch_);
+    h_[1] = arena.take<Element>(B * pitch_);
     if (Cell::kHasCell) c_ = arena.take<A>(B * pitch_);
     block_rows_ = plan.block_steps * (plan.split == Split::kRows ? ceil_div(B, plan.threads) : B);
     block_panels_ = plan.split == Split::kUnits ? ceil_div(count, plan.threads) : count;
     projected_ = arena.take<A>(plan.threads * block_rows_ * block_panels_ * Panels::kWidth);
-    if (kConvert) x_ = arena.take<A>(plan.threads * block_rows_ * I);
+    if (copy_x_) x_ = arena.take<Element>(plan.threads * block_rows_ * x_pitch_);
   }
 
   static StepShape step_shape(const Sizes& size) {
-    return {
-        size.B,        Panels{size.H}.count(), size.H,  Panels::kVectors,
-        Panels::kRows, int(sizeof(A)),         kLanesA, Panels::kUnitVectors * 30.0 * Cell::kGates};
+    return {size.B,
+            Panels{size.H}.count(),
+            words<Op>(size.H),
+            Panels::kVectors,
+            Panels::kRows,
+            int(sizeof(A)),
+            kLanesA,
+            Panels::kUnitVectors * 30.0 * Cell::kGates};
   }
 
   void run() {
@@ -48,7 +56,7 @@ class Forward {
       const Span panels =
           plan_.split == Split::kUnits ? team.share(panels_.count()) : Span{0, panels_.count()};
       A* projected = projected_ + team.index() * block_rows_ * block_panels_ * Panels::kWidth;
-      A* x = kConvert ? x_ + team.index() * block_rows_ * I : nullptr;
+      Element* x = copy_x_ ? x_ + team.index() * block_rows_ * x_pitch_ : nullptr;
       for (int64_t s = 0; s < T; s += plan_.block_steps) {
         const Span steps{s, std::min(T, s + plan_.block_steps)};
         project(steps, rows, panels, x, projected, team.index());
@@ -72,9 +80,11 @@ class Forward {
     const auto [T, B, I, H] = args_.size;
     for (int64_t p = panels.begin; p < panels.end; ++p) {
       if (plan_.input == Packing::kOnce)
-        panels_.pack(static_cast<const S*>(args_.w_ih), I, p, w_ih_ + p * Panels::kWidth * I);
+        panels_.pack(static_cast<const S*>(args_.w_ih), I, p,
+                     w_ih_ + p * Panels::kWidth * words<Op>(I));
       if (w_hh_)
-        panels_.pack(static_cast<const S*>(args_.w_hh), H, p, w_hh_ + p * Panels::kWidth * H);
+        panels_.pack(static_cast<const S*>(args_.w_hh), H, p,
+                     w_hh_ + p * Panels::kWidth * words<Op>(H));
       panels_.pack_bias(static_cast<const S*>(args_.b_ih), p, b_ih_ + p * Panels::kWidth);
       panels_.pack_bias(static_cast<const S*>(args_.b_hh), p, b_hh_ + p * Panels::kWidth);
     }
@@ -84,13 +94,15 @@ class Forward {
     const int64_t H = args_.size.H;
     for (int64_t b = rows.begin; b < rows.end; ++b) {
       convert(h_[0] + b * pitch_, static_cast<const S*>(args_.h0) + b * H, H);
+      // what completes the last word of an odd number of elements
+      if (H % Op::kPerWord) h_[0][b * pitch_ + H] = h_[1][b * pitch_ + H] = Element{};
       if (Cell::kHasCell) convert(c_ + b * pitch_, static_cast<const S*>(args_.c0) + b * H, H);
     }
   }
 
   void store_state(Span rows) {
     const int64_t H = args_.size.H;
-    const A* h = h_[args_.size.T & 1];
+    const Element* h = h_[args_.size.T & 1];
     for (int64_t b = rows.begin; b < rows.end; ++b) {
       convert(static_cast<S*>(args_.h_n) + b * H, h + b * pitch_, H);
       if (Cell::kHasCell) convert(static_cast<S*>(args_.c_n) + b * H, c_ + b * pitch_, H);
@@ -100,11 +112,11 @@ class Forward {
   // W a + b for the rows of a tile and one panel of W, packed or (null) not; out[row * row_stride +
   // column]
   void product(const void* w, const A* packed, const A* bias, int64_t K, int64_t panel,
-               const A* const* a, int rows, A* out, int64_t row_stride) const {
+               const Element* const* a, int rows, A* out, int64_t row_stride) const {
     bias += panel * Panels::kWidth;
     if (packed) {
-      const auto multiply = kTiles<A, Panels::kVectors>[rows - 1];
-      multiply(K, a, packed, bias, out, row_stride);
+      const auto multiply = kTiles<Op, Panels::kVectors>[rows - 1];
+      multiply(words<Op>(K), a, packed, bias, out, row_stride);
       return;
     }
     for (int i = 0; i < rows; ++i)
@@ -112,32 +124,30 @@ class Forward {
   }
 
   // projected[row of the block][panel] = W_ih x + b_ih, row of the block = (step, b)
-  void project(Span steps, Span rows, Span panels, A* x, A* projected, int thread) const {
+  void project(Span steps, Span rows, Span panels, Element* x, A* projected, int thread) const {
     const int64_t I = args_.size.I;
     const S* w = static_cast<const S*>(args_.w_ih);
     const int64_t block = steps.size() * rows.size();
     const auto source = [&](int64_t r) {
       return x_row(steps.begin + r / rows.size(), rows.begin + r % rows.size());
     };
-    if constexpr (kConvert) {
-      for (int64_t r = 0; r < block; ++r) convert(x + r * I, source(r), I);
+    for (int64_t r = 0; copy_x_ && r < block; ++r) {
+      convert(x + r * x_pitch_, source(r), I);
+      for (int64_t i = I; i < x_pitch_; ++i) x[r * x_pitch_ + i] = Element{};
     }
     const int64_t row_stride = panels.size() * Panels::kWidth;
     for (int64_t p = panels.begin; p < panels.end; ++p) {
       A* packed = nullptr;
-      if (plan_.input == Packing::kOnce) packed = w_ih_ + p * Panels::kWidth * I;
+      if (plan_.input == Packing::kOnce) packed = w_ih_ + p * Panels::kWidth * words<Op>(I);
       if (plan_.input == Packing::kPanelwise) {
-        packed = w_ih_ + thread * Panels::kWidth * I;
+        packed = w_ih_ + thread * Panels::kWidth * words<Op>(I);
         panels_.pack(w, I, p, packed);
       }
       for_row_tiles(block, Panels::kRows, [&](int64_t r, int n) {
-        const A* a[kMaxTileRows];
+        const Element* a[kMaxTileRows];
         for (int i = 0; i < n; ++i) {
-          if constexpr (kConvert) {
-            a[i] = x + (r + i) * I;
-          } else {
-            a[i] = source(r + i);
-          }
+          if constexpr (std::is_same_v<S, Element>) a[i] = source(r + i);
+          if (copy_x_) a[i] = x + (r + i) * x_pitch_;
         }
         product(w, packed, b_ih_, I, p, a, n,
                 projected + r * row_stride + (p - panels.begin) * Panels::kWidth, row_stride);
@@ -147,12 +157,12 @@ class Forward {
 
   // One step of the recurrence: the product with W_hh and, on each tile, the gate maths.
   void advance(int64_t step, Span rows, Span panels, const A* projected) {
-    const A* h = h_[step & 1];
+    const Element* h = h_[step & 1];
     alignas(64) A from_h[kMaxTileRows * Panels::kWidth];
     for (int64_t p = panels.begin; p < panels.end; ++p) {
-      const A* packed = w_hh_ ? w_hh_ + p * Panels::kWidth * args_.size.H : nullptr;
+      const A* packed = w_hh_ ? w_hh_ + p * Panels::kWidth * words<Op>(args_.size.H) : nullptr;
       for_row_tiles(rows.size(), Panels::kRows, [&](int64_t r, int n) {
-        const A* a[kMaxTileRows];
+        const Element* a[kMaxTileRows];
         for (int i = 0; i < n; ++i) a[i] = h + (rows.begin + r + i) * pitch_;
         product(args_.w_hh, packed, b_hh_, args_.size.H, p, a, n, from_h, Panels::kWidth);
         for (int i = 0; i < n; ++i) {
@@ -182,8 +192,8 @@ class Forward {
       Cell::template forward<Math>(px, ph, h_prev, c, h, saved);
       S* y = static_cast<S*>(args_.y) + row * H + unit;
       store(y, h, left);
-      if constexpr (kConvert) h = load(y, left);  // the next step sees h as it was stored
-      store(h_[(step + 1) & 1] + b * pitch_ + unit, h);
+      if constexpr (!std::is_same_v<S, A>) h = load(y, left);  // the next step sees it as stored
+      store(h_[(step + 1) & 1] + b * pitch_ + unit, h, Op::kPerWord == 1 ? kLanesA : left);
       if (Cell::kHasCell) store(c_ + b * pitch_ + unit, c);
       if (args_.save) {
         for (int k = 0; k < kSaved; ++k)
@@ -199,12 +209,14 @@ class Forward {
   // Of a row of state: whole vectors, and one more, as rows at multiples of 4 KiB would compete for
   // the same lines of L1.
   const int64_t pitch_;
-  A* w_ih_ = nullptr;            // packed [panel, or thread][I][kWidth], null: read as it lies
-  A* w_hh_ = nullptr;            // packed [panel][H][kWidth], null: read as it lies
-  A *b_ih_, *b_hh_;              // [panel][kWidth]
-  A* h_[2];                      // state before even and odd steps [B][pitch]
-  A* c_ = nullptr;               // [B][pitch]
-  A* projected_;                 // per thread [block_rows][block_panels][kWidth]
-  A* x_ = nullptr;               // per thread [block_rows][I], where x needs conversion
+  const int64_t x_pitch_;        // I, rounded up to whole words
+  const bool copy_x_;            // x cannot be multiplied as it lies
+  A* w_ih_ = nullptr;  // packed [panel, or thread][words of I][kWidth], null: as it lies
+  A* w_hh_ = nullptr;  // packed [panel][words of H][kWidth], null: as it lies
+  A *b_ih_, *b_hh_;  // [panel][kWidth]
+  Element* h_[2];  // state before even and odd steps [B][pitch]
+  A* c_ = nullptr;  // [B][pitch]
+  A* projected_;  // per thread [block_rows][block_panels][kWidth]
+  Element* x_ = nullptr;  // per thread [block_rows][x_pitch], a copy of x where needed
   int64_t block_rows_, block_panels_;
 };

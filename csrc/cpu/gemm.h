@@ -2,9 +2,71 @@
 //
 // A product is cut into tiles of up to kTileRows<NR> rows by NR vectors of columns, accumulated in
 // registers. The left side is given as row pointers (so rows may come from anywhere), contiguous
-// along the summed index k. The right side is packed into panels: panel[k][NR * lanes]. Every
-// element is summed over k in the same order whatever the tile, so results do not depend on how
-// rows and columns are dealt to threads.
+// along the summed index k. The right side is packed into panels: panel[word of k][NR * lanes].
+// Every element is summed over k in the same order whatever the tile, so results do not depend on
+// how rows and columns are dealt to threads.
+
+// How products read their operands. The sum over k goes word by word; a word has the size of the
+// compute type and is one element of that type.
+template <class S>
+struct Operand {
+  using A = Compute<S>;
+  using Element = A;  // of left sides
+  using Word = A;
+  static constexpr int kPerWord = 1;
+
+  RNNFAST_HD static Vec<A> multiply_add(Vec<A> sum, Word left, Vec<A> right) {
+    return sum + left * right;
+  }
+  // up to a vector of words along k, zeros beyond `elements`
+  template <class T>
+  RNNFAST_HD static Vec<A> load_words(const T* from, int64_t elements) {
+    return load(from, elements);
+  }
+  // one word of k for a vector of columns, from kPerWord rows along k; null for zeros
+  template <class T>
+  RNNFAST_HD static Vec<A> load_columns(const T* const* rows, int64_t columns) {
+    return rows[0] ? load(rows[0], columns) : Vec<A>{};
+  }
+};
+
+#if defined(RNNFAST_BF16_DOT)
+// Here a word is a pair of bfloat16, whose products one instruction adds to a float.
+template <>
+struct Operand<bf16> {
+  using A = float;
+  using Element = bf16;
+  using Word = int32_t;
+  static constexpr int kPerWord = 2;
+
+  RNNFAST_HD static Vec<A> multiply_add(Vec<A> sum, Word left, Vec<A> right) {
+    return Vec<A>(
+        _mm512_dpbf16_ps(__m512(sum), __m512bh(_mm512_set1_epi32(left)), __m512bh(right)));
+  }
+  RNNFAST_HD static Vec<A> load_words(const bf16* from, int64_t elements) {
+    constexpr int64_t whole = kPerWord * kLanes<A>;
+    Vec<A> words{};
+    __builtin_memcpy(&words, from, size_t(elements < whole ? elements : whole) * sizeof(bf16));
+    return words;
+  }
+  RNNFAST_HD static Vec<A> load_columns(const bf16* const* rows, int64_t columns) {
+    const VecU32 low = rows[0] ? load_bits(rows[0], columns) : VecU32{};
+    const VecU32 high = rows[1] ? load_bits(rows[1], columns) : VecU32{};
+    return bit_cast<Vec<A>>(low | high << 16);
+  }
+};
+#endif
+
+template <class Op>
+constexpr int64_t words(int64_t elements) {
+  return ceil_div(elements, Op::kPerWord);
+}
+template <class Op>
+RNNFAST_HD typename Op::Word load_word(const typename Op::Element* from) {
+  typename Op::Word word;
+  __builtin_memcpy(&word, from, sizeof(word));
+  return word;
+}
 
 // Accumulators, one right-hand vector and one broadcast must fit the register file.
 template <int NR>
@@ -13,16 +75,19 @@ inline constexpr int kTileRows = NR == 4   ? (RNNFAST_REGISTERS == 32 ? 6 : 3)
                                            : (RNNFAST_REGISTERS == 32 ? 8 : 6);
 inline constexpr int kMaxTileRows = 8;
 
-// One chain of more sums than this would lose more bits than torch's products do; a longer product
-// is summed in parts: of kChain terms in products with weights, of kLongChain in those over many rows.
+// One chain of more words than this would lose more bits than torch's products do; a longer product
+// is summed in parts: of kChain terms in products with weights, of kLongChain in those over many
+// rows.
 inline constexpr int64_t kChain = 256, kLongChain = 64;
 
 // out[i * row_stride + j * lanes + lane] (=, or += if kAdd) bias[j][lane] + sum_k a[i][k]
-// panel[k][j][lane]
-template <class A, int NR, int MR, bool kAdd, int64_t kPart>
-void tile(int64_t K, const A* const* a, const A* panel, const A* bias, A* out, int64_t row_stride) {
+// panel[k][j][lane], k counting words
+template <class Op, int NR, int MR, bool kAdd, int64_t kPart>
+void tile(int64_t K, const typename Op::Element* const* a, const typename Op::A* panel,
+          const typename Op::A* bias, typename Op::A* out, int64_t row_stride) {
+  using A = typename Op::A;
   constexpr int lanes = kLanes<A>;
-  const A* row[MR];
+  const typename Op::Element* row[MR];
 #pragma GCC unroll 8
   for (int i = 0; i < MR; ++i) row[i] = a[i];
   for (int64_t begin = 0; begin == 0 || begin < K; begin += kPart) {
@@ -34,9 +99,9 @@ void tile(int64_t K, const A* const* a, const A* panel, const A* bias, A* out, i
       for (int j = 0; j < NR; ++j) b[j] = load(panel + j * lanes);
 #pragma GCC unroll 8
       for (int i = 0; i < MR; ++i) {
-        const A value = row[i][k];
+        const auto value = load_word<Op>(row[i] + k * Op::kPerWord);
 #pragma GCC unroll 4
-        for (int j = 0; j < NR; ++j) sum[i][j] += value * b[j];
+        for (int j = 0; j < NR; ++j) sum[i][j] = Op::multiply_add(sum[i][j], value, b[j]);
       }
     }
     const bool add = kAdd || begin > 0, add_bias = bias && begin == 0;
@@ -54,24 +119,26 @@ void tile(int64_t K, const A* const* a, const A* panel, const A* bias, A* out, i
   }
 }
 
-template <class A>
-using TileFunction = void (*)(int64_t, const A* const*, const A*, const A*, A*, int64_t);
+template <class Op>
+using TileFunction = void (*)(int64_t, const typename Op::Element* const*, const typename Op::A*,
+                              const typename Op::A*, typename Op::A*, int64_t);
 
-template <class A, int NR, bool kAdd, int64_t kPart, int... MR>
-constexpr std::array<TileFunction<A>, sizeof...(MR)> tile_table(std::integer_sequence<int, MR...>) {
-  return {tile<A, NR, MR + 1, kAdd, kPart>...};
+template <class Op, int NR, bool kAdd, int64_t kPart, int... MR>
+constexpr std::array<TileFunction<Op>, sizeof...(MR)> tile_table(
+    std::integer_sequence<int, MR...>) {
+  return {tile<Op, NR, MR + 1, kAdd, kPart>...};
 }
-template <class A, int NR, bool kAdd = false, int64_t kPart = kChain>
+template <class Op, int NR, bool kAdd = false, int64_t kPart = kChain>
 inline constexpr auto kTiles =
-    tile_table<A, NR, kAdd, kPart>(std::make_integer_sequence<int, kTileRows<NR>>());
+    tile_table<Op, NR, kAdd, kPart>(std::make_integer_sequence<int, kTileRows<NR>>());
 
-template <class A, bool kAdd, int64_t kPart = kChain>
-RNNFAST_HD void any_tile(int vectors, int rows, int64_t K, const A* const* a, const A* panel,
-                         A* out, int64_t row_stride) {
-  const auto* table = vectors == 4   ? kTiles<A, 4, kAdd, kPart>.data()
-                      : vectors == 3 ? kTiles<A, 3, kAdd, kPart>.data()
-                      : vectors == 2 ? kTiles<A, 2, kAdd, kPart>.data()
-                                     : kTiles<A, 1, kAdd, kPart>.data();
+template <class Op, bool kAdd, int64_t kPart = kChain>
+RNNFAST_HD void any_tile(int vectors, int rows, int64_t K, const typename Op::Element* const* a,
+                         const typename Op::A* panel, typename Op::A* out, int64_t row_stride) {
+  const auto* table = vectors == 4   ? kTiles<Op, 4, kAdd, kPart>.data()
+                      : vectors == 3 ? kTiles<Op, 3, kAdd, kPart>.data()
+                      : vectors == 2 ? kTiles<Op, 2, kAdd, kPart>.data()
+                                     : kTiles<Op, 1, kAdd, kPart>.data();
   table[rows - 1](K, a, panel, nullptr, out, row_stride);
 }
 
@@ -87,18 +154,21 @@ RNNFAST_HD void for_row_tiles(int64_t rows, int tile_rows, F&& f) {
 
 // ---- packing ----
 
-// panel[k * pitch + lane] = source(lane)[k] for k < K; a null source row gives zeros.
-template <class S, class A, class Source>
-RNNFAST_HD void pack_transposed(Source&& source, int64_t K, A* panel, int64_t pitch) {
+// panel[word * pitch + lane] = the words of source(lane), K elements long; a null source row gives
+// zeros
+template <class Op, class S, class Source>
+RNNFAST_HD void pack_transposed(Source&& source, int64_t K, typename Op::A* panel, int64_t pitch) {
+  using A = typename Op::A;
   constexpr int lanes = kLanes<A>;
   const S* from[lanes];
   for (int i = 0; i < lanes; ++i) from[i] = source(i);
-  for (int64_t k = 0; k < K; k += lanes) {
-    const int64_t n = K - k < lanes ? K - k : lanes;
+  for (int64_t k = 0; k < words<Op>(K); k += lanes) {
+    const int64_t n = words<Op>(K) - k, at = k * Op::kPerWord;
     Vec<A> block[lanes];
-    for (int i = 0; i < lanes; ++i) block[i] = from[i] ? load(from[i] + k, n) : Vec<A>{};
+    for (int i = 0; i < lanes; ++i)
+      block[i] = from[i] ? Op::load_words(from[i] + at, K - at) : Vec<A>{};
     transpose<A>(block);
-    if (n == lanes) {
+    if (n >= lanes) {
 #pragma GCC unroll 16
       for (int i = 0; i < lanes; ++i) store(panel + (k + i) * pitch, block[i]);
     } else {
@@ -107,16 +177,18 @@ RNNFAST_HD void pack_transposed(Source&& source, int64_t K, A* panel, int64_t pi
   }
 }
 
-// panel[k][vectors * lanes] = source(k)[column ...], columns at and beyond `columns` as zeros.
-template <class S, class A, class Source>
+// panel[word][vectors * lanes] = source(k)[column ...] for the k of a word, k < K; columns at and
+// beyond `columns` as zeros
+template <class Op, class S, class Source>
 RNNFAST_HD void pack_rows(Source&& source, int64_t K, int64_t column, int64_t columns, int vectors,
-                          A* panel) {
-  constexpr int lanes = kLanes<A>;
-  for (int64_t k = 0; k < K; ++k) {
-    const S* from = source(k) + column;
+                          typename Op::A* panel) {
+  constexpr int lanes = kLanes<typename Op::A>;
+  for (int64_t k = 0; k < K; k += Op::kPerWord) {
+    const S* from[Op::kPerWord];
+    for (int i = 0; i < Op::kPerWord; ++i) from[i] = k + i < K ? source(k + i) + column : nullptr;
     for (int j = 0; j < vectors; ++j, panel += lanes) {
-      const int64_t n = columns - column - j * lanes;
-      store(panel, load(from + j * lanes, n));
+      store(panel, Op::load_columns(from, columns - column - j * lanes));
+      for (const S*& row : from) row = row ? row + lanes : nullptr;
     }
   }
 }
@@ -125,8 +197,10 @@ RNNFAST_HD void pack_rows(Source&& source, int64_t K, int64_t column, int64_t co
 
 // A weight matrix (G * H, K) seen as panels of whole units: one panel holds all G gates of
 // `units()` consecutive hidden units, as G * kUnitVectors vectors in the order [gate][unit vector].
-template <class A, int G>
+template <class Op, int G>
 struct GatePanels {
+  using A = typename Op::A;
+  using Element = typename Op::Element;
   static constexpr int kLanesA = kLanes<A>;
   static constexpr int kUnitVectors = G == 1 ? 4 : 1;
   static constexpr int kVectors = G * kUnitVectors;
@@ -148,7 +222,7 @@ struct GatePanels {
   template <class S>
   void pack(const S* w, int64_t K, int64_t panel, A* to) const {
     for (int j = 0; j < kVectors; ++j)
-      pack_transposed<S>(
+      pack_transposed<Op, S>(
           [&](int lane) {
             const int64_t row = weight_row(panel, j, lane);
             return row < 0 ? nullptr : w + row * K;
@@ -168,7 +242,7 @@ struct GatePanels {
   // One row against a panel of unpacked weights: rows of w as dot products. For few rows, where
   // packing would cost more than it saves. Same arguments as a tile of one row.
   template <class S>
-  void dot(const S* w, int64_t K, int64_t panel, const A* a, const A* bias, A* out) const {
+  void dot(const S* w, int64_t K, int64_t panel, const Element* a, const A* bias, A* out) const {
     for (int j = 0; j < kVectors; ++j) {
       Vec<A> sum[kLanesA] = {};
       const int64_t first = weight_row(panel, j, 0);
@@ -180,7 +254,7 @@ struct GatePanels {
 
  private:
   template <class S>
-  RNNFAST_HD static void dot_rows(const S* w, int64_t K, int rows, const A* a,
+  RNNFAST_HD static void dot_rows(const S* w, int64_t K, int rows, const Element* a,
                                   Vec<A> (&sum)[kLanesA]) {
     int64_t k = 0;
     if (rows == kLanesA) {
@@ -199,8 +273,9 @@ struct GatePanels {
 
 // ---- a general right-hand side (K, N), packed in panels of up to four vectors of columns ----
 
-template <class A>
+template <class Op>
 struct ColumnPanels {
+  using A = typename Op::A;
   static constexpr int kVectors = 4;
   static constexpr int kWidth = kVectors * kLanes<A>;
   static constexpr int kRows = kTileRows<kVectors>;
@@ -213,11 +288,13 @@ struct ColumnPanels {
     const int64_t left = ceil_div(N - panel * kWidth, kLanes<A>);
     return left < kVectors ? int(left) : kVectors;
   }
-  int64_t size(int64_t K) const { return count() * kWidth * K; }
-  A* at(A* packed, int64_t K, int64_t panel) const { return packed + panel * kWidth * K; }
+  int64_t size(int64_t K) const { return count() * kWidth * words<Op>(K); }
+  A* at(A* packed, int64_t K, int64_t panel) const {
+    return packed + panel * kWidth * words<Op>(K);
+  }
 
   template <class S, class Source>
   void pack(Source&& source, int64_t K, int64_t panel, A* to) const {
-    pack_rows<S>(source, K, panel * kWidth, N, vectors(panel), to);
+    pack_rows<Op, S>(source, K, panel * kWidth, N, vectors(panel), to);
   }
 };

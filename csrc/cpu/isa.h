@@ -3,6 +3,8 @@
 //   RNNFAST_ISA           namespace of this instruction set
 //   RNNFAST_VECTOR_BYTES  width of a vector register
 //   RNNFAST_REGISTERS     how many there are
+//   RNNFAST_BF16_DOT      only where it adds dot products of bfloat16 pairs, and nothing else, to
+//                         the instruction set of this namespace
 // and includes this file, after isa_prologue.h and the target pragma. Everything that may be
 // compiled for a newer machine than the one that runs it lives in the namespace, so the linker
 // cannot mix them; the cells' functions are always inlined and leave no symbol.
@@ -53,6 +55,19 @@ constexpr Kernels make_kernels() {
 }
 
 // in the order of CellKind and Dtype
+#if defined(RNNFAST_BF16_DOT)
+const KernelTable& kernel_table() {
+  static const KernelTable table = [] {
+    KernelTable changed = RNNFAST_BF16_DOT::kernel_table();
+#define RNNFAST_REPLACE(Cell) \
+  changed.kernels[int(CellKind::k##Cell)][int(Dtype::kBFloat16)] = make_kernels<Cell, bf16>();
+    RNNFAST_FOR_EACH_CELL(RNNFAST_REPLACE)
+#undef RNNFAST_REPLACE
+    return changed;
+  }();
+  return table;
+}
+#else
 const KernelTable& kernel_table() {
 #define RNNFAST_ROW(Cell)                                                                 \
   {make_kernels<Cell, double>(), make_kernels<Cell, float>(), make_kernels<Cell, bf16>(), \
@@ -61,5 +76,6 @@ const KernelTable& kernel_table() {
 #undef RNNFAST_ROW
   return table;
 }
+#endif
 
 }  // namespace rnnfast::cpu::RNNFAST_ISA

@@ -45,13 +45,27 @@ RNNFAST_HD void store(double* p, Vec<double> v) {
 RNNFAST_HD VecU32 load_bits(const void* p) {
   return __builtin_convertvector(HalfBits(*static_cast<const HalfBitsUnaligned*>(p)), VecU32);
 }
+RNNFAST_HD VecU32 load_bits(const void* p, int64_t n) {
+  constexpr int lanes = kLanes<float>;
+  if (n >= lanes) return load_bits(p);
+  HalfBits part{};
+  __builtin_memcpy(&part, p, size_t(n < 0 ? 0 : n) * sizeof(uint16_t));
+  return __builtin_convertvector(part, VecU32);
+}
 RNNFAST_HD void store_bits(void* p, VecU32 bits) {
   *static_cast<HalfBitsUnaligned*>(p) = __builtin_convertvector(bits, HalfBits);
 }
 
 RNNFAST_HD Vec<float> load(const bf16* p) { return decode_bf16<Vec<float>>(load_bits(p)); }
 RNNFAST_HD Vec<float> load(const f16* p) { return decode_f16<Vec<float>>(load_bits(p)); }
+#if defined(RNNFAST_BF16_DOT)
+RNNFAST_HD void store(bf16* p, Vec<float> v) {
+  const __m256bh bits = _mm512_cvtneps_pbh(__m512(v));
+  __builtin_memcpy(p, &bits, sizeof(bits));
+}
+#else
 RNNFAST_HD void store(bf16* p, Vec<float> v) { store_bits(p, encode_bf16<VecU32>(v)); }
+#endif
 RNNFAST_HD void store(f16* p, Vec<float> v) { store_bits(p, encode_f16<VecU32>(v)); }
 
 // The first n lanes only; lanes beyond are zero, and memory beyond is not touched.
