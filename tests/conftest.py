@@ -38,6 +38,14 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Whatever torch allocates without a value is NaN, workspaces and results included."""
+    torch.use_deterministic_algorithms(True)  # with fill_uninitialized_memory, its default
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
 def threads() -> Iterator[None]:
     """Restores the number of threads."""
     before = torch.get_num_threads()

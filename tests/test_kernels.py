@@ -70,7 +70,9 @@ def test_reference_is_torch_nn(case: Case) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_values_and_gradients(case: Case, dtype: torch.dtype, device: str) -> None:
+def test_values_and_gradients(
+    case: Case, dtype: torch.dtype, device: str, poisoned_memory: None
+) -> None:
     exact_inputs, exact_grads, expected = sample_with_oracle(case, dtype)
     inputs, grads = cast(exact_inputs, dtype, device), cast(exact_grads, dtype, device)
     forward = run_forward(case, inputs, save=True)
