@@ -139,6 +139,16 @@ RNNFAST_HD Vec<A> lane_sums(Vec<A> (&v)[kLanes<A>]) {
 // ---- activation functions, a few ulp over the whole range ----
 
 template <class A>
+constexpr A inverse_factorial(int k) {
+  return k <= 1 ? A(1) : A(1) / A(k) * inverse_factorial<A>(k - 1);
+}
+template <class A, int... K>
+constexpr std::array<A, sizeof...(K)> taylor_series(std::integer_sequence<int, K...>) {
+  return {inverse_factorial<A>(K + 1)...};
+}
+
+// kSeries: coefficients of expm1(r) / r
+template <class A>
 struct ExpConstants;
 template <>
 struct ExpConstants<float> {
@@ -147,7 +157,14 @@ struct ExpConstants<float> {
   static constexpr float kRound =
       0x1.8p23f;  // adding it leaves the nearest integer in the mantissa
   static constexpr float kLimit = 88.0f;      // exp(-limit) comes out as 0
-  static constexpr int kMantissa = 23, kBias = 127, kTerms = 7;
+  static constexpr int kMantissa = 23, kBias = 127;
+  // least largest relative error over |r| <= ln(2) / 2: 1.6e-8
+  static constexpr float kSeries[] = {1,
+                                      0.5f,
+                                      0x1.5554bp-3f,
+                                      0x1.555486p-5f,
+                                      0x1.122838p-7f,
+                                      0x1.6d995cp-10f};
 };
 template <>
 struct ExpConstants<double> {
@@ -155,13 +172,9 @@ struct ExpConstants<double> {
   static constexpr double kLn2High = 0x1.62e42fefa38p-1, kLn2Low = 0x1.ef35793c7673p-45;
   static constexpr double kRound = 0x1.8p52;
   static constexpr double kLimit = 709.0;
-  static constexpr int kMantissa = 52, kBias = 1023, kTerms = 13;
+  static constexpr int kMantissa = 52, kBias = 1023;
+  static constexpr auto kSeries = taylor_series<double>(std::make_integer_sequence<int, 13>());
 };
-
-template <class A>
-constexpr A inverse_factorial(int k) {
-  return k <= 1 ? A(1) : A(1) / A(k) * inverse_factorial<A>(k - 1);
-}
 
 // For x <= 0: exp(x) = scale + scale * rest with scale a power of two, 0 at the limit, and
 // rest = expm1(x - log(scale)).
@@ -174,14 +187,16 @@ template <class A>
 RNNFAST_HD ExpParts<A> exp_parts(Vec<A> x) {
   using C = ExpConstants<A>;
   using Integer = typename VectorOf<A>::integer;
-  x = x < -C::kLimit ? Vec<A>{} - C::kLimit : x;
+  const Vec<A> limit = Vec<A>{} - C::kLimit;
+  x = limit > x ? limit : x;
   const Vec<A> shifted = x * C::kLog2E + C::kRound;
   const Vec<A> n = shifted - C::kRound;
   const Vec<A> r = (x - n * C::kLn2High) - n * C::kLn2Low;  // |r| <= ln(2) / 2
   const Integer exponent = bit_cast<Integer>(shifted) + C::kBias;
-  Vec<A> p = Vec<A>{} + inverse_factorial<A>(C::kTerms);  // Taylor series of expm1(r) / r
+  constexpr int terms = int(std::size(C::kSeries));
+  Vec<A> p = Vec<A>{} + C::kSeries[terms - 1];
 #pragma GCC unroll 16
-  for (int k = C::kTerms - 1; k > 0; --k) p = p * r + inverse_factorial<A>(k);
+  for (int k = terms - 2; k >= 0; --k) p = p * r + C::kSeries[k];
   return {bit_cast<Vec<A>>(exponent << C::kMantissa), p * r};
 }
 
