@@ -437,3 +437,51 @@ class TestPrecedence:
         with pytest.raises(KeyError), rnnfast.use_backend("reference"):
             raise KeyError
         assert self.run() == "fused"
+
+
+# (T, B, I, H): layers or directions of the first two overlap on several threads, not of the third
+OVERLAP_SHAPES = {"one row": (40, 1, 64, 64), "rows": (33, 3, 7, 48), "large": (6, 1, 256, 256)}
+
+
+@pytest.mark.parametrize("shape", OVERLAP_SHAPES.values(), ids=OVERLAP_SHAPES.keys())
+@pytest.mark.parametrize("options", [{"num_layers": 5}, {"num_layers": 2, "bidirectional": True}])
+@pytest.mark.parametrize("mode", LAYERS)
+def test_overlapping_layers_give_the_same_bits(
+    mode: str,
+    options: dict[str, int],
+    shape: tuple[int, int, int, int],
+    device: str,
+    threads: None,
+) -> None:
+    """On one thread they run one after the other."""
+    T, B, I, H = shape
+    torch.manual_seed(0)
+    name, kind = LAYERS[mode]
+    module = getattr(rnnfast, name)(I, H, **kind, **options, backend="fused")
+    x = torch.randn(T, B, I, requires_grad=True)
+
+    def run() -> list[torch.Tensor]:
+        with torch.no_grad():
+            plain = module(x)[0]
+        y = module(x)[0]
+        return [plain, y, *torch.autograd.grad(y.square().sum(), [x, *module.parameters()])]
+
+    torch.set_num_threads(1)
+    expected = run()
+    for count in (2, 3, 4, 9):
+        torch.set_num_threads(count)
+        for actual, value in zip(run(), expected, strict=True):
+            assert torch.equal(actual, value)
+
+
+@pytest.mark.skipif(not EXPECT_FUSED, reason="a build without the extension has no plans")
+@pytest.mark.parametrize("backward", [False, True])
+def test_where_layers_overlap(backward: bool) -> None:
+    def at_once(shape: str, stacked: bool, threads: int) -> int:
+        sizes = OVERLAP_SHAPES[shape]
+        return EXTENSION.layers_at_once("lstm", *sizes, 4, stacked, threads, backward)
+
+    for stacked in (False, True):
+        assert [at_once("one row", stacked, n) for n in (1, 2, 4)] == [1, 2, 4]
+        assert at_once("large", stacked, 2) == 1
+    assert at_once("rows", False, 2) == 2

@@ -49,31 +49,27 @@ class Backward {
             Columns::kVectors * 30.0 * Cell::kGates};
   }
 
-  void run() {
-    parallel(plan_.threads, [&](const Team& team) {
-      const auto [T, B, I, H] = args_.size;
-      pack(team);
-      load_state(team.share(B));
-      team.barrier();
-      const bool idle = plan_.split == Split::kNone && team.index() > 0;
-      const Span rows = idle                          ? Span{0, 0}
-                        : plan_.split == Split::kRows ? team.share(B)
-                                                      : Span{0, B};
-      const Span panels =
-          plan_.split == Split::kUnits ? team.share(hidden_.count()) : Span{0, hidden_.count()};
-      for (int64_t n = 0; n < T; n += plan_.block_steps) {
-        const Span block{n, std::min(T, n + plan_.block_steps)};
-        for (int64_t step = block.begin; step < block.end; ++step) {
-          step_back(step, rows, panels);
-          if (plan_.split == Split::kUnits && step + 1 < block.end) team.barrier();
-        }
-        team.barrier();
-        // The other half of d_gates_ takes the next block, so nobody waits for these.
-        grad_input(block, team);
-        grad_parameters(block, team);
+  void run(const Team& team) {
+    const auto [T, B, I, H] = args_.size;
+    pack(team);
+    load_state(team.share(B));
+    team.barrier();
+    const bool idle = plan_.split == Split::kNone && team.index() > 0;
+    const Span rows = idle ? Span{0, 0} : plan_.split == Split::kRows ? team.share(B) : Span{0, B};
+    const Span panels =
+        plan_.split == Split::kUnits ? team.share(hidden_.count()) : Span{0, hidden_.count()};
+    for (int64_t n = 0; n < T; n += plan_.block_steps) {
+      const Span block{n, std::min(T, n + plan_.block_steps)};
+      for (int64_t step = block.begin; step < block.end; ++step) {
+        step_back(step, rows, panels);
+        if (plan_.split == Split::kUnits && step + 1 < block.end) team.barrier();
       }
-      if (args_.grad_h0 || args_.grad_c0) store_state(rows, panels);
-    });
+      team.barrier();
+      // The other half of d_gates_ takes the next block, so nobody waits for these.
+      grad_input(block, team);
+      grad_parameters(block, team);
+    }
+    if (args_.grad_h0 || args_.grad_c0) store_state(rows, panels);
   }
 
  private:

@@ -46,28 +46,30 @@ class Forward {
             Panels::kUnitVectors * 30.0 * Cell::kGates};
   }
 
-  void run() {
-    parallel(plan_.threads, [&](const Team& team) {
-      const auto [T, B, I, H] = args_.size;
-      pack(team.share(panels_.count()));
-      load_state(team.share(B));
-      team.barrier();
-      const Span rows = plan_.split == Split::kRows ? team.share(B) : Span{0, B};
-      const Span panels =
-          plan_.split == Split::kUnits ? team.share(panels_.count()) : Span{0, panels_.count()};
-      A* projected = projected_ + team.index() * block_rows_ * block_panels_ * Panels::kWidth;
-      Element* x = copy_x_ ? x_ + team.index() * block_rows_ * x_pitch_ : nullptr;
-      for (int64_t s = 0; s < T; s += plan_.block_steps) {
-        const Span steps{s, std::min(T, s + plan_.block_steps)};
-        project(steps, rows, panels, x, projected, team.index());
-        for (int64_t step = steps.begin; step < steps.end; ++step) {
-          const int64_t done = (step - steps.begin) * rows.size();
-          advance(step, rows, panels, projected + done * panels.size() * Panels::kWidth);
-          if (plan_.split == Split::kUnits) team.barrier();
-        }
+  // Waits for the steps of `upstream`, if any, before it reads them; `done` tells of its own.
+  void run(const Team& team, const Progress* upstream, Progress& done) {
+    const auto [T, B, I, H] = args_.size;
+    pack(team.share(panels_.count()));
+    load_state(team.share(B));
+    team.barrier();
+    const Span rows = plan_.split == Split::kRows ? team.share(B) : Span{0, B};
+    const Span panels =
+        plan_.split == Split::kUnits ? team.share(panels_.count()) : Span{0, panels_.count()};
+    A* projected = projected_ + team.index() * block_rows_ * block_panels_ * Panels::kWidth;
+    Element* x = copy_x_ ? x_ + team.index() * block_rows_ * x_pitch_ : nullptr;
+    for (int64_t s = 0; s < T; s += plan_.block_steps) {
+      const Span steps{s, std::min(T, s + plan_.block_steps)};
+      if (upstream) upstream->wait_for(steps.end);
+      project(steps, rows, panels, x, projected, team.index());
+      for (int64_t step = steps.begin; step < steps.end; ++step) {
+        const int64_t done_rows = (step - steps.begin) * rows.size();
+        advance(step, rows, panels, projected + done_rows * panels.size() * Panels::kWidth);
+        if (plan_.split == Split::kUnits) team.barrier();
       }
-      store_state(plan_.split == Split::kRows ? rows : team.share(B));
-    });
+      if (plan_.split == Split::kRows) team.barrier();
+      if (team.index() == 0) done.reach(steps.end);
+    }
+    store_state(plan_.split == Split::kRows ? rows : team.share(B));
   }
 
  private:

@@ -23,8 +23,8 @@ namespace rnnfast::cpu::RNNFAST_ISA {
 template <class Cell, class S>
 constexpr Kernels make_kernels() {
   return {
-      [](const Sizes& size, const Machine& machine) {
-        return plan_forward(size, Forward<Cell, S>::step_shape(size), machine);
+      [](const Sizes& size, const Machine& machine, int64_t most_steps) {
+        return plan_forward(size, Forward<Cell, S>::step_shape(size), machine, most_steps);
       },
       [](const Sizes& size, const Machine& machine) {
         return plan_backward(size, Backward<Cell, S>::step_shape(size), machine);
@@ -36,9 +36,11 @@ constexpr Kernels make_kernels() {
         Forward<Cell, S>(args, plan, arena);
         return arena.used();
       },
-      [](const ForwardArgs& args, const Plan& plan, void* workspace) {
-        Arena arena(workspace);
-        Forward<Cell, S>(args, plan, arena).run();
+      [](std::span<ForwardJob> jobs) {
+        parallel(jobs, [](ForwardJob& job, const Team& team) {
+          Arena arena(job.workspace);
+          Forward<Cell, S>(job.args, job.plan, arena).run(team, job.upstream, job.progress);
+        });
       },
       [](const Sizes& size, const Plan& plan) {
         Arena arena(nullptr);
@@ -47,9 +49,11 @@ constexpr Kernels make_kernels() {
         Backward<Cell, S>(args, plan, arena);
         return arena.used();
       },
-      [](const BackwardArgs& args, const Plan& plan, void* workspace) {
-        Arena arena(workspace);
-        Backward<Cell, S>(args, plan, arena).run();
+      [](std::span<BackwardJob> jobs) {
+        parallel(jobs, [](BackwardJob& job, const Team& team) {
+          Arena arena(job.workspace);
+          Backward<Cell, S>(job.args, job.plan, arena).run(team);
+        });
       },
   };
 }

@@ -1,23 +1,39 @@
 // The CPU kernels of every cell and dtype, and the choice of instruction set among them.
 #pragma once
 
+#include <span>
 #include <string>
 #include <vector>
 
 #include "arguments.h"
+#include "cpu/parallel.h"
 #include "cpu/plan.h"
 
 namespace rnnfast::cpu {
 
-// The kernels of one cell and one dtype. The workspace is the caller's: workspace(size, plan)
-// bytes, aligned to Arena::kAlignment, contents undefined before and after.
+// One layer in one direction, to be run on plan.threads threads.
+template <class Args>
+struct Job {
+  Args args;
+  Plan plan;
+  void* workspace = nullptr;  // workspace(size, plan) bytes, aligned to Arena::kAlignment, contents
+                              // undefined before and after
+  const Progress* upstream = nullptr;  // of the job whose y is this one's x; null if x is complete
+  Progress progress;
+  Barrier barrier;
+};
+using ForwardJob = Job<ForwardArgs>;
+using BackwardJob = Job<BackwardArgs>;
+
+// The kernels of one cell and one dtype. Jobs of one call run side by side; one that waits for
+// another comes after it.
 struct Kernels {
-  Plan (*plan_forward)(const Sizes&, const Machine&);
+  Plan (*plan_forward)(const Sizes&, const Machine&, int64_t most_steps);
   Plan (*plan_backward)(const Sizes&, const Machine&);
   size_t (*forward_workspace)(const Sizes&, const Plan&);
-  void (*forward)(const ForwardArgs&, const Plan&, void* workspace);
+  void (*forward)(std::span<ForwardJob>);
   size_t (*backward_workspace)(const Sizes&, const Plan&);
-  void (*backward)(const BackwardArgs&, const Plan&, void* workspace);
+  void (*backward)(std::span<BackwardJob>);
 };
 
 struct KernelTable {

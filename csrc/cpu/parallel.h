@@ -6,6 +6,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <span>
 
 namespace rnnfast::cpu {
 
@@ -16,41 +17,50 @@ struct Span {
 
 // Waits by spinning: steps are a few microseconds apart. Yields once that has gone on for long, so
 // that more threads than cores still make progress.
+template <class Condition>
+void spin_until(Condition&& condition) {
+  constexpr int kSpins = 10000;
+  for (int spins = 0; !condition();) {
+    if (spins < kSpins) {
+      ++spins;
+#if defined(__x86_64__)
+      __builtin_ia32_pause();
+#elif defined(__aarch64__)
+      asm volatile("yield");
+#endif
+    } else {
+      sched_yield();
+    }
+  }
+}
+
 class Barrier {
  public:
-  explicit Barrier(int threads) : threads_(threads) {}
-
-  void wait() {
+  void wait(int threads) {
     const uint32_t round = round_.load(std::memory_order_relaxed);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) == threads_ - 1) {
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) == threads - 1) {
       arrived_.store(0, std::memory_order_relaxed);
       round_.store(round + 1, std::memory_order_release);
-      return;
-    }
-    for (int spins = 0; round_.load(std::memory_order_acquire) == round;) {
-      if (spins < kSpins) {
-        ++spins;
-        relax();
-      } else {
-        sched_yield();
-      }
+    } else {
+      spin_until([&] { return round_.load(std::memory_order_acquire) != round; });
     }
   }
 
  private:
-  static constexpr int kSpins = 10000;
-
-  static void relax() {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    asm volatile("yield");
-#endif
-  }
-
-  const int threads_;
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<uint32_t> round_{0};
+};
+
+// How many steps of a sequence are done, for a team that reads them while others are being written.
+class Progress {
+ public:
+  void reach(int64_t steps) { steps_.store(steps, std::memory_order_release); }
+  void wait_for(int64_t steps) const {
+    spin_until([&] { return steps_.load(std::memory_order_acquire) >= steps; });
+  }
+
+ private:
+  alignas(64) std::atomic<int64_t> steps_{0};
 };
 
 class Team {
@@ -59,7 +69,7 @@ class Team {
   int index() const { return index_; }
   int size() const { return size_; }
   void barrier() const {
-    if (size_ > 1) barrier_.wait();
+    if (size_ > 1) barrier_.wait(size_);
   }
   // this thread's part of n items
   Span share(int64_t n) const { return {n * index_ / size_, n * (index_ + 1) / size_}; }
@@ -69,18 +79,27 @@ class Team {
   int index_, size_;
 };
 
-// Runs f(team) on `threads` threads of the OpenMP pool, the one that torch uses, or on one thread
-// if the pool gives fewer: the work has been planned, and its memory laid out, for that number.
-template <class F>
-void parallel(int threads, F&& f) {
-  Barrier alone(1), together(threads);
-  if (threads == 1 || omp_in_parallel()) return f(Team(alone, 0, 1));
+// Runs f(job, team) for all jobs side by side, each on plan.threads threads of the OpenMP pool, the
+// one that torch uses; or one after the other on one thread if the pool gives fewer in all: the
+// work has been planned, and its memory laid out, for that number.
+template <class Job, class F>
+void parallel(std::span<Job> jobs, F&& f) {
+  int threads = 0;
+  for (const Job& job : jobs) threads += job.plan.threads;
+  const auto alone = [&] {
+    for (Job& job : jobs) f(job, Team(job.barrier, 0, 1));
+  };
+  if (threads == 1 || omp_in_parallel()) return alone();
 #pragma omp parallel num_threads(threads)
   {
-    if (omp_get_num_threads() == threads)
-      f(Team(together, omp_get_thread_num(), threads));
-    else if (omp_get_thread_num() == 0)
-      f(Team(alone, 0, 1));
+    if (omp_get_num_threads() == threads) {
+      Job* job = jobs.data();
+      int index = omp_get_thread_num();
+      for (; index >= job->plan.threads; ++job) index -= job->plan.threads;
+      f(*job, Team(job->barrier, index, job->plan.threads));
+    } else if (omp_get_thread_num() == 0) {
+      alone();
+    }
   }
 }
 

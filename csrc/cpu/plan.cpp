@@ -52,7 +52,8 @@ Choice choose_split(const Sizes& size, const StepShape& s, const Machine& machin
 
 }  // namespace
 
-Plan plan_forward(const Sizes& size, const StepShape& step, const Machine& machine) {
+Plan plan_forward(const Sizes& size, const StepShape& step, const Machine& machine,
+                  int64_t most_steps) {
   const Choice choice = choose_split(size, step, machine);
   const bool by_rows = choice.split == Split::kRows;
   const int64_t T = std::max<int64_t>(1, size.T), B = std::max<int64_t>(1, size.B);
@@ -62,17 +63,21 @@ Plan plan_forward(const Sizes& size, const StepShape& step, const Machine& machi
   const int64_t row_bytes = panels * step.vectors * step.lanes * step.element_bytes;
 
   // With few rows the whole sequence is projected at once, and W_ih need not be kept packed.
-  if (!by_rows && T * rows * row_bytes <= kWholeProjectionBytes) {
+  if (!by_rows && T <= most_steps && T * rows * row_bytes <= kWholeProjectionBytes) {
     const bool pack = T * B >= kPackUses;
-    return {choice.threads, choice.split, pack ? Packing::kPanelwise : Packing::kNone,
-            pack ? Packing::kOnce : Packing::kNone, T};
+    return {choice.threads,
+            choice.split,
+            pack ? Packing::kPanelwise : Packing::kNone,
+            pack ? Packing::kOnce : Packing::kNone,
+            T,
+            choice.cycles};
   }
   // Else the projected block should stay in L2, yet be high enough to reuse each panel of W_ih.
   const int64_t fitting = machine.l2_bytes / 4 / (rows * row_bytes);
   const int64_t useful = ceil_div(4 * step.tile_rows, rows);
-  const int64_t steps = std::clamp<int64_t>(std::max(fitting, useful), 1, T);
+  const int64_t steps = std::clamp<int64_t>(std::max(fitting, useful), 1, std::min(T, most_steps));
   const Packing packing = T * B >= kPackUses ? Packing::kOnce : Packing::kNone;
-  return {choice.threads, choice.split, packing, packing, steps};
+  return {choice.threads, choice.split, packing, packing, steps, choice.cycles};
 }
 
 Plan plan_backward(const Sizes& size, const StepShape& step, const Machine& machine) {
@@ -87,7 +92,19 @@ Plan plan_backward(const Sizes& size, const StepShape& step, const Machine& mach
   const int threads = choice.threads > 1       ? choice.threads
                       : products > 8 * kRegion ? machine.threads
                                                : 1;
-  return {threads, choice.split, Packing::kOnce, Packing::kOnce, steps};
+  return {threads, choice.split, Packing::kOnce, Packing::kOnce, steps, choice.cycles};
+}
+
+int side_by_side(int count, int threads, bool stacked,
+                 const std::function<double(int threads)>& cycles) {
+  int best = 1;
+  double least = cycles(threads);
+  for (int n = 2; n <= std::min(count, threads); n *= 2) {
+    const double waiting = stacked ? double(n - 1) / kStackBlocks : 0;
+    const double of_one = (kRegion + cycles(threads / n) * (1 + waiting)) / n;
+    if (of_one < least) best = n, least = of_one;
+  }
+  return best;
 }
 
 }  // namespace rnnfast::cpu

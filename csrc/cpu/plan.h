@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 
 #include "arguments.h"
 
@@ -31,6 +32,7 @@ struct Plan {
   Split split;
   Packing input, hidden;  // of W_ih and of W_hh in the forward; the backward packs both
   int64_t block_steps;  // steps between input projection (forward) or gradient products (backward)
+  double cycles;  // of the recurrence, roughly: to compare plans
 };
 
 // The recurrent product of one step as the planner sees it: rows times panels of packed weights.
@@ -45,7 +47,16 @@ struct StepShape {
   double cell_cycles;  // gate maths for one row of one panel
 };
 
-Plan plan_forward(const Sizes& size, const StepShape& step, const Machine& machine);
+// Blocks take `most_steps` at most.
+Plan plan_forward(const Sizes& size, const StepShape& step, const Machine& machine,
+                  int64_t most_steps);
 Plan plan_backward(const Sizes& size, const StepShape& step, const Machine& machine);
+
+// How many of `count` equal layers run side by side, each on its part of the threads, where
+// `cycles` has a plan's estimate for a number of threads. In a stack a layer starts when the one
+// before it has done kStackBlocks-th of its steps.
+inline constexpr int64_t kStackBlocks = 8;
+int side_by_side(int count, int threads, bool stacked,
+                 const std::function<double(int threads)>& cycles);
 
 }  // namespace rnnfast::cpu

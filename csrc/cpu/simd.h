@@ -159,12 +159,8 @@ struct ExpConstants<float> {
   static constexpr float kLimit = 88.0f;      // exp(-limit) comes out as 0
   static constexpr int kMantissa = 23, kBias = 127;
   // least largest relative error over |r| <= ln(2) / 2: 1.6e-8
-  static constexpr float kSeries[] = {1,
-                                      0.5f,
-                                      0x1.5554bp-3f,
-                                      0x1.555486p-5f,
-                                      0x1.122838p-7f,
-                                      0x1.6d995cp-10f};
+  static constexpr float kSeries[] = {
+      1, 0.5f, 0x1.5554bp-3f, 0x1.555486p-5f, 0x1.122838p-7f, 0x1.6d995cp-10f};
 };
 template <>
 struct ExpConstants<double> {

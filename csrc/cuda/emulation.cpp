@@ -50,15 +50,16 @@ class Host {
   }
 };
 
+cpu::Plan plan(const Sizes& size) {
+  return {1, cpu::Split::kNone, cpu::Packing::kNone, cpu::Packing::kNone, cuda::block_steps(size),
+          0};
+}
+
 template <class Cell, class S>
 constexpr cpu::Kernels make_kernels() {
-  const auto plan = [](const Sizes& size, const cpu::Machine&) {
-    return cpu::Plan{1, cpu::Split::kNone, cpu::Packing::kNone, cpu::Packing::kNone,
-                     cuda::block_steps(size)};
-  };
   return {
-      plan,
-      plan,
+      [](const Sizes& size, const cpu::Machine&, int64_t) { return plan(size); },
+      [](const Sizes& size, const cpu::Machine&) { return plan(size); },
       [](const Sizes& size, const cpu::Plan&) {
         Arena arena(nullptr);
         ForwardArgs args{};
@@ -66,10 +67,12 @@ constexpr cpu::Kernels make_kernels() {
         cuda::Forward<Cell, S>(args, arena);
         return arena.used();
       },
-      [](const ForwardArgs& args, const cpu::Plan&, void* workspace) {
-        Arena arena(workspace);
+      [](std::span<cpu::ForwardJob> jobs) {
         Host host;
-        cuda::Forward<Cell, S>(args, arena).run(host);
+        for (const cpu::ForwardJob& job : jobs) {
+          Arena arena(job.workspace);
+          cuda::Forward<Cell, S>(job.args, arena).run(host);
+        }
       },
       [](const Sizes& size, const cpu::Plan&) {
         Arena arena(nullptr);
@@ -78,10 +81,12 @@ constexpr cpu::Kernels make_kernels() {
         cuda::Backward<Cell, S>(args, arena);
         return arena.used();
       },
-      [](const BackwardArgs& args, const cpu::Plan&, void* workspace) {
-        Arena arena(workspace);
+      [](std::span<cpu::BackwardJob> jobs) {
         Host host;
-        cuda::Backward<Cell, S>(args, arena).run(host);
+        for (const cpu::BackwardJob& job : jobs) {
+          Arena arena(job.workspace);
+          cuda::Backward<Cell, S>(job.args, arena).run(host);
+        }
       },
   };
 }

@@ -104,7 +104,7 @@ Tensor with_last_stride_one(const Tensor& t) {
   return t.stride(-1) == 1 || t.size(-1) == 1 ? t : t.contiguous();
 }
 
-LayerOutputs run_layer(const CellInfo& cell, const LayerInputs& in, bool save) {
+LayerOutputs allocate(const CellInfo& cell, const LayerInputs& in, bool save) {
   const auto [T, B, I, H] = in.sizes();
   LayerOutputs out;
   out.y = empty({T, B, H}, in.x);
@@ -115,7 +115,6 @@ LayerOutputs run_layer(const CellInfo& cell, const LayerInputs& in, bool save) {
     if (cell.has_cell)
       out.cells = at::detail::empty_cpu({T, B, H}, compute_type(in.x.scalar_type()));
   }
-  CpuDevice::forward(cell, in, out, save);
   return out;
 }
 
@@ -126,28 +125,50 @@ py::object& python_backward() {
   return *function;
 }
 
-// rnnfast.autograd's Function, for calls that take the short way.
+// rnnfast.autograd's Function, for calls that take the short way: one layer, in one direction or in
+// both, so that both directions' backwards can run side by side.
 class LayerFunction : public torch::autograd::Function<LayerFunction> {
   using List = torch::autograd::variable_list;
-  static constexpr size_t kInputs = 7;  // x, h0, c0, w_ih, w_hh, b_ih, b_hh
+  static constexpr size_t kOwn = 6;    // inputs of a direction: h0, c0, w_ih, w_hh, b_ih, b_hh
+  static constexpr size_t kSaved = 9;  // and y, gates, cells
 
  public:
-  static List forward(torch::autograd::AutogradContext* context, int64_t kind, bool reverse,
-                      const Tensor& x, const Tensor& h0, const std::optional<Tensor>& c0,
-                      const Tensor& w_ih, const Tensor& w_hh, const std::optional<Tensor>& b_ih,
-                      const std::optional<Tensor>& b_hh) {
-    const CellInfo& cell = cell_info(CellKind(kind));
-    const LayerInputs in{
-        with_last_stride_one(x), h0,     c0.value_or(Tensor()), w_ih, w_hh, b_ih.value_or(Tensor()),
-        b_hh.value_or(Tensor()), reverse};
-    const LayerOutputs out = run_layer(cell, in, true);
-    context->saved_data["kind"] = kind;
-    context->saved_data["reverse"] = reverse;
+  // What has been computed already, for `record`.
+  struct Done {
+    const CellInfo& cell;
+    std::span<const LayerForward> directions;
+  };
+
+  // Puts the outputs into the graph; results are y, h_n[, c_n] for each direction.
+  static List record(const Done& done) {
+    const auto optional = [](const Tensor& t) {
+      return t.defined() ? std::optional<Tensor>(t) : std::nullopt;
+    };
+    const auto input = [&](size_t direction, Tensor LayerInputs::* member) {
+      return direction < done.directions.size() ? optional(done.directions[direction].in.*member)
+                                                : std::nullopt;
+    };
+    using In = LayerInputs;
+    return apply(done, done.directions[0].in.x, input(0, &In::h0), input(0, &In::c0),
+                 input(0, &In::w_ih), input(0, &In::w_hh), input(0, &In::b_ih), input(0, &In::b_hh),
+                 input(1, &In::h0), input(1, &In::c0), input(1, &In::w_ih), input(1, &In::w_hh),
+                 input(1, &In::b_ih), input(1, &In::b_hh));
+  }
+
+  template <class... Inputs>
+  static List forward(torch::autograd::AutogradContext* context, const Done& done, const Tensor& x,
+                      const Inputs&...) {
+    List saved{x}, results;
+    for (const auto& [in, out] : done.directions) {
+      saved.insert(saved.end(),
+                   {in.h0, in.c0, in.w_ih, in.w_hh, in.b_ih, in.b_hh, out.y, out.gates, out.cells});
+      results.insert(results.end(), {out.y, out.h_n});
+      if (done.cell.has_cell) results.push_back(out.c_n);
+    }
+    context->saved_data["kind"] = int64_t(done.cell.kind);
+    context->saved_data["reverse"] = done.directions[0].in.reverse;
     context->set_materialize_grads(false);
-    context->save_for_backward(
-        {x, h0, in.c0, w_ih, w_hh, in.b_ih, in.b_hh, out.y, out.gates, out.cells});
-    List results{out.y, out.h_n};
-    if (cell.has_cell) results.push_back(out.c_n);
+    context->save_for_backward(std::move(saved));
     return results;
   }
 
@@ -155,79 +176,103 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
     const CellInfo& cell = cell_info(CellKind(context->saved_data["kind"].toInt()));
     const bool reverse = context->saved_data["reverse"].toBool();
     const List saved = context->get_saved_variables();
-    bool wanted[kInputs], any = false, plain = !at::GradMode::is_enabled();
-    for (size_t i = 0, edge = 0; i < kInputs; ++i)  // absent inputs have no edge in the graph
-      wanted[i] = saved[i].defined() && context->needs_input_grad(edge++);
+    const size_t outputs = cell.has_cell ? 3 : 2;
+    std::vector<Direction> directions;
+    for (size_t d = 0; d * outputs < grads.size(); ++d) {
+      Direction one{.cell = cell,
+                    .reverse = d == 0 ? reverse : true,
+                    .grads = List(grads.begin() + d * outputs, grads.begin() + (d + 1) * outputs),
+                    .saved = {saved[0]}};
+      const auto own = saved.begin() + 1 + d * kSaved;
+      one.saved.insert(one.saved.end(), own, own + kSaved);
+      directions.push_back(std::move(one));
+    }
+    bool any = false, plain = !at::GradMode::is_enabled();
     for (const Tensor& grad : grads) {
       any = any || grad.defined();
       plain = plain && (!grad.defined() || is_plain(grad));
     }
-    List results(2);  // kind and reverse have none
-    if (any) {
-      const List found = plain ? run_kernel(cell, reverse, wanted, grads, saved)
-                               : run_python(cell, reverse, wanted, grads, saved);
-      results.insert(results.end(), found.begin(), found.end());
+    List results(2 + 2 * kOwn);  // the first has none
+    if (!any) return results;
+    size_t edge = 1;  // absent inputs have no edge in the graph
+    for (Direction& one : directions) {
+      one.wanted[0] = context->needs_input_grad(0);
+      for (size_t i = 1; i <= kOwn; ++i)
+        one.wanted[i] = one.saved[i].defined() && context->needs_input_grad(edge++);
     }
-    results.resize(2 + kInputs);
+    const auto found = plain ? run_kernel(cell, directions) : run_python(directions);
+    for (size_t d = 0; d < found.size(); ++d) {
+      const Tensor& d_x = found[d][0];
+      results[1] = results[1].defined() && d_x.defined() ? results[1] + d_x : d_x;
+      std::copy(found[d].begin() + 1, found[d].end(), results.begin() + 2 + d * kOwn);
+    }
     return results;
   }
 
  private:
-  static List run_kernel(const CellInfo& cell, bool reverse, const bool* wanted, const List& grads,
-                         const List& saved) {
-    const LayerInputs in{with_last_stride_one(saved[0]),
-                         saved[1],
-                         saved[2],
-                         saved[3],
-                         saved[4],
-                         saved[5],
-                         saved[6],
-                         reverse};
-    LayerOutputs out;
-    out.y = saved[7];
-    out.gates = saved[8];
-    out.cells = saved[9];
-    LayerGradOutputs grad_out;
-    if (grads[0].defined()) grad_out.y = with_last_stride_one(grads[0]);
-    if (grads[1].defined()) grad_out.h_n = grads[1].contiguous();
-    if (cell.has_cell && grads[2].defined()) grad_out.c_n = grads[2].contiguous();
-    const auto type = in.x.scalar_type();
-    const auto allocate = [&](size_t i, at::ScalarType as) {
-      return wanted[i] ? at::detail::empty_cpu(saved[i].sizes(), as) : Tensor();
-    };
-    LayerGrads d{
-        .x = allocate(0, type),
-        .h0 = allocate(1, type),
-        .c0 = allocate(2, type),
-        .w_ih = allocate(3, compute_type(type)),
-        .w_hh = allocate(4, compute_type(type)),
-        .b_ih = allocate(5, compute_type(type)),
-        .b_hh = allocate(6, compute_type(type)),
-    };
-    CpuDevice::backward(cell, grad_out, in, out, d);
-    List found{d.x, d.h0, d.c0, d.w_ih, d.w_hh, d.b_ih, d.b_hh};
-    for (Tensor& grad : found)
-      if (grad.defined() && grad.scalar_type() != type) grad = grad.to(type);
+  struct Direction {
+    const CellInfo& cell;
+    bool reverse;
+    List grads;                   // of y, h_n[, c_n]
+    List saved;                   // x, h0, c0, w_ih, w_hh, b_ih, b_hh, y, gates, cells
+    bool wanted[1 + kOwn] = {};   // of the first seven
+  };
+
+  static std::vector<List> run_kernel(const CellInfo& cell,
+                                      const std::vector<Direction>& directions) {
+    const auto type = directions[0].saved[0].scalar_type();
+    std::vector<LayerBackward> layers;
+    for (const auto& [_, reverse, grads, saved, wanted] : directions) {
+      const auto allocate = [&](size_t i, at::ScalarType as) {
+        return wanted[i] ? at::detail::empty_cpu(saved[i].sizes(), as) : Tensor();
+      };
+      const auto parameters = compute_type(type);
+      LayerBackward layer{
+          .grad_out = {},
+          .in = {with_last_stride_one(saved[0]), saved[1], saved[2], saved[3], saved[4], saved[5],
+                 saved[6], reverse},
+          .out = {},
+          .grads = {allocate(0, type), allocate(1, type), allocate(2, type),
+                    allocate(3, parameters), allocate(4, parameters), allocate(5, parameters),
+                    allocate(6, parameters)},
+      };
+      layer.out.y = saved[7], layer.out.gates = saved[8], layer.out.cells = saved[9];
+      if (grads[0].defined()) layer.grad_out.y = with_last_stride_one(grads[0]);
+      if (grads[1].defined()) layer.grad_out.h_n = grads[1].contiguous();
+      if (cell.has_cell && grads[2].defined()) layer.grad_out.c_n = grads[2].contiguous();
+      layers.push_back(std::move(layer));
+    }
+    CpuDevice::backward(cell, layers);
+    std::vector<List> found;
+    for (const LayerBackward& layer : layers) {
+      const LayerGrads& d = layer.grads;
+      found.push_back({d.x, d.h0, d.c0, d.w_ih, d.w_hh, d.b_ih, d.b_hh});
+      for (Tensor& grad : found.back())
+        if (grad.defined() && grad.scalar_type() != type) grad = grad.to(type);
+    }
     return found;
   }
 
   // The arguments of Python's backward have no c0, cells or its gradient where the cell has no c.
-  static List run_python(const CellInfo& cell, bool reverse, const bool* wanted, const List& grads,
-                         const List& saved) {
+  static std::vector<List> run_python(const std::vector<Direction>& directions) {
     const py::gil_scoped_acquire acquire;
-    const auto has = [&](size_t i) { return cell.has_cell || (i != 2 && i != 9); };
-    py::list mask, grad_list, tensors;
-    for (size_t i = 0; i < kInputs; ++i)
-      if (has(i)) mask.append(wanted[i]);
-    for (const Tensor& grad : grads) grad_list.append(grad);
-    for (size_t i = 0; i < saved.size(); ++i)
-      if (has(i)) tensors.append(saved[i]);
-    const py::sequence found = python_backward()(cell.name, reverse, mask, grad_list, tensors);
-    List results(kInputs);
-    for (size_t i = 0, next = 0; i < kInputs; ++i) {
-      if (!has(i)) continue;
-      const py::object grad = found[next++];
-      if (!grad.is_none()) results[i] = grad.cast<Tensor>();
+    std::vector<List> results;
+    for (const auto& [cell, reverse, grads, saved, wanted] : directions) {
+      const auto has = [&, &cell = cell](size_t i) { return cell.has_cell || (i != 2 && i != 9); };
+      py::list mask, grad_list, tensors;
+      for (size_t i = 0; i <= kOwn; ++i)
+        if (has(i)) mask.append(wanted[i]);
+      for (const Tensor& grad : grads) grad_list.append(grad);
+      for (size_t i = 0; i < saved.size(); ++i)
+        if (has(i)) tensors.append(saved[i]);
+      const py::sequence found = python_backward()(cell.name, reverse, mask, grad_list, tensors);
+      List list(1 + kOwn);
+      for (size_t i = 0, next = 0; i <= kOwn; ++i) {
+        if (!has(i)) continue;
+        const py::object grad = found[next++];
+        if (!grad.is_none()) list[i] = grad.cast<Tensor>();
+      }
+      results.push_back(std::move(list));
     }
     return results;
   }
@@ -244,36 +289,38 @@ Tensor run(const Call& call, std::vector<Tensor>& finals) {
     return call.states[k].select(0, i).contiguous();
   };
   std::vector<Tensor> h_n, c_n;
-  Tensor x = call.x;
-  for (int64_t layer = 0; layer < call.layers; ++layer) {
-    if (layer > 0 && call.dropout > 0) x = at::dropout(x, call.dropout, true);
-    std::vector<Tensor> outputs;
-    for (int64_t direction = 0; direction < call.directions; ++direction) {
-      const int64_t i = layer * call.directions + direction;
-      const Tensor* w = &call.weights[size_t(i) * call.per_layer()];
-      const Tensor b_ih = call.biases ? w[2] : Tensor(), b_hh = call.biases ? w[3] : Tensor();
-      const Tensor h0 = state(0, i), c0 = call.cell.has_cell ? state(1, i) : Tensor();
-      const bool reverse = direction == 1;
-      LayerOutputs out;
-      if (record) {
-        const auto optional = [](const Tensor& t) {
-          return t.defined() ? std::optional<Tensor>(t) : std::nullopt;
-        };
-        const auto results =
-            LayerFunction::apply(int64_t(call.cell.kind), reverse, x, h0, optional(c0), w[0], w[1],
-                                 optional(b_ih), optional(b_hh));
-        out.y = results[0];
-        out.h_n = results[1];
-        if (call.cell.has_cell) out.c_n = results[2];
-      } else {
-        const LayerInputs in{with_last_stride_one(x), h0, c0, w[0], w[1], b_ih, b_hh, reverse};
-        out = run_layer(call.cell, in, false);
-      }
-      outputs.push_back(out.y);
-      h_n.push_back(out.h_n);
-      c_n.push_back(out.c_n);
+  Tensor x = with_last_stride_one(call.x);
+  // What runs in one go: the two directions of a layer, or all layers of a stack.
+  const bool stacked = call.directions == 1 && call.dropout == 0;
+  const size_t together = size_t(stacked ? count : call.directions);
+  for (size_t begin = 0; begin < size_t(count); begin += together) {
+    if (begin > 0 && call.dropout > 0) x = at::dropout(x, call.dropout, true);
+    std::vector<LayerForward> layers(together);
+    for (size_t k = 0; k < together; ++k) {
+      const size_t i = begin + k;
+      const Tensor* w = &call.weights[i * call.per_layer()];
+      auto& [in, out] = layers[k];
+      in = {.x = stacked && k > 0 ? layers[k - 1].out.y : x,
+            .h0 = state(0, int64_t(i)),
+            .c0 = call.cell.has_cell ? state(1, int64_t(i)) : Tensor(),
+            .w_ih = w[0],
+            .w_hh = w[1],
+            .b_ih = call.biases ? w[2] : Tensor(),
+            .b_hh = call.biases ? w[3] : Tensor(),
+            .reverse = !stacked && k == 1};
+      out = allocate(call.cell, in, record);
     }
-    x = call.directions == 1 ? outputs[0] : at::cat(outputs, 2);
+    CpuDevice::forward(call.cell, layers, stacked, record);
+    if (record) {
+      const size_t in_node = size_t(call.directions);
+      for (size_t k = 0; k < layers.size(); k += in_node)
+        LayerFunction::record({call.cell, std::span(layers).subspan(k, in_node)});
+    }
+    for (const LayerForward& layer : layers) {
+      h_n.push_back(layer.out.h_n);
+      c_n.push_back(layer.out.c_n);
+    }
+    x = call.directions == 1 ? layers.back().out.y : at::cat({layers[0].out.y, layers[1].out.y}, 2);
   }
   const auto join = [&](const std::vector<Tensor>& states) {
     return count == 1 ? states[0].unsqueeze(0) : at::stack(states);

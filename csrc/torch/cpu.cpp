@@ -3,6 +3,8 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <vector>
+
 #include "cpu/kernels.h"
 #include "torch/layer.h"
 
@@ -39,30 +41,85 @@ at::Tensor workspace(size_t bytes) {
 
 }  // namespace
 
-void CpuDevice::forward(const CellInfo& cell, LayerInputs in, LayerOutputs& out, bool save) {
+void CpuDevice::forward(const CellInfo& cell, std::span<LayerForward> layers, bool stacked,
+                        bool save) {
   const cpu::KernelTable& table = cpu::kernel_table();
-  if (!table.strided) in.x = in.x.contiguous();
-  for (const at::Tensor* result : {&out.y, &out.gates, &out.cells}) prefer_huge_pages(*result);
-  const cpu::Kernels& kernels = table.kernels[int(cell.kind)][int(dtype_of(in.x))];
-  const ForwardArgs args = forward_args(in, out, save);
-  const cpu::Plan plan = kernels.plan_forward(args.size, this_machine());
-  const at::Tensor memory = workspace(kernels.forward_workspace(args.size, plan));
-  kernels.forward(args, plan, memory.data_ptr());
+  const LayerInputs& first = layers[0].in;
+  const cpu::Kernels& kernels = table.kernels[int(cell.kind)][int(dtype_of(first.x))];
+  const Sizes size = first.sizes();
+  cpu::Machine machine = this_machine();
+  const int count =
+      layers.size() == 1
+          ? 1
+          : cpu::side_by_side(int(layers.size()), machine.threads, stacked, [&](int n) {
+              return kernels.plan_forward(size, {n, machine.l2_bytes}, size.T).cycles;
+            });
+  machine.threads /= count;
+  const bool waiting = stacked && count > 1;
+  const int64_t most_steps = waiting ? ceil_div(size.T, cpu::kStackBlocks) : size.T;
+
+  for (size_t begin = 0; begin < layers.size(); begin += size_t(count)) {
+    const auto group = layers.subspan(begin, std::min(size_t(count), layers.size() - begin));
+    std::vector<cpu::ForwardJob> jobs(group.size());
+    std::vector<at::Tensor> memory;
+    for (size_t i = 0; i < group.size(); ++i) {
+      auto& [in, out] = group[i];
+      if (!table.strided) in.x = in.x.contiguous();
+      for (const at::Tensor* result : {&out.y, &out.gates, &out.cells}) prefer_huge_pages(*result);
+      cpu::ForwardJob& job = jobs[i];
+      job.args = forward_args(in, out, save);
+      job.plan = kernels.plan_forward(job.args.size, machine, most_steps);
+      memory.push_back(workspace(kernels.forward_workspace(job.args.size, job.plan)));
+      job.workspace = memory.back().data_ptr();
+      if (waiting && i > 0) job.upstream = &jobs[i - 1].progress;
+    }
+    kernels.forward(jobs);
+  }
+}
+
+void CpuDevice::backward(const CellInfo& cell, std::span<LayerBackward> layers) {
+  const cpu::KernelTable& table = cpu::kernel_table();
+  const LayerInputs& first = layers[0].in;
+  const cpu::Kernels& kernels = table.kernels[int(cell.kind)][int(dtype_of(first.x))];
+  const Sizes size = first.sizes();
+  cpu::Machine machine = this_machine();
+  const int count = layers.size() == 1
+                        ? 1
+                        : cpu::side_by_side(int(layers.size()), machine.threads, false, [&](int n) {
+                            return kernels.plan_backward(size, {n, machine.l2_bytes}).cycles;
+                          });
+  machine.threads /= count;
+  for (size_t begin = 0; begin < layers.size(); begin += size_t(count)) {
+    const auto group = layers.subspan(begin, std::min(size_t(count), layers.size() - begin));
+    std::vector<cpu::BackwardJob> jobs(group.size());
+    std::vector<at::Tensor> memory;
+    for (size_t i = 0; i < group.size(); ++i) {
+      auto& [grad_out, in, out, grads] = group[i];
+      if (!table.strided) {
+        in.x = in.x.contiguous();
+        if (grad_out.y.defined()) grad_out.y = grad_out.y.contiguous();
+      }
+      for (const at::Tensor* result : {&grads.x, &grads.w_ih, &grads.w_hh})
+        prefer_huge_pages(*result);
+      cpu::BackwardJob& job = jobs[i];
+      job.args = backward_args(grad_out, in, out, grads);
+      job.plan = kernels.plan_backward(job.args.size, machine);
+      memory.push_back(workspace(kernels.backward_workspace(job.args.size, job.plan)));
+      job.workspace = memory.back().data_ptr();
+    }
+    kernels.backward(jobs);
+  }
+}
+
+void CpuDevice::forward(const CellInfo& cell, LayerInputs in, LayerOutputs& out, bool save) {
+  LayerForward one{std::move(in), out};
+  forward(cell, {&one, 1}, false, save);
 }
 
 void CpuDevice::backward(const CellInfo& cell, LayerGradOutputs grad_out, LayerInputs in,
                          const LayerOutputs& out, LayerGrads& grads) {
-  const cpu::KernelTable& table = cpu::kernel_table();
-  if (!table.strided) {
-    in.x = in.x.contiguous();
-    if (grad_out.y.defined()) grad_out.y = grad_out.y.contiguous();
-  }
-  for (const at::Tensor* result : {&grads.x, &grads.w_ih, &grads.w_hh}) prefer_huge_pages(*result);
-  const cpu::Kernels& kernels = table.kernels[int(cell.kind)][int(dtype_of(in.x))];
-  const BackwardArgs args = backward_args(grad_out, in, out, grads);
-  const cpu::Plan plan = kernels.plan_backward(args.size, this_machine());
-  const at::Tensor memory = workspace(kernels.backward_workspace(args.size, plan));
-  kernels.backward(args, plan, memory.data_ptr());
+  LayerBackward one{std::move(grad_out), std::move(in), out, grads};
+  backward(cell, {&one, 1});
 }
 
 }  // namespace rnnfast

@@ -4,6 +4,7 @@
 #include <ATen/ATen.h>
 
 #include <optional>
+#include <span>
 
 #include "arguments.h"
 #include "cells/common.h"
@@ -75,11 +76,28 @@ ForwardArgs forward_args(const LayerInputs& in, const LayerOutputs& out, bool sa
 BackwardArgs backward_args(const LayerGradOutputs& grad_out, const LayerInputs& in,
                            const LayerOutputs& out, const LayerGrads& grads);
 
+// A layer in one direction, as the CPU runs several of at once.
+struct LayerForward {
+  LayerInputs in;
+  LayerOutputs out;
+};
+struct LayerBackward {
+  LayerGradOutputs grad_out;
+  LayerInputs in;
+  LayerOutputs out;
+  LayerGrads grads;
+};
+
 // A device's kernels. Sizes are positive; every output is written in full.
 struct CpuDevice {
   static void forward(const CellInfo& cell, LayerInputs in, LayerOutputs& out, bool save);
   static void backward(const CellInfo& cell, LayerGradOutputs grad_out, LayerInputs in,
                        const LayerOutputs& out, LayerGrads& grads);
+  // Layers of equal hidden size: directions, which know nothing of each other, or a stack, in which
+  // x of each is y of the one before. They overlap where that uses the threads better.
+  static void forward(const CellInfo& cell, std::span<LayerForward> layers, bool stacked,
+                      bool save);
+  static void backward(const CellInfo& cell, std::span<LayerBackward> layers);
 };
 struct CudaDevice {
   static void forward(const CellInfo& cell, LayerInputs in, LayerOutputs& out, bool save);

@@ -56,7 +56,7 @@ py::dict plan(const std::string& cell, int64_t T, int64_t B, int64_t I, int64_t 
   cpu::Machine machine = this_machine();
   machine.threads = threads;
   const cpu::Plan plan =
-      backward ? kernels.plan_backward(size, machine) : kernels.plan_forward(size, machine);
+      backward ? kernels.plan_backward(size, machine) : kernels.plan_forward(size, machine, T);
   const char* splits[] = {"none", "rows", "units"};
   const char* packings[] = {"none", "once", "panelwise"};
   py::dict facts;
@@ -72,6 +72,19 @@ py::dict plan(const std::string& cell, int64_t T, int64_t B, int64_t I, int64_t 
   return facts;
 }
 
+// How many of `count` layers of a module run at once, each on its part of the threads.
+int layers_at_once(const std::string& cell, int64_t T, int64_t B, int64_t I, int64_t H, int count,
+                   bool stacked, int threads, bool backward) {
+  const cpu::Kernels& kernels =
+      cpu::kernel_table().kernels[int(cell_info(cell).kind)][int(Dtype::kFloat32)];
+  const Sizes size{T, B, I, H};
+  const int64_t l2 = this_machine().l2_bytes;
+  return cpu::side_by_side(count, threads, stacked, [&](int n) {
+    return backward ? kernels.plan_backward(size, {n, l2}).cycles
+                    : kernels.plan_forward(size, {n, l2}, T).cycles;
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -84,6 +97,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("run_layers", &run_layers);
   m.def("run_step", &run_step);
   m.def("set_python_backward", &set_python_backward);
+  m.def("layers_at_once", &layers_at_once, py::arg("cell"), py::arg("T"), py::arg("B"),
+        py::arg("I"), py::arg("H"), py::arg("count"), py::arg("stacked"), py::arg("threads"),
+        py::arg("backward") = false);
   m.def("plan", &plan, py::arg("cell"), py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"),
         py::arg("dtype") = "float32", py::arg("threads") = 1, py::arg("backward") = false);
 }
