@@ -1,6 +1,7 @@
 """Fused CPU and CUDA kernels for recurrent networks, behind drop-in replacements of torch.nn's."""
 
 from . import backend, functional, reference
+from .acceleration import accelerate, restore
 from .backend import doctor, use_backend
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 
@@ -11,9 +12,11 @@ __all__ = [
     "GRUCell",
     "LSTMCell",
     "RNNCell",
+    "accelerate",
     "backend",
     "doctor",
     "functional",
     "reference",
+    "restore",
     "use_backend",
 ]
