@@ -297,7 +297,8 @@ class _OneStep(_Backed, nn.RNNCellBase):
         weights = self._read(_CELL_WEIGHTS)
         if extension := _backend.short_way(self.backend):
             kind = _backend.CELL_KINDS[cell.name]
-            result = extension.run_step(kind, input, hx, weights, self.bias)
+            biases = weights[2] is not None or weights[3] is not None
+            result = extension.run_step(kind, input, hx, weights if biases else weights[:2], biases)
             if result is not None:
                 return result
         x, states, single = input, _states(cell, hx), input.dim() == 1

@@ -439,6 +439,19 @@ class TestPrecedence:
         assert self.run() == "fused"
 
 
+@pytest.mark.skipif(not EXPECT_FUSED, reason="a build without the extension has no short way")
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("suffix", ["", "Cell"])
+@modes
+def test_plain_calls_take_the_short_way(mode, suffix, bias, monkeypatch):
+    theirs, ours = pair(mode, suffix, bias=bias)
+    for general in ("run_sequence", "run_step"):
+        monkeypatch.delattr(functional, general)
+    x = torch.randn((2, 3) if suffix else (5, 2, 3), dtype=torch.float64, requires_grad=True)
+    assert_same(theirs, ours, x)
+    assert_same(theirs, ours, x, random_state(mode, *((2, 4) if suffix else (1, 2, 4))))
+
+
 # (T, B, I, H): layers or directions of the first two overlap on several threads, not of the third
 OVERLAP_SHAPES = {"one row": (40, 1, 64, 64), "rows": (33, 3, 7, 48), "large": (6, 1, 256, 256)}
 
