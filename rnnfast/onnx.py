@@ -1,0 +1,157 @@
+"""Export to ONNX: every layer and direction becomes one LSTM, GRU or RNN node.
+
+This is for the exporter that is torch.onnx.export's with ``dynamo=True``. It needs the packages
+onnx and onnxscript (the extra ``onnx``), which nothing else here does.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from os import PathLike
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+from . import backend
+from .reference import CELLS, Cell
+
+
+class _Node(NamedTuple):
+    """How ONNX writes a cell."""
+
+    operator: str
+    order: tuple[int, ...]
+    """For each H-sized block of rows in ONNX's weights, its number in torch's."""
+    attributes: dict[str, Any]
+
+
+_NODES = {
+    "elman_tanh": _Node("RNN", (0,), {"activations": ["Tanh"]}),
+    "elman_relu": _Node("RNN", (0,), {"activations": ["Relu"]}),
+    "gru": _Node("GRU", (1, 0, 2), {"linear_before_reset": 1}),  # r, z, n -> z, r, h
+    "lstm": _Node("LSTM", (0, 3, 1, 2), {}),  # i, f, g, o -> i, o, f, c
+}
+
+
+def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """How to write each operator of this package in ONNX.
+
+    Returns:
+        A ``custom_translation_table`` for torch.onnx.export; empty if the extension is not built,
+        for then there are no such operators.
+
+    Raises:
+        ImportError: onnxscript is missing.
+    """
+    if backend.EXTENSION is None:
+        return {}
+    operators = torch.ops.rnnfast
+    return {getattr(operators, cell.name).default: _translation(cell) for cell in CELLS.values()}
+
+
+def export(
+    module: nn.Module | ExportedProgram,
+    args: tuple[Any, ...] = (),
+    f: str | PathLike[str] | None = None,
+    *,
+    custom_translation_table: dict[Callable[..., Any], Callable[..., Any]] | None = None,
+    export_params: bool = True,
+    keep_initializers_as_inputs: bool = False,
+    external_data: bool = True,
+    optimize: bool = True,
+    **options: Any,
+) -> torch.onnx.ONNXProgram:
+    """torch.onnx.export with `translations`; with ``optimize`` the weights are constants.
+
+    torch's own optimization leaves large weights in torch's order, with nodes that reorder them
+    whenever the model is loaded.
+
+    Args:
+        module: What to export. Its rnnfast modules become recurrent nodes where their backend is
+            the fused one.
+        args: Example inputs.
+        f: The file to write, or None.
+        custom_translation_table: Translations to add; they go before this package's.
+        export_params: Whether ``f`` holds the weights.
+        keep_initializers_as_inputs: Whether the weights in ``f`` are inputs, too.
+        external_data: Whether the weights go to a file beside ``f``.
+        optimize: Whether to simplify the graph.
+        options: The other arguments of torch.onnx.export, such as ``dynamic_shapes``.
+
+    Returns:
+        The exported program.
+
+    Raises:
+        ImportError: onnx or onnxscript is missing.
+        torch.onnx.OnnxExporterError: The module cannot be exported.
+    """
+    table = {**translations(), **(custom_translation_table or {})}
+    program = torch.onnx.export(
+        module, args, dynamo=True, custom_translation_table=table, optimize=optimize, **options
+    )
+    assert program is not None
+    if optimize:
+        _fold_weights(program)
+    if f is not None:
+        program.save(
+            f,
+            include_initializers=export_params,
+            keep_initializers_as_inputs=keep_initializers_as_inputs,
+            external_data=external_data,
+        )
+    return program
+
+
+def _translation(cell: Cell) -> Callable[..., Any]:
+    """The function that writes one call of the operator of ``cell`` as ONNX nodes."""
+    from onnxscript import opset18 as op
+
+    node = _NODES[cell.name]
+    operator = getattr(op, node.operator)
+
+    def translate(x: Any, *arguments: Any) -> Any:
+        states, arguments = arguments[: cell.states], arguments[cell.states :]
+        w_ih, w_hh, b_ih, b_hh, reverse, *_ = arguments  # the rest is about saving for the backward
+        hidden = w_hh.shape[1]
+
+        def ordered(weight: Any) -> Any:
+            """(G*H, ...) in torch's order -> (1, G*H, ...) in ONNX's."""
+            columns = weight.shape[1:]
+            blocks = op.Reshape(weight, ints(cell.gates, hidden, *columns))
+            blocks = op.Gather(blocks, ints(*node.order), axis=0)
+            return op.Reshape(blocks, ints(1, cell.gates * hidden, *columns))
+
+        def ints(*values: int) -> Any:
+            return op.Constant(value_ints=values)
+
+        bias = None if b_ih is None else op.Concat(ordered(b_ih), ordered(b_hh), axis=1)
+        y, *finals = operator(
+            x,
+            ordered(w_ih),
+            ordered(w_hh),
+            bias,
+            None,  # the lengths of the sequences
+            *(op.Unsqueeze(state, ints(0)) for state in states),
+            hidden_size=hidden,
+            direction="reverse" if reverse else "forward",
+            **node.attributes,
+        )
+        # What is saved for the backward is left out: nothing in such a graph reads it.
+        return [op.Squeeze(y, ints(1)), *(op.Squeeze(final, ints(0)) for final in finals)]
+
+    return translate
+
+
+def _fold_weights(program: torch.onnx.ONNXProgram) -> None:
+    """Computes now what `_translation` does to weights, however large they are."""
+    from onnxscript import optimizer
+
+    optimizer.fold_constants(
+        program.model,
+        output_size_limit=sys.maxsize,
+        should_fold=lambda node: node.op_type in ("Reshape", "Gather", "Concat"),
+    )
+    optimizer.remove_unused_nodes(program.model)
