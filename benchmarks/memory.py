@@ -2,6 +2,7 @@
 
 Each runs in a fresh process. What is counted is how far the peak of resident memory rises over
 three steps of forward and backward, above a process that holds the parameters, x and grad_y.
+`rnnfast recompute` is rnnfast.LSTM with ``recompute=True``.
 """
 
 import argparse
@@ -13,7 +14,11 @@ import torch
 
 import rnnfast
 
-CLASSES = {"rnnfast": rnnfast.LSTM, "torch": torch.nn.LSTM}
+LAYERS: dict[str, tuple[type[torch.nn.Module], dict[str, object]]] = {
+    "rnnfast": (rnnfast.LSTM, {"backend": "fused"}),
+    "rnnfast recompute": (rnnfast.LSTM, {"backend": "fused", "recompute": True}),
+    "torch": (torch.nn.LSTM, {}),
+}
 
 
 def peak_mib() -> float:
@@ -29,9 +34,9 @@ def training_mib(name: str, T: int, B: int, H: int) -> float:
         layer.zero_grad(set_to_none=True)
         layer(x)[0].backward(grad_y)
 
-    options = {"backend": "fused"} if name == "rnnfast" else {}
-    step(CLASSES[name](8, 8, **options), torch.ones(2, 2, 8), torch.ones(2, 2, 8))  # loads code
-    layer = CLASSES[name](H, H, **options)
+    cls, options = LAYERS[name]
+    step(cls(8, 8, **options), torch.ones(2, 2, 8), torch.ones(2, 2, 8))  # loads code
+    layer = cls(H, H, **options)
     x, grad_y = torch.randn(T, B, H), torch.randn(T, B, H)
     before = peak_mib()
     for _ in range(3):
@@ -49,16 +54,15 @@ def measure(name: str, T: int, B: int, H: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--size", default="100,64,512", metavar="T,B,H")
-    parser.add_argument("--only", choices=CLASSES, help="print the MiB of this one, measured here")
+    parser.add_argument("--only", choices=LAYERS, help="print the MiB of this one, measured here")
     args = parser.parse_args()
     size = tuple(map(int, args.size.split(",")))
     if args.only:
         print(f"{training_mib(args.only, *size):.1f}")
         return
-    found = {name: measure(name, *size) for name in CLASSES}
+    found = {name: measure(name, *size) for name in LAYERS}
     for name, mib in found.items():
-        print(f"{name:8} {mib:8.1f} MiB")
-    print(f"ratio    {found['rnnfast'] / found['torch']:8.2f}")
+        print(f"{name:18} {mib:8.1f} MiB  {mib / found['torch']:5.2f} of torch.nn's")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ struct Sizes {
 struct ForwardArgs {
   Sizes size;
   bool reverse;                  // run from step T - 1 down to step 0
-  bool save;                     // write gates and cells for the backward
   const void* x;                 // S (T, B, I), last stride 1
   int64_t x_stride_t, x_stride_b;
   const void *h0, *c0;           // S (B, H); c0 only where the cell has it
@@ -26,6 +25,7 @@ struct ForwardArgs {
   const void *b_ih, *b_hh;       // S (G*H) or null
   void* y;                       // S (T, B, H)
   void *h_n, *c_n;               // S (B, H)
+  // for the backward, each null where not wanted
   void* gates;                   // S (T, B, K*H)
   void* cells;                   // A (T, B, H)
 };
@@ -40,8 +40,9 @@ struct BackwardArgs {
   int64_t x_stride_t, x_stride_b;
   const void *h0, *c0;           // S (B, H)
   const void *w_ih, *w_hh;       // S (G*H, I), (G*H, H)
+  const void *b_ih, *b_hh;       // S (G*H) or null; only used where gates are null
   const void* y;                 // S (T, B, H)
-  const void* gates;             // S (T, B, K*H)
+  const void* gates;             // S (T, B, K*H); on the CPU null to compute them again
   const void* cells;             // A (T, B, H)
   // results, each null where not wanted; those of parameters in A, for the caller to round
   void* grad_x;                  // S (T, B, I)

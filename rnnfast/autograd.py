@@ -3,11 +3,13 @@
 Every cell has the operators ``rnnfast::<cell>`` and ``rnnfast::<cell>_backward``, which differ only
 in the number of states, so that two autograd Functions serve them all:
 
-    forward    (x, *states, w_ih, w_hh, b_ih, b_hh, reverse, save) -> (y, *final states, *saved)
+    forward    (x, *states, w_ih, w_hh, b_ih, b_hh, reverse, save, recompute)
+               -> (y, *final states, *saved)
     backward   (*gradients of y and the final states, the tensors above, y, *saved, reverse, mask)
                -> gradients of (x, *states, w_ih, w_hh, b_ih, b_hh)
 
-``saved`` is (gates,) for cells with one state and (gates, cells) for cells with two.
+``saved`` is (gates,) for cells with one state and (gates, cells) for cells with two; with
+``recompute`` gates is empty where the device's backward can do without.
 The second and higher derivatives go through `rnnfast.reference`.
 """
 
@@ -44,8 +46,11 @@ def layer(
     b_ih: Tensor | None,
     b_hh: Tensor | None,
     reverse: bool,
+    recompute: bool = False,
 ) -> tuple[Tensor, States]:
     """`rnnfast.reference.layer` on the fused kernels: the same arguments and results.
+
+    ``recompute`` saves no gates for the backward, which computes them again from the states.
 
     The extension must be there, and no torch.func transform or forward-mode AD may be active.
     """
@@ -53,7 +58,7 @@ def layer(
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         if torch.compiler.is_compiling():
             tensors = _distinct(tensors)
-        outputs = _Layer.apply(cell.name, reverse, *tensors)
+        outputs = _Layer.apply(cell.name, reverse, recompute, *tensors)
     else:
         outputs = _OPERATORS[cell.name].forward(*tensors, reverse, False)
     return outputs[0], outputs[1 : 1 + cell.states]
@@ -74,11 +79,13 @@ def _distinct(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
 
 
 class _Layer(torch.autograd.Function):
-    """(cell, reverse, x, *states, w_ih, w_hh, b_ih, b_hh) -> (y, *final states)."""
+    """(cell, reverse, recompute, x, *states, w_ih, w_hh, b_ih, b_hh) -> (y, *final states)."""
 
     @staticmethod
-    def forward(ctx: Any, cell: str, reverse: bool, *tensors: Tensor | None) -> States:
-        outputs = _OPERATORS[cell].forward(*tensors, reverse, True)
+    def forward(
+        ctx: Any, cell: str, reverse: bool, recompute: bool, *tensors: Tensor | None
+    ) -> States:
+        outputs = _OPERATORS[cell].forward(*tensors, reverse, True, recompute)
         results = outputs[: 1 + CELLS[cell].states]
         ctx.cell, ctx.reverse = cell, reverse
         ctx.set_materialize_grads(False)
@@ -87,8 +94,8 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        mask = list(ctx.needs_input_grad[2:])
-        return None, None, *_gradients(ctx.cell, ctx.reverse, mask, grads, ctx.saved_tensors)
+        mask = list(ctx.needs_input_grad[3:])
+        return None, None, None, *_gradients(ctx.cell, ctx.reverse, mask, grads, ctx.saved_tensors)
 
 
 def _gradients(
@@ -199,11 +206,13 @@ def _register_fakes(cell: Cell) -> None:
 
     def forward(x: Tensor, *arguments: Any) -> States:
         _check_devices(x, arguments)
-        states, save = arguments[: cell.states], arguments[-1]
+        states = arguments[: cell.states]
+        _, save, *recompute = arguments[cell.states + 4 :]  # torch leaves out what is the default
+        save_gates = save and not any(recompute)
         steps, (batch, hidden) = x.shape[0], states[0].shape
         y = x.new_empty((steps, batch, hidden))
         finals = tuple(x.new_empty((batch, hidden)) for _ in states)
-        gates = x.new_empty((steps, batch, cell.saved * hidden) if save else (0,))
+        gates = x.new_empty((steps, batch, cell.saved * hidden) if save_gates else (0,))
         if cell.states == 1:
             return y, *finals, gates
         cells = x.new_empty(y.shape if save else (0,), dtype=reference.compute_dtype(x.dtype))

@@ -10,6 +10,7 @@ results stay in it, as with the recurrent kernels of cuDNN.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,10 @@ from . import autograd, reference
 from .backend import choose
 from .reference import CELLS, Cell, States
 
-_LAYERS = {"fused": autograd.layer, "reference": reference.layer}
+_LAYERS: dict[str, Callable[..., tuple[Tensor, States]]] = {
+    "fused": autograd.layer,
+    "reference": reference.layer,
+}
 
 _uncompiled_lstm = torch.compiler.disable(
     lambda *arguments: _VF.lstm(*arguments),
@@ -40,6 +44,8 @@ class Options(NamedTuple):
     training: bool = False
     bidirectional: bool = False
     batch_first: bool = False
+    recompute: bool = False
+    """Save no gates for the backward; not torch.nn's."""
 
 
 def rnn(
@@ -54,6 +60,7 @@ def rnn(
     training: bool = False,
     bidirectional: bool = False,
     batch_first: bool = False,
+    recompute: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Elman layers, h' = nonlinearity(W_ih x + b_ih + W_hh h + b_hh), over a batch of sequences.
@@ -70,6 +77,8 @@ def rnn(
         training: Whether dropout applies.
         bidirectional: Whether each layer also runs from the end to the start.
         batch_first: Whether B comes first in ``input`` and ``output``; the states are unaffected.
+        recompute: Save no gates for the backward, which computes them again from the states: less
+            memory for more time. The fused kernels on the CPU do; elsewhere it changes nothing.
         backend: None, or the backend to force; see `rnnfast.backend`.
 
     Returns:
@@ -79,7 +88,9 @@ def rnn(
         ValueError: Unknown ``nonlinearity`` or ``backend``.
         RuntimeError: Shapes, dtypes or devices do not fit, or a forced backend cannot run.
     """
-    options = Options(num_layers, has_biases, dropout, training, bidirectional, batch_first)
+    options = Options(
+        num_layers, has_biases, dropout, training, bidirectional, batch_first, recompute
+    )
     cell, states = elman(nonlinearity), None if hx is None else (hx,)
     output, (h_n,) = _checked_sequence(cell, input, states, flat_weights, options, backend)
     return output, h_n
@@ -96,10 +107,13 @@ def gru(
     training: bool = False,
     bidirectional: bool = False,
     batch_first: bool = False,
+    recompute: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gated recurrent units over a batch of sequences; arguments and results as in `rnn`."""
-    options = Options(num_layers, has_biases, dropout, training, bidirectional, batch_first)
+    options = Options(
+        num_layers, has_biases, dropout, training, bidirectional, batch_first, recompute
+    )
     states = None if hx is None else (hx,)
     output, (h_n,) = _checked_sequence(CELLS["gru"], input, states, flat_weights, options, backend)
     return output, h_n
@@ -116,13 +130,16 @@ def lstm(
     training: bool = False,
     bidirectional: bool = False,
     batch_first: bool = False,
+    recompute: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Long short-term memory over a batch of sequences.
 
     Arguments and results are as in `rnn`, except that the state is the pair (h, c).
     """
-    options = Options(num_layers, has_biases, dropout, training, bidirectional, batch_first)
+    options = Options(
+        num_layers, has_biases, dropout, training, bidirectional, batch_first, recompute
+    )
     output, (h_n, c_n) = _checked_sequence(CELLS["lstm"], input, hx, flat_weights, options, backend)
     return output, (h_n, c_n)
 
@@ -210,9 +227,12 @@ def run_sequence(
     name = choose(requested, x)
     if name == "aten":
         return _aten_sequence(cell, x, states, weights, options)
+    layer = _LAYERS[name]
+    if options.recompute and name == "fused" and x.device.type == "cpu":
+        layer = partial(autograd.layer, recompute=True)
     if not options.batch_first:
-        return _stack(_LAYERS[name], cell, x, states, weights, options)
-    y, finals = _stack(_LAYERS[name], cell, x.transpose(0, 1), states, weights, options)
+        return _stack(layer, cell, x, states, weights, options)
+    y, finals = _stack(layer, cell, x.transpose(0, 1), states, weights, options)
     return y.transpose(0, 1), finals
 
 
@@ -289,7 +309,7 @@ def _aten_sequence(
         states = tuple(x.new_zeros(shape) for _ in range(cell.states))
     uncompiled = cell.aten == "lstm" and torch.compiler.is_dynamo_compiling()
     operator = _uncompiled_lstm if uncompiled else getattr(_VF, cell.aten)
-    layers, biases, *others = options
+    layers, biases, *others, _ = options
     y, *finals = operator(x, _unwrap(states), list(weights), biases, layers, *others)
     return y, tuple(finals)
 

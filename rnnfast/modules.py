@@ -63,8 +63,14 @@ class _Backed(nn.Module):
 class _Layers(_Backed, nn.RNNBase):
     """A stack of layers of one kind of cell."""
 
-    def __init__(self, mode: str, *args: Any, backend: str | None, **kwargs: Any) -> None:
+    recompute: bool = False
+    """Whether no gates are saved for the backward; may be set at any time."""
+
+    def __init__(
+        self, mode: str, *args: Any, recompute: bool, backend: str | None, **kwargs: Any
+    ) -> None:
         super().__init__(mode, *args, **kwargs)
+        self.recompute = recompute
         self.backend = _check_backend(backend)
 
     def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> Any:
@@ -99,6 +105,7 @@ class _Layers(_Backed, nn.RNNBase):
                 self.dropout if self.training else 0.0,
                 self.batch_first,
                 self.bidirectional,
+                self.recompute,
             )
             if result is not None:
                 return result
@@ -113,6 +120,7 @@ class _Layers(_Backed, nn.RNNBase):
             self.training,
             self.bidirectional,
             self.batch_first,
+            self.recompute,
         )
         problem = functional.sequence_problem(cell, x, states, weights, options)
         if problem:
@@ -136,6 +144,8 @@ class RNN(_Layers):
         dropout: Probability of zeroing an output of any layer but the last, in training.
         bidirectional: Whether each layer also runs from the end of the sequence to the start.
         device, dtype: Of the parameters.
+        recompute: Save no gates for the backward, which computes them again from the states: less
+            memory for more time. The fused kernels on the CPU do; elsewhere it changes nothing.
         backend: None, or the backend to force; see `rnnfast.backend`.
 
     Raises:
@@ -157,6 +167,7 @@ class RNN(_Layers):
         device: _Device = None,
         dtype: torch.dtype | None = None,
         *,
+        recompute: bool = False,
         backend: str | None = None,
         **kwargs: Any,
     ) -> None:
@@ -174,6 +185,7 @@ class RNN(_Layers):
             bidirectional,
             device=device,
             dtype=dtype,
+            recompute=recompute,
             backend=backend,
             **kwargs,
         )
@@ -185,7 +197,7 @@ class LSTM(_Layers):
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional: As in `RNN`.
         proj_size: If not 0, the size to which h is projected; torch's own kernels run then.
-        device, dtype, backend: As in `RNN`.
+        device, dtype, recompute, backend: As in `RNN`.
     """
 
     torch_class = nn.LSTM
@@ -208,6 +220,7 @@ class LSTM(_Layers):
         device: _Device = None,
         dtype: torch.dtype | None = None,
         *,
+        recompute: bool = False,
         backend: str | None = None,
         **kwargs: Any,
     ) -> None:
@@ -223,6 +236,7 @@ class LSTM(_Layers):
             proj_size,
             device=device,
             dtype=dtype,
+            recompute=recompute,
             backend=backend,
             **kwargs,
         )
@@ -233,7 +247,7 @@ class GRU(_Layers):
 
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional: As in `RNN`.
-        device, dtype, backend: As in `RNN`.
+        device, dtype, recompute, backend: As in `RNN`.
     """
 
     torch_class = nn.GRU
@@ -250,6 +264,7 @@ class GRU(_Layers):
         device: _Device = None,
         dtype: torch.dtype | None = None,
         *,
+        recompute: bool = False,
         backend: str | None = None,
         **kwargs: Any,
     ) -> None:
@@ -265,6 +280,7 @@ class GRU(_Layers):
             bidirectional,
             device=device,
             dtype=dtype,
+            recompute=recompute,
             backend=backend,
             **kwargs,
         )

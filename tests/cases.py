@@ -180,9 +180,11 @@ def sample_with_oracle(
     return inputs, grads, oracle(case, inputs, grads, dtype)
 
 
-def run_forward(case: Case, inputs: list[Tensor | None], save: bool) -> tuple[Tensor, ...]:
+def run_forward(
+    case: Case, inputs: list[Tensor | None], save: bool, recompute: bool = False
+) -> tuple[Tensor, ...]:
     """The operator itself: (y, *final states, *saved)."""
-    return getattr(torch.ops.rnnfast, case.cell)(*inputs, case.reverse, save)
+    return getattr(torch.ops.rnnfast, case.cell)(*inputs, case.reverse, save, recompute)
 
 
 def run_backward(

@@ -277,6 +277,27 @@ def test_nan_and_inf_flow_through(cell: str, dtype: torch.dtype, device: str) ->
         assert error(actual[clean], value[clean]) < bound(dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_recomputed_gates(
+    case: Case, dtype: torch.dtype, device: str, poisoned_memory: None
+) -> None:
+    """Gates that the backward computes again are the forward's, to the last bit."""
+    inputs = cast(sample_inputs(case, dtype), dtype, device)
+    grads = cast(sample_grads(case, dtype), dtype, device)
+    if device == "cuda" or backend.EXTENSION.get_cpu_capability() == "cuda_emulation":
+        with pytest.raises(RuntimeError, match="recompute=True has no kernels on this device"):
+            run_forward(case, inputs, True, recompute=True)
+        return
+    forward = run_forward(case, inputs, True, recompute=True)
+    assert forward[1 + CELLS[case.cell].states].numel() == 0
+    expected = run_backward(case, inputs, grads, run_forward(case, inputs, True))
+    # with fewer uses the forward reads the weights as they lie, and sums in another order
+    most = 0.0 if case.T * case.B >= 10 else 5 * bound(dtype)
+    for actual, value in zip(run_backward(case, inputs, grads, forward), expected, strict=True):
+        assert error(actual, value.cpu().double()) <= most
+
+
 SPLIT_SHAPES = {"units": (12, 1, 40, 520), "rows": (5, 48, 16, 64), "none": (4, 2, 3, 5)}
 
 

@@ -498,3 +498,40 @@ def test_where_layers_overlap(backward: bool) -> None:
         assert [at_once("one row", stacked, n) for n in (1, 2, 4)] == [1, 2, 4]
         assert at_once("large", stacked, 2) == 1
     assert at_once("rows", False, 2) == 2
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("mode", ["GRU", "LSTM"])
+def test_recompute(mode: str, compiled: bool) -> None:
+    """Same numbers, and the gates are not among what autograd keeps."""
+    if not EXPECT_FUSED:
+        pytest.skip("only the fused kernels recompute")
+    name, kind = LAYERS[mode]
+    torch.manual_seed(0)
+    module = getattr(rnnfast, name)(7, 12, 2, bidirectional=True, **kind, backend="fused")
+    assert not module.recompute
+    x = torch.randn(9, 4, 7, requires_grad=True)
+    found, kept = [], []
+    for module.recompute in (False, True):
+        run = torch.compile(module, backend="aot_eager", fullgraph=True) if compiled else module
+        saved: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor, saved: dict[int, int] = saved) -> torch.Tensor:
+            saved[tensor.data_ptr()] = tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            y = run(x)[0]
+        found.append([y, *torch.autograd.grad(y.square().sum(), [x, *module.parameters()])])
+        kept.append(sum(saved.values()))
+    for actual, expected in zip(*found, strict=True):
+        assert torch.equal(actual, expected)
+    gates = 4 * 9 * 4 * (4 * 12)  # layers and directions, T, B, K*H
+    assert kept[0] - kept[1] == gates
+
+
+def test_recompute_has_second_derivatives() -> None:
+    module = rnnfast.LSTM(2, 3, dtype=torch.float64, recompute=True)
+    x = torch.randn(3, 2, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: module(x)[0], (x,))
+    assert torch.autograd.gradgradcheck(lambda x: module(x)[0], (x,))

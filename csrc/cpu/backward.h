@@ -14,6 +14,7 @@ class Backward {
   using Op = Operand<S>;
   using Element = typename Op::Element;
   using Columns = ColumnPanels<Op>;
+  using Panels = GatePanels<Op, G>;
 
  public:
   Backward(const BackwardArgs& args, const Plan& plan, Arena& arena)
@@ -21,6 +22,7 @@ class Backward {
         plan_(plan),
         hidden_{args.size.H},
         input_{args.size.I},
+        gate_panels_{args.size.H},
         pitch_(ceil_div(args.size.H, kLanesA) * kLanesA),
         gate_pitch_(D * args.size.H + kLanesA * Op::kPerWord),
         left_pitch_((ceil_div(plan.block_steps * args.size.B, kLanesA * Op::kPerWord) + 1) *
@@ -36,6 +38,14 @@ class Backward {
     left_ = arena.take<Element>(D * H * left_pitch_);
     x_ = arena.take<A>(input_.size(block_rows));
     h_ = arena.take<A>(hidden_.size(block_rows));
+    if (!recomputes(args)) return;
+    gates_ = arena.take<S>(block_rows * Cell::kSaved * H);
+    gate_w_ih_ = arena.take<A>(gate_panels_.count() * Panels::kWidth * words<Op>(I));
+    gate_w_hh_ = arena.take<A>(gate_panels_.count() * Panels::kWidth * words<Op>(H));
+    gate_b_ih_ = arena.take<A>(gate_panels_.count() * Panels::kWidth);
+    gate_b_hh_ = arena.take<A>(gate_panels_.count() * Panels::kWidth);
+    if (needs_copy(I)) x_rows_ = arena.take<Element>(block_rows * whole_words(I));
+    if (needs_copy(H)) h_rows_ = arena.take<Element>(block_rows * whole_words(H));
   }
 
   static StepShape step_shape(const Sizes& size) {
@@ -60,6 +70,10 @@ class Backward {
         plan_.split == Split::kUnits ? team.share(hidden_.count()) : Span{0, hidden_.count()};
     for (int64_t n = 0; n < T; n += plan_.block_steps) {
       const Span block{n, std::min(T, n + plan_.block_steps)};
+      if (recomputes(args_)) {
+        recompute_gates(block, team.share(block.size() * B));
+        team.barrier();
+      }
       for (int64_t step = block.begin; step < block.end; ++step) {
         step_back(step, rows, panels);
         if (plan_.split == Split::kUnits && step + 1 < block.end) team.barrier();
@@ -88,11 +102,108 @@ class Backward {
                ? static_cast<const S*>(args_.h0) + b * H
                : static_cast<const S*>(args_.y) + (time_before(step) * B + b) * H;
   }
+  const A* c_before(int64_t step, int64_t b) const {
+    const auto [T, B, I, H] = args_.size;
+    return is_first_in_time(step)
+               ? c0_ + b * pitch_
+               : static_cast<const A*>(args_.cells) + (time_before(step) * B + b) * H;
+  }
   const S* x_row(int64_t step, int64_t b) const {
     return static_cast<const S*>(args_.x) + time(step) * args_.x_stride_t + b * args_.x_stride_b;
   }
 
+  // ---- gates that the forward did not save: no step of this waits for another, as y and cells
+  // hold all states ----
+
+  static bool recomputes(const BackwardArgs& args) { return Cell::kSaved > 0 && !args.gates; }
+  static int64_t whole_words(int64_t elements) { return words<Op>(elements) * Op::kPerWord; }
+  // whether rows of so many elements cannot be multiplied as they lie
+  static bool needs_copy(int64_t elements) {
+    return !std::is_same_v<S, Element> || whole_words(elements) != elements;
+  }
+
+  void pack_gate_panels(Span panels) {
+    const auto [T, B, I, H] = args_.size;
+    for (int64_t p = panels.begin; p < panels.end; ++p) {
+      const int64_t at = p * Panels::kWidth;
+      gate_panels_.pack(static_cast<const S*>(args_.w_ih), I, p, gate_w_ih_ + at * words<Op>(I));
+      gate_panels_.pack(static_cast<const S*>(args_.w_hh), H, p, gate_w_hh_ + at * words<Op>(H));
+      gate_panels_.pack_bias(static_cast<const S*>(args_.b_ih), p, gate_b_ih_ + at);
+      gate_panels_.pack_bias(static_cast<const S*>(args_.b_hh), p, gate_b_hh_ + at);
+    }
+  }
+
+  // A row as the left side of a product, copied to its place in `copies` where it must be.
+  const Element* left_row(const S* row, int64_t elements, Element* copies, int64_t place) const {
+    if (copies) return copies + place * whole_words(elements);
+    if constexpr (std::is_same_v<S, Element>) return row;
+    return nullptr;
+  }
+  static void copy_row(const S* row, int64_t elements, Element* to) {
+    convert(to, row, elements);
+    for (int64_t i = elements; i < whole_words(elements); ++i) to[i] = Element{};
+  }
+
+  // gates_[row of the block] as the forward computed them; rows are counted (step, b)
+  void recompute_gates(Span block, Span rows) const {
+    const auto [T, B, I, H] = args_.size;
+    const int64_t batch = B, inputs = I, hidden = H;
+    const auto x = [&](int64_t row) { return x_row(block.begin + row / batch, row % batch); };
+    const auto h = [&](int64_t row) { return h_before(block.begin + row / batch, row % batch); };
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+      if (x_rows_) copy_row(x(row), inputs, x_rows_ + row * whole_words(inputs));
+      if (h_rows_) copy_row(h(row), hidden, h_rows_ + row * whole_words(hidden));
+    }
+    alignas(64) A from_x[kMaxTileRows * Panels::kWidth], from_h[kMaxTileRows * Panels::kWidth];
+    for (int64_t p = 0; p < gate_panels_.count(); ++p) {
+      const int64_t at = p * Panels::kWidth;
+      for_row_tiles(rows.size(), Panels::kRows, [&](int64_t r, int n) {
+        const int64_t first = rows.begin + r;
+        const Element *a[kMaxTileRows], *b[kMaxTileRows];
+        for (int i = 0; i < n; ++i) {
+          a[i] = left_row(x(first + i), inputs, x_rows_, first + i);
+          b[i] = left_row(h(first + i), hidden, h_rows_, first + i);
+        }
+        const auto multiply = kTiles<Op, Panels::kVectors>[n - 1];
+        multiply(words<Op>(inputs), a, gate_w_ih_ + at * words<Op>(inputs), gate_b_ih_ + at, from_x,
+                 Panels::kWidth);
+        multiply(words<Op>(hidden), b, gate_w_hh_ + at * words<Op>(hidden), gate_b_hh_ + at, from_h,
+                 Panels::kWidth);
+        for (int i = 0; i < n; ++i)
+          recompute_cell(block.begin + (first + i) / batch, (first + i) % batch, p,
+                         from_x + i * Panels::kWidth, from_h + i * Panels::kWidth,
+                         gates_ + (first + i) * Cell::kSaved * hidden);
+      });
+    }
+  }
+
+  void recompute_cell(int64_t step, int64_t b, int64_t panel, const A* from_x, const A* from_h,
+                      S* to) const {
+    const int64_t H = args_.size.H;
+    for (int v = 0; v < Panels::kUnitVectors; ++v) {
+      const int64_t unit = panel * Panels::kUnits + v * kLanesA, left = H - unit;
+      if (left <= 0) break;
+      V px[G], ph[G], saved[Cell::kSaved + 1], h, c{};
+      for (int g = 0; g < G; ++g) {
+        px[g] = load(from_x + (g * Panels::kUnitVectors + v) * kLanesA);
+        ph[g] = load(from_h + (g * Panels::kUnitVectors + v) * kLanesA);
+      }
+      if (Cell::kHasCell) c = load(c_before(step, b) + unit, left);
+      Cell::template forward<Math>(px, ph, load(h_before(step, b) + unit, left), c, h, saved);
+      for (int k = 0; k < Cell::kSaved; ++k) store(to + k * H + unit, saved[k], left);
+    }
+  }
+
+  // the saved blocks of a step and a sequence, [K][H]
+  const S* gates_of(int64_t step, int64_t b) const {
+    const auto [T, B, I, H] = args_.size;
+    const int64_t row = recomputes(args_) ? step % plan_.block_steps * B + b : time(step) * B + b;
+    return (recomputes(args_) ? gates_ : static_cast<const S*>(args_.gates)) +
+           row * Cell::kSaved * H;
+  }
+
   void pack(const Team& team) {
+    if (recomputes(args_)) pack_gate_panels(team.share(gate_panels_.count()));
     const auto [T, B, I, H] = args_.size;
     const int64_t hidden = H;
     const S* w_hh = static_cast<const S*>(args_.w_hh);
@@ -153,13 +264,10 @@ class Backward {
   void apply_cell(int64_t step, int64_t b, int64_t panel, const A* from_weights) {
     const auto [T, B, I, H] = args_.size;
     const int64_t t = time(step), row = t * B + b;
-    const S* gates = static_cast<const S*>(args_.gates);
+    const S* gates = gates_of(step, b);
     const A* cells = static_cast<const A*>(args_.cells);
     const S* h_prev_row = h_before(step, b);
-    const A* c_prev_row = nullptr;
-    if (Cell::kHasCell)
-      c_prev_row =
-          is_first_in_time(step) ? c0_ + b * pitch_ : cells + (time_before(step) * B + b) * H;
+    const A* c_prev_row = Cell::kHasCell ? c_before(step, b) : nullptr;
     const S* grad_y = args_.grad_y ? static_cast<const S*>(args_.grad_y) +
                                          t * args_.grad_y_stride_t + b * args_.grad_y_stride_b
                                    : nullptr;
@@ -169,8 +277,7 @@ class Backward {
       const int64_t left = H - unit;
       if (left <= 0) break;
       V saved[Cell::kSaved + 1], d_gates[D];
-      for (int k = 0; k < Cell::kSaved; ++k)
-        saved[k] = load(gates + (row * Cell::kSaved + k) * H + unit, left);
+      for (int k = 0; k < Cell::kSaved; ++k) saved[k] = load(gates + k * H + unit, left);
       const V h = load(static_cast<const S*>(args_.y) + row * H + unit, left);
       const V h_prev = load(h_prev_row + unit, left);
       V c{}, c_prev{}, d_c{};
@@ -383,6 +490,7 @@ class Backward {
   const BackwardArgs& args_;
   const Plan& plan_;
   const Columns hidden_, input_;
+  const Panels gate_panels_;
   // Rows of d_gates and of its transpose are a vector longer than they need be: at multiples of 4
   // KiB they would compete for the same lines of L1.
   const int64_t pitch_, gate_pitch_, left_pitch_;
@@ -392,4 +500,8 @@ class Backward {
   Element* d_gates_;  // two blocks of steps [step][B][gate_pitch]
   Element* left_;  // transposed gate gradients [D*H][left_pitch]
   A *x_, *h_;  // packed columns of the rows of a block
+  // only where gates are computed again
+  S* gates_ = nullptr;  // [row of a block][K*H]
+  A *gate_w_ih_, *gate_w_hh_, *gate_b_ih_, *gate_b_hh_;  // packed as in the forward
+  Element *x_rows_ = nullptr, *h_rows_ = nullptr;  // copies [row of a block][whole words]
 };

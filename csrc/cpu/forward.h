@@ -197,11 +197,11 @@ class Forward {
       if constexpr (!std::is_same_v<S, A>) h = load(y, left);  // the next step sees it as stored
       store(h_[(step + 1) & 1] + b * pitch_ + unit, h, Op::kPerWord == 1 ? kLanesA : left);
       if (Cell::kHasCell) store(c_ + b * pitch_ + unit, c);
-      if (args_.save) {
+      if (args_.gates)
         for (int k = 0; k < kSaved; ++k)
           store(static_cast<S*>(args_.gates) + (row * kSaved + k) * H + unit, saved[k], left);
-        if (Cell::kHasCell) store(static_cast<A*>(args_.cells) + row * H + unit, c, left);
-      }
+      if (Cell::kHasCell && args_.cells)
+        store(static_cast<A*>(args_.cells) + row * H + unit, c, left);
     }
   }
 

@@ -42,10 +42,8 @@ constexpr Kernels make_kernels() {
           Forward<Cell, S>(job.args, job.plan, arena).run(team, job.upstream, job.progress);
         });
       },
-      [](const Sizes& size, const Plan& plan) {
+      [](const BackwardArgs& args, const Plan& plan) {
         Arena arena(nullptr);
-        BackwardArgs args{};
-        args.size = size;
         Backward<Cell, S>(args, plan, arena);
         return arena.used();
       },
@@ -76,7 +74,7 @@ const KernelTable& kernel_table() {
 #define RNNFAST_ROW(Cell)                                                                 \
   {make_kernels<Cell, double>(), make_kernels<Cell, float>(), make_kernels<Cell, bf16>(), \
    make_kernels<Cell, f16>()},
-  static constexpr KernelTable table{{RNNFAST_FOR_EACH_CELL(RNNFAST_ROW)}, true};
+  static constexpr KernelTable table{{RNNFAST_FOR_EACH_CELL(RNNFAST_ROW)}, true, true};
 #undef RNNFAST_ROW
   return table;
 }

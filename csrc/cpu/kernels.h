@@ -32,13 +32,14 @@ struct Kernels {
   Plan (*plan_backward)(const Sizes&, const Machine&);
   size_t (*forward_workspace)(const Sizes&, const Plan&);
   void (*forward)(std::span<ForwardJob>);
-  size_t (*backward_workspace)(const Sizes&, const Plan&);
+  size_t (*backward_workspace)(const BackwardArgs&, const Plan&);
   void (*backward)(std::span<BackwardJob>);
 };
 
 struct KernelTable {
   Kernels kernels[kCells][kDtypes];
   bool strided;  // whether x and grad_y may have any strides of T and B
+  bool recomputes;  // whether the backward can do without gates
 };
 
 // Instruction sets usable on this machine, worst first; the last is the default.

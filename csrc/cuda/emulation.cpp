@@ -74,10 +74,8 @@ constexpr cpu::Kernels make_kernels() {
           cuda::Forward<Cell, S>(job.args, arena).run(host);
         }
       },
-      [](const Sizes& size, const cpu::Plan&) {
+      [](const BackwardArgs& args, const cpu::Plan&) {
         Arena arena(nullptr);
-        BackwardArgs args{};
-        args.size = size;
         cuda::Backward<Cell, S>(args, arena);
         return arena.used();
       },
@@ -97,7 +95,7 @@ const cpu::KernelTable& kernel_table() {
 #define RNNFAST_ROW(Cell)                                                                 \
   {make_kernels<Cell, double>(), make_kernels<Cell, float>(), make_kernels<Cell, bf16>(), \
    make_kernels<Cell, f16>()},
-  static constexpr cpu::KernelTable table{{RNNFAST_FOR_EACH_CELL(RNNFAST_ROW)}, false};
+  static constexpr cpu::KernelTable table{{RNNFAST_FOR_EACH_CELL(RNNFAST_ROW)}, false, false};
 #undef RNNFAST_ROW
   return table;
 }

@@ -87,8 +87,8 @@ class Forward {
                                .h_prev = h_prev,
                                .c = c_,
                                .y = y(t),
-                               .gates = args_.save ? gates + t * state * Cell::kSaved : nullptr,
-                               .cells = args_.save && Cell::kHasCell ? cells + t * state : nullptr,
+                               .gates = gates ? gates + t * state * Cell::kSaved : nullptr,
+                               .cells = cells ? cells + t * state : nullptr,
                            });
   }
 

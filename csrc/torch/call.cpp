@@ -62,6 +62,7 @@ struct Call {
   int64_t layers, directions;
   bool biases;
   double dropout;  // between layers; 0 when not training
+  bool recompute;  // gates in the backward
 
   int64_t hidden() const { return weights[1].size(1); }
   size_t per_layer() const { return biases ? 4 : 2; }
@@ -104,17 +105,17 @@ Tensor with_last_stride_one(const Tensor& t) {
   return t.stride(-1) == 1 || t.size(-1) == 1 ? t : t.contiguous();
 }
 
-LayerOutputs allocate(const CellInfo& cell, const LayerInputs& in, bool save) {
+LayerOutputs allocate(const CellInfo& cell, const LayerInputs& in, bool save, bool recompute) {
   const auto [T, B, I, H] = in.sizes();
   LayerOutputs out;
   out.y = empty({T, B, H}, in.x);
   out.h_n = empty({B, H}, in.x);
   if (cell.has_cell) out.c_n = empty({B, H}, in.x);
-  if (save) {
-    out.gates = empty({T, B, cell.saved * H}, in.x);
-    if (cell.has_cell)
-      out.cells = at::detail::empty_cpu({T, B, H}, compute_type(in.x.scalar_type()));
-  }
+  if (save)
+    out.gates = recompute && CpuDevice::recomputes() ? empty({0}, in.x)
+                                                     : empty({T, B, cell.saved * H}, in.x);
+  if (save && cell.has_cell)
+    out.cells = at::detail::empty_cpu({T, B, H}, compute_type(in.x.scalar_type()));
   return out;
 }
 
@@ -308,9 +309,9 @@ Tensor run(const Call& call, std::vector<Tensor>& finals) {
             .b_ih = call.biases ? w[2] : Tensor(),
             .b_hh = call.biases ? w[3] : Tensor(),
             .reverse = !stacked && k == 1};
-      out = allocate(call.cell, in, record);
+      out = allocate(call.cell, in, record, call.recompute);
     }
-    CpuDevice::forward(call.cell, layers, stacked, record);
+    CpuDevice::forward(call.cell, layers, stacked);
     if (record) {
       const size_t in_node = size_t(call.directions);
       for (size_t k = 0; k < layers.size(); k += in_node)
@@ -361,7 +362,7 @@ void set_python_backward(py::object function) { python_backward() = std::move(fu
 // (output, states) of a stack of layers, shaped as torch.nn's, or None.
 py::object run_layers(int cell, py::handle input, py::handle hx, const py::list& weights,
                       int64_t layers, bool biases, double dropout, bool batch_first,
-                      bool bidirectional) {
+                      bool bidirectional, bool recompute) {
   Tensor x;
   if (!is_plain_context() || !unpack(input, x) || x.dim() != 3) return py::none();
   Call call{
@@ -373,6 +374,7 @@ py::object run_layers(int cell, py::handle input, py::handle hx, const py::list&
       .directions = bidirectional ? 2 : 1,
       .biases = biases,
       .dropout = dropout,
+      .recompute = recompute,
   };
   if (!collect(call, hx, weights) || !fits(call)) return py::none();
   std::vector<Tensor> finals;
@@ -399,6 +401,7 @@ py::object run_step(int cell, py::handle input, py::handle hx, const py::list& w
       .directions = 1,
       .biases = biases,
       .dropout = 0,
+      .recompute = false,
   };
   if (!collect(call, hx, weights)) return py::none();
   for (Tensor& state : call.states) {

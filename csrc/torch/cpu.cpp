@@ -41,8 +41,9 @@ at::Tensor workspace(size_t bytes) {
 
 }  // namespace
 
-void CpuDevice::forward(const CellInfo& cell, std::span<LayerForward> layers, bool stacked,
-                        bool save) {
+bool CpuDevice::recomputes() { return cpu::kernel_table().recomputes; }
+
+void CpuDevice::forward(const CellInfo& cell, std::span<LayerForward> layers, bool stacked) {
   const cpu::KernelTable& table = cpu::kernel_table();
   const LayerInputs& first = layers[0].in;
   const cpu::Kernels& kernels = table.kernels[int(cell.kind)][int(dtype_of(first.x))];
@@ -67,7 +68,7 @@ void CpuDevice::forward(const CellInfo& cell, std::span<LayerForward> layers, bo
       if (!table.strided) in.x = in.x.contiguous();
       for (const at::Tensor* result : {&out.y, &out.gates, &out.cells}) prefer_huge_pages(*result);
       cpu::ForwardJob& job = jobs[i];
-      job.args = forward_args(in, out, save);
+      job.args = forward_args(in, out);
       job.plan = kernels.plan_forward(job.args.size, machine, most_steps);
       memory.push_back(workspace(kernels.forward_workspace(job.args.size, job.plan)));
       job.workspace = memory.back().data_ptr();
@@ -104,16 +105,16 @@ void CpuDevice::backward(const CellInfo& cell, std::span<LayerBackward> layers) 
       cpu::BackwardJob& job = jobs[i];
       job.args = backward_args(grad_out, in, out, grads);
       job.plan = kernels.plan_backward(job.args.size, machine);
-      memory.push_back(workspace(kernels.backward_workspace(job.args.size, job.plan)));
+      memory.push_back(workspace(kernels.backward_workspace(job.args, job.plan)));
       job.workspace = memory.back().data_ptr();
     }
     kernels.backward(jobs);
   }
 }
 
-void CpuDevice::forward(const CellInfo& cell, LayerInputs in, LayerOutputs& out, bool save) {
+void CpuDevice::forward(const CellInfo& cell, LayerInputs in, LayerOutputs& out) {
   LayerForward one{std::move(in), out};
-  forward(cell, {&one, 1}, false, save);
+  forward(cell, {&one, 1}, false);
 }
 
 void CpuDevice::backward(const CellInfo& cell, LayerGradOutputs grad_out, LayerInputs in,

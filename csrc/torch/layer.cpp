@@ -106,7 +106,8 @@ LayerOutputs check_saved(const CellInfo& cell, const LayerInputs& in, const at::
   const Checker check{cell, in.x};
   LayerOutputs out;
   out.y = check(y, "y", {T, B, H});
-  out.gates = check(gates, "gates", {T, B, cell.saved * H});
+  const bool saved = gates.sizes() != at::IntArrayRef({0});
+  out.gates = saved ? check(gates, "gates", {T, B, cell.saved * H}) : gates;
   if (cell.has_cell) {
     TORCH_CHECK(cells.sizes() == at::IntArrayRef({T, B, H}) && cells.device() == in.x.device() &&
                     cells.scalar_type() == compute_type(in.x.scalar_type()),
@@ -133,17 +134,18 @@ LayerGradOutputs check_grad_outputs(const CellInfo& cell, const LayerInputs& in,
   return grad_out;
 }
 
-LayerOutputs allocate_outputs(const CellInfo& cell, const LayerInputs& in, bool save) {
+LayerOutputs allocate_outputs(const CellInfo& cell, const LayerInputs& in, bool save_gates,
+                              bool save_cells) {
   const auto [T, B, I, H] = in.sizes();
   const auto options = in.x.options();
   const auto compute = options.dtype(compute_type(in.x.scalar_type()));
   LayerOutputs out;
   out.y = at::empty({T, B, H}, options);
   out.h_n = at::empty({B, H}, options);
-  out.gates = save ? at::empty({T, B, cell.saved * H}, options) : at::empty({0}, options);
+  out.gates = save_gates ? at::empty({T, B, cell.saved * H}, options) : at::empty({0}, options);
   if (cell.has_cell) {
     out.c_n = at::empty({B, H}, options);
-    out.cells = save ? at::empty({T, B, H}, compute) : at::empty({0}, compute);
+    out.cells = save_cells ? at::empty({T, B, H}, compute) : at::empty({0}, compute);
   }
   return out;
 }
@@ -170,11 +172,10 @@ LayerGrads allocate_grads(const CellInfo& cell, const LayerInputs& in, at::Array
   return grads;
 }
 
-ForwardArgs forward_args(const LayerInputs& in, const LayerOutputs& out, bool save) {
+ForwardArgs forward_args(const LayerInputs& in, const LayerOutputs& out) {
   return {
       .size = in.sizes(),
       .reverse = in.reverse,
-      .save = save,
       .x = in.x.data_ptr(),
       .x_stride_t = in.x.stride(0),
       .x_stride_b = in.x.stride(1),
@@ -209,8 +210,10 @@ BackwardArgs backward_args(const LayerGradOutputs& grad_out, const LayerInputs& 
       .c0 = data_or_null(in.c0),
       .w_ih = in.w_ih.data_ptr(),
       .w_hh = in.w_hh.data_ptr(),
+      .b_ih = data_or_null(in.b_ih),
+      .b_hh = data_or_null(in.b_hh),
       .y = out.y.data_ptr(),
-      .gates = out.gates.data_ptr(),
+      .gates = data_or_null(out.gates),
       .cells = data_or_null(out.cells),
       .grad_x = data_or_null(grads.x),
       .grad_h0 = data_or_null(grads.h0),

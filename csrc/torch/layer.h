@@ -37,8 +37,8 @@ struct LayerInputs {
 struct LayerOutputs {
   at::Tensor y;         // (T, B, H)
   at::Tensor h_n, c_n;  // (B, H)
-  at::Tensor gates;     // (T, B, K*H), or (0) when nothing is saved
-  at::Tensor cells;     // (T, B, H) in the compute type, or (0)
+  at::Tensor gates;     // (T, B, K*H), or (0) or undefined where not saved
+  at::Tensor cells;     // (T, B, H) in the compute type, or (0) or undefined
 };
 
 struct LayerGradOutputs {
@@ -63,7 +63,8 @@ LayerGradOutputs check_grad_outputs(const CellInfo& cell, const LayerInputs& in,
                                     const std::optional<at::Tensor>& h_n,
                                     const std::optional<at::Tensor>& c_n);
 
-LayerOutputs allocate_outputs(const CellInfo& cell, const LayerInputs& in, bool save);
+LayerOutputs allocate_outputs(const CellInfo& cell, const LayerInputs& in, bool save_gates,
+                              bool save_cells);
 // Gradients of parameters are in the compute type, for the caller to round with finish_grads.
 LayerGrads allocate_grads(const CellInfo& cell, const LayerInputs& in, at::ArrayRef<bool> mask);
 void finish_grads(const LayerInputs& in, LayerGrads& grads);
@@ -72,7 +73,7 @@ Dtype dtype_of(const at::Tensor& t);
 at::ScalarType compute_type(at::ScalarType storage);
 
 // The same call in pointers.
-ForwardArgs forward_args(const LayerInputs& in, const LayerOutputs& out, bool save);
+ForwardArgs forward_args(const LayerInputs& in, const LayerOutputs& out);
 BackwardArgs backward_args(const LayerGradOutputs& grad_out, const LayerInputs& in,
                            const LayerOutputs& out, const LayerGrads& grads);
 
@@ -90,19 +91,21 @@ struct LayerBackward {
 
 // A device's kernels. Sizes are positive; every output is written in full.
 struct CpuDevice {
-  static void forward(const CellInfo& cell, LayerInputs in, LayerOutputs& out, bool save);
+  static void forward(const CellInfo& cell, LayerInputs in, LayerOutputs& out);
   static void backward(const CellInfo& cell, LayerGradOutputs grad_out, LayerInputs in,
                        const LayerOutputs& out, LayerGrads& grads);
   // Layers of equal hidden size: directions, which know nothing of each other, or a stack, in which
   // x of each is y of the one before. They overlap where that uses the threads better.
-  static void forward(const CellInfo& cell, std::span<LayerForward> layers, bool stacked,
-                      bool save);
+  static void forward(const CellInfo& cell, std::span<LayerForward> layers, bool stacked);
   static void backward(const CellInfo& cell, std::span<LayerBackward> layers);
+  // Whether the backward can do without gates.
+  static bool recomputes();
 };
 struct CudaDevice {
-  static void forward(const CellInfo& cell, LayerInputs in, LayerOutputs& out, bool save);
+  static void forward(const CellInfo& cell, LayerInputs in, LayerOutputs& out);
   static void backward(const CellInfo& cell, LayerGradOutputs grad_out, LayerInputs in,
                        const LayerOutputs& out, LayerGrads& grads);
+  static bool recomputes() { return false; }
 };
 
 }  // namespace rnnfast

@@ -12,7 +12,7 @@ cpu::Machine this_machine();
 // of call.cpp
 py::object run_layers(int cell, py::handle input, py::handle hx, const py::list& weights,
                       int64_t layers, bool biases, double dropout, bool batch_first,
-                      bool bidirectional);
+                      bool bidirectional, bool recompute);
 py::object run_step(int cell, py::handle input, py::handle hx, const py::list& weights,
                     bool biases);
 void set_python_backward(py::object function);
@@ -67,8 +67,11 @@ py::dict plan(const std::string& cell, int64_t T, int64_t B, int64_t I, int64_t 
     facts["hidden_packing"] = packings[int(plan.hidden)];
   }
   facts["block_steps"] = plan.block_steps;
+  BackwardArgs saved{};
+  saved.size = size;
+  saved.gates = &saved;  // there, so not to be computed again
   facts["workspace_bytes"] =
-      backward ? kernels.backward_workspace(size, plan) : kernels.forward_workspace(size, plan);
+      backward ? kernels.backward_workspace(saved, plan) : kernels.forward_workspace(size, plan);
   return facts;
 }
 

@@ -14,10 +14,12 @@ using Mask = c10::List<bool>;
 bool is_empty(const LayerInputs& in) { return in.x.size(0) == 0 || in.h0.numel() == 0; }
 
 template <class Device>
-LayerOutputs forward(const CellInfo& cell, const LayerInputs& in, bool save) {
-  LayerOutputs out = allocate_outputs(cell, in, save);
+LayerOutputs forward(const CellInfo& cell, const LayerInputs& in, bool save, bool recompute) {
+  TORCH_CHECK(!recompute || Device::recomputes(), "rnnfast::", cell.name,
+              ": recompute=True has no kernels on this device");
+  LayerOutputs out = allocate_outputs(cell, in, save && !recompute, save);
   if (!is_empty(in)) {
-    Device::forward(cell, in, out, save);
+    Device::forward(cell, in, out);
   } else {
     out.h_n.copy_(in.h0);
     if (cell.has_cell) out.c_n.copy_(in.c0);
@@ -50,10 +52,10 @@ struct OneState {
   static std::tuple<Tensor, Tensor, Tensor> run(const Tensor& x, const Tensor& h0,
                                                 const Tensor& w_ih, const Tensor& w_hh,
                                                 Optional b_ih, Optional b_hh, bool reverse,
-                                                bool save) {
+                                                bool save, bool recompute) {
     const CellInfo& cell = cell_info(kind);
     const LayerInputs in = check_inputs(cell, x, h0, {}, w_ih, w_hh, b_ih, b_hh, reverse);
-    LayerOutputs out = forward<Device>(cell, in, save);
+    LayerOutputs out = forward<Device>(cell, in, save, recompute);
     return {out.y, out.h_n, out.gates};
   }
 
@@ -75,10 +77,10 @@ template <class Device, CellKind kind>
 struct TwoStates {
   static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run(
       const Tensor& x, const Tensor& h0, const Tensor& c0, const Tensor& w_ih, const Tensor& w_hh,
-      Optional b_ih, Optional b_hh, bool reverse, bool save) {
+      Optional b_ih, Optional b_hh, bool reverse, bool save, bool recompute) {
     const CellInfo& cell = cell_info(kind);
     const LayerInputs in = check_inputs(cell, x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse);
-    LayerOutputs out = forward<Device>(cell, in, save);
+    LayerOutputs out = forward<Device>(cell, in, save, recompute);
     return {out.y, out.h_n, out.c_n, out.gates, out.cells};
   }
 
@@ -101,7 +103,8 @@ std::string schema(const CellInfo& cell) {
                                   ? "(Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)"
                                   : "(Tensor y, Tensor h_n, Tensor gates)";
   return std::string(cell.name) + "(Tensor x, Tensor h0, " + c0 +
-         "Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, bool reverse, bool save) -> " +
+         "Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, bool reverse, bool save, "
+         "bool recompute=False) -> " +
          results;
 }
 

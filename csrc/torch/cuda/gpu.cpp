@@ -129,9 +129,9 @@ void run(const CellInfo& cell, const at::Tensor& x, const Args& args) {
 
 }  // namespace
 
-void CudaDevice::forward(const CellInfo& cell, LayerInputs in, LayerOutputs& out, bool save) {
+void CudaDevice::forward(const CellInfo& cell, LayerInputs in, LayerOutputs& out) {
   in.x = in.x.contiguous();
-  run<cuda::Forward>(cell, in.x, forward_args(in, out, save));
+  run<cuda::Forward>(cell, in.x, forward_args(in, out));
 }
 
 void CudaDevice::backward(const CellInfo& cell, LayerGradOutputs grad_out, LayerInputs in,
