@@ -57,14 +57,20 @@ bool unpack(py::handle object, Tensor& tensor) {
 struct Call {
   const CellInfo& cell;
   Tensor x;                     // (T, B, I)
-  std::vector<Tensor> states;   // (L*D, B, H) each
+  std::vector<Tensor> states;   // (L*D, B, H) each, or (B, H) of a single step
   std::vector<Tensor> weights;  // per layer and direction: w_ih, w_hh[, b_ih, b_hh]
+  bool step;  // of a cell: states have no dimension of layers
   int64_t layers, directions;
   bool biases;
   double dropout;  // between layers; 0 when not training
   bool recompute;  // gates in the backward
 
   int64_t hidden() const { return weights[1].size(1); }
+  int64_t count() const { return layers * directions; }
+  c10::DimVector state_shape() const {
+    const int64_t B = x.size(1), H = hidden();
+    return step ? c10::DimVector{B, H} : c10::DimVector{count(), B, H};
+  }
   size_t per_layer() const { return biases ? 4 : 2; }
 };
 
@@ -82,13 +88,11 @@ bool fits(const Call& call) {
   if (type != at::kFloat && type != at::kDouble && type != at::kBFloat16 && type != at::kHalf)
     return false;
   if (x.size(0) == 0 || x.size(1) == 0) return false;
-  const size_t count = size_t(call.layers * call.directions);
-  if (call.weights.size() != count * call.per_layer() || call.weights[1].dim() != 2) return false;
+  if (call.weights.size() != size_t(call.count()) * call.per_layer() || call.weights[1].dim() != 2)
+    return false;
   const int64_t H = call.hidden(), rows = call.cell.gates * H;
   for (const Tensor& state : call.states)
-    if (state.scalar_type() != type ||
-        state.sizes() != at::IntArrayRef({int64_t(count), x.size(1), H}))
-      return false;
+    if (state.scalar_type() != type || state.sizes() != call.state_shape()) return false;
   for (size_t i = 0; i < call.weights.size(); ++i) {
     const Tensor& w = call.weights[i];
     const size_t layer = i / call.per_layer() / size_t(call.directions),
@@ -105,15 +109,18 @@ Tensor with_last_stride_one(const Tensor& t) {
   return t.stride(-1) == 1 || t.size(-1) == 1 ? t : t.contiguous();
 }
 
-LayerOutputs allocate(const CellInfo& cell, const LayerInputs& in, bool save, bool recompute) {
+LayerOutputs allocate(const Call& call, const LayerInputs& in, bool save) {
+  const CellInfo& cell = call.cell;
   const auto [T, B, I, H] = in.sizes();
+  // a lone layer's final states are the call's, as they are: views would cost more than the step
+  const auto state = call.count() == 1 ? call.state_shape() : c10::DimVector{B, H};
   LayerOutputs out;
   out.y = empty({T, B, H}, in.x);
-  out.h_n = empty({B, H}, in.x);
-  if (cell.has_cell) out.c_n = empty({B, H}, in.x);
+  out.h_n = empty(state, in.x);
+  if (cell.has_cell) out.c_n = empty(state, in.x);
   if (save)
-    out.gates = recompute && CpuDevice::recomputes() ? empty({0}, in.x)
-                                                     : empty({T, B, cell.saved * H}, in.x);
+    out.gates = call.recompute && CpuDevice::recomputes() ? empty({0}, in.x)
+                                                          : empty({T, B, cell.saved * H}, in.x);
   if (save && cell.has_cell)
     out.cells = at::detail::empty_cpu({T, B, H}, compute_type(in.x.scalar_type()));
   return out;
@@ -254,7 +261,8 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
     return found;
   }
 
-  // The arguments of Python's backward have no c0, cells or its gradient where the cell has no c.
+  // The arguments of Python's backward have no c0, cells or its gradient where the cell has no c,
+  // and its states are (B, H).
   static std::vector<List> run_python(const std::vector<Direction>& directions) {
     const py::gil_scoped_acquire acquire;
     std::vector<List> results;
@@ -263,15 +271,19 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
       py::list mask, grad_list, tensors;
       for (size_t i = 0; i <= kOwn; ++i)
         if (has(i)) mask.append(wanted[i]);
-      for (const Tensor& grad : grads) grad_list.append(grad);
+      const auto plain_state = [](const Tensor& t) {
+        return t.defined() && t.dim() == 3 ? t.squeeze(0) : t;
+      };
+      for (size_t i = 0; i < grads.size(); ++i)
+        grad_list.append(i == 0 ? grads[i] : plain_state(grads[i]));
       for (size_t i = 0; i < saved.size(); ++i)
-        if (has(i)) tensors.append(saved[i]);
+        if (has(i)) tensors.append(i == 1 || i == 2 ? plain_state(saved[i]) : saved[i]);
       const py::sequence found = python_backward()(cell.name, reverse, mask, grad_list, tensors);
       List list(1 + kOwn);
       for (size_t i = 0, next = 0; i <= kOwn; ++i) {
         if (!has(i)) continue;
         const py::object grad = found[next++];
-        if (!grad.is_none()) list[i] = grad.cast<Tensor>();
+        if (!grad.is_none()) list[i] = grad.cast<Tensor>().view(saved[i].sizes());
       }
       results.push_back(std::move(list));
     }
@@ -283,11 +295,11 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
 Tensor run(const Call& call, std::vector<Tensor>& finals) {
   RECORD_FUNCTION(call.cell.name, std::vector<c10::IValue>());
   const bool record = needs_grad(call);
-  const int64_t B = call.x.size(1), H = call.hidden(), count = call.layers * call.directions;
+  const int64_t B = call.x.size(1), H = call.hidden(), count = call.count();
   const Tensor initial = call.states.empty() ? zeros({B, H}, call.x) : Tensor();
   const auto state = [&](size_t k, int64_t i) {
     if (call.states.empty()) return initial;
-    return call.states[k].select(0, i).contiguous();
+    return (count == 1 ? call.states[k] : call.states[k].select(0, i)).contiguous();
   };
   std::vector<Tensor> h_n, c_n;
   Tensor x = with_last_stride_one(call.x);
@@ -309,7 +321,7 @@ Tensor run(const Call& call, std::vector<Tensor>& finals) {
             .b_ih = call.biases ? w[2] : Tensor(),
             .b_hh = call.biases ? w[3] : Tensor(),
             .reverse = !stacked && k == 1};
-      out = allocate(call.cell, in, record, call.recompute);
+      out = allocate(call, in, record);
     }
     CpuDevice::forward(call.cell, layers, stacked);
     if (record) {
@@ -324,7 +336,7 @@ Tensor run(const Call& call, std::vector<Tensor>& finals) {
     x = call.directions == 1 ? layers.back().out.y : at::cat({layers[0].out.y, layers[1].out.y}, 2);
   }
   const auto join = [&](const std::vector<Tensor>& states) {
-    return count == 1 ? states[0].unsqueeze(0) : at::stack(states);
+    return count == 1 ? states[0] : at::stack(states);
   };
   finals.push_back(join(h_n));
   if (call.cell.has_cell) finals.push_back(join(c_n));
@@ -370,6 +382,7 @@ py::object run_layers(int cell, py::handle input, py::handle hx, const py::list&
       .x = batch_first ? x.transpose(0, 1) : x,
       .states = {},
       .weights = {},
+      .step = false,
       .layers = layers,
       .directions = bidirectional ? 2 : 1,
       .biases = biases,
@@ -397,23 +410,18 @@ py::object run_step(int cell, py::handle input, py::handle hx, const py::list& w
       .x = x.unsqueeze(0),
       .states = {},
       .weights = {},
+      .step = true,
       .layers = 1,
       .directions = 1,
       .biases = biases,
       .dropout = 0,
       .recompute = false,
   };
-  if (!collect(call, hx, weights)) return py::none();
-  for (Tensor& state : call.states) {
-    if (state.dim() != 2) return py::none();
-    state = state.unsqueeze(0);
-  }
-  if (!fits(call)) return py::none();
+  if (!collect(call, hx, weights) || !fits(call)) return py::none();
   std::vector<Tensor> finals;
   {
     const py::gil_scoped_release release;
     run(call, finals);
-    for (Tensor& state : finals) state = state.squeeze(0);
   }
   if (finals.size() == 1) return py::cast(finals[0]);
   return py::make_tuple(finals[0], finals[1]);

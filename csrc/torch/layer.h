@@ -31,7 +31,7 @@ struct LayerInputs {
   at::Tensor b_ih, b_hh;  // (G*H), or both undefined
   bool reverse;
 
-  Sizes sizes() const { return {x.size(0), x.size(1), x.size(2), h0.size(1)}; }
+  Sizes sizes() const { return {x.size(0), x.size(1), x.size(2), h0.size(-1)}; }
 };
 
 struct LayerOutputs {
