@@ -535,3 +535,16 @@ def test_recompute_has_second_derivatives() -> None:
     x = torch.randn(3, 2, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: module(x)[0], (x,))
     assert torch.autograd.gradgradcheck(lambda x: module(x)[0], (x,))
+
+
+def test_input_gradient_where_only_one_direction_has_any() -> None:
+    module = rnnfast.GRU(3, 4, bidirectional=True, dtype=torch.float64)
+    x = torch.randn(5, 2, 3, dtype=torch.float64, requires_grad=True)
+    found = []
+    for create_graph in (False, True):
+        y = module(x)[0]
+        if EXPECT_FUSED:  # y is the concatenation of the outputs of one node
+            node = y.grad_fn.next_functions[0][0]
+            node.register_prehook(lambda grads: (grads[0], grads[1], None, None))
+        found.append(torch.autograd.grad(y.sum(), x, create_graph=create_graph)[0])
+    torch.testing.assert_close(*found)

@@ -40,8 +40,10 @@ class Backward {
     h_ = arena.take<A>(hidden_.size(block_rows));
     if (!recomputes(args)) return;
     gates_ = arena.take<S>(block_rows * Cell::kSaved * H);
-    gate_w_ih_ = arena.take<A>(gate_panels_.count() * Panels::kWidth * words<Op>(I));
-    gate_w_hh_ = arena.take<A>(gate_panels_.count() * Panels::kWidth * words<Op>(H));
+    if (pays_to_pack(args.size)) {  // as in the forward, which would sum in another order else
+      gate_w_ih_ = arena.take<A>(gate_panels_.count() * Panels::kWidth * words<Op>(I));
+      gate_w_hh_ = arena.take<A>(gate_panels_.count() * Panels::kWidth * words<Op>(H));
+    }
     gate_b_ih_ = arena.take<A>(gate_panels_.count() * Panels::kWidth);
     gate_b_hh_ = arena.take<A>(gate_panels_.count() * Panels::kWidth);
     if (needs_copy(I)) x_rows_ = arena.take<Element>(block_rows * whole_words(I));
@@ -79,7 +81,8 @@ class Backward {
         if (plan_.split == Split::kUnits && step + 1 < block.end) team.barrier();
       }
       team.barrier();
-      // The other half of d_gates_ takes the next block, so nobody waits for these.
+      // The other half of d_gates_ takes the next block, so nobody waits for these; left_, x_ and
+      // h_ are written again after the next block's barrier only.
       grad_input(block, team);
       grad_parameters(block, team);
     }
@@ -126,8 +129,10 @@ class Backward {
     const auto [T, B, I, H] = args_.size;
     for (int64_t p = panels.begin; p < panels.end; ++p) {
       const int64_t at = p * Panels::kWidth;
-      gate_panels_.pack(static_cast<const S*>(args_.w_ih), I, p, gate_w_ih_ + at * words<Op>(I));
-      gate_panels_.pack(static_cast<const S*>(args_.w_hh), H, p, gate_w_hh_ + at * words<Op>(H));
+      if (gate_w_ih_) {
+        gate_panels_.pack(static_cast<const S*>(args_.w_ih), I, p, gate_w_ih_ + at * words<Op>(I));
+        gate_panels_.pack(static_cast<const S*>(args_.w_hh), H, p, gate_w_hh_ + at * words<Op>(H));
+      }
       gate_panels_.pack_bias(static_cast<const S*>(args_.b_ih), p, gate_b_ih_ + at);
       gate_panels_.pack_bias(static_cast<const S*>(args_.b_hh), p, gate_b_hh_ + at);
     }
@@ -157,6 +162,8 @@ class Backward {
     alignas(64) A from_x[kMaxTileRows * Panels::kWidth], from_h[kMaxTileRows * Panels::kWidth];
     for (int64_t p = 0; p < gate_panels_.count(); ++p) {
       const int64_t at = p * Panels::kWidth;
+      const A* w_ih = gate_w_ih_ ? gate_w_ih_ + at * words<Op>(inputs) : nullptr;
+      const A* w_hh = gate_w_hh_ ? gate_w_hh_ + at * words<Op>(hidden) : nullptr;
       for_row_tiles(rows.size(), Panels::kRows, [&](int64_t r, int n) {
         const int64_t first = rows.begin + r;
         const Element *a[kMaxTileRows], *b[kMaxTileRows];
@@ -164,11 +171,10 @@ class Backward {
           a[i] = left_row(x(first + i), inputs, x_rows_, first + i);
           b[i] = left_row(h(first + i), hidden, h_rows_, first + i);
         }
-        const auto multiply = kTiles<Op, Panels::kVectors>[n - 1];
-        multiply(words<Op>(inputs), a, gate_w_ih_ + at * words<Op>(inputs), gate_b_ih_ + at, from_x,
-                 Panels::kWidth);
-        multiply(words<Op>(hidden), b, gate_w_hh_ + at * words<Op>(hidden), gate_b_hh_ + at, from_h,
-                 Panels::kWidth);
+        gate_panels_.multiply(static_cast<const S*>(args_.w_ih), w_ih, gate_b_ih_ + at, inputs, p,
+                              a, n, from_x, Panels::kWidth);
+        gate_panels_.multiply(static_cast<const S*>(args_.w_hh), w_hh, gate_b_hh_ + at, hidden, p,
+                              b, n, from_h, Panels::kWidth);
         for (int i = 0; i < n; ++i)
           recompute_cell(block.begin + (first + i) / batch, (first + i) % batch, p,
                          from_x + i * Panels::kWidth, from_h + i * Panels::kWidth,
@@ -485,7 +491,7 @@ class Backward {
     for (int64_t k = 0; k < end; k += kLanesA) sum += load(from + k);
     return sum;
   }
-  static void add(A* to, A value, bool add) { *to = add ? *to + value : value; }
+  static void add(A* to, A value, bool keep) { *to = keep ? *to + value : value; }
 
   const BackwardArgs& args_;
   const Plan& plan_;
@@ -502,6 +508,7 @@ class Backward {
   A *x_, *h_;  // packed columns of the rows of a block
   // only where gates are computed again
   S* gates_ = nullptr;  // [row of a block][K*H]
-  A *gate_w_ih_, *gate_w_hh_, *gate_b_ih_, *gate_b_hh_;  // packed as in the forward
+  A *gate_w_ih_ = nullptr, *gate_w_hh_ = nullptr;  // packed as in the forward, or null
+  A *gate_b_ih_ = nullptr, *gate_b_hh_ = nullptr;
   Element *x_rows_ = nullptr, *h_rows_ = nullptr;  // copies [row of a block][whole words]
 };

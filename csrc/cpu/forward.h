@@ -111,20 +111,6 @@ class Forward {
     }
   }
 
-  // W a + b for the rows of a tile and one panel of W, packed or (null) not; out[row * row_stride +
-  // column]
-  void product(const void* w, const A* packed, const A* bias, int64_t K, int64_t panel,
-               const Element* const* a, int rows, A* out, int64_t row_stride) const {
-    bias += panel * Panels::kWidth;
-    if (packed) {
-      const auto multiply = kTiles<Op, Panels::kVectors>[rows - 1];
-      multiply(words<Op>(K), a, packed, bias, out, row_stride);
-      return;
-    }
-    for (int i = 0; i < rows; ++i)
-      panels_.dot(static_cast<const S*>(w), K, panel, a[i], bias, out + i * row_stride);
-  }
-
   // projected[row of the block][panel] = W_ih x + b_ih, row of the block = (step, b)
   void project(Span steps, Span rows, Span panels, Element* x, A* projected, int thread) const {
     const int64_t I = args_.size.I;
@@ -151,8 +137,9 @@ class Forward {
           if constexpr (std::is_same_v<S, Element>) a[i] = source(r + i);
           if (copy_x_) a[i] = x + (r + i) * x_pitch_;
         }
-        product(w, packed, b_ih_, I, p, a, n,
-                projected + r * row_stride + (p - panels.begin) * Panels::kWidth, row_stride);
+        panels_.multiply(w, packed, b_ih_ + p * Panels::kWidth, I, p, a, n,
+                         projected + r * row_stride + (p - panels.begin) * Panels::kWidth,
+                         row_stride);
       });
     }
   }
@@ -166,7 +153,8 @@ class Forward {
       for_row_tiles(rows.size(), Panels::kRows, [&](int64_t r, int n) {
         const Element* a[kMaxTileRows];
         for (int i = 0; i < n; ++i) a[i] = h + (rows.begin + r + i) * pitch_;
-        product(args_.w_hh, packed, b_hh_, args_.size.H, p, a, n, from_h, Panels::kWidth);
+        panels_.multiply(static_cast<const S*>(args_.w_hh), packed, b_hh_ + p * Panels::kWidth,
+                         args_.size.H, p, a, n, from_h, Panels::kWidth);
         for (int i = 0; i < n; ++i) {
           const A* from_x =
               projected + ((r + i) * panels.size() + p - panels.begin) * Panels::kWidth;

@@ -3,8 +3,8 @@
 //   RNNFAST_ISA           namespace of this instruction set
 //   RNNFAST_VECTOR_BYTES  width of a vector register
 //   RNNFAST_REGISTERS     how many there are
-//   RNNFAST_BF16_DOT      only where it adds dot products of bfloat16 pairs, and nothing else, to
-//                         the instruction set of this namespace
+//   RNNFAST_BF16_DOT      only where there are dot products of bfloat16 pairs: the namespace of the
+//                         instruction set to which they are added, and which serves the other types
 // and includes this file, after isa_prologue.h and the target pragma. Everything that may be
 // compiled for a newer machine than the one that runs it lives in the namespace, so the linker
 // cannot mix them; the cells' functions are always inlined and leave no symbol.

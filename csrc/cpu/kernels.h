@@ -16,8 +16,8 @@ template <class Args>
 struct Job {
   Args args;
   Plan plan;
-  void* workspace = nullptr;  // workspace(size, plan) bytes, aligned to Arena::kAlignment, contents
-                              // undefined before and after
+  void* workspace = nullptr;  // as large as forward_workspace or backward_workspace say, aligned to
+                              // Arena::kAlignment, contents undefined before and after
   const Progress* upstream = nullptr;  // of the job whose y is this one's x; null if x is complete
   Progress progress;
   Barrier barrier;

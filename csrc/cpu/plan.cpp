@@ -52,6 +52,8 @@ Choice choose_split(const Sizes& size, const StepShape& s, const Machine& machin
 
 }  // namespace
 
+bool pays_to_pack(const Sizes& size) { return size.T * size.B >= kPackUses; }
+
 Plan plan_forward(const Sizes& size, const StepShape& step, const Machine& machine,
                   int64_t most_steps) {
   const Choice choice = choose_split(size, step, machine);
@@ -64,7 +66,7 @@ Plan plan_forward(const Sizes& size, const StepShape& step, const Machine& machi
 
   // With few rows the whole sequence is projected at once, and W_ih need not be kept packed.
   if (!by_rows && T <= most_steps && T * rows * row_bytes <= kWholeProjectionBytes) {
-    const bool pack = T * B >= kPackUses;
+    const bool pack = pays_to_pack(size);
     return {choice.threads,
             choice.split,
             pack ? Packing::kPanelwise : Packing::kNone,
@@ -76,7 +78,7 @@ Plan plan_forward(const Sizes& size, const StepShape& step, const Machine& machi
   const int64_t fitting = machine.l2_bytes / 4 / (rows * row_bytes);
   const int64_t useful = ceil_div(4 * step.tile_rows, rows);
   const int64_t steps = std::clamp<int64_t>(std::max(fitting, useful), 1, std::min(T, most_steps));
-  const Packing packing = T * B >= kPackUses ? Packing::kOnce : Packing::kNone;
+  const Packing packing = pays_to_pack(size) ? Packing::kOnce : Packing::kNone;
   return {choice.threads, choice.split, packing, packing, steps, choice.cycles};
 }
 
@@ -97,12 +99,15 @@ Plan plan_backward(const Sizes& size, const StepShape& step, const Machine& mach
 
 int side_by_side(int count, int threads, bool stacked,
                  const std::function<double(int threads)>& cycles) {
+  const auto group = [&](int layers) {
+    const double waiting = stacked ? double(layers - 1) / kStackBlocks : 0;
+    return (layers > 1 ? kRegion : 0) + cycles(threads / layers) * (1 + waiting);
+  };
   int best = 1;
-  double least = cycles(threads);
-  for (int n = 2; n <= std::min(count, threads); n *= 2) {
-    const double waiting = stacked ? double(n - 1) / kStackBlocks : 0;
-    const double of_one = (kRegion + cycles(threads / n) * (1 + waiting)) / n;
-    if (of_one < least) best = n, least = of_one;
+  double least = count * group(1);
+  for (int n = 2; n <= std::min(count, threads); ++n) {
+    const double all = count / n * group(n) + (count % n ? group(count % n) : 0);
+    if (all < least) best = n, least = all;
   }
   return best;
 }

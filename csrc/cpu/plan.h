@@ -52,6 +52,9 @@ Plan plan_forward(const Sizes& size, const StepShape& step, const Machine& machi
                   int64_t most_steps);
 Plan plan_backward(const Sizes& size, const StepShape& step, const Machine& machine);
 
+// Whether weights are used often enough to be packed.
+bool pays_to_pack(const Sizes& size);
+
 // How many of `count` equal layers run side by side, each on its part of the threads, where
 // `cycles` has a plan's estimate for a number of threads. In a stack a layer starts when the one
 // before it has done kStackBlocks-th of its steps.

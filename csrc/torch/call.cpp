@@ -147,8 +147,8 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
     std::span<const LayerForward> directions;
   };
 
-  // Puts the outputs into the graph; results are y, h_n[, c_n] for each direction.
-  static List record(const Done& done) {
+  // Puts the outputs, which stay the tensors that they are, into the graph.
+  static void record(const Done& done) {
     const auto optional = [](const Tensor& t) {
       return t.defined() ? std::optional<Tensor>(t) : std::nullopt;
     };
@@ -157,10 +157,10 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
                                                 : std::nullopt;
     };
     using In = LayerInputs;
-    return apply(done, done.directions[0].in.x, input(0, &In::h0), input(0, &In::c0),
-                 input(0, &In::w_ih), input(0, &In::w_hh), input(0, &In::b_ih), input(0, &In::b_hh),
-                 input(1, &In::h0), input(1, &In::c0), input(1, &In::w_ih), input(1, &In::w_hh),
-                 input(1, &In::b_ih), input(1, &In::b_hh));
+    apply(done, done.directions[0].in.x, input(0, &In::h0), input(0, &In::c0), input(0, &In::w_ih),
+          input(0, &In::w_hh), input(0, &In::b_ih), input(0, &In::b_hh), input(1, &In::h0),
+          input(1, &In::c0), input(1, &In::w_ih), input(1, &In::w_hh), input(1, &In::b_ih),
+          input(1, &In::b_hh));
   }
 
   template <class... Inputs>
@@ -211,7 +211,7 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
     const auto found = plain ? run_kernel(cell, directions) : run_python(directions);
     for (size_t d = 0; d < found.size(); ++d) {
       const Tensor& d_x = found[d][0];
-      results[1] = results[1].defined() && d_x.defined() ? results[1] + d_x : d_x;
+      if (d_x.defined()) results[1] = results[1].defined() ? results[1] + d_x : d_x;
       std::copy(found[d].begin() + 1, found[d].end(), results.begin() + 2 + d * kOwn);
     }
     return results;
@@ -303,13 +303,15 @@ Tensor run(const Call& call, std::vector<Tensor>& finals) {
   };
   std::vector<Tensor> h_n, c_n;
   Tensor x = with_last_stride_one(call.x);
-  // What runs in one go: the two directions of a layer, or all layers of a stack.
+  // What runs in one go: the two directions of a layer, or layers of a stack, no more of them than
+  // threads, as the outputs of all exist at once.
   const bool stacked = call.directions == 1 && call.dropout == 0;
-  const size_t together = size_t(stacked ? count : call.directions);
+  const size_t together =
+      size_t(stacked ? std::min<int64_t>(count, at::get_num_threads()) : call.directions);
   for (size_t begin = 0; begin < size_t(count); begin += together) {
     if (begin > 0 && call.dropout > 0) x = at::dropout(x, call.dropout, true);
-    std::vector<LayerForward> layers(together);
-    for (size_t k = 0; k < together; ++k) {
+    std::vector<LayerForward> layers(std::min(together, size_t(count) - begin));
+    for (size_t k = 0; k < layers.size(); ++k) {
       const size_t i = begin + k;
       const Tensor* w = &call.weights[i * call.per_layer()];
       auto& [in, out] = layers[k];

@@ -48,19 +48,19 @@ void CpuDevice::forward(const CellInfo& cell, std::span<LayerForward> layers, bo
   const LayerInputs& first = layers[0].in;
   const cpu::Kernels& kernels = table.kernels[int(cell.kind)][int(dtype_of(first.x))];
   const Sizes size = first.sizes();
-  cpu::Machine machine = this_machine();
+  const cpu::Machine machine = this_machine();
   const int count =
       layers.size() == 1
           ? 1
           : cpu::side_by_side(int(layers.size()), machine.threads, stacked, [&](int n) {
               return kernels.plan_forward(size, {n, machine.l2_bytes}, size.T).cycles;
             });
-  machine.threads /= count;
-  const bool waiting = stacked && count > 1;
-  const int64_t most_steps = waiting ? ceil_div(size.T, cpu::kStackBlocks) : size.T;
 
   for (size_t begin = 0; begin < layers.size(); begin += size_t(count)) {
     const auto group = layers.subspan(begin, std::min(size_t(count), layers.size() - begin));
+    const cpu::Machine part{machine.threads / int(group.size()), machine.l2_bytes};
+    const bool waiting = stacked && group.size() > 1;
+    const int64_t most_steps = waiting ? ceil_div(size.T, cpu::kStackBlocks) : size.T;
     std::vector<cpu::ForwardJob> jobs(group.size());
     std::vector<at::Tensor> memory;
     for (size_t i = 0; i < group.size(); ++i) {
@@ -69,7 +69,7 @@ void CpuDevice::forward(const CellInfo& cell, std::span<LayerForward> layers, bo
       for (const at::Tensor* result : {&out.y, &out.gates, &out.cells}) prefer_huge_pages(*result);
       cpu::ForwardJob& job = jobs[i];
       job.args = forward_args(in, out);
-      job.plan = kernels.plan_forward(job.args.size, machine, most_steps);
+      job.plan = kernels.plan_forward(job.args.size, part, most_steps);
       memory.push_back(workspace(kernels.forward_workspace(job.args.size, job.plan)));
       job.workspace = memory.back().data_ptr();
       if (waiting && i > 0) job.upstream = &jobs[i - 1].progress;
@@ -83,19 +83,20 @@ void CpuDevice::backward(const CellInfo& cell, std::span<LayerBackward> layers) 
   const LayerInputs& first = layers[0].in;
   const cpu::Kernels& kernels = table.kernels[int(cell.kind)][int(dtype_of(first.x))];
   const Sizes size = first.sizes();
-  cpu::Machine machine = this_machine();
+  const cpu::Machine machine = this_machine();
   const int count = layers.size() == 1
                         ? 1
                         : cpu::side_by_side(int(layers.size()), machine.threads, false, [&](int n) {
                             return kernels.plan_backward(size, {n, machine.l2_bytes}).cycles;
                           });
-  machine.threads /= count;
   for (size_t begin = 0; begin < layers.size(); begin += size_t(count)) {
     const auto group = layers.subspan(begin, std::min(size_t(count), layers.size() - begin));
+    const cpu::Machine part{machine.threads / int(group.size()), machine.l2_bytes};
     std::vector<cpu::BackwardJob> jobs(group.size());
     std::vector<at::Tensor> memory;
     for (size_t i = 0; i < group.size(); ++i) {
       auto& [grad_out, in, out, grads] = group[i];
+      check_gates(cell, out, table.recomputes);
       if (!table.strided) {
         in.x = in.x.contiguous();
         if (grad_out.y.defined()) grad_out.y = grad_out.y.contiguous();
@@ -104,7 +105,7 @@ void CpuDevice::backward(const CellInfo& cell, std::span<LayerBackward> layers) 
         prefer_huge_pages(*result);
       cpu::BackwardJob& job = jobs[i];
       job.args = backward_args(grad_out, in, out, grads);
-      job.plan = kernels.plan_backward(job.args.size, machine);
+      job.plan = kernels.plan_backward(job.args.size, part);
       memory.push_back(workspace(kernels.backward_workspace(job.args, job.plan)));
       job.workspace = memory.back().data_ptr();
     }

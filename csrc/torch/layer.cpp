@@ -172,6 +172,12 @@ LayerGrads allocate_grads(const CellInfo& cell, const LayerInputs& in, at::Array
   return grads;
 }
 
+void check_gates(const CellInfo& cell, const LayerOutputs& out, bool recomputes) {
+  TORCH_CHECK(recomputes || cell.saved == 0 || out.gates.numel() > 0, "rnnfast::", cell.name,
+              "_backward: expected the gates that the forward saves with save=True and "
+              "recompute=False, got none");
+}
+
 ForwardArgs forward_args(const LayerInputs& in, const LayerOutputs& out) {
   return {
       .size = in.sizes(),

@@ -72,6 +72,9 @@ void finish_grads(const LayerInputs& in, LayerGrads& grads);
 Dtype dtype_of(const at::Tensor& t);
 at::ScalarType compute_type(at::ScalarType storage);
 
+// Throws where the gates were not saved and the backward cannot do without.
+void check_gates(const CellInfo& cell, const LayerOutputs& out, bool recomputes);
+
 // The same call in pointers.
 ForwardArgs forward_args(const LayerInputs& in, const LayerOutputs& out);
 BackwardArgs backward_args(const LayerGradOutputs& grad_out, const LayerInputs& in,
