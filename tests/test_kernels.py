@@ -289,7 +289,7 @@ def test_recomputed_gates(
         with pytest.raises(RuntimeError, match="recompute=True has no kernels on this device"):
             run_forward(case, inputs, True, recompute=True)
         if CELLS[case.cell].saved and case.T * case.B > 0:
-            with pytest.raises(RuntimeError, match="expected the (gates|cells) that the forward save"):
+            with pytest.raises(RuntimeError, match="that the forward save"):
                 run_backward(case, inputs, grads, run_forward(case, inputs, False))
         return
     forward = run_forward(case, inputs, True, recompute=True)
