@@ -241,8 +241,8 @@ struct GatePanels {
 
   // W a + bias for the rows of a tile and one panel of W, packed or (null) as it lies in w
   template <class S>
-  void multiply(const S* w, const A* packed, const A* bias, int64_t K, int64_t panel,
-                const Element* const* a, int rows, A* out, int64_t row_stride) const {
+  RNNFAST_HD void multiply(const S* w, const A* packed, const A* bias, int64_t K, int64_t panel,
+                           const Element* const* a, int rows, A* out, int64_t row_stride) const {
     if (packed)
       return kTiles<Op, kVectors>[rows - 1](words<Op>(K), a, packed, bias, out, row_stride);
     for (int i = 0; i < rows; ++i) dot(w, K, panel, a[i], bias, out + i * row_stride);
