@@ -3,13 +3,14 @@
 Every cell has the operators ``rnnfast::<cell>`` and ``rnnfast::<cell>_backward``, which differ only
 in the number of states, so that two autograd Functions serve them all:
 
-    forward    (x, *states, w_ih, w_hh, b_ih, b_hh, reverse, save, recompute)
-               -> (y, *final states, *saved)
-    backward   (*gradients of y and the final states, the tensors above, y, *saved, reverse, mask)
+    forward    (x, *states, w_ih, w_hh, b_ih, b_hh, reverse, save, recompute, lengths, reset)
+               -> (y, *final states, gates[, cells])
+    backward   (*gradients of y and the final states, the tensors above, y, gates[, cells],
+               reverse, mask, lengths, reset[, gradient of cells])
                -> gradients of (x, *states, w_ih, w_hh, b_ih, b_hh)
 
-``saved`` is (gates,) for cells with one state and (gates, cells) for cells with two; with
-``recompute`` gates is empty where the device's backward can do without.
+``cells``, the c of every step, is there for cells with two states. With ``recompute`` gates is
+empty where the device's backward can do without.
 The second and higher derivatives go through `rnnfast.reference`.
 """
 
@@ -46,10 +47,15 @@ def layer(
     b_ih: Tensor | None,
     b_hh: Tensor | None,
     reverse: bool,
+    lengths: Tensor | None = None,
+    reset: Tensor | None = None,
+    *,
+    save_cells: bool = False,
     recompute: bool = False,
-) -> tuple[Tensor, States]:
+) -> tuple[Tensor, States, Tensor | None]:
     """`rnnfast.reference.layer` on the fused kernels: the same arguments and results.
 
+    ``lengths`` is int64 and on the CPU. The c of every step is only there with ``save_cells``.
     ``recompute`` saves no gates for the backward, which computes them again from the states.
 
     The extension must be there, and no torch.func transform or forward-mode AD may be active.
@@ -58,10 +64,13 @@ def layer(
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         if torch.compiler.is_compiling():
             tensors = _distinct(tensors)
-        outputs = _Layer.apply(cell.name, reverse, recompute, *tensors)
+        outputs = _Layer.apply(cell.name, reverse, recompute, lengths, reset, *tensors)
     else:
-        outputs = _OPERATORS[cell.name].forward(*tensors, reverse, False)
-    return outputs[0], outputs[1 : 1 + cell.states]
+        without_gates = save_cells and x.device.type == "cpu"
+        outputs = _OPERATORS[cell.name].forward(
+            *tensors, reverse, save_cells, without_gates, lengths, reset
+        )
+    return outputs[0], outputs[1 : 1 + cell.states], outputs[-1] if save_cells else None
 
 
 def _distinct(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
@@ -79,23 +88,30 @@ def _distinct(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
 
 
 class _Layer(torch.autograd.Function):
-    """(cell, reverse, recompute, x, *states, w_ih, w_hh, b_ih, b_hh) -> (y, *final states)."""
+    """(cell, reverse, recompute, lengths, reset, x, *states, w_ih, w_hh, b_ih, b_hh)
+    -> (y, *final states[, cells])."""
 
     @staticmethod
     def forward(
-        ctx: Any, cell: str, reverse: bool, recompute: bool, *tensors: Tensor | None
+        ctx: Any,
+        cell: str,
+        reverse: bool,
+        recompute: bool,
+        lengths: Tensor | None,
+        reset: Tensor | None,
+        *tensors: Tensor | None,
     ) -> States:
-        outputs = _OPERATORS[cell].forward(*tensors, reverse, True, recompute)
-        results = outputs[: 1 + CELLS[cell].states]
+        outputs = _OPERATORS[cell].forward(*tensors, reverse, True, recompute, lengths, reset)
+        states = CELLS[cell].states
         ctx.cell, ctx.reverse = cell, reverse
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, results[0], *outputs[len(results) :])
-        return results
+        ctx.save_for_backward(*tensors, outputs[0], *outputs[1 + states :], lengths, reset)
+        return outputs[: 1 + states] + outputs[2 + states :]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        mask = list(ctx.needs_input_grad[3:])
-        return None, None, None, *_gradients(ctx.cell, ctx.reverse, mask, grads, ctx.saved_tensors)
+        mask = list(ctx.needs_input_grad[5:])
+        return *[None] * 5, *_gradients(ctx.cell, ctx.reverse, mask, grads, ctx.saved_tensors)
 
 
 def _gradients(
@@ -114,15 +130,34 @@ def _gradients(
     elif torch.is_grad_enabled():
         results = _LayerBackward.apply(cell, reverse, mask, *grads, *saved)
     else:
-        results = _OPERATORS[cell].backward(*grads, *saved, reverse, mask)
+        results = _fused_backward(cell, reverse, mask, *grads, *saved)
     return [grad if needed else None for grad, needed in zip(results, mask, strict=True)]
 
 
-class _LayerBackward(torch.autograd.Function):
-    """(cell, reverse, mask, *grads, *tensors, y, *saved) -> *gradients of tensors.
+def _fused_backward(
+    cell: str, reverse: bool, mask: list[bool], *arguments: Tensor | None
+) -> States:
+    """The backward operator on the gradients of `_Layer`'s outputs and what it saved."""
+    outputs = 1 + CELLS[cell].states
+    tensors, lengths, reset = arguments[_count_grads(cell) : -2], arguments[-2], arguments[-1]
+    grad_cells = arguments[outputs : _count_grads(cell)]
+    return _OPERATORS[cell].backward(
+        *arguments[:outputs], *tensors, reverse, mask, lengths, reset, *grad_cells
+    )
 
-    ``grads`` are those of y and the final states, ``tensors`` are x, *states, w_ih, w_hh, b_ih,
-    b_hh. A gradient that ``mask`` does not ask for is an empty tensor.
+
+def _count_grads(cell: str) -> int:
+    """The number of `_Layer`'s outputs: y, final states and, with two of these, cells."""
+    states = CELLS[cell].states
+    return 1 + states + (states > 1)
+
+
+class _LayerBackward(torch.autograd.Function):
+    """(cell, reverse, mask, *grads, *tensors, y, gates[, cells], lengths, reset)
+    -> *gradients of tensors.
+
+    ``grads`` are those of `_Layer`'s outputs, ``tensors`` are x, *states, w_ih, w_hh, b_ih, b_hh. A
+    gradient that ``mask`` does not ask for is an empty tensor.
     """
 
     @staticmethod
@@ -132,7 +167,7 @@ class _LayerBackward(torch.autograd.Function):
         ctx.cell, ctx.reverse, ctx.mask = cell, reverse, mask
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*arguments)
-        return _OPERATORS[cell].backward(*arguments, reverse, mask)
+        return _fused_backward(cell, reverse, mask, *arguments)
 
     @staticmethod
     def backward(ctx: Any, *grad_grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -169,14 +204,16 @@ def _reference_backward(
     It recomputes the forward, and so does without y and what the fused forward saved.
     """
     row = CELLS[cell]
-    grads, tensors = arguments[: 1 + row.states], arguments[1 + row.states :][: len(mask)]
+    grads, tensors = arguments[: _count_grads(cell)], arguments[_count_grads(cell) :][: len(mask)]
     states = tensors[1 : 1 + row.states]
-    w_ih, w_hh, b_ih, b_hh = tensors[1 + row.states :]
     with torch.enable_grad():
-        y, finals = reference.layer(row, tensors[0], states, w_ih, w_hh, b_ih, b_hh, reverse)
+        y, finals, cells = reference.layer(
+            row, tensors[0], states, *tensors[1 + row.states :], reverse, *arguments[-2:]
+        )
+        outputs = (y, *finals) if cells is None else (y, *finals, cells)
         found = [
             (output, grad)
-            for output, grad in zip((y, *finals), grads, strict=True)
+            for output, grad in zip(outputs, grads, strict=True)
             if grad is not None
         ]
         results = iter(
@@ -204,24 +241,28 @@ def _check_devices(x: Tensor, arguments: Sequence[Any]) -> None:
 def _register_fakes(cell: Cell) -> None:
     """Tells torch.compile and torch.export the shapes that the operators of ``cell`` return."""
 
+    # torch leaves out trailing arguments that have their default values
+
     def forward(x: Tensor, *arguments: Any) -> States:
-        _check_devices(x, arguments)
         states = arguments[: cell.states]
-        _, save, *recompute = arguments[cell.states + 4 :]  # torch leaves out what is the default
-        save_gates = save and not any(recompute)
-        steps, (batch, hidden) = x.shape[0], states[0].shape
-        y = x.new_empty((steps, batch, hidden))
+        _, save, recompute, *_ = (*arguments[cell.states + 4 :], False)
+        _check_devices(x, arguments[: cell.states + 4])
+        batch, hidden = states[0].shape
+        rows = x.shape[:-1]  # (T, B), or (N) of packed x
+        y = x.new_empty((*rows, hidden))
         finals = tuple(x.new_empty((batch, hidden)) for _ in states)
-        gates = x.new_empty((steps, batch, cell.saved * hidden) if save_gates else (0,))
+        save_gates = save and not recompute
+        gates = x.new_empty((*rows, cell.saved * hidden) if save_gates else (0,))
         if cell.states == 1:
             return y, *finals, gates
         cells = x.new_empty(y.shape if save else (0,), dtype=reference.compute_dtype(x.dtype))
         return y, *finals, gates, cells
 
     def backward(*arguments: Any) -> States:
-        *tensors, _, mask = arguments
-        _check_devices(tensors[1 + cell.states], tensors)
-        tensors = tensors[1 + cell.states :][: len(mask)]
+        outputs, inputs = 1 + cell.states, 5 + cell.states
+        tensors = arguments[outputs : outputs + inputs]
+        mask = arguments[outputs + inputs + 1 + cell.states + 1]  # after y, gates[, cells], reverse
+        _check_devices(tensors[0], arguments[: outputs + inputs + 1 + cell.states])
         return tuple(
             tensor.new_empty(tensor.shape)
             if needed and tensor is not None

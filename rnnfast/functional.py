@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import _VF, Tensor
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from . import autograd, reference
-from .backend import choose
+from .backend import choose, in_force, refuse, transforms_active
 from .reference import CELLS, Cell, States
 
-_LAYERS: dict[str, Callable[..., tuple[Tensor, States]]] = {
+_LAYERS: dict[str, Callable[..., tuple[Tensor, States, Tensor | None]]] = {
     "fused": autograd.layer,
     "reference": reference.layer,
 }
@@ -48,6 +49,17 @@ class Options(NamedTuple):
     """Save no gates for the backward; not torch.nn's."""
 
 
+class Extras(NamedTuple):
+    """What a call may ask for that torch.nn does not offer, once it has been checked."""
+
+    lengths: Tensor | None = None
+    """How many steps each sequence has: (B) int64 on the CPU; of a packed input, falling."""
+    reset: Tensor | None = None
+    """Where no state passes from one step to the next: (T, B) booleans, whatever batch_first."""
+    return_cells: bool = False
+    """Whether the c of every step is wanted."""
+
+
 def rnn(
     input: Tensor,
     hx: Tensor | None,
@@ -61,6 +73,8 @@ def rnn(
     bidirectional: bool = False,
     batch_first: bool = False,
     recompute: bool = False,
+    lengths: Tensor | Sequence[int] | None = None,
+    reset: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Elman layers, h' = nonlinearity(W_ih x + b_ih + W_hh h + b_hh), over a batch of sequences.
@@ -79,20 +93,28 @@ def rnn(
         batch_first: Whether B comes first in ``input`` and ``output``; the states are unaffected.
         recompute: Save no gates for the backward, which computes them again from the states: less
             memory for more time. The fused kernels on the CPU do; elsewhere it changes nothing.
+        lengths: Integers (B) from 0 to T, or None: how many steps each sequence has, in any order and
+            on any device. Outputs beyond are zeros, and the final state is that after the last
+            step.
+        reset: Booleans (T, B), or (B, T) with ``batch_first``, or None: where ``reset[t]`` is true,
+            the state is zeros before step t and no gradient passes; with ``bidirectional`` nothing
+            passes from step t back to t - 1 either.
         backend: None, or the backend to force; see `rnnfast.backend`.
 
     Returns:
         output (T, B, D*H), or (B, T, D*H) with ``batch_first``, and the final state (L*D, B, H).
 
     Raises:
-        ValueError: Unknown ``nonlinearity`` or ``backend``.
+        ValueError: Unknown ``nonlinearity`` or ``backend``, or a length out of range.
         RuntimeError: Shapes, dtypes or devices do not fit, or a forced backend cannot run.
     """
     options = Options(
         num_layers, has_biases, dropout, training, bidirectional, batch_first, recompute
     )
     cell, states = elman(nonlinearity), None if hx is None else (hx,)
-    output, (h_n,) = _checked_sequence(cell, input, states, flat_weights, options, backend)
+    output, (h_n,), _ = _checked_sequence(
+        cell, input, states, flat_weights, options, backend, lengths, reset
+    )
     return output, h_n
 
 
@@ -108,6 +130,8 @@ def gru(
     bidirectional: bool = False,
     batch_first: bool = False,
     recompute: bool = False,
+    lengths: Tensor | Sequence[int] | None = None,
+    reset: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gated recurrent units over a batch of sequences; arguments and results as in `rnn`."""
@@ -115,7 +139,9 @@ def gru(
         num_layers, has_biases, dropout, training, bidirectional, batch_first, recompute
     )
     states = None if hx is None else (hx,)
-    output, (h_n,) = _checked_sequence(CELLS["gru"], input, states, flat_weights, options, backend)
+    output, (h_n,), _ = _checked_sequence(
+        CELLS["gru"], input, states, flat_weights, options, backend, lengths, reset
+    )
     return output, h_n
 
 
@@ -131,17 +157,26 @@ def lstm(
     bidirectional: bool = False,
     batch_first: bool = False,
     recompute: bool = False,
+    lengths: Tensor | Sequence[int] | None = None,
+    reset: Tensor | None = None,
+    return_cells: bool = False,
     backend: str | None = None,
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+) -> (
+    tuple[Tensor, tuple[Tensor, Tensor]] | tuple[Tensor, tuple[Tensor, Tensor], Tensor]
+):
     """Long short-term memory over a batch of sequences.
 
-    Arguments and results are as in `rnn`, except that the state is the pair (h, c).
+    Arguments and results are as in `rnn`, except that the state is the pair (h, c), and that with
+    ``return_cells`` there is a third result, shaped like the output: the c of every step of the
+    last layer.
     """
     options = Options(
         num_layers, has_biases, dropout, training, bidirectional, batch_first, recompute
     )
-    output, (h_n, c_n) = _checked_sequence(CELLS["lstm"], input, hx, flat_weights, options, backend)
-    return output, (h_n, c_n)
+    output, (h_n, c_n), cells = _checked_sequence(
+        CELLS["lstm"], input, hx, flat_weights, options, backend, lengths, reset, return_cells
+    )
+    return (output, (h_n, c_n)) if cells is None else (output, (h_n, c_n), cells)
 
 
 def rnn_cell(
@@ -217,23 +252,47 @@ def run_sequence(
     weights: Sequence[Tensor],
     options: Options,
     requested: str | None,
-) -> tuple[Tensor, States]:
+    extras: Extras = Extras(),
+) -> tuple[Tensor, States, Tensor | None]:
     """Runs layers and directions on the chosen backend, on arguments that have been checked.
 
+    With ``extras.lengths`` x may be packed, (N, I), and the output is.
+
     Returns:
-        The output and the final states, in the shapes that `rnn` describes.
+        The output and the final states, in the shapes that `rnn` describes, and the c of every step
+        where that was asked for.
     """
     x, states, weights = _autocast(x, states, weights)
-    name = choose(requested, x)
+    name = _choose_sequence(x, requested, extras)
+    packed = x.dim() == 2
     if name == "aten":
-        return _aten_sequence(cell, x, states, weights, options)
+        return *_aten_sequence(cell, x, states, weights, options, extras.lengths), None
     layer = _LAYERS[name]
-    if options.recompute and name == "fused" and x.device.type == "cpu":
-        layer = partial(autograd.layer, recompute=True)
-    if not options.batch_first:
-        return _stack(layer, cell, x, states, weights, options)
-    y, finals = _stack(layer, cell, x.transpose(0, 1), states, weights, options)
-    return y.transpose(0, 1), finals
+    if name == "fused" and (options.recompute or extras.return_cells):
+        recompute = options.recompute and x.device.type == "cpu"
+        layer = partial(layer, recompute=recompute, save_cells=extras.return_cells)
+    if not options.batch_first or packed:
+        return _stack(layer, cell, x, states, weights, options, extras)
+    y, finals, cells = _stack(layer, cell, x.transpose(0, 1), states, weights, options, extras)
+    return y.transpose(0, 1), finals, None if cells is None else cells.transpose(0, 1)
+
+
+def _choose_sequence(x: Tensor, requested: str | None, extras: Extras) -> str:
+    """The backend of a call, of which only the reference serves all extras on every device."""
+    lengths, reset, return_cells = extras
+    name = choose(requested, x)
+    if name == "fused" and x.device.type != "cpu" and not (lengths is None and reset is None):
+        if in_force(requested) == "fused":
+            refuse("fused", f"lengths and reset have no kernels on {x.device.type}")
+        name = "aten"
+    if name == "aten":
+        empty = lengths is not None and x.dim() == 3 and bool((lengths == 0).any())
+        if reset is not None or return_cells or empty:
+            if in_force(requested) == "aten":
+                cause = "torch's kernels have no reset, cells of every step or lengths of 0"
+                refuse("aten", cause, "Leave it to 'auto'")
+            name = "reference"
+    return name
 
 
 def run_step(
@@ -255,18 +314,23 @@ def run_step(
 
 
 def _stack(
-    layer: Callable[..., tuple[Tensor, States]],
+    layer: Callable[..., tuple[Tensor, States, Tensor | None]],
     cell: Cell,
     x: Tensor,
     states: States | None,
     weights: Sequence[Tensor],
     options: Options,
-) -> tuple[Tensor, States]:
-    """Runs ``layer`` for every layer and direction; ``x`` is (T, B, I) whatever the options say."""
+    extras: Extras,
+) -> tuple[Tensor, States, Tensor | None]:
+    """Runs ``layer`` for every layer and direction.
+
+    ``x`` is (T, B, I), or packed (N, I), whatever the options say.
+    """
     per_layer = _tensors_per_layer(options)
     directions = _directions(options)
     if states is None:
-        zeros = (x.new_zeros(x.shape[1], weights[1].shape[1]),) * cell.states
+        batch = x.shape[1] if x.dim() == 3 else len(_given(extras.lengths))
+        zeros = (x.new_zeros(batch, weights[1].shape[1]),) * cell.states
         initial = [zeros] * (options.num_layers * directions)
     else:
         initial = _split(states)
@@ -274,16 +338,25 @@ def _stack(
     for k in range(options.num_layers):
         if k > 0 and options.dropout > 0 and options.training:
             x = F.dropout(x, options.dropout)
-        outputs = []
+        outputs, cells = [], []
         for direction in range(directions):
             i = k * directions + direction
             w = weights[i * per_layer : (i + 1) * per_layer]
             w_ih, w_hh, b_ih, b_hh = w if options.has_biases else (*w, None, None)
-            y, final = layer(cell, x, initial[i], w_ih, w_hh, b_ih, b_hh, direction == 1)
+            y, final, c = layer(
+                cell, x, initial[i], w_ih, w_hh, b_ih, b_hh, direction == 1, *extras[:2]
+            )
             outputs.append(y)
             finals.append(final)
+            cells.append(c)
         x = outputs[0] if directions == 1 else torch.cat(outputs, dim=-1)
-    return x, _join(finals)
+    last = torch.cat([_given(c) for c in cells], dim=-1) if extras.return_cells else None
+    return x, _join(finals), None if last is None else last.to(x.dtype)
+
+
+def _given(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None
+    return tensor
 
 
 def _split(states: States) -> list[States]:
@@ -301,17 +374,33 @@ def _join(finals: list[States]) -> States:
 
 
 def _aten_sequence(
-    cell: Cell, x: Tensor, states: States | None, weights: Sequence[Tensor], options: Options
+    cell: Cell,
+    x: Tensor,
+    states: States | None,
+    weights: Sequence[Tensor],
+    options: Options,
+    lengths: Tensor | None,
 ) -> tuple[Tensor, States]:
+    layers, biases, *others, batch_first, _ = options
     if states is None:
-        batch = x.shape[0 if options.batch_first else 1]
-        shape = (_directions(options) * options.num_layers, batch, weights[1].shape[1])
+        batch = x.shape[0 if batch_first else 1]
+        shape = (_directions(options) * layers, batch, weights[1].shape[1])
         states = tuple(x.new_zeros(shape) for _ in range(cell.states))
     uncompiled = cell.aten == "lstm" and torch.compiler.is_dynamo_compiling()
     operator = _uncompiled_lstm if uncompiled else getattr(_VF, cell.aten)
-    layers, biases, *others, _ = options
-    y, *finals = operator(x, _unwrap(states), list(weights), biases, layers, *others)
-    return y, tuple(finals)
+    if lengths is None:
+        y, *finals = operator(
+            x, _unwrap(states), list(weights), biases, layers, *others, batch_first
+        )
+        return y, tuple(finals)
+    packed = pack_padded_sequence(x, lengths, batch_first, enforce_sorted=False)
+    states = tuple(state.index_select(1, _given(packed.sorted_indices)) for state in states)
+    data, *finals = operator(
+        packed.data, packed.batch_sizes, _unwrap(states), list(weights), biases, layers, *others
+    )
+    steps = x.shape[1 if batch_first else 0]
+    y, _ = pad_packed_sequence(packed._replace(data=data), batch_first, total_length=steps)
+    return y, tuple(final.index_select(1, _given(packed.unsorted_indices)) for final in finals)
 
 
 def _unwrap(states: States) -> Tensor | States:
@@ -365,7 +454,10 @@ def _checked_sequence(
     weights: Sequence[Tensor],
     options: Options,
     requested: str | None,
-) -> tuple[Tensor, States]:
+    lengths: Tensor | Sequence[int] | None,
+    reset: Tensor | None,
+    return_cells: bool = False,
+) -> tuple[Tensor, States, Tensor | None]:
     per_layer, directions = _tensors_per_layer(options), _directions(options)
     expected = options.num_layers * directions * per_layer
     if len(weights) != expected or expected < 1:
@@ -377,7 +469,8 @@ def _checked_sequence(
         problem = problem or _weights_problem(cell, weights[i : i + per_layer], inputs, hidden)
     if problem:
         raise RuntimeError(problem)
-    return run_sequence(cell, x, states, weights, options, requested)
+    extras = check_extras(x, lengths, reset, return_cells, options.batch_first)
+    return run_sequence(cell, x, states, weights, options, requested, extras)
 
 
 def _checked_step(
@@ -390,17 +483,71 @@ def _checked_step(
     return run_step(cell, x, states, weights, requested)
 
 
+def check_extras(
+    x: Tensor,
+    lengths: Tensor | Sequence[int] | None,
+    reset: Tensor | None,
+    return_cells: bool,
+    batch_first: bool,
+) -> Extras:
+    """The extras of a call with ``x`` (T, B, I), or (B, T, I) with ``batch_first``.
+
+    Raises:
+        TypeError: ``lengths`` are no integers or ``reset`` no booleans.
+        RuntimeError: Their shape or, of ``reset``, device does not fit.
+        ValueError: A length is out of range.
+    """
+    steps, batch = x.shape[1::-1] if batch_first else x.shape[:2]
+    if lengths is not None:
+        lengths = torch.as_tensor(lengths)
+        if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype is torch.bool:
+            raise TypeError(f"lengths should be integers, got {lengths.dtype}")
+        if lengths.shape != (batch,):
+            shape = list(lengths.shape)
+            raise RuntimeError(f"Expected lengths of shape ({batch},), got {shape}")
+        lengths = lengths.to("cpu", torch.int64)
+        # values that are not known yet are left to the operator
+        if not torch.compiler.is_compiling() and not transforms_active() and batch > 0:
+            low, high = (int(limit) for limit in lengths.aminmax())
+            if low < 0 or high > steps:
+                found = low if low < 0 else high
+                raise ValueError(f"lengths should be between 0 and {steps}, got {found}")
+    if reset is not None:
+        if reset.dtype is not torch.bool:
+            raise TypeError(f"reset should be booleans, got {reset.dtype}")
+        if reset.shape != x.shape[:2]:
+            expected, found_shape = tuple(x.shape[:2]), list(reset.shape)
+            raise RuntimeError(f"Expected reset of shape {expected}, got {found_shape}")
+        if reset.device != x.device:
+            raise RuntimeError(
+                f"Input and reset tensors are not at the same device, found input tensor at "
+                f"{x.device} and reset tensor at {reset.device}"
+            )
+        reset = reset.transpose(0, 1) if batch_first else reset
+    return Extras(lengths, reset, return_cells)
+
+
 def sequence_problem(
-    cell: Cell, x: Tensor, states: States | None, weights: Sequence[Tensor], options: Options
+    cell: Cell,
+    x: Tensor,
+    states: States | None,
+    weights: Sequence[Tensor],
+    options: Options,
+    packed_batch: int | None = None,
 ) -> str | None:
     """What is wrong with the arguments of `run_sequence`, in torch's words where it has words.
+
+    ``packed_batch`` is the number of sequences where ``x`` is packed.
 
     Returns:
         None if nothing is wrong. The shapes of the weights are not looked at.
     """
-    if x.dim() != 3:
-        return f"input must have 3 dimensions, got {x.dim()}"
+    dims = 3 if packed_batch is None else 2
+    if x.dim() != dims:
+        return f"input must have {dims} dimensions, got {x.dim()}"
     steps, batch = x.shape[1::-1] if options.batch_first else x.shape[:2]
+    if packed_batch is not None:
+        steps, batch = x.shape[0], packed_batch
     if steps == 0:
         return "Expected sequence length to be larger than 0 in RNN"
     layers = options.num_layers * _directions(options)

@@ -1,9 +1,8 @@
 """Drop-in RNN, LSTM, GRU and their cells.
 
 They take the arguments of torch.nn's modules of the same names, have the same parameters, initial
-values and state_dict, and return the same. What the fused path does not serve (packed sequences,
-``proj_size``) and what is malformed goes to torch.nn's own ``forward``, which serves or refuses it
-in its own words.
+values and state_dict, and return the same. What the fused path does not serve (``proj_size``) and
+what is malformed goes to torch.nn's own ``forward``, which serves or refuses it in its own words.
 
 They derive from torch.nn.RNNBase and RNNCellBase, not from torch.nn.LSTM and its like, because
 torch.compile refuses those.
@@ -11,6 +10,8 @@ torch.compile refuses those.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
@@ -73,7 +74,15 @@ class _Layers(_Backed, nn.RNNBase):
         self.recompute = recompute
         self.backend = _check_backend(backend)
 
-    def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> Any:
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Any = None,
+        *,
+        lengths: Tensor | Sequence[int] | None = None,
+        reset: Tensor | None = None,
+        return_cells: bool = False,
+    ) -> Any:
         """Runs the layers over a batch of sequences or a single one.
 
         Args:
@@ -81,39 +90,110 @@ class _Layers(_Backed, nn.RNNBase):
                 PackedSequence.
             hx: The initial state (L*D, B, H), or (L*D, H) for a single sequence; for LSTM a pair of
                 such, (h, c). None is zeros.
+            lengths: Integers (B) from 0 to T, or None: how many steps each sequence has, in any
+                order and on any device. Outputs beyond are zeros, and the final state is that after
+                the last step.
+            reset: Booleans (T, B), (B, T) with ``batch_first``, (T) for a single sequence, or None:
+                where ``reset[t]`` is true, the state is zeros before step t and no gradient passes;
+                if bidirectional, nothing passes from step t back to t - 1 either.
+            return_cells: Whether to return the c of every step, too; only LSTM has them.
 
         Returns:
-            output (T, B, D*H), arranged like ``input``, and the final state, shaped like ``hx``.
+            output (T, B, D*H), arranged like ``input``, and the final state, shaped like ``hx``;
+            with ``return_cells`` also the c of every step of the last layer, shaped like the
+            output.
 
         Raises:
             ValueError, RuntimeError: As torch.nn, and where a forced backend cannot run.
+            ValueError: A length is out of range, or ``return_cells`` is asked of another cell than
+                LSTM.
+            TypeError: ``lengths`` are no integers, ``reset`` no booleans.
         """
+        cell = _CELL_OF_MODE[self.mode]
+        plain = lengths is None and reset is None and not return_cells
+        if not plain:
+            self._check_extras(input, lengths, reset, return_cells)
         if not isinstance(input, Tensor):
-            return self._forward_in_torch(input, hx, f"input is a {type(input).__name__}")
+            return self._forward_packed(cell, input, hx, return_cells)
         if self.proj_size:
             return self._forward_in_torch(input, hx, "proj_size is not 0")
-        cell = _CELL_OF_MODE[self.mode]
         weights = self._read(self._flat_weights_names)
-        if extension := _backend.short_way(self.backend):
-            result = extension.run_layers(
-                _backend.CELL_KINDS[cell.name],
-                input,
-                hx,
-                weights,
-                self.num_layers,
-                self.bias,
-                self.dropout if self.training else 0.0,
-                self.batch_first,
-                self.bidirectional,
-                self.recompute,
-            )
+        if plain and (extension := _backend.short_way(self.backend)):
+            result = self._run_in_extension(extension, cell, input, hx, weights)
             if result is not None:
                 return result
         x, states, single = input, _states(cell, hx), input.dim() == 2
         time = 1 if self.batch_first else 0
         if single:
             x, states = x.unsqueeze(1 - time), _unsqueeze(states, 1)
-        options = Options(
+            reset = None if reset is None else reset.unsqueeze(1 - time)
+        options = self._options()
+        problem = functional.sequence_problem(cell, x, states, weights, options)
+        if problem:
+            return self._forward_in_torch(input, hx, problem)
+        extras = functional.Extras()
+        if not plain:
+            extras = functional.check_extras(x, lengths, reset, return_cells, self.batch_first)
+            extension = None if return_cells else _backend.short_way(self.backend)
+            if extension and not single:
+                result = self._run_in_extension(extension, cell, input, hx, weights, *extras[:2])
+                if result is not None:
+                    return result
+        y, finals, cells = functional.run_sequence(
+            cell, x, states, weights, options, self.backend, extras
+        )
+        if single:
+            y, finals = y.squeeze(1 - time), tuple(final.squeeze(1) for final in finals)
+            cells = None if cells is None else cells.squeeze(1 - time)
+        results = y, finals if cell.states > 1 else finals[0]
+        return results if cells is None else (*results, cells)
+
+    def _forward_packed(self, cell: Cell, input: Any, hx: Any, return_cells: bool) -> Any:
+        if not isinstance(input, PackedSequence) or self.proj_size:
+            reason = "proj_size is not 0" if self.proj_size else "input is no tensor"
+            return self._forward_in_torch(input, hx, reason)
+        data, batch_sizes, order, inverse = input
+        name = _backend.choose(self.backend, data)
+        served = name == "reference" or (name == "fused" and data.device.type == "cpu")
+        states, weights = _states(cell, hx), self._read(self._flat_weights_names)
+        options, batch = self._options(), int(batch_sizes[0])
+        problem = functional.sequence_problem(cell, data, states, weights, options, batch)
+        if problem or not (served or return_cells):
+            reason = problem or f"packed sequences have no kernels on {data.device.type}"
+            return self._forward_in_torch(input, hx, reason)
+        if order is not None and states is not None:
+            states = tuple(state.index_select(1, order) for state in states)
+        lengths = (batch_sizes.unsqueeze(1) > torch.arange(batch)).sum(0)
+        result = None
+        if not return_cells and (extension := _backend.short_way(self.backend)):
+            hx = states if cell.states > 1 or states is None else states[0]
+            result = self._run_in_extension(extension, cell, data, hx, weights, lengths)
+        cells = None
+        if result is not None:
+            y, finals = result[0], result[1] if cell.states > 1 else result[1:]
+        else:
+            extras = functional.Extras(lengths, None, return_cells)
+            y, finals, cells = functional.run_sequence(
+                cell, data, states, weights, options, self.backend, extras
+            )
+        if inverse is not None:
+            finals = tuple(final.index_select(1, inverse) for final in finals)
+        results = input._replace(data=y), finals if cell.states > 1 else finals[0]
+        return results if cells is None else (*results, input._replace(data=cells))
+
+    def _check_extras(self, input: Any, lengths: Any, reset: Any, return_cells: bool) -> None:
+        """Refuses combinations; `functional.check_extras` looks at the values."""
+        if return_cells and self.mode != "LSTM":
+            raise ValueError(f"return_cells is only supported for LSTM, not {self.mode}")
+        if self.proj_size:
+            raise RuntimeError("lengths, reset and return_cells need proj_size=0")
+        if isinstance(input, PackedSequence) and not (lengths is None and reset is None):
+            raise RuntimeError("lengths and reset need a tensor as input, got a PackedSequence")
+        if lengths is not None and isinstance(input, Tensor) and input.dim() == 2:
+            raise RuntimeError("lengths need a batch of sequences, got a single one")
+
+    def _options(self) -> Options:
+        return Options(
             self.num_layers,
             self.bias,
             self.dropout,
@@ -122,13 +202,31 @@ class _Layers(_Backed, nn.RNNBase):
             self.batch_first,
             self.recompute,
         )
-        problem = functional.sequence_problem(cell, x, states, weights, options)
-        if problem:
-            return self._forward_in_torch(input, hx, problem)
-        y, finals = functional.run_sequence(cell, x, states, weights, options, self.backend)
-        if single:
-            y, finals = y.squeeze(1 - time), tuple(final.squeeze(1) for final in finals)
-        return y, finals if cell.states > 1 else finals[0]
+
+    def _run_in_extension(
+        self,
+        extension: ModuleType,
+        cell: Cell,
+        input: Tensor,
+        hx: Any,
+        weights: Any,
+        lengths: Tensor | None = None,
+        reset: Tensor | None = None,
+    ) -> Any:
+        return extension.run_layers(
+            _backend.CELL_KINDS[cell.name],
+            input,
+            hx,
+            weights,
+            self.num_layers,
+            self.bias,
+            self.dropout if self.training else 0.0,
+            self.batch_first,
+            self.bidirectional,
+            self.recompute,
+            lengths,
+            reset,
+        )
 
 
 class RNN(_Layers):

@@ -107,6 +107,7 @@ def export(
 
 def _translation(cell: Cell) -> Callable[..., Any]:
     """The function that writes one call of the operator of ``cell`` as ONNX nodes."""
+    from onnxscript import INT32
     from onnxscript import opset18 as op
 
     node = _NODES[cell.name]
@@ -114,7 +115,12 @@ def _translation(cell: Cell) -> Callable[..., Any]:
 
     def translate(x: Any, *arguments: Any) -> Any:
         states, arguments = arguments[: cell.states], arguments[cell.states :]
-        w_ih, w_hh, b_ih, b_hh, reverse, *_ = arguments  # the rest is about saving for the backward
+        w_ih, w_hh, b_ih, b_hh, reverse, _, _, lengths, reset = (
+            *arguments,
+            *(None,) * (9 - len(arguments)),  # torch leaves out what is the default
+        )
+        if reset is not None:
+            raise NotImplementedError("ONNX's recurrent nodes have no reset")
         hidden = w_hh.shape[1]
 
         def ordered(weight: Any) -> Any:
@@ -133,7 +139,7 @@ def _translation(cell: Cell) -> Callable[..., Any]:
             ordered(w_ih),
             ordered(w_hh),
             bias,
-            None,  # the lengths of the sequences
+            None if lengths is None else op.Cast(lengths, to=INT32),
             *(op.Unsqueeze(state, ints(0)) for state in states),
             hidden_size=hidden,
             direction="reverse" if reverse else "forward",

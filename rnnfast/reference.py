@@ -121,39 +121,95 @@ def layer(
     b_ih: Tensor | None,
     b_hh: Tensor | None,
     reverse: bool,
-) -> tuple[Tensor, States]:
+    lengths: Tensor | None = None,
+    reset: Tensor | None = None,
+) -> tuple[Tensor, States, Tensor | None]:
     """Runs a whole sequence of one layer in one direction.
 
     Args:
         cell: A row of `CELLS`.
-        x: Input (T, B, I); T may be 0.
+        x: Input (T, B, I); T may be 0. Or packed as in a PackedSequence: (N, I), the rows of all
+            steps one after the other, of each step only the sequences that are so long.
         states: Initial states, each (B, H).
         w_ih: (G*H, I).
         w_hh: (G*H, H).
         b_ih: (G*H), or None.
         b_hh: (G*H), or None; both biases or neither.
-        reverse: Whether time runs from T-1 down to 0. ``y[t]`` stays at its own t.
+        reverse: Whether time runs from the end of a sequence down to 0. ``y[t]`` stays at its own
+            t.
+        lengths: Integers (B) from 0 to T, or None: how many steps each sequence has. Packed x needs
+            them, falling.
+        reset: Booleans (T, B), or None: where ``reset[t]`` is true, no state passes between t - 1
+            and t.
 
     Returns:
-        y (T, B, H), the h of every step, and the final states, each (B, H), in the dtype of ``x``.
-        As in the kernels, half types are computed in float32 and h is rounded after every step.
+        y (T, B, H), the h of every step; the final states, each (B, H); and the c of every step
+        (T, B, H), None where the cell has none. y and c are zeros beyond a sequence's end, and
+        packed where x is. All are in the dtype of ``x``, but for the c of every step, which stays
+        in the dtype of sums. As in the kernels, half types are computed in float32 and h is rounded
+        after every step.
     """
     if autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
-            return layer(cell, x, states, w_ih, w_hh, b_ih, b_hh, reverse)
+            return layer(cell, x, states, w_ih, w_hh, b_ih, b_hh, reverse, lengths, reset)
+    if x.dim() == 2:
+        assert lengths is not None
+        return _packed_layer(cell, x, states, w_ih, w_hh, b_ih, b_hh, reverse, lengths)
 
     dtype, wide = x.dtype, compute_dtype(x.dtype)
+    if lengths is not None:
+        lengths = lengths.to(x.device)
+        beyond = torch.arange(x.shape[0], device=x.device).unsqueeze(1) >= lengths
+        x = x.masked_fill(beyond.unsqueeze(2), 0)  # else a NaN there would reach gradients
     gates_x = F.linear(x.to(wide), w_ih.to(wide), None if b_ih is None else b_ih.to(wide))
     w_hh, b_hh = w_hh.to(wide), None if b_hh is None else b_hh.to(wide)
-    h, *others = (state.to(wide) for state in states)
+    current = tuple(state.to(wide) for state in states)
+    y, cells = [], []
+    times = range(x.shape[0])
+    for t in reversed(times) if reverse else times:
+        before = current
+        if reset is not None and (border := t + 1 if reverse else t) < x.shape[0]:
+            cut = reset[border] if lengths is None else reset[border] & (border < lengths)
+            before = tuple(state.masked_fill(cut.unsqueeze(1), 0) for state in current)
+        h, *others = cell.step(gates_x[t], F.linear(before[0], w_hh, b_hh), *before)
+        following = (h.to(dtype).to(wide), *others)
+        if lengths is None:
+            current = outputs = following
+        else:
+            ended = beyond[t].unsqueeze(1)
+            outputs = tuple(state.masked_fill(ended, 0) for state in following)
+            pairs = zip(current, following, strict=True)
+            current = tuple(torch.where(ended, old, new) for old, new in pairs)
+        y.append(outputs[0].to(dtype))
+        cells.append(outputs[-1])
 
-    steps = gates_x.unbind(0)
-    y = []
-    for gates in reversed(steps) if reverse else steps:
-        h, *others = cell.step(gates, F.linear(h, w_hh, b_hh), h, *others)
-        y.append(h.to(dtype))
-        h = y[-1].to(wide)
-    if reverse:
-        y.reverse()
-    hidden = torch.stack(y) if y else x.new_empty((0, *states[0].shape))
-    return hidden, tuple(state.to(dtype) for state in (h, *others))
+    def in_time(steps: list[Tensor], dtype: torch.dtype) -> Tensor:
+        if not steps:
+            return x.new_empty((0, *states[0].shape), dtype=dtype)
+        return torch.stack(steps[::-1] if reverse else steps)
+
+    finals = tuple(state.to(dtype) for state in current)
+    return in_time(y, dtype), finals, in_time(cells, wide) if cell.states > 1 else None
+
+
+def _packed_layer(
+    cell: Cell,
+    x: Tensor,
+    states: States,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    reverse: bool,
+    lengths: Tensor,
+) -> tuple[Tensor, States, Tensor | None]:
+    """`layer` on packed x, by way of padding."""
+    lengths = lengths.to(x.device)
+    steps, batch = int(lengths[0]), lengths.shape[0]
+    running = torch.arange(steps, device=x.device).unsqueeze(1) < lengths
+    rows = running.flatten().nonzero().squeeze(1)
+    padded = x.new_zeros((steps * batch, x.shape[1])).index_copy(0, rows, x)
+    padded = padded.unflatten(0, (steps, batch))
+    y, finals, cells = layer(cell, padded, states, w_ih, w_hh, b_ih, b_hh, reverse, lengths)
+    cells = None if cells is None else cells.flatten(0, 1).index_select(0, rows)
+    return y.flatten(0, 1).index_select(0, rows), finals, cells

@@ -25,10 +25,21 @@ class Case(NamedTuple):
     bias: bool = True
     reverse: bool = False
     layout: str = "contiguous"
+    lengths: str = ""
+    """Sequences of unequal length, "padded" or "packed"; else all of T steps."""
+    resets: bool = False
+    cells: bool = False
+    """Whether the c of every step is looked at, too."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether every device has kernels for it."""
+        return not self.lengths and not self.resets
 
     def __str__(self) -> str:
-        options = [self.layout] * (self.layout != "contiguous")
+        options = [self.layout] * (self.layout != "contiguous") + [self.lengths] * bool(self.lengths)
         options += ["no_bias"] * (not self.bias) + ["reverse"] * self.reverse
+        options += ["resets"] * self.resets + ["cells"] * self.cells
         return "-".join([self.cell, f"{self.T}x{self.B}x{self.I}x{self.H}", *options])
 
 
@@ -48,12 +59,33 @@ SHAPES = (
 LAYOUTS = ("batch_first", "strided", "expanded", "same_step", "same_row", "padded")
 MANY_BLOCKS = (330, 40, 2, 3)  # more rows than any device takes in one block of steps
 
+RAGGED = [  # shape, lengths, resets
+    *(((T, B, I, H), lengths, False) for T, B, I, H in SHAPES[6:] for lengths in ("padded", "packed")),
+    *((shape, "", True) for shape in SHAPES[5:]),
+    *((shape, "padded", True) for shape in (SHAPES[6], *SHAPES[8:])),
+    ((1, 4, 3, 5), "padded", False),
+    (MANY_BLOCKS, "packed", False),
+    (MANY_BLOCKS, "padded", True),
+]
+
 CASES = [
     *(Case(cell, *shape) for cell in CELLS for shape in SHAPES),
     *(Case(cell, *shape, reverse=True) for cell in CELLS for shape in SHAPES[4:]),
     *(Case(cell, *shape, bias=False) for cell in CELLS for shape in SHAPES[4:7]),
     *(Case(cell, 5, 4, 6, 10, layout=layout) for cell in CELLS for layout in LAYOUTS),
     *(Case(cell, *MANY_BLOCKS, reverse=reverse) for cell in CELLS for reverse in (False, True)),
+    *(
+        Case(cell, *shape, reverse=reverse, lengths=lengths, resets=resets)
+        for cell in CELLS
+        for shape, lengths, resets in RAGGED
+        for reverse in (False, True)
+    ),
+    *(
+        Case("lstm", 9, 13, 20, 65, reverse=reverse, lengths=lengths, cells=True)
+        for lengths in ("", "padded", "packed")
+        for reverse in (False, True)
+    ),
+    Case("lstm", *MANY_BLOCKS, resets=True, cells=True),
 ]
 
 GRADCHECK_CASES = [
@@ -64,11 +96,16 @@ GRADCHECK_CASES = [
         ((2, 1, 3, 2), False, True),
         ((1, 2, 1, 1), True, True),
     ]
+] + [
+    Case(cell, 4, 3, 2, 2, reverse=reverse, lengths=lengths, resets=resets, cells=cell == "lstm")
+    for cell in CELLS
+    for lengths, resets in (("padded", False), ("packed", False), ("padded", True))
+    for reverse in (False, True)
 ]
 
 
 def sample_x(case: Case) -> Tensor:
-    """x (T, B, I) in float64, laid out in memory as the case says."""
+    """x (T, B, I), or packed, in float64, laid out in memory as the case says."""
     T, B, I = case.T, case.B, case.I
 
     def normal(*shape: int) -> Tensor:
@@ -83,7 +120,36 @@ def sample_x(case: Case) -> Tensor:
         "same_row": lambda: normal(T, 1, I).expand(T, B, I),
         "padded": lambda: normal(T, B, I + 3)[..., :I],
     }
-    return layouts[case.layout]()
+    x = layouts[case.layout]()
+    return pack(case, x) if case.lengths == "packed" else x
+
+
+def lengths_of(case: Case) -> Tensor | None:
+    """How long the sequences are: from 0 to T, or packed from T falling to 1 at the least."""
+    if not case.lengths:
+        return None
+    generator = torch.Generator().manual_seed(case.T * case.B)
+    least = 1 if case.lengths == "packed" else 0
+    lengths = torch.randint(least, case.T + 1, (case.B,), generator=generator)
+    if case.lengths == "packed":
+        lengths[0] = case.T
+        lengths = lengths.sort(descending=True).values
+    return lengths
+
+
+def reset_of(case: Case, device: str = "cpu") -> Tensor | None:
+    """Where states are reset (T, B): at a quarter of the steps, some of them the first."""
+    if not case.resets:
+        return None
+    generator = torch.Generator().manual_seed(case.T + case.B)
+    return (torch.rand(case.T, case.B, generator=generator) < 0.25).to(device)
+
+
+def pack(case: Case, padded: Tensor) -> Tensor:
+    """The rows (N, ...) of the steps that there are."""
+    lengths = lengths_of(case)
+    assert lengths is not None
+    return padded[torch.arange(case.T).unsqueeze(1) < lengths]
 
 
 def sample_inputs(case: Case, dtype: torch.dtype, seed: int = 0) -> list[Tensor | None]:
@@ -122,14 +188,18 @@ def cast(tensors: list[Tensor | None], dtype: torch.dtype, device: str) -> list[
 
 
 def sample_grads(case: Case, dtype: torch.dtype, seed: int = 1) -> list[Tensor]:
-    """Gradients of (y, *final states), float64 rounded to ``dtype``."""
+    """Gradients of (y, *final states[, cells]), float64 rounded to ``dtype``."""
     torch.manual_seed(seed)
     shapes = [(case.T, case.B, case.H)] + [(case.B, case.H)] * CELLS[case.cell].states
-    return [torch.randn(s, dtype=torch.float64).to(dtype).double() for s in shapes]
+    shapes += [shapes[0]] * case.cells
+    grads = [torch.randn(s, dtype=torch.float64).to(dtype).double() for s in shapes]
+    if case.lengths != "packed":
+        return grads
+    return [pack(case, grad) if grad.dim() == 3 else grad for grad in grads]
 
 
 class Expected(NamedTuple):
-    """What the oracle says: (y, *final states) and the gradients of the inputs, in float64."""
+    """What the oracle says: (y, *final states[, cells]) and the inputs' gradients, in float64."""
 
     outputs: list[Tensor]
     grads: list[Tensor | None]
@@ -151,8 +221,10 @@ def oracle(
     row = CELLS[case.cell]
     leaves = [None if t is None else t.detach().clone().requires_grad_() for t in inputs]
     x, states, weights = leaves[0], tuple(leaves[1 : 1 + row.states]), leaves[1 + row.states :]
-    y, finals = reference.layer(row, x, states, *weights, case.reverse)
-    outputs = [y, *finals]
+    y, finals, cells = reference.layer(
+        row, x, states, *weights, case.reverse, lengths_of(case), reset_of(case)
+    )
+    outputs = [y, *finals] + [cells] * case.cells
     used = [
         (output, grad)
         for output, grad in zip(outputs, grad_outputs, strict=True)
@@ -183,8 +255,15 @@ def sample_with_oracle(
 def run_forward(
     case: Case, inputs: list[Tensor | None], save: bool, recompute: bool = False
 ) -> tuple[Tensor, ...]:
-    """The operator itself: (y, *final states, *saved)."""
-    return getattr(torch.ops.rnnfast, case.cell)(*inputs, case.reverse, save, recompute)
+    """The operator itself: (y, *final states, gates[, cells])."""
+    op = getattr(torch.ops.rnnfast, case.cell)
+    reset = reset_of(case, inputs[0].device.type)
+    return op(*inputs, case.reverse, save, recompute, lengths_of(case), reset)
+
+
+def outputs_of(case: Case, forward: tuple[Tensor, ...]) -> list[Tensor]:
+    """Of what ``run_forward`` returned, that which the oracle returns."""
+    return [*forward[: 1 + CELLS[case.cell].states], *[forward[-1]] * case.cells]
 
 
 def run_backward(
@@ -196,9 +275,14 @@ def run_backward(
 ) -> tuple[Tensor, ...]:
     """The backward operator on what ``run_forward(save=True)`` returned."""
     mask = [t is not None for t in inputs] if mask is None else mask
-    saved = forward[1 + CELLS[case.cell].states :]
+    outputs = 1 + CELLS[case.cell].states
+    grads, grad_cells = grad_outputs[:outputs], grad_outputs[outputs:]
+    if grad_cells:
+        grad_cells = [grad_cells[0].to(reference.compute_dtype(inputs[0].dtype))]
     op = getattr(torch.ops.rnnfast, f"{case.cell}_backward")
-    return op(*grad_outputs, *inputs, forward[0], *saved, case.reverse, mask)
+    extras = (lengths_of(case), reset_of(case, inputs[0].device.type), *grad_cells)
+    saved = forward[outputs:]
+    return op(*grads, *inputs, forward[0], *saved, case.reverse, mask, *extras)
 
 
 def error(actual: Tensor, expected: Tensor) -> float:

@@ -18,7 +18,10 @@ from cases import (
     cast,
     distance,
     error,
+    lengths_of,
     oracle,
+    outputs_of,
+    reset_of,
     run_backward,
     run_forward,
     sample_grads,
@@ -26,7 +29,9 @@ from cases import (
     sample_with_oracle,
 )
 
-from rnnfast import autograd, backend
+from torch.nn.utils.rnn import PackedSequence
+
+from rnnfast import autograd, backend, reference
 from rnnfast.reference import CELLS
 
 TORCH_CLASS = {
@@ -41,7 +46,15 @@ def dtype_name(value: object) -> str | None:
     return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else None
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.T * c.B * c.I], ids=str)
+def has_kernels(case: Case, device: str) -> bool:
+    emulated = backend.EXTENSION.get_cpu_capability() == "cuda_emulation"
+    return case.is_plain or (device == "cpu" and not emulated)
+
+
+TORCH_CASES = [c for c in CASES if c.T * c.B * c.I and c.is_plain and not c.cells]
+
+
+@pytest.mark.parametrize("case", TORCH_CASES, ids=str)
 def test_reference_is_torch_nn(case: Case) -> None:
     """The oracle itself, against torch.nn in float64: values and every gradient."""
     inputs, grads = sample_inputs(case, torch.float64), sample_grads(case, torch.float64)
@@ -68,6 +81,73 @@ def test_reference_is_torch_nn(case: Case) -> None:
         assert error(actual, value) < 5 * bound(torch.float64)
 
 
+def torch_module(case: Case, inputs: list[torch.Tensor | None]) -> torch.nn.Module:
+    """torch.nn's module in float64 with the weights of ``inputs``."""
+    make, options = TORCH_CLASS[case.cell]
+    module = make(case.I, case.H, dtype=torch.float64, **options)
+    for parameter, value in zip(
+        module.parameters(), inputs[1 + CELLS[case.cell].states :], strict=True
+    ):
+        parameter.data.copy_(value)
+    return module
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_packed_reference_is_torch_nn(cell: str) -> None:
+    case = Case(cell, 9, 5, 3, 4, lengths="packed")
+    inputs, states = sample_inputs(case, torch.float64), CELLS[cell].states
+    lengths = lengths_of(case)
+    batch_sizes = (torch.arange(case.T).unsqueeze(1) < lengths).sum(1)
+    hx = tuple(t.unsqueeze(0) for t in inputs[1 : 1 + states])
+    y, finals = torch_module(case, inputs)(
+        PackedSequence(inputs[0], batch_sizes), hx if states > 1 else hx[0]
+    )
+    expected = oracle(case, inputs, sample_grads(case, torch.float64)).outputs
+    assert error(y.data, expected[0]) < bound(torch.float64)
+    for actual, value in zip(finals if states > 1 else (finals,), expected[1:], strict=True):
+        assert error(actual.squeeze(0), value) < bound(torch.float64)
+
+
+@pytest.mark.parametrize("lengths", ["", "padded"])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("cell", CELLS)
+def test_resets_begin_new_sequences(cell: str, reverse: bool, lengths: str) -> None:
+    """The reference against torch.nn on the pieces between resets, and only up to the lengths."""
+    case = Case(cell, 12, 4, 3, 5, reverse=reverse, lengths=lengths, resets=True)
+    inputs, states = sample_inputs(case, torch.float64), CELLS[cell].states
+    expected = oracle(case, inputs, sample_grads(case, torch.float64)).outputs
+    module, resets = torch_module(case, inputs), reset_of(case)
+    for b, length in enumerate(lengths_of(case).tolist() if lengths else [case.T] * case.B):
+        # between the borders of pieces no state passes; one at 0 cuts the initial state off
+        borders = [t for t in range(length) if resets[t, b]]
+        edges = sorted({0, *borders, length})
+        pieces = [inputs[0][begin:end, b] for begin, end in zip(edges, edges[1:], strict=False)]
+        state = tuple(t[b : b + 1] for t in inputs[1 : 1 + states])
+        first_is_new = 0 in borders and not reverse
+        outputs = []
+        for i, piece in enumerate(reversed(pieces) if reverse else pieces):
+            if i > 0 or first_is_new:
+                state = tuple(torch.zeros_like(t) for t in state)
+            piece = piece.flip(0) if reverse else piece
+            y, finals = module(piece, state if states > 1 else state[0])
+            state = finals if states > 1 else (finals,)
+            outputs.insert(0, y.flip(0)) if reverse else outputs.append(y)
+        y = torch.cat([*outputs, torch.zeros(case.T - length, case.H)])
+        assert error(y, expected[0][:, b]) < bound(torch.float64)
+        for final, value in zip(state, expected[1:], strict=True):
+            assert error(final[0], value[b]) < bound(torch.float64)
+
+
+def test_cells_are_torch_nns() -> None:
+    """The c of a step is the final c of the sequence up to it."""
+    case = Case("lstm", 6, 2, 3, 4, cells=True)
+    inputs = sample_inputs(case, torch.float64)
+    cells = oracle(case, inputs, sample_grads(case, torch.float64)).outputs[-1]
+    module, hx = torch_module(case, inputs), tuple(t.unsqueeze(0) for t in inputs[1:3])
+    for t in range(case.T):
+        assert error(module(inputs[0][: t + 1], hx)[1][1][0], cells[t]) < bound(torch.float64)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_values_and_gradients(
@@ -75,10 +155,17 @@ def test_values_and_gradients(
 ) -> None:
     exact_inputs, exact_grads, expected = sample_with_oracle(case, dtype)
     inputs, grads = cast(exact_inputs, dtype, device), cast(exact_grads, dtype, device)
+    if not has_kernels(case, device):
+        with pytest.raises(RuntimeError, match="lengths and reset have no kernels on this device"):
+            run_forward(case, inputs, save=True)
+        return
     forward = run_forward(case, inputs, save=True)
     states = CELLS[case.cell].states
-    for actual, value in zip(forward[: 1 + states], expected.outputs, strict=True):
-        assert actual.dtype == dtype
+    wide = reference.compute_dtype(dtype)
+    for i, (actual, value) in enumerate(
+        zip(outputs_of(case, forward), expected.outputs, strict=True)
+    ):
+        assert actual.dtype == (dtype if i <= states else wide)
         assert error(actual, value) < bound(dtype)
     for saved, plain in zip(
         forward, run_forward(case, inputs, save=False)[: 1 + states], strict=False
@@ -178,11 +265,15 @@ def test_gradcheck(case: Case, device: str) -> None:
 
     def layer(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         x, *rest = (*tensors, *absent)
-        y, finals = autograd.layer(
-            row, x, tuple(rest[: row.states]), *rest[row.states :], case.reverse
+        states = tuple(rest[: row.states])
+        extras = lengths_of(case), reset_of(case, device)
+        y, finals, cells = autograd.layer(
+            row, x, states, *rest[row.states :], case.reverse, *extras, save_cells=case.cells
         )
-        return y, *finals
+        return (y, *finals, cells) if case.cells else (y, *finals)
 
+    if not has_kernels(case, device):
+        return  # refused, as `test_values_and_gradients` finds
     if case.cell == "elman_relu":  # its kink is no point for finite differences
         y = layer(*given)[0]
         assert y[y > 0].min() > 1e-3
@@ -285,6 +376,8 @@ def test_recomputed_gates(
     """Gates that the backward computes again are the forward's, to the last bit."""
     inputs = cast(sample_inputs(case, dtype), dtype, device)
     grads = cast(sample_grads(case, dtype), dtype, device)
+    if not has_kernels(case, device):
+        return  # refused, as `test_values_and_gradients` finds
     if device == "cuda" or backend.EXTENSION.get_cpu_capability() == "cuda_emulation":
         with pytest.raises(RuntimeError, match="recompute=True has no kernels on this device"):
             run_forward(case, inputs, True, recompute=True)
@@ -311,18 +404,23 @@ def test_planned_split(cell: str, split: str) -> None:
         assert plan["split"] == split
 
 
+@pytest.mark.parametrize("lengths", ["", "padded", "packed"])
 @pytest.mark.parametrize("shape", SPLIT_SHAPES.values(), ids=SPLIT_SHAPES.keys())
 @pytest.mark.parametrize("cell", CELLS)
 def test_same_bits_for_every_run_and_thread_count(
-    cell: str, shape: tuple[int, int, int, int], device: str, threads: None
+    cell: str, shape: tuple[int, int, int, int], lengths: str, device: str, threads: None
 ) -> None:
-    case = Case(cell, *shape)
+    case = Case(cell, *shape, lengths=lengths)
+    if not has_kernels(case, device):
+        return  # refused, as `test_values_and_gradients` finds
     inputs = cast(sample_inputs(case, torch.float32), torch.float32, device)
     grads = cast(sample_grads(case, torch.float32), torch.float32, device)
 
     def run() -> list[torch.Tensor]:
         forward = run_forward(case, inputs, save=True)
-        return [*forward, *run_backward(case, inputs, grads, forward)]
+        # nothing is said of what is saved for steps beyond the end
+        outputs = forward if case.is_plain else outputs_of(case, forward)
+        return [*outputs, *run_backward(case, inputs, grads, forward)]
 
     first = run()
     for count in (1, 1, 2, 3, 7, 40):  # more than there are cores, too

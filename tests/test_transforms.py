@@ -156,7 +156,7 @@ def flat_layer(layer, cell, reverse):
     def call(x, *tensors):
         states, weights = tensors[: cell.states], tensors[cell.states :]
         biases = weights[2:] or (None, None)
-        y, finals = layer(cell, x, states, *weights[:2], *biases, reverse)
+        y, finals, _ = layer(cell, x, states, *weights[:2], *biases, reverse)
         return y, *finals
 
     return call

@@ -14,40 +14,30 @@ class Backward {
   using Op = Operand<S>;
   using Element = typename Op::Element;
   using Columns = ColumnPanels<Op>;
-  using Panels = GatePanels<Op, G>;
 
  public:
   Backward(const BackwardArgs& args, const Plan& plan, Arena& arena)
       : args_(args),
         plan_(plan),
+        history_(args, arena),
+        recompute_(args, plan, history_, arena),
         hidden_{args.size.H},
         input_{args.size.I},
-        gate_panels_{args.size.H},
+        block_rows_(plan.block_steps * args.size.B),
         pitch_(ceil_div(args.size.H, kLanesA) * kLanesA),
         gate_pitch_(D * args.size.H + kLanesA * Op::kPerWord),
-        left_pitch_((ceil_div(plan.block_steps * args.size.B, kLanesA * Op::kPerWord) + 1) *
-                    kLanesA * Op::kPerWord) {
+        left_pitch_((ceil_div(block_rows_, kLanesA * Op::kPerWord) + 1) * kLanesA * Op::kPerWord) {
     const auto [T, B, I, H] = args.size;
-    const int64_t block_rows = plan.block_steps * B;
     w_hh_ = arena.take<A>(hidden_.size(G * H));
     w_ih_ = arena.take<A>(input_.size(G * H));
     d_c_ = arena.take<A>(Cell::kHasCell ? B * pitch_ : 0);
-    c0_ = arena.take<A>(Cell::kHasCell ? B * pitch_ : 0);
     d_h_ = arena.take<A>(B * pitch_);
-    d_gates_ = arena.take<Element>(2 * block_rows * gate_pitch_);
+    d_gates_ = arena.take<Element>(2 * block_rows_ * gate_pitch_);
     left_ = arena.take<Element>(D * H * left_pitch_);
-    x_ = arena.take<A>(input_.size(block_rows));
-    h_ = arena.take<A>(hidden_.size(block_rows));
-    if (!recomputes(args)) return;
-    gates_ = arena.take<S>(block_rows * Cell::kSaved * H);
-    if (pays_to_pack(args.size)) {  // as in the forward, which would sum in another order else
-      gate_w_ih_ = arena.take<A>(gate_panels_.count() * Panels::kWidth * words<Op>(I));
-      gate_w_hh_ = arena.take<A>(gate_panels_.count() * Panels::kWidth * words<Op>(H));
-    }
-    gate_b_ih_ = arena.take<A>(gate_panels_.count() * Panels::kWidth);
-    gate_b_hh_ = arena.take<A>(gate_panels_.count() * Panels::kWidth);
-    if (needs_copy(I)) x_rows_ = arena.take<Element>(block_rows * whole_words(I));
-    if (needs_copy(H)) h_rows_ = arena.take<Element>(block_rows * whole_words(H));
+    x_ = arena.take<A>(input_.size(block_rows_));
+    h_ = arena.take<A>(hidden_.size(block_rows_));
+    rows_ = arena.take<Row>(2 * block_rows_);
+    row_counts_ = arena.take<int64_t>(2);
   }
 
   static StepShape step_shape(const Sizes& size) {
@@ -64,6 +54,7 @@ class Backward {
   void run(const Team& team) {
     const auto [T, B, I, H] = args_.size;
     pack(team);
+    history_.load(team);
     load_state(team.share(B));
     team.barrier();
     const bool idle = plan_.split == Split::kNone && team.index() > 0;
@@ -71,145 +62,64 @@ class Backward {
     const Span panels =
         plan_.split == Split::kUnits ? team.share(hidden_.count()) : Span{0, hidden_.count()};
     for (int64_t n = 0; n < T; n += plan_.block_steps) {
-      const Span block{n, std::min(T, n + plan_.block_steps)};
-      if (recomputes(args_)) {
-        recompute_gates(block, team.share(block.size() * B));
+      const Span steps{n, std::min(T, n + plan_.block_steps)};
+      // d_gates_ and rows_ have two halves: the other one takes the next block, so nobody waits for
+      // the products of this one. left_, x_ and h_ are written after the next barrier only.
+      const int64_t half = n / plan_.block_steps % 2;
+      if (team.index() == 0) list_rows(steps, half);
+      if (recomputes()) {
+        team.barrier();
+        recompute_.run(rows_ + half * block_rows_, team.share(row_counts_[half]));
         team.barrier();
       }
-      for (int64_t step = block.begin; step < block.end; ++step) {
+      for (int64_t step = steps.begin; step < steps.end; ++step) {
         step_back(step, rows, panels);
-        if (plan_.split == Split::kUnits && step + 1 < block.end) team.barrier();
+        if (plan_.split == Split::kUnits && step + 1 < steps.end) team.barrier();
       }
       team.barrier();
-      // The other half of d_gates_ takes the next block, so nobody waits for these; left_, x_ and
-      // h_ are written again after the next block's barrier only.
-      grad_input(block, team);
+      const Block block{rows_ + half * block_rows_, row_counts_[half], n == 0};
+      grad_input(steps, block, team);
       grad_parameters(block, team);
     }
-    if (args_.grad_h0 || args_.grad_c0) store_state(rows, panels);
+    finish(T, history_.active(T - 1, rows), panels);
+    if (!args_.reverse) finish(0, {history_.active(T - 1, rows).end, rows.end}, panels);
   }
 
  private:
-  // Steps are counted in the order of the backward: step 0 is the last of the forward.
-  int64_t time(int64_t step) const { return args_.reverse ? step : args_.size.T - 1 - step; }
-  int64_t time_before(int64_t step) const { return time(step + 1); }
-  bool is_first_in_time(int64_t step) const { return step == args_.size.T - 1; }
+  // What a block of steps adds to the products over rows.
+  struct Block {
+    const Row* rows;
+    int64_t count;
+    bool is_first;
+  };
+
+  bool recomputes() const { return Recompute<Cell, S>::wanted(args_); }
+
+  // In the order of the batch, whichever rows sequences have been dealt: so sums do not depend on
+  // the number of threads.
+  void list_rows(Span steps, int64_t half) {
+    Row* next = rows_ + half * block_rows_;
+    for (int64_t step = steps.begin; step < steps.end; ++step) {
+      for (int64_t place = 0; place < args_.size.B; ++place) {
+        const int64_t b = history_.batch.row_at(place);
+        if (history_.time(step) < history_.batch.length(b)) *next++ = {int32_t(step), int32_t(b)};
+      }
+    }
+    row_counts_[half] = next - (rows_ + half * block_rows_);
+  }
 
   Element* gate_row(int64_t step, int64_t b) const {
     const int64_t slot = step % (2 * plan_.block_steps);
     return d_gates_ + (slot * args_.size.B + b) * gate_pitch_;
   }
-  const S* h_before(int64_t step, int64_t b) const {
-    const auto [T, B, I, H] = args_.size;
-    return is_first_in_time(step)
-               ? static_cast<const S*>(args_.h0) + b * H
-               : static_cast<const S*>(args_.y) + (time_before(step) * B + b) * H;
-  }
-  const A* c_before(int64_t step, int64_t b) const {
-    const auto [T, B, I, H] = args_.size;
-    return is_first_in_time(step)
-               ? c0_ + b * pitch_
-               : static_cast<const A*>(args_.cells) + (time_before(step) * B + b) * H;
-  }
-  const S* x_row(int64_t step, int64_t b) const {
-    return static_cast<const S*>(args_.x) + time(step) * args_.x_stride_t + b * args_.x_stride_b;
-  }
-
-  // ---- gates that the forward did not save: no step of this waits for another, as y and cells
-  // hold all states ----
-
-  static bool recomputes(const BackwardArgs& args) { return Cell::kSaved > 0 && !args.gates; }
-  static int64_t whole_words(int64_t elements) { return words<Op>(elements) * Op::kPerWord; }
-  // whether rows of so many elements cannot be multiplied as they lie
-  static bool needs_copy(int64_t elements) {
-    return !std::is_same_v<S, Element> || whole_words(elements) != elements;
-  }
-
-  void pack_gate_panels(Span panels) {
-    const auto [T, B, I, H] = args_.size;
-    for (int64_t p = panels.begin; p < panels.end; ++p) {
-      const int64_t at = p * Panels::kWidth;
-      if (gate_w_ih_) {
-        gate_panels_.pack(static_cast<const S*>(args_.w_ih), I, p, gate_w_ih_ + at * words<Op>(I));
-        gate_panels_.pack(static_cast<const S*>(args_.w_hh), H, p, gate_w_hh_ + at * words<Op>(H));
-      }
-      gate_panels_.pack_bias(static_cast<const S*>(args_.b_ih), p, gate_b_ih_ + at);
-      gate_panels_.pack_bias(static_cast<const S*>(args_.b_hh), p, gate_b_hh_ + at);
-    }
-  }
-
-  // A row as the left side of a product, copied to its place in `copies` where it must be.
-  const Element* left_row(const S* row, int64_t elements, Element* copies, int64_t place) const {
-    if (copies) return copies + place * whole_words(elements);
-    if constexpr (std::is_same_v<S, Element>) return row;
-    return nullptr;
-  }
-  static void copy_row(const S* row, int64_t elements, Element* to) {
-    convert(to, row, elements);
-    for (int64_t i = elements; i < whole_words(elements); ++i) to[i] = Element{};
-  }
-
-  // gates_[row of the block] as the forward computed them; rows are counted (step, b)
-  void recompute_gates(Span block, Span rows) const {
-    const auto [T, B, I, H] = args_.size;
-    const int64_t batch = B, inputs = I, hidden = H;
-    const auto x = [&](int64_t row) { return x_row(block.begin + row / batch, row % batch); };
-    const auto h = [&](int64_t row) { return h_before(block.begin + row / batch, row % batch); };
-    for (int64_t row = rows.begin; row < rows.end; ++row) {
-      if (x_rows_) copy_row(x(row), inputs, x_rows_ + row * whole_words(inputs));
-      if (h_rows_) copy_row(h(row), hidden, h_rows_ + row * whole_words(hidden));
-    }
-    alignas(64) A from_x[kMaxTileRows * Panels::kWidth], from_h[kMaxTileRows * Panels::kWidth];
-    for (int64_t p = 0; p < gate_panels_.count(); ++p) {
-      const int64_t at = p * Panels::kWidth;
-      const A* w_ih = gate_w_ih_ ? gate_w_ih_ + at * words<Op>(inputs) : nullptr;
-      const A* w_hh = gate_w_hh_ ? gate_w_hh_ + at * words<Op>(hidden) : nullptr;
-      for_row_tiles(rows.size(), Panels::kRows, [&](int64_t r, int n) {
-        const int64_t first = rows.begin + r;
-        const Element *a[kMaxTileRows], *b[kMaxTileRows];
-        for (int i = 0; i < n; ++i) {
-          a[i] = left_row(x(first + i), inputs, x_rows_, first + i);
-          b[i] = left_row(h(first + i), hidden, h_rows_, first + i);
-        }
-        gate_panels_.multiply(static_cast<const S*>(args_.w_ih), w_ih, gate_b_ih_ + at, inputs, p,
-                              a, n, from_x, Panels::kWidth);
-        gate_panels_.multiply(static_cast<const S*>(args_.w_hh), w_hh, gate_b_hh_ + at, hidden, p,
-                              b, n, from_h, Panels::kWidth);
-        for (int i = 0; i < n; ++i)
-          recompute_cell(block.begin + (first + i) / batch, (first + i) % batch, p,
-                         from_x + i * Panels::kWidth, from_h + i * Panels::kWidth,
-                         gates_ + (first + i) * Cell::kSaved * hidden);
-      });
-    }
-  }
-
-  void recompute_cell(int64_t step, int64_t b, int64_t panel, const A* from_x, const A* from_h,
-                      S* to) const {
-    const int64_t H = args_.size.H;
-    for (int v = 0; v < Panels::kUnitVectors; ++v) {
-      const int64_t unit = panel * Panels::kUnits + v * kLanesA, left = H - unit;
-      if (left <= 0) break;
-      V px[G], ph[G], saved[Cell::kSaved + 1], h, c{};
-      for (int g = 0; g < G; ++g) {
-        px[g] = load(from_x + (g * Panels::kUnitVectors + v) * kLanesA);
-        ph[g] = load(from_h + (g * Panels::kUnitVectors + v) * kLanesA);
-      }
-      if (Cell::kHasCell) c = load(c_before(step, b) + unit, left);
-      Cell::template forward<Math>(px, ph, load(h_before(step, b) + unit, left), c, h, saved);
-      for (int k = 0; k < Cell::kSaved; ++k) store(to + k * H + unit, saved[k], left);
-    }
-  }
-
   // the saved blocks of a step and a sequence, [K][H]
-  const S* gates_of(int64_t step, int64_t b) const {
-    const auto [T, B, I, H] = args_.size;
-    const int64_t row = recomputes(args_) ? step % plan_.block_steps * B + b : time(step) * B + b;
-    return (recomputes(args_) ? gates_ : static_cast<const S*>(args_.gates)) +
-           row * Cell::kSaved * H;
+  const S* gates(int64_t step, int64_t b) const {
+    return recomputes() ? recompute_.gates(step, b)
+                        : history_.template at<S>(args_.gates, step, b, Cell::kSaved);
   }
 
   void pack(const Team& team) {
-    if (recomputes(args_)) pack_gate_panels(team.share(gate_panels_.count()));
+    recompute_.pack(team);
     const auto [T, B, I, H] = args_.size;
     const int64_t hidden = H;
     const S* w_hh = static_cast<const S*>(args_.w_hh);
@@ -233,16 +143,14 @@ class Backward {
   void load_state(Span rows) {
     const int64_t H = args_.size.H;
     const auto at = [&](const void* p, int64_t b) {
-      return p ? static_cast<const S*>(p) + b * H : nullptr;
+      return p ? static_cast<const S*>(p) + history_.batch.place(b) * H : nullptr;
     };
     for (int64_t b = rows.begin; b < rows.end; ++b) {
       // what completes the last word of an odd number of elements
       for (int64_t step = 0; G * H % Op::kPerWord && step < 2 * plan_.block_steps; ++step)
         gate_row(step, b)[D * H] = Element{};
       convert(d_h_ + b * pitch_, at(args_.grad_h_n, b), H);
-      if (!Cell::kHasCell) continue;
-      convert(d_c_ + b * pitch_, at(args_.grad_c_n, b), H);
-      convert(c0_ + b * pitch_, at(args_.c0, b), H);
+      if (Cell::kHasCell) convert(d_c_ + b * pitch_, at(args_.grad_c_n, b), H);
     }
   }
 
@@ -258,97 +166,119 @@ class Backward {
 
   void step_back(int64_t step, Span rows, Span panels) {
     alignas(64) A d_h[kMaxTileRows * Columns::kWidth];
-    for (int64_t p = panels.begin; p < panels.end; ++p) {
-      for_row_tiles(rows.size(), Columns::kRows, [&](int64_t r, int n) {
-        const int64_t b = rows.begin + r;
-        if (step > 0) through_weights(step - 1, p, b, n, d_h);
-        for (int i = 0; i < n; ++i) apply_cell(step, b + i, p, d_h + i * Columns::kWidth);
+    const Span now = history_.active(step, rows);
+    // the rows that were at work in the step before; others begin here, or have just ended
+    const Span before = step > 0 ? history_.active(step - 1, rows) : Span{rows.begin, rows.begin};
+    const auto step_rows = [&](int64_t p, Span part, bool begin) {
+      for_row_tiles(part.size(), Columns::kRows, [&](int64_t r, int n) {
+        const int64_t b = part.begin + r;
+        if (!begin) through_weights(step - 1, p, b, n, d_h);
+        for (int i = 0; i < n; ++i)
+          apply_cell(step, b + i, p, begin ? nullptr : d_h + i * Columns::kWidth);
       });
+    };
+    const int64_t both = std::min(now.end, before.end);
+    for (int64_t p = panels.begin; p < panels.end; ++p) {
+      step_rows(p, {rows.begin, both}, false);
+      step_rows(p, {both, now.end}, true);
     }
+    const int64_t over = step > 0 ? both : now.end;
+    if (args_.reverse) finish(step, {over, step > 0 ? before.end : rows.end}, panels);
   }
 
   void apply_cell(int64_t step, int64_t b, int64_t panel, const A* from_weights) {
-    const auto [T, B, I, H] = args_.size;
-    const int64_t t = time(step), row = t * B + b;
-    const S* gates = gates_of(step, b);
-    const A* cells = static_cast<const A*>(args_.cells);
-    const S* h_prev_row = h_before(step, b);
-    const A* c_prev_row = Cell::kHasCell ? c_before(step, b) : nullptr;
-    const S* grad_y = args_.grad_y ? static_cast<const S*>(args_.grad_y) +
-                                         t * args_.grad_y_stride_t + b * args_.grad_y_stride_b
-                                   : nullptr;
+    const int64_t H = args_.size.H;
+    const S* saved_row = gates(step, b);
+    const S* h_row = history_.template at<S>(args_.y, step, b);
+    const S* h_before = history_.h_before(step, b);
+    const A* c_row = history_.template at<A>(args_.cells, step, b);
+    const A* c_before = Cell::kHasCell ? history_.c_before(step, b) : nullptr;
+    const A* grad_c = history_.template at<A>(args_.grad_cells, step, b);
+    const S* grad_y = args_.grad_y
+                          ? static_cast<const S*>(args_.grad_y) +
+                                history_.batch.offset(history_.time(step), b, args_.grad_y_stride_t,
+                                                      args_.grad_y_stride_b)
+                          : nullptr;
+    const bool begins = !from_weights, cut = history_.cut(step, b);
+    if (!begins && history_.cut(step - 1, b)) from_weights = nullptr;
     Element* d_gates_row = gate_row(step, b);
     for (int v = 0; v < Columns::kVectors; ++v) {
       const int64_t unit = panel * Columns::kWidth + v * kLanesA;
       const int64_t left = H - unit;
       if (left <= 0) break;
       V saved[Cell::kSaved + 1], d_gates[D];
-      for (int k = 0; k < Cell::kSaved; ++k) saved[k] = load(gates + k * H + unit, left);
-      const V h = load(static_cast<const S*>(args_.y) + row * H + unit, left);
-      const V h_prev = load(h_prev_row + unit, left);
+      for (int k = 0; k < Cell::kSaved; ++k) saved[k] = load(saved_row + k * H + unit, left);
+      const V h = load(h_row + unit, left);
+      const V h_prev = load(h_before + unit, left);
       V c{}, c_prev{}, d_c{};
       if (Cell::kHasCell) {
-        c = load(cells + row * H + unit, left);
-        c_prev = load(c_prev_row + unit, left);
+        c = load(c_row + unit, left);
+        c_prev = load(c_before + unit, left);
         d_c = load(d_c_ + b * pitch_ + unit);
+        if (grad_c) d_c += load(grad_c + unit, left);
       }
       V d_h = grad_y ? load(grad_y + unit, left) : V{};
-      if (step > 0) d_h += load(from_weights + v * kLanesA);
-      if (step == 0 || Cell::kDirect) d_h += load(d_h_ + b * pitch_ + unit);
+      if (from_weights) d_h += load(from_weights + v * kLanesA);
+      if (begins || Cell::kDirect) d_h += load(d_h_ + b * pitch_ + unit);
       V d_h_direct{};
       Cell::template backward<Math>(saved, h, h_prev, c, c_prev, d_h, d_c, d_h_direct, d_gates);
       for (int k = 0; k < D; ++k) store(d_gates_row + k * H + unit, d_gates[k], left);
-      if (Cell::kHasCell) store(d_c_ + b * pitch_ + unit, d_c);
-      if (Cell::kDirect) store(d_h_ + b * pitch_ + unit, d_h_direct);
+      if (Cell::kHasCell) store(d_c_ + b * pitch_ + unit, cut ? V{} : d_c);
+      if (Cell::kDirect) store(d_h_ + b * pitch_ + unit, cut ? V{} : d_h_direct);
     }
   }
 
-  void store_state(Span rows, Span panels) {
-    const auto [T, B, I, H] = args_.size;
+  // Stores the gradients of the initial states of rows that had their last step just before
+  // `step`; those that had none, where it is 0.
+  void finish(int64_t step, Span rows, Span panels) const {
+    if ((!args_.grad_h0 && !args_.grad_c0) || rows.size() <= 0) return;
     alignas(64) A d_h[kMaxTileRows * Columns::kWidth];
     for (int64_t p = panels.begin; p < panels.end; ++p) {
       for_row_tiles(rows.size(), Columns::kRows, [&](int64_t r, int n) {
         const int64_t first = rows.begin + r;
-        if (args_.grad_h0) through_weights(T - 1, p, first, n, d_h);
+        if (args_.grad_h0 && step > 0) through_weights(step - 1, p, first, n, d_h);
         for (int i = 0; i < n; ++i) {
-          for (int v = 0; v < Columns::kVectors; ++v) {
-            const int64_t unit = p * Columns::kWidth + v * kLanesA, b = first + i;
-            if (H - unit <= 0) break;
-            if (args_.grad_h0) {
-              V value = load(d_h + i * Columns::kWidth + v * kLanesA);
-              if (Cell::kDirect) value += load(d_h_ + b * pitch_ + unit);
-              store(static_cast<S*>(args_.grad_h0) + b * H + unit, value, H - unit);
-            }
-            if (args_.grad_c0)
-              store(static_cast<S*>(args_.grad_c0) + b * H + unit, load(d_c_ + b * pitch_ + unit),
-                    H - unit);
-          }
+          const bool weights = step > 0 && !history_.cut(step - 1, first + i);
+          store_gradients(first + i, p, weights ? d_h + i * Columns::kWidth : nullptr,
+                          step == 0 || Cell::kDirect);
         }
       });
     }
   }
 
+  void store_gradients(int64_t b, int64_t panel, const A* from_weights, bool direct) const {
+    const int64_t H = args_.size.H, to = history_.batch.place(b) * H;
+    for (int v = 0; v < Columns::kVectors; ++v) {
+      const int64_t unit = panel * Columns::kWidth + v * kLanesA, left = H - unit;
+      if (left <= 0) break;
+      V d_h = from_weights ? load(from_weights + v * kLanesA) : V{};
+      if (direct) d_h += load(d_h_ + b * pitch_ + unit);
+      if (args_.grad_h0) store(static_cast<S*>(args_.grad_h0) + to + unit, d_h, left);
+      if (args_.grad_c0)
+        store(static_cast<S*>(args_.grad_c0) + to + unit, load(d_c_ + b * pitch_ + unit), left);
+    }
+  }
+
   // grad_x[t] = d_gates[t] W_ih, rows of the block dealt to threads
-  void grad_input(Span block, const Team& team) const {
+  void grad_input(Span steps, const Block& block, const Team& team) const {
     if (!args_.grad_x) return;
     const auto [T, B, I, H] = args_.size;
-    const int64_t depth = G * H, batch = B, inputs = I;
-    const Span own = team.share(block.size() * B);
+    const int64_t depth = G * H, inputs = I;
+    const auto target = [&](int64_t step, int64_t b) {
+      return static_cast<S*>(args_.grad_x) + history_.batch.row(history_.time(step), b) * inputs;
+    };
+    const Span own = team.share(block.count);
     alignas(64) A out[kMaxTileRows * Columns::kWidth];
     for (int64_t p = 0; p < input_.count(); ++p) {
       const int64_t column = p * Columns::kWidth;
       for_row_tiles(own.size(), Columns::kRows, [&](int64_t r, int n) {
+        const Row* rows = block.rows + own.begin + r;
         const Element* a[kMaxTileRows];
-        for (int i = 0; i < n; ++i) {
-          const int64_t row = own.begin + r + i;
-          a[i] = gate_row(block.begin + row / batch, row % batch);
-        }
+        for (int i = 0; i < n; ++i) a[i] = gate_row(rows[i].step, rows[i].b);
         any_tile<Op, false, kLongChain>(input_.vectors(p), n, words<Op>(depth), a,
                                         input_.at(w_ih_, depth, p), out, Columns::kWidth);
         for (int i = 0; i < n; ++i) {
-          const int64_t row = own.begin + r + i;
-          S* to = static_cast<S*>(args_.grad_x) +
-                  (time(block.begin + row / batch) * batch + row % batch) * inputs;
+          S* to = target(rows[i].step, rows[i].b);
           for (int v = 0; v < input_.vectors(p); ++v) {
             const int64_t at = column + v * kLanesA;
             store(to + at, load(out + i * Columns::kWidth + v * kLanesA), inputs - at);
@@ -356,10 +286,16 @@ class Backward {
         }
       });
     }
+    if (!history_.batch.is_ragged() || history_.batch.is_packed()) return;
+    const Span cleared = team.share(B);
+    for (int64_t step = steps.begin; step < steps.end; ++step)
+      for (int64_t b = cleared.begin; b < cleared.end; ++b)
+        if (history_.time(step) >= history_.batch.length(b))
+          __builtin_memset(target(step, b), 0, size_t(inputs) * sizeof(S));
   }
 
   // Of weights and biases. d_gates is transposed, and x and h are packed, once for all threads.
-  void grad_parameters(Span block, const Team& team) const {
+  void grad_parameters(const Block& block, const Team& team) const {
     const bool any_weight = args_.grad_w_ih || args_.grad_w_hh;
     if (!any_weight && !args_.grad_b_ih && !args_.grad_b_hh) return;
     const auto [T, B, I, H] = args_.size;
@@ -368,8 +304,8 @@ class Backward {
     transpose_gates(block, own);
     grad_bias(block, own);
     if (!any_weight) return;
-    const auto x = [&](int64_t step, int64_t b) { return x_row(step, b); };
-    const auto h = [&](int64_t step, int64_t b) { return h_before(step, b); };
+    const auto x = [&](Row row) { return history_.x(row.step, row.b); };
+    const auto h = [&](Row row) { return history_.h_before(row.step, row.b); };
     if (args_.grad_w_ih) pack_rows_of(block, team, input_, x, x_);
     if (args_.grad_w_hh) pack_rows_of(block, team, hidden_, h, h_);
     team.barrier();
@@ -380,23 +316,22 @@ class Backward {
   }
   static constexpr int same_gate(int j) { return j; }
 
-  template <class Row>
-  void pack_rows_of(Span block, const Team& team, const Columns& columns, Row&& row, A* to) const {
-    const int64_t B = args_.size.B, depth = block.size() * B;
+  template <class Source>
+  void pack_rows_of(const Block& block, const Team& team, const Columns& columns, Source&& source,
+                    A* to) const {
     const Span own = team.share(columns.count());
     for (int64_t p = own.begin; p < own.end; ++p)
-      columns.template pack<S>([&](int64_t k) { return row(block.begin + k / B, k % B); }, depth, p,
-                               columns.at(to, depth, p));
+      columns.template pack<S>([&](int64_t k) { return source(block.rows[k]); }, block.count, p,
+                               columns.at(to, block.count, p));
   }
 
   // grad[gate_of(j) * H + unit][n] (+)= sum over the rows of the block d_gates[first + j][unit]
   // right[n], j < G. Bands of rows times panels of columns are dealt to threads: a band for each
   // thread, unless that would make them too narrow for the tiles.
   template <class GateOf>
-  void accumulate(Span block, const Team& team, int first, const Columns& columns, A* packed,
-                  A* grad, GateOf gate_of) const {
-    const int64_t B = args_.size.B, H = args_.size.H, rows = G * H;
-    const int64_t depth = block.size() * B;
+  void accumulate(const Block& block, const Team& team, int first, const Columns& columns,
+                  A* packed, A* grad, GateOf gate_of) const {
+    const int64_t H = args_.size.H, rows = G * H, depth = block.count;
     const int64_t bands = std::clamp<int64_t>(rows / (4 * Columns::kRows), 1, team.size());
     const Span own = team.share(bands * columns.count());
     for (int64_t i = own.begin; i < own.end; ++i) {
@@ -406,19 +341,20 @@ class Backward {
         const Span part{std::max(begin, j * H), std::min(end, (j + 1) * H)};
         A* to = grad + (gate_of(int(j)) * H + part.begin - j * H) * columns.N + p * Columns::kWidth;
         outer_product(left_ + (first * H + part.begin) * left_pitch_, part.size(), depth,
-                      columns.at(packed, depth, p), columns, p, block.begin > 0, to);
+                      columns.at(packed, depth, p), columns, p, !block.is_first, to);
       }
     }
   }
 
   // left[m][k] = d_gates[row k of the block][m], with zeros up to a whole vector of words
-  void transpose_gates(Span block, Span own) const {
-    const int64_t B = args_.size.B, depth = block.size() * B;
+  void transpose_gates(const Block& block, Span own) const {
+    const int64_t depth = block.count;
     for (int64_t k = 0; k < depth; k += kLanesA * Op::kPerWord) {
       const Element* from[kLanesA][Op::kPerWord];
       for (int64_t i = 0; i < kLanesA * Op::kPerWord; ++i)
         from[i / Op::kPerWord][i % Op::kPerWord] =
-            k + i < depth ? gate_row(block.begin + (k + i) / B, (k + i) % B) + own.begin : nullptr;
+            k + i < depth ? gate_row(block.rows[k + i].step, block.rows[k + i].b) + own.begin
+                          : nullptr;
       for (int64_t m = own.begin; m < own.end; m += kLanesA) {
         V square[kLanesA];
         for (int i = 0; i < kLanesA; ++i) {
@@ -461,11 +397,11 @@ class Backward {
     });
   }
 
-  void grad_bias(Span block, Span own) const {
+  void grad_bias(const Block& block, Span own) const {
     if (!args_.grad_b_ih && !args_.grad_b_hh) return;
     constexpr int64_t kPart =
         16;  // so that rounding errors do not grow with the length of the block
-    const int64_t H = args_.size.H, depth = block.size() * args_.size.B;
+    const int64_t H = args_.size.H, depth = block.count;
     for (int64_t m = own.begin; m < own.end; m += kLanesA) {
       const int n = int(std::min<int64_t>(kLanesA, own.end - m));
       V rows[kLanesA] = {};
@@ -477,10 +413,10 @@ class Backward {
         const int64_t j = (m + i) / H, unit = (m + i) % H;
         if (args_.grad_b_ih && j < G)
           add(static_cast<A*>(args_.grad_b_ih) + Cell::input_gate(int(j)) * H + unit, sums[i],
-              block.begin > 0);
+              !block.is_first);
         if (args_.grad_b_hh && j >= D - G)
           add(static_cast<A*>(args_.grad_b_hh) + (j - (D - G)) * H + unit, sums[i],
-              block.begin > 0);
+              !block.is_first);
       }
     }
   }
@@ -495,20 +431,19 @@ class Backward {
 
   const BackwardArgs& args_;
   const Plan& plan_;
+  History<Cell, S> history_;
+  Recompute<Cell, S> recompute_;
   const Columns hidden_, input_;
-  const Panels gate_panels_;
+  const int64_t block_rows_;
   // Rows of d_gates and of its transpose are a vector longer than they need be: at multiples of 4
   // KiB they would compete for the same lines of L1.
   const int64_t pitch_, gate_pitch_, left_pitch_;
   A *w_hh_, *w_ih_;  // packed columns [panel][G*H][width], the rows of w_ih in the order of d_gates
-  A *d_c_, *c0_;  // [B][pitch]
+  A* d_c_;  // [B][pitch]
   A* d_h_;  // [B][pitch]: grad_h_n, then what bypasses W_hh
   Element* d_gates_;  // two blocks of steps [step][B][gate_pitch]
   Element* left_;  // transposed gate gradients [D*H][left_pitch]
   A *x_, *h_;  // packed columns of the rows of a block
-  // only where gates are computed again
-  S* gates_ = nullptr;  // [row of a block][K*H]
-  A *gate_w_ih_ = nullptr, *gate_w_hh_ = nullptr;  // packed as in the forward, or null
-  A *gate_b_ih_ = nullptr, *gate_b_hh_ = nullptr;
-  Element *x_rows_ = nullptr, *h_rows_ = nullptr;  // copies [row of a block][whole words]
+  Row* rows_;  // two blocks [row of a block]
+  int64_t* row_counts_;
 };

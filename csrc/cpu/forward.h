@@ -13,6 +13,7 @@ class Forward {
   Forward(const ForwardArgs& args, const Plan& plan, Arena& arena)
       : args_(args),
         plan_(plan),
+        batch_(args),
         panels_{args.size.H},
         pitch_((ceil_div(args.size.H, kLanesA) + 1) * kLanesA * Op::kPerWord),
         x_pitch_(words<Op>(args.size.I) * Op::kPerWord),
@@ -32,7 +33,9 @@ class Forward {
     block_rows_ = plan.block_steps * (plan.split == Split::kRows ? ceil_div(B, plan.threads) : B);
     block_panels_ = plan.split == Split::kUnits ? ceil_div(count, plan.threads) : count;
     projected_ = arena.take<A>(plan.threads * block_rows_ * block_panels_ * Panels::kWidth);
+    inputs_ = arena.take<const S*>(plan.threads * block_rows_);
     if (copy_x_) x_ = arena.take<Element>(plan.threads * block_rows_ * x_pitch_);
+    if (batch_.has_resets()) zeros_ = arena.take<Element>(pitch_);
   }
 
   static StepShape step_shape(const Sizes& size) {
@@ -51,19 +54,24 @@ class Forward {
     const auto [T, B, I, H] = args_.size;
     pack(team.share(panels_.count()));
     load_state(team.share(B));
+    if (zeros_ && team.index() == 0) __builtin_memset(zeros_, 0, size_t(pitch_) * sizeof(Element));
     team.barrier();
     const Span rows = plan_.split == Split::kRows ? team.share(B) : Span{0, B};
     const Span panels =
         plan_.split == Split::kUnits ? team.share(panels_.count()) : Span{0, panels_.count()};
-    A* projected = projected_ + team.index() * block_rows_ * block_panels_ * Panels::kWidth;
-    Element* x = copy_x_ ? x_ + team.index() * block_rows_ * x_pitch_ : nullptr;
+    const int64_t first = team.index() * block_rows_;
+    const Block block{inputs_ + first, copy_x_ ? x_ + first * x_pitch_ : nullptr,
+                      projected_ + first * block_panels_ * Panels::kWidth};
     for (int64_t s = 0; s < T; s += plan_.block_steps) {
       const Span steps{s, std::min(T, s + plan_.block_steps)};
       if (upstream) upstream->wait_for(steps.end);
-      project(steps, rows, panels, x, projected, team.index());
+      project(steps, rows, panels, block, team.index());
+      const A* projected = block.projected;
       for (int64_t step = steps.begin; step < steps.end; ++step) {
-        const int64_t done_rows = (step - steps.begin) * rows.size();
-        advance(step, rows, panels, projected + done_rows * panels.size() * Panels::kWidth);
+        const Span active = batch_.active(time(step), rows);
+        advance(step, active, panels, projected);
+        projected += active.size() * panels.size() * Panels::kWidth;
+        if (active.end < rows.end) clear(step, {active.end, rows.end}, team);
         if (plan_.split == Split::kUnits) team.barrier();
       }
       if (plan_.split == Split::kRows) team.barrier();
@@ -73,9 +81,18 @@ class Forward {
   }
 
  private:
+  // A thread's memory for the rows of a block of steps: of all steps one after the other, those
+  // that are at work.
+  struct Block {
+    const S** inputs;
+    Element* x;  // copies of the inputs, where needed
+    A* projected;
+  };
+
   int64_t time(int64_t step) const { return args_.reverse ? args_.size.T - 1 - step : step; }
   const S* x_row(int64_t step, int64_t b) const {
-    return static_cast<const S*>(args_.x) + time(step) * args_.x_stride_t + b * args_.x_stride_b;
+    return static_cast<const S*>(args_.x) +
+           batch_.offset(time(step), b, args_.x_stride_t, args_.x_stride_b);
   }
 
   void pack(Span panels) {
@@ -95,33 +112,56 @@ class Forward {
   void load_state(Span rows) {
     const int64_t H = args_.size.H;
     for (int64_t b = rows.begin; b < rows.end; ++b) {
-      convert(h_[0] + b * pitch_, static_cast<const S*>(args_.h0) + b * H, H);
+      const int64_t from = batch_.place(b) * H;
+      convert(h_[0] + b * pitch_, static_cast<const S*>(args_.h0) + from, H);
       // what completes the last word of an odd number of elements
       if (H % Op::kPerWord) h_[0][b * pitch_ + H] = h_[1][b * pitch_ + H] = Element{};
-      if (Cell::kHasCell) convert(c_ + b * pitch_, static_cast<const S*>(args_.c0) + b * H, H);
+      // a sequence that starts late may start at an odd step
+      if (batch_.is_ragged())
+        __builtin_memcpy(h_[1] + b * pitch_, h_[0] + b * pitch_, size_t(H) * sizeof(Element));
+      if (Cell::kHasCell) convert(c_ + b * pitch_, static_cast<const S*>(args_.c0) + from, H);
     }
   }
 
   void store_state(Span rows) {
     const int64_t H = args_.size.H;
-    const Element* h = h_[args_.size.T & 1];
     for (int64_t b = rows.begin; b < rows.end; ++b) {
-      convert(static_cast<S*>(args_.h_n) + b * H, h + b * pitch_, H);
-      if (Cell::kHasCell) convert(static_cast<S*>(args_.c_n) + b * H, c_ + b * pitch_, H);
+      const int64_t to = batch_.place(b) * H,
+                    steps = args_.reverse ? args_.size.T : batch_.length(b);
+      convert(static_cast<S*>(args_.h_n) + to, h_[steps & 1] + b * pitch_, H);
+      if (Cell::kHasCell) convert(static_cast<S*>(args_.c_n) + to, c_ + b * pitch_, H);
     }
   }
 
-  // projected[row of the block][panel] = W_ih x + b_ih, row of the block = (step, b)
-  void project(Span steps, Span rows, Span panels, Element* x, A* projected, int thread) const {
+  // zeros as the outputs of sequences that have no such step
+  void clear(int64_t step, Span rows, const Team& team) const {
+    if (batch_.is_packed()) return;
+    if (plan_.split == Split::kUnits) {
+      const Span own = team.share(rows.size());
+      rows = {rows.begin + own.begin, rows.begin + own.end};
+    }
+    const int64_t H = args_.size.H;
+    for (int64_t b = rows.begin; b < rows.end; ++b) {
+      const int64_t at = batch_.row(time(step), b) * H;
+      __builtin_memset(static_cast<S*>(args_.y) + at, 0, size_t(H) * sizeof(S));
+      if (Cell::kHasCell && args_.cells)
+        __builtin_memset(static_cast<A*>(args_.cells) + at, 0, size_t(H) * sizeof(A));
+    }
+  }
+
+  // projected[row of the block][panel] = W_ih x + b_ih
+  void project(Span steps, Span rows, Span panels, const Block& block, int thread) const {
     const int64_t I = args_.size.I;
     const S* w = static_cast<const S*>(args_.w_ih);
-    const int64_t block = steps.size() * rows.size();
-    const auto source = [&](int64_t r) {
-      return x_row(steps.begin + r / rows.size(), rows.begin + r % rows.size());
-    };
-    for (int64_t r = 0; copy_x_ && r < block; ++r) {
-      convert(x + r * x_pitch_, source(r), I);
-      for (int64_t i = I; i < x_pitch_; ++i) x[r * x_pitch_ + i] = Element{};
+    int64_t count = 0;
+    for (int64_t step = steps.begin; step < steps.end; ++step) {
+      const Span active = batch_.active(time(step), rows);
+      for (int64_t b = active.begin; b < active.end; ++b) block.inputs[count++] = x_row(step, b);
+    }
+    for (int64_t r = 0; copy_x_ && r < count; ++r) {
+      Element* x = block.x + r * x_pitch_;
+      convert(x, block.inputs[r], I);
+      for (int64_t i = I; i < x_pitch_; ++i) x[i] = Element{};
     }
     const int64_t row_stride = panels.size() * Panels::kWidth;
     for (int64_t p = panels.begin; p < panels.end; ++p) {
@@ -131,28 +171,31 @@ class Forward {
         packed = w_ih_ + thread * Panels::kWidth * words<Op>(I);
         panels_.pack(w, I, p, packed);
       }
-      for_row_tiles(block, Panels::kRows, [&](int64_t r, int n) {
+      for_row_tiles(count, Panels::kRows, [&](int64_t r, int n) {
         const Element* a[kMaxTileRows];
         for (int i = 0; i < n; ++i) {
-          if constexpr (std::is_same_v<S, Element>) a[i] = source(r + i);
-          if (copy_x_) a[i] = x + (r + i) * x_pitch_;
+          if constexpr (std::is_same_v<S, Element>) a[i] = block.inputs[r + i];
+          if (copy_x_) a[i] = block.x + (r + i) * x_pitch_;
         }
         panels_.multiply(w, packed, b_ih_ + p * Panels::kWidth, I, p, a, n,
-                         projected + r * row_stride + (p - panels.begin) * Panels::kWidth,
+                         block.projected + r * row_stride + (p - panels.begin) * Panels::kWidth,
                          row_stride);
       });
     }
   }
 
+  const Element* state_before(int64_t step, int64_t b) const {
+    return batch_.resets(time(step), b) ? zeros_ : h_[step & 1] + b * pitch_;
+  }
+
   // One step of the recurrence: the product with W_hh and, on each tile, the gate maths.
   void advance(int64_t step, Span rows, Span panels, const A* projected) {
-    const Element* h = h_[step & 1];
     alignas(64) A from_h[kMaxTileRows * Panels::kWidth];
     for (int64_t p = panels.begin; p < panels.end; ++p) {
       const A* packed = w_hh_ ? w_hh_ + p * Panels::kWidth * words<Op>(args_.size.H) : nullptr;
       for_row_tiles(rows.size(), Panels::kRows, [&](int64_t r, int n) {
         const Element* a[kMaxTileRows];
-        for (int i = 0; i < n; ++i) a[i] = h + (rows.begin + r + i) * pitch_;
+        for (int i = 0; i < n; ++i) a[i] = state_before(step, rows.begin + r + i);
         panels_.multiply(static_cast<const S*>(args_.w_hh), packed, b_hh_ + p * Panels::kWidth,
                          args_.size.H, p, a, n, from_h, Panels::kWidth);
         for (int i = 0; i < n; ++i) {
@@ -166,7 +209,8 @@ class Forward {
 
   void apply_cell(int64_t step, int64_t b, int64_t panel, const A* from_x, const A* from_h) {
     const int64_t H = args_.size.H;
-    const int64_t row = time(step) * args_.size.B + b;
+    const int64_t row = batch_.row(time(step), b);
+    const Element* h_before = state_before(step, b);
     constexpr int kSaved = Cell::kSaved;
     for (int v = 0; v < Panels::kUnitVectors; ++v) {
       const int64_t unit = panel * Panels::kUnits + v * kLanesA;
@@ -177,8 +221,8 @@ class Forward {
         px[g] = load(from_x + (g * Panels::kUnitVectors + v) * kLanesA);
         ph[g] = load(from_h + (g * Panels::kUnitVectors + v) * kLanesA);
       }
-      const V h_prev = load(h_[step & 1] + b * pitch_ + unit);
-      V c = Cell::kHasCell ? load(c_ + b * pitch_ + unit) : V{};
+      const V h_prev = load(h_before + unit);
+      V c = Cell::kHasCell && h_before != zeros_ ? load(c_ + b * pitch_ + unit) : V{};
       Cell::template forward<Math>(px, ph, h_prev, c, h, saved);
       S* y = static_cast<S*>(args_.y) + row * H + unit;
       store(y, h, left);
@@ -195,6 +239,7 @@ class Forward {
 
   const ForwardArgs& args_;
   const Plan& plan_;
+  const Batch batch_;
   const Panels panels_;
   // Of a row of state: whole vectors, and one more, as rows at multiples of 4 KiB would compete for
   // the same lines of L1.
@@ -207,6 +252,8 @@ class Forward {
   Element* h_[2];  // state before even and odd steps [B][pitch]
   A* c_ = nullptr;  // [B][pitch]
   A* projected_;  // per thread [block_rows][block_panels][kWidth]
+  const S** inputs_;  // per thread [block_rows]
   Element* x_ = nullptr;  // per thread [block_rows][x_pitch], a copy of x where needed
+  Element* zeros_ = nullptr;  // [pitch], where states are reset
   int64_t block_rows_, block_panels_;
 };

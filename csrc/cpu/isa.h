@@ -17,6 +17,11 @@ namespace rnnfast::cpu::RNNFAST_ISA {
 //
 #include "cpu/gemm.h"
 //
+#include "cpu/batch.h"
+//
+#include "cpu/history.h"
+#include "cpu/recompute.h"
+//
 #include "cpu/backward.h"
 #include "cpu/forward.h"
 
@@ -29,10 +34,8 @@ constexpr Kernels make_kernels() {
       [](const Sizes& size, const Machine& machine) {
         return plan_backward(size, Backward<Cell, S>::step_shape(size), machine);
       },
-      [](const Sizes& size, const Plan& plan) {
+      [](const ForwardArgs& args, const Plan& plan) {
         Arena arena(nullptr);
-        ForwardArgs args{};
-        args.size = size;
         Forward<Cell, S>(args, plan, arena);
         return arena.used();
       },

@@ -30,7 +30,7 @@ using BackwardJob = Job<BackwardArgs>;
 struct Kernels {
   Plan (*plan_forward)(const Sizes&, const Machine&, int64_t most_steps);
   Plan (*plan_backward)(const Sizes&, const Machine&);
-  size_t (*forward_workspace)(const Sizes&, const Plan&);
+  size_t (*forward_workspace)(const ForwardArgs&, const Plan&);
   void (*forward)(std::span<ForwardJob>);
   size_t (*backward_workspace)(const BackwardArgs&, const Plan&);
   void (*backward)(std::span<BackwardJob>);
@@ -39,7 +39,7 @@ struct Kernels {
 struct KernelTable {
   Kernels kernels[kCells][kDtypes];
   bool strided;  // whether x and grad_y may have any strides of T and B
-  bool recomputes;  // whether the backward can do without gates
+  bool complete;  // whether there are lengths, packed data, resets, and a backward without gates
 };
 
 // Instruction sets usable on this machine, worst first; the last is the default.

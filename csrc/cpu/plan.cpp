@@ -1,6 +1,7 @@
 #include "cpu/plan.h"
 
 #include <algorithm>
+#include <numeric>
 
 namespace rnnfast::cpu {
 namespace {
@@ -95,6 +96,42 @@ Plan plan_backward(const Sizes& size, const StepShape& step, const Machine& mach
                       : products > 8 * kRegion ? machine.threads
                                                : 1;
   return {threads, choice.split, Packing::kOnce, Packing::kOnce, steps, choice.cycles};
+}
+
+Ragged Arrangement::view() const {
+  const auto pointer = [](const std::vector<int64_t>& v) { return v.empty() ? nullptr : v.data(); };
+  return {pointer(lengths), pointer(places), pointer(rows), pointer(offsets)};
+}
+
+Arrangement arrange(std::span<const int64_t> lengths, bool packed, int64_t T, const Plan& plan) {
+  const int64_t B = int64_t(lengths.size());
+  std::vector<int64_t> falling(lengths.size());
+  std::iota(falling.begin(), falling.end(), 0);
+  std::stable_sort(falling.begin(), falling.end(),
+                   [&](int64_t a, int64_t b) { return lengths[a] > lengths[b]; });
+
+  Arrangement result;
+  result.places.resize(lengths.size());
+  // in turn to each thread's share of the rows, as Team::share has it
+  const int64_t shares = plan.split == Split::kRows ? plan.threads : 1;
+  auto next = falling.begin();
+  for (int64_t i = 0; next != falling.end(); ++i)
+    for (int64_t share = 0; share < shares; ++share)
+      if (const int64_t row = B * share / shares + i; row < B * (share + 1) / shares)
+        result.places[row] = *next++;
+  result.rows.resize(lengths.size());
+  for (int64_t row = 0; row < B; ++row) {
+    result.lengths.push_back(lengths[result.places[row]]);
+    result.rows[result.places[row]] = row;
+  }
+  if (!packed) return result;
+  result.offsets.resize(T);
+  int64_t at = 0, running = B;
+  for (int64_t t = 0; t < T; at += running, ++t) {
+    while (running > 0 && lengths[running - 1] <= t) --running;  // packed lengths fall
+    result.offsets[t] = at;
+  }
+  return result;
 }
 
 int side_by_side(int count, int threads, bool stacked,

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 #include <functional>
+#include <span>
+#include <vector>
 
 #include "arguments.h"
 
@@ -51,6 +53,14 @@ struct StepShape {
 Plan plan_forward(const Sizes& size, const StepShape& step, const Machine& machine,
                   int64_t most_steps);
 Plan plan_backward(const Sizes& size, const StepShape& step, const Machine& machine);
+
+// Sequences of unequal length as kernels take them; `view` is valid as long as this lives.
+struct Arrangement {
+  std::vector<int64_t> lengths, places, rows, offsets;
+  Ragged view() const;
+};
+// Deals sequences to threads so that each gets long and short ones, the longer ones first.
+Arrangement arrange(std::span<const int64_t> lengths, bool packed, int64_t T, const Plan& plan);
 
 // Whether weights are used often enough to be packed.
 bool pays_to_pack(const Sizes& size);

@@ -60,10 +60,8 @@ constexpr cpu::Kernels make_kernels() {
   return {
       [](const Sizes& size, const cpu::Machine&, int64_t) { return plan(size); },
       [](const Sizes& size, const cpu::Machine&) { return plan(size); },
-      [](const Sizes& size, const cpu::Plan&) {
+      [](const ForwardArgs& args, const cpu::Plan&) {
         Arena arena(nullptr);
-        ForwardArgs args{};
-        args.size = size;
         cuda::Forward<Cell, S>(args, arena);
         return arena.used();
       },

@@ -174,6 +174,7 @@ class Backward {
     const auto [T, B, I, H] = args_.size;
     const int64_t t = time(step), state = B * H;
     const A* cells = static_cast<const A*>(args_.cells);
+    const A* grad_cells = static_cast<const A*>(args_.grad_cells);
     S* d_gates = d_gates_ + (t - first_time(begin, count)) * B * D * H;
     BackwardStep<Cell, S> work{
         .H = H,
@@ -183,6 +184,7 @@ class Backward {
         .c = nullptr,
         .c_prev = nullptr,
         .grad_y = args_.grad_y ? static_cast<const S*>(args_.grad_y) + t * state : nullptr,
+        .grad_c = grad_cells ? grad_cells + t * state : nullptr,
         .through_weights = step > 0 ? through_weights_ : nullptr,
         .d_h = d_h_,
         .d_c = d_c_,

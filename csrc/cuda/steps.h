@@ -105,6 +105,7 @@ struct BackwardStep {
   const S *h, *h_prev;      // (B, H)
   const A *c, *c_prev;      // (B, H), where the cell has c
   const S* grad_y;          // (B, H) or null
+  const A* grad_c;          // (B, H) or null
   const A* through_weights; // (B, H): d loss/d h by way of W_hh, or null
   A* d_h;                   // (B, H): on entry what else reaches h, or not used; see `add_d_h`
   A* d_c;                   // (B, H), updated in place
@@ -120,6 +121,7 @@ struct BackwardStep {
     if (through_weights) total += through_weights[i];
     if (add_d_h) total += d_h[i];
     A d_c_value = Cell::kHasCell ? d_c[i] : A(0), direct = 0;
+    if (Cell::kHasCell && grad_c) d_c_value += grad_c[i];
     Cell::template backward<ScalarMath>(
         saved, A(load(h + i)), A(load(h_prev + i)), Cell::kHasCell ? c[i] : A(0),
         Cell::kHasCell ? c_prev[i] : A(0), total, d_c_value, direct, d);

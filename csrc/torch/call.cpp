@@ -64,11 +64,14 @@ struct Call {
   bool biases;
   double dropout;  // between layers; 0 when not training
   bool recompute;  // gates in the backward
+  Tensor lengths, reset;  // see LayerInputs; undefined where there are none
 
+  bool packed() const { return x.dim() == 2; }
+  int64_t batch() const { return packed() ? lengths.size(0) : x.size(1); }
   int64_t hidden() const { return weights[1].size(1); }
   int64_t count() const { return layers * directions; }
   c10::DimVector state_shape() const {
-    const int64_t B = x.size(1), H = hidden();
+    const int64_t B = batch(), H = hidden();
     return step ? c10::DimVector{B, H} : c10::DimVector{count(), B, H};
   }
   size_t per_layer() const { return biases ? 4 : 2; }
@@ -87,7 +90,8 @@ bool fits(const Call& call) {
   const auto type = x.scalar_type();
   if (type != at::kFloat && type != at::kDouble && type != at::kBFloat16 && type != at::kHalf)
     return false;
-  if (x.size(0) == 0 || x.size(1) == 0) return false;
+  if (x.size(0) == 0 || call.batch() == 0) return false;
+  if ((call.lengths.defined() || call.reset.defined()) && !CpuDevice::complete()) return false;
   if (call.weights.size() != size_t(call.count()) * call.per_layer() || call.weights[1].dim() != 2)
     return false;
   const int64_t H = call.hidden(), rows = call.cell.gates * H;
@@ -97,7 +101,7 @@ bool fits(const Call& call) {
     const Tensor& w = call.weights[i];
     const size_t layer = i / call.per_layer() / size_t(call.directions),
                  kind = i % call.per_layer();
-    const int64_t columns = kind == 1 ? H : layer == 0 ? x.size(2) : call.directions * H;
+    const int64_t columns = kind == 1 ? H : layer == 0 ? x.size(-1) : call.directions * H;
     const bool shaped = kind < 2 ? w.sizes() == at::IntArrayRef({rows, columns})
                                  : w.sizes() == at::IntArrayRef({rows});
     if (!shaped || w.scalar_type() != type || !w.is_contiguous()) return false;
@@ -115,14 +119,14 @@ LayerOutputs allocate(const Call& call, const LayerInputs& in, bool save) {
   // a lone layer's final states are the call's, as they are: views would cost more than the step
   const auto state = call.count() == 1 ? call.state_shape() : c10::DimVector{B, H};
   LayerOutputs out;
-  out.y = empty({T, B, H}, in.x);
+  out.y = empty(in.shape(H), in.x);
   out.h_n = empty(state, in.x);
   if (cell.has_cell) out.c_n = empty(state, in.x);
   if (save)
-    out.gates = call.recompute && CpuDevice::recomputes() ? empty({0}, in.x)
-                                                          : empty({T, B, cell.saved * H}, in.x);
+    out.gates = call.recompute && CpuDevice::complete() ? empty({0}, in.x)
+                                                        : empty({T, B, cell.saved * H}, in.x);
   if (save && cell.has_cell)
-    out.cells = at::detail::empty_cpu({T, B, H}, compute_type(in.x.scalar_type()));
+    out.cells = at::detail::empty_cpu(in.shape(H), compute_type(in.x.scalar_type()));
   return out;
 }
 
@@ -138,7 +142,7 @@ py::object& python_backward() {
 class LayerFunction : public torch::autograd::Function<LayerFunction> {
   using List = torch::autograd::variable_list;
   static constexpr size_t kOwn = 6;    // inputs of a direction: h0, c0, w_ih, w_hh, b_ih, b_hh
-  static constexpr size_t kSaved = 9;  // and y, gates, cells
+  static constexpr size_t kSaved = 11;  // and y, gates, cells, lengths, reset
 
  public:
   // What has been computed already, for `record`.
@@ -168,8 +172,8 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
                       const Inputs&...) {
     List saved{x}, results;
     for (const auto& [in, out] : done.directions) {
-      saved.insert(saved.end(),
-                   {in.h0, in.c0, in.w_ih, in.w_hh, in.b_ih, in.b_hh, out.y, out.gates, out.cells});
+      saved.insert(saved.end(), {in.h0, in.c0, in.w_ih, in.w_hh, in.b_ih, in.b_hh, out.y, out.gates,
+                                 out.cells, in.lengths, in.reset});
       results.insert(results.end(), {out.y, out.h_n});
       if (done.cell.has_cell) results.push_back(out.c_n);
     }
@@ -222,7 +226,8 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
     const CellInfo& cell;
     bool reverse;
     List grads;                   // of y, h_n[, c_n]
-    List saved;                   // x, h0, c0, w_ih, w_hh, b_ih, b_hh, y, gates, cells
+    List saved;                   // x, h0, c0, w_ih, w_hh, b_ih, b_hh, y, gates, cells, lengths,
+                                  // reset
     bool wanted[1 + kOwn] = {};   // of the first seven
   };
 
@@ -238,7 +243,7 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
       LayerBackward layer{
           .grad_out = {},
           .in = {with_last_stride_one(saved[0]), saved[1], saved[2], saved[3], saved[4], saved[5],
-                 saved[6], reverse},
+                 saved[6], reverse, saved[10], saved[11]},
           .out = {},
           .grads = {allocate(0, type), allocate(1, type), allocate(2, type),
                     allocate(3, parameters), allocate(4, parameters), allocate(5, parameters),
@@ -276,6 +281,7 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
       };
       for (size_t i = 0; i < grads.size(); ++i)
         grad_list.append(i == 0 ? grads[i] : plain_state(grads[i]));
+      if (cell.has_cell) grad_list.append(Tensor());  // of cells, which are not given out here
       for (size_t i = 0; i < saved.size(); ++i)
         if (has(i)) tensors.append(i == 1 || i == 2 ? plain_state(saved[i]) : saved[i]);
       const py::sequence found = python_backward()(cell.name, reverse, mask, grad_list, tensors);
@@ -295,7 +301,7 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
 Tensor run(const Call& call, std::vector<Tensor>& finals) {
   RECORD_FUNCTION(call.cell.name, std::vector<c10::IValue>());
   const bool record = needs_grad(call);
-  const int64_t B = call.x.size(1), H = call.hidden(), count = call.count();
+  const int64_t B = call.batch(), H = call.hidden(), count = call.count();
   const Tensor initial = call.states.empty() ? zeros({B, H}, call.x) : Tensor();
   const auto state = [&](size_t k, int64_t i) {
     if (call.states.empty()) return initial;
@@ -322,7 +328,9 @@ Tensor run(const Call& call, std::vector<Tensor>& finals) {
             .w_hh = w[1],
             .b_ih = call.biases ? w[2] : Tensor(),
             .b_hh = call.biases ? w[3] : Tensor(),
-            .reverse = !stacked && k == 1};
+            .reverse = !stacked && k == 1,
+            .lengths = call.lengths,
+            .reset = call.reset};
       out = allocate(call, in, record);
     }
     CpuDevice::forward(call.cell, layers, stacked);
@@ -335,7 +343,8 @@ Tensor run(const Call& call, std::vector<Tensor>& finals) {
       h_n.push_back(layer.out.h_n);
       c_n.push_back(layer.out.c_n);
     }
-    x = call.directions == 1 ? layers.back().out.y : at::cat({layers[0].out.y, layers[1].out.y}, 2);
+    x = call.directions == 1 ? layers.back().out.y
+                             : at::cat({layers[0].out.y, layers[1].out.y}, -1);
   }
   const auto join = [&](const std::vector<Tensor>& states) {
     return count == 1 ? states[0] : at::stack(states);
@@ -373,12 +382,18 @@ py::object pack(const Tensor& first, const std::vector<Tensor>& states) {
 
 void set_python_backward(py::object function) { python_backward() = std::move(function); }
 
-// (output, states) of a stack of layers, shaped as torch.nn's, or None.
+// (output, states) of a stack of layers, shaped as torch.nn's, or None. Lengths and resets are None
+// or have been checked, see LayerInputs; reset is (T, B) whatever batch_first.
 py::object run_layers(int cell, py::handle input, py::handle hx, const py::list& weights,
                       int64_t layers, bool biases, double dropout, bool batch_first,
-                      bool bidirectional, bool recompute) {
-  Tensor x;
-  if (!is_plain_context() || !unpack(input, x) || x.dim() != 3) return py::none();
+                      bool bidirectional, bool recompute, py::handle lengths, py::handle reset) {
+  Tensor x, all_lengths, all_resets;
+  if (!is_plain_context() || !unpack(input, x)) return py::none();
+  if (!lengths.is_none() && !unpack(lengths, all_lengths)) return py::none();
+  if (!reset.is_none() && !unpack(reset, all_resets)) return py::none();
+  const bool packed = x.dim() == 2 && all_lengths.defined();
+  if (x.dim() != 3 && !packed) return py::none();
+  batch_first = batch_first && !packed;
   Call call{
       .cell = cell_info(CellKind(cell)),
       .x = batch_first ? x.transpose(0, 1) : x,
@@ -390,6 +405,8 @@ py::object run_layers(int cell, py::handle input, py::handle hx, const py::list&
       .biases = biases,
       .dropout = dropout,
       .recompute = recompute,
+      .lengths = all_lengths.defined() ? all_lengths.contiguous() : Tensor(),
+      .reset = all_resets.defined() ? all_resets.contiguous() : Tensor(),
   };
   if (!collect(call, hx, weights) || !fits(call)) return py::none();
   std::vector<Tensor> finals;
@@ -418,6 +435,8 @@ py::object run_step(int cell, py::handle input, py::handle hx, const py::list& w
       .biases = biases,
       .dropout = 0,
       .recompute = false,
+      .lengths = {},
+      .reset = {},
   };
   if (!collect(call, hx, weights) || !fits(call)) return py::none();
   std::vector<Tensor> finals;

@@ -37,6 +37,32 @@ struct Checker {
   }
 };
 
+// Lengths of 0 to T; of packed x falling, at least 1, and as many in all as x has rows.
+at::Tensor check_lengths(const CellInfo& cell, const at::Tensor& x, const at::Tensor& lengths,
+                         int64_t B) {
+  TORCH_CHECK(lengths.scalar_type() == at::kLong && lengths.device().is_cpu() &&
+                  lengths.sizes() == at::IntArrayRef({B}),
+              "rnnfast::", cell.name, ": expected lengths of shape ", at::IntArrayRef({B}),
+              ", int64 and on the CPU, got ", lengths.sizes(), " of ", lengths.scalar_type());
+  at::Tensor result = lengths.contiguous();
+  const std::span<const int64_t> values(result.const_data_ptr<int64_t>(), size_t(B));
+  if (x.dim() == 3) {
+    for (const int64_t value : values)
+      TORCH_CHECK(value >= 0 && value <= x.size(0), "rnnfast::", cell.name,
+                  ": expected lengths from 0 to T = ", x.size(0), ", got ", value);
+    return result;
+  }
+  int64_t rows = 0;
+  bool falls = B > 0;
+  for (size_t b = 0; b < values.size(); rows += values[b++])
+    falls = falls && values[b] >= 1 && values[b] <= values[b > 0 ? b - 1 : 0];
+  TORCH_CHECK(falls && rows == x.size(0), "rnnfast::", cell.name,
+              ": expected lengths of packed x "
+              "to fall, to be at least 1 and to sum to its ",
+              x.size(0), " rows");
+  return result;
+}
+
 at::Tensor last_stride_one(const at::Tensor& t) {
   return t.stride(-1) == 1 || t.size(-1) == 1 ? t : t.contiguous();
 }
@@ -78,15 +104,28 @@ at::ScalarType compute_type(at::ScalarType storage) {
 LayerInputs check_inputs(const CellInfo& cell, const at::Tensor& x, const at::Tensor& h0,
                          const at::Tensor& c0, const at::Tensor& w_ih, const at::Tensor& w_hh,
                          const std::optional<at::Tensor>& b_ih,
-                         const std::optional<at::Tensor>& b_hh, bool reverse) {
-  TORCH_CHECK(x.dim() == 3, "rnnfast::", cell.name, ": expected x of shape (T, B, I), got ",
-              x.sizes());
+                         const std::optional<at::Tensor>& b_hh, bool reverse,
+                         const std::optional<at::Tensor>& lengths,
+                         const std::optional<at::Tensor>& reset) {
+  const bool packed = x.dim() == 2 && lengths.has_value();
+  TORCH_CHECK(x.dim() == 3 || packed, "rnnfast::", cell.name,
+              ": expected x of shape (T, B, I), or packed (N, I) with lengths, got ", x.sizes());
   TORCH_CHECK(h0.dim() == 2, "rnnfast::", cell.name, ": expected h0 of shape (B, H), got ",
               h0.sizes());
   dtype_of(x);
-  const int64_t B = x.size(1), I = x.size(2), H = h0.size(1), rows = cell.gates * H;
+  const int64_t B = packed ? h0.size(0) : x.size(1), I = x.size(-1), H = h0.size(1),
+                rows = cell.gates * H;
   const Checker check{cell, x};
   LayerInputs in;
+  if (lengths.has_value()) in.lengths = check_lengths(cell, x, *lengths, B);
+  if (reset.has_value()) {
+    const at::IntArrayRef shape = x.sizes().slice(0, 2);
+    TORCH_CHECK(!packed && reset->scalar_type() == at::kBool && reset->sizes() == shape &&
+                    reset->device() == x.device(),
+                "rnnfast::", cell.name, ": expected reset of shape (T, B) ", shape,
+                ", bool and on x's device, got ", reset->sizes(), " of ", reset->scalar_type());
+    in.reset = reset->contiguous();
+  }
   in.x = last_stride_one(x);
   in.h0 = check(h0, "h0", {B, H});
   if (cell.has_cell) in.c0 = check(c0, "c0", {B, H});
@@ -105,11 +144,11 @@ LayerOutputs check_saved(const CellInfo& cell, const LayerInputs& in, const at::
   const auto [T, B, I, H] = in.sizes();
   const Checker check{cell, in.x};
   LayerOutputs out;
-  out.y = check(y, "y", {T, B, H});
+  out.y = check(y, "y", in.shape(H));
   const bool saved = gates.sizes() != at::IntArrayRef({0});
-  out.gates = saved ? check(gates, "gates", {T, B, cell.saved * H}) : gates;
+  out.gates = saved ? check(gates, "gates", in.shape(cell.saved * H)) : gates;
   if (cell.has_cell) {
-    TORCH_CHECK(cells.sizes() == at::IntArrayRef({T, B, H}) && cells.device() == in.x.device() &&
+    TORCH_CHECK(cells.sizes() == in.shape(H) && cells.device() == in.x.device() &&
                     cells.scalar_type() == compute_type(in.x.scalar_type()),
                 "rnnfast::", cell.name, ": expected the cells that the forward saved, got ",
                 cells.sizes(), " of ", cells.scalar_type());
@@ -121,16 +160,24 @@ LayerOutputs check_saved(const CellInfo& cell, const LayerInputs& in, const at::
 LayerGradOutputs check_grad_outputs(const CellInfo& cell, const LayerInputs& in,
                                     const std::optional<at::Tensor>& y,
                                     const std::optional<at::Tensor>& h_n,
-                                    const std::optional<at::Tensor>& c_n) {
+                                    const std::optional<at::Tensor>& c_n,
+                                    const std::optional<at::Tensor>& cells) {
   const auto [T, B, I, H] = in.sizes();
   const Checker check{cell, in.x};
   LayerGradOutputs grad_out;
   if (y.has_value() && y->defined()) {
-    check.check(*y, "grad_y", {T, B, H});
+    check.check(*y, "grad_y", in.shape(H));
     grad_out.y = last_stride_one(*y);
   }
   grad_out.h_n = check(h_n, "grad_h_n", {B, H});
   grad_out.c_n = check(c_n, "grad_c_n", {B, H});
+  if (cells.has_value() && cells->defined()) {
+    TORCH_CHECK(cells->sizes() == in.shape(H) && cells->device() == in.x.device() &&
+                    cells->scalar_type() == compute_type(in.x.scalar_type()),
+                "rnnfast::", cell.name, ": expected grad_cells like the cells, got ",
+                cells->sizes(), " of ", cells->scalar_type());
+    grad_out.cells = cells->contiguous();
+  }
   return grad_out;
 }
 
@@ -140,12 +187,12 @@ LayerOutputs allocate_outputs(const CellInfo& cell, const LayerInputs& in, bool 
   const auto options = in.x.options();
   const auto compute = options.dtype(compute_type(in.x.scalar_type()));
   LayerOutputs out;
-  out.y = at::empty({T, B, H}, options);
+  out.y = at::empty(in.shape(H), options);
   out.h_n = at::empty({B, H}, options);
-  out.gates = save_gates ? at::empty({T, B, cell.saved * H}, options) : at::empty({0}, options);
+  out.gates = save_gates ? at::empty(in.shape(cell.saved * H), options) : at::empty({0}, options);
   if (cell.has_cell) {
     out.c_n = at::empty({B, H}, options);
-    out.cells = save_cells ? at::empty({T, B, H}, compute) : at::empty({0}, compute);
+    out.cells = save_cells ? at::empty(in.shape(H), compute) : at::empty({0}, compute);
   }
   return out;
 }
@@ -172,8 +219,8 @@ LayerGrads allocate_grads(const CellInfo& cell, const LayerInputs& in, at::Array
   return grads;
 }
 
-void check_gates(const CellInfo& cell, const LayerOutputs& out, bool recomputes) {
-  TORCH_CHECK(recomputes || cell.saved == 0 || out.gates.numel() > 0, "rnnfast::", cell.name,
+void check_gates(const CellInfo& cell, const LayerOutputs& out, bool complete) {
+  TORCH_CHECK(complete || cell.saved == 0 || out.gates.numel() > 0, "rnnfast::", cell.name,
               "_backward: expected the gates that the forward saves with save=True and "
               "recompute=False, got none");
 }
@@ -182,9 +229,11 @@ ForwardArgs forward_args(const LayerInputs& in, const LayerOutputs& out) {
   return {
       .size = in.sizes(),
       .reverse = in.reverse,
+      .ragged = {},
+      .reset = in.reset.defined() ? in.reset.const_data_ptr<bool>() : nullptr,
       .x = in.x.data_ptr(),
       .x_stride_t = in.x.stride(0),
-      .x_stride_b = in.x.stride(1),
+      .x_stride_b = in.x.stride(-2),
       .h0 = in.h0.data_ptr(),
       .c0 = data_or_null(in.c0),
       .w_ih = in.w_ih.data_ptr(),
@@ -204,14 +253,17 @@ BackwardArgs backward_args(const LayerGradOutputs& grad_out, const LayerInputs& 
   return {
       .size = in.sizes(),
       .reverse = in.reverse,
+      .ragged = {},
+      .reset = in.reset.defined() ? in.reset.const_data_ptr<bool>() : nullptr,
       .grad_y = data_or_null(grad_out.y),
       .grad_y_stride_t = grad_out.y.defined() ? grad_out.y.stride(0) : 0,
-      .grad_y_stride_b = grad_out.y.defined() ? grad_out.y.stride(1) : 0,
+      .grad_y_stride_b = grad_out.y.defined() ? grad_out.y.stride(-2) : 0,
       .grad_h_n = data_or_null(grad_out.h_n),
       .grad_c_n = data_or_null(grad_out.c_n),
+      .grad_cells = data_or_null(grad_out.cells),
       .x = in.x.data_ptr(),
       .x_stride_t = in.x.stride(0),
-      .x_stride_b = in.x.stride(1),
+      .x_stride_b = in.x.stride(-2),
       .h0 = in.h0.data_ptr(),
       .c0 = data_or_null(in.c0),
       .w_ih = in.w_ih.data_ptr(),

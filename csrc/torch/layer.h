@@ -24,16 +24,30 @@ const CellInfo& cell_info(CellKind kind);
 const CellInfo& cell_info(const std::string& name);
 
 struct LayerInputs {
-  at::Tensor x;         // (T, B, I), last stride 1
+  at::Tensor x;         // (T, B, I), or packed (N, I): the rows of all steps; last stride 1
   at::Tensor h0, c0;    // (B, H); c0 undefined where the cell has none
   at::Tensor w_ih;      // (G*H, I)
   at::Tensor w_hh;      // (G*H, H)
   at::Tensor b_ih, b_hh;  // (G*H), or both undefined
   bool reverse;
+  at::Tensor lengths;   // (B) int64 on the CPU, or undefined for T each; where packed, it falls
+  at::Tensor reset;     // (T, B) bool, or undefined
 
-  Sizes sizes() const { return {x.size(0), x.size(1), x.size(2), h0.size(-1)}; }
+  bool packed() const { return x.dim() == 2; }
+  std::span<const int64_t> all_lengths() const {
+    return {lengths.const_data_ptr<int64_t>(), size_t(lengths.size(0))};
+  }
+  Sizes sizes() const {
+    return {packed() ? all_lengths()[0] : x.size(0), h0.size(-2), x.size(-1), h0.size(-1)};
+  }
+  // of a tensor with a row of so many elements for each row of x
+  c10::DimVector shape(int64_t columns) const {
+    return packed() ? c10::DimVector{x.size(0), columns}
+                    : c10::DimVector{x.size(0), x.size(1), columns};
+  }
 };
 
+// Where x is packed, so is what has a row for each step and sequence.
 struct LayerOutputs {
   at::Tensor y;         // (T, B, H)
   at::Tensor h_n, c_n;  // (B, H)
@@ -44,6 +58,7 @@ struct LayerOutputs {
 struct LayerGradOutputs {
   at::Tensor y;         // (T, B, H), last stride 1, or undefined for zeros
   at::Tensor h_n, c_n;  // (B, H) or undefined
+  at::Tensor cells;     // (T, B, H) in the compute type, contiguous, or undefined
 };
 
 // Each in the order of the ops' results; undefined where not wanted.
@@ -55,13 +70,16 @@ struct LayerGrads {
 LayerInputs check_inputs(const CellInfo& cell, const at::Tensor& x, const at::Tensor& h0,
                          const at::Tensor& c0, const at::Tensor& w_ih, const at::Tensor& w_hh,
                          const std::optional<at::Tensor>& b_ih,
-                         const std::optional<at::Tensor>& b_hh, bool reverse);
+                         const std::optional<at::Tensor>& b_hh, bool reverse,
+                         const std::optional<at::Tensor>& lengths,
+                         const std::optional<at::Tensor>& reset);
 LayerOutputs check_saved(const CellInfo& cell, const LayerInputs& in, const at::Tensor& y,
                          const at::Tensor& gates, const at::Tensor& cells);
 LayerGradOutputs check_grad_outputs(const CellInfo& cell, const LayerInputs& in,
                                     const std::optional<at::Tensor>& y,
                                     const std::optional<at::Tensor>& h_n,
-                                    const std::optional<at::Tensor>& c_n);
+                                    const std::optional<at::Tensor>& c_n,
+                                    const std::optional<at::Tensor>& cells);
 
 LayerOutputs allocate_outputs(const CellInfo& cell, const LayerInputs& in, bool save_gates,
                               bool save_cells);
@@ -73,7 +91,7 @@ Dtype dtype_of(const at::Tensor& t);
 at::ScalarType compute_type(at::ScalarType storage);
 
 // Throws where the gates were not saved and the backward cannot do without.
-void check_gates(const CellInfo& cell, const LayerOutputs& out, bool recomputes);
+void check_gates(const CellInfo& cell, const LayerOutputs& out, bool complete);
 
 // The same call in pointers.
 ForwardArgs forward_args(const LayerInputs& in, const LayerOutputs& out);
@@ -101,14 +119,14 @@ struct CpuDevice {
   // x of each is y of the one before. They overlap where that uses the threads better.
   static void forward(const CellInfo& cell, std::span<LayerForward> layers, bool stacked);
   static void backward(const CellInfo& cell, std::span<LayerBackward> layers);
-  // Whether the backward can do without gates.
-  static bool recomputes();
+  // Whether it takes lengths, packed data and resets, and its backward can do without gates.
+  static bool complete();
 };
 struct CudaDevice {
   static void forward(const CellInfo& cell, LayerInputs in, LayerOutputs& out);
   static void backward(const CellInfo& cell, LayerGradOutputs grad_out, LayerInputs in,
                        const LayerOutputs& out, LayerGrads& grads);
-  static bool recomputes() { return false; }
+  static bool complete() { return false; }
 };
 
 }  // namespace rnnfast

@@ -12,7 +12,7 @@ cpu::Machine this_machine();
 // of call.cpp
 py::object run_layers(int cell, py::handle input, py::handle hx, const py::list& weights,
                       int64_t layers, bool biases, double dropout, bool batch_first,
-                      bool bidirectional, bool recompute);
+                      bool bidirectional, bool recompute, py::handle lengths, py::handle reset);
 py::object run_step(int cell, py::handle input, py::handle hx, const py::list& weights,
                     bool biases);
 void set_python_backward(py::object function);
@@ -67,11 +67,12 @@ py::dict plan(const std::string& cell, int64_t T, int64_t B, int64_t I, int64_t 
     facts["hidden_packing"] = packings[int(plan.hidden)];
   }
   facts["block_steps"] = plan.block_steps;
-  BackwardArgs saved{};
-  saved.size = size;
-  saved.gates = &saved;  // there, so not to be computed again
-  facts["workspace_bytes"] =
-      backward ? kernels.backward_workspace(saved, plan) : kernels.forward_workspace(size, plan);
+  ForwardArgs forward_args{};
+  BackwardArgs backward_args{};
+  forward_args.size = backward_args.size = size;
+  backward_args.gates = &size;  // there, so not to be computed again
+  facts["workspace_bytes"] = backward ? kernels.backward_workspace(backward_args, plan)
+                                      : kernels.forward_workspace(forward_args, plan);
   return facts;
 }
 

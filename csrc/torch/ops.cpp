@@ -14,9 +14,16 @@ using Mask = c10::List<bool>;
 bool is_empty(const LayerInputs& in) { return in.x.size(0) == 0 || in.h0.numel() == 0; }
 
 template <class Device>
+void check_sequences(const CellInfo& cell, const LayerInputs& in) {
+  TORCH_CHECK((!in.lengths.defined() && !in.reset.defined()) || Device::complete(),
+              "rnnfast::", cell.name, ": lengths and reset have no kernels on this device");
+}
+
+template <class Device>
 LayerOutputs forward(const CellInfo& cell, const LayerInputs& in, bool save, bool recompute) {
-  TORCH_CHECK(!recompute || Device::recomputes(), "rnnfast::", cell.name,
+  TORCH_CHECK(!recompute || Device::complete(), "rnnfast::", cell.name,
               ": recompute=True has no kernels on this device");
+  check_sequences<Device>(cell, in);
   LayerOutputs out = allocate_outputs(cell, in, save && !recompute, save);
   if (!is_empty(in)) {
     Device::forward(cell, in, out);
@@ -31,6 +38,7 @@ template <class Device>
 LayerGrads backward(const CellInfo& cell, const LayerGradOutputs& grad_out, const LayerInputs& in,
                     const LayerOutputs& out, const Mask& mask) {
   const c10::SmallVector<bool, 8> wanted(mask.begin(), mask.end());
+  check_sequences<Device>(cell, in);
   LayerGrads grads = allocate_grads(cell, in, wanted);
   if (!is_empty(in)) {
     Device::backward(cell, grad_out, in, out, grads);
@@ -52,9 +60,11 @@ struct OneState {
   static std::tuple<Tensor, Tensor, Tensor> run(const Tensor& x, const Tensor& h0,
                                                 const Tensor& w_ih, const Tensor& w_hh,
                                                 Optional b_ih, Optional b_hh, bool reverse,
-                                                bool save, bool recompute) {
+                                                bool save, bool recompute, Optional lengths,
+                                                Optional reset) {
     const CellInfo& cell = cell_info(kind);
-    const LayerInputs in = check_inputs(cell, x, h0, {}, w_ih, w_hh, b_ih, b_hh, reverse);
+    const LayerInputs in =
+        check_inputs(cell, x, h0, {}, w_ih, w_hh, b_ih, b_hh, reverse, lengths, reset);
     LayerOutputs out = forward<Device>(cell, in, save, recompute);
     return {out.y, out.h_n, out.gates};
   }
@@ -62,11 +72,12 @@ struct OneState {
   static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> run_backward(
       Optional grad_y, Optional grad_h_n, const Tensor& x, const Tensor& h0, const Tensor& w_ih,
       const Tensor& w_hh, Optional b_ih, Optional b_hh, const Tensor& y, const Tensor& gates,
-      bool reverse, Mask mask) {
+      bool reverse, Mask mask, Optional lengths, Optional reset) {
     const CellInfo& cell = cell_info(kind);
-    const LayerInputs in = check_inputs(cell, x, h0, {}, w_ih, w_hh, b_ih, b_hh, reverse);
+    const LayerInputs in =
+        check_inputs(cell, x, h0, {}, w_ih, w_hh, b_ih, b_hh, reverse, lengths, reset);
     const LayerOutputs out = check_saved(cell, in, y, gates, {});
-    const LayerGradOutputs grad_out = check_grad_outputs(cell, in, grad_y, grad_h_n, {});
+    const LayerGradOutputs grad_out = check_grad_outputs(cell, in, grad_y, grad_h_n, {}, {});
     LayerGrads g = backward<Device>(cell, grad_out, in, out, mask);
     return {g.x, g.h0, g.w_ih, g.w_hh, g.b_ih, g.b_hh};
   }
@@ -77,9 +88,11 @@ template <class Device, CellKind kind>
 struct TwoStates {
   static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run(
       const Tensor& x, const Tensor& h0, const Tensor& c0, const Tensor& w_ih, const Tensor& w_hh,
-      Optional b_ih, Optional b_hh, bool reverse, bool save, bool recompute) {
+      Optional b_ih, Optional b_hh, bool reverse, bool save, bool recompute, Optional lengths,
+      Optional reset) {
     const CellInfo& cell = cell_info(kind);
-    const LayerInputs in = check_inputs(cell, x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse);
+    const LayerInputs in =
+        check_inputs(cell, x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse, lengths, reset);
     LayerOutputs out = forward<Device>(cell, in, save, recompute);
     return {out.y, out.h_n, out.c_n, out.gates, out.cells};
   }
@@ -87,11 +100,14 @@ struct TwoStates {
   static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> run_backward(
       Optional grad_y, Optional grad_h_n, Optional grad_c_n, const Tensor& x, const Tensor& h0,
       const Tensor& c0, const Tensor& w_ih, const Tensor& w_hh, Optional b_ih, Optional b_hh,
-      const Tensor& y, const Tensor& gates, const Tensor& cells, bool reverse, Mask mask) {
+      const Tensor& y, const Tensor& gates, const Tensor& cells, bool reverse, Mask mask,
+      Optional lengths, Optional reset, Optional grad_cells) {
     const CellInfo& cell = cell_info(kind);
-    const LayerInputs in = check_inputs(cell, x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse);
+    const LayerInputs in =
+        check_inputs(cell, x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse, lengths, reset);
     const LayerOutputs out = check_saved(cell, in, y, gates, cells);
-    const LayerGradOutputs grad_out = check_grad_outputs(cell, in, grad_y, grad_h_n, grad_c_n);
+    const LayerGradOutputs grad_out =
+        check_grad_outputs(cell, in, grad_y, grad_h_n, grad_c_n, grad_cells);
     LayerGrads g = backward<Device>(cell, grad_out, in, out, mask);
     return {g.x, g.h0, g.c0, g.w_ih, g.w_hh, g.b_ih, g.b_hh};
   }
@@ -104,7 +120,7 @@ std::string schema(const CellInfo& cell) {
                                   : "(Tensor y, Tensor h_n, Tensor gates)";
   return std::string(cell.name) + "(Tensor x, Tensor h0, " + c0 +
          "Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, bool reverse, bool save, "
-         "bool recompute=False) -> " +
+         "bool recompute=False, Tensor? lengths=None, Tensor? reset=None) -> " +
          results;
 }
 
@@ -113,10 +129,12 @@ std::string backward_schema(const CellInfo& cell) {
   const std::string c0 = cell.has_cell ? "Tensor c0, " : "";
   const std::string cells = cell.has_cell ? "Tensor cells, " : "";
   const std::string grad_c0 = cell.has_cell ? "Tensor grad_c0, " : "";
+  const std::string grad_cells = cell.has_cell ? ", Tensor? grad_cells=None" : "";
   return std::string(cell.name) + "_backward(Tensor? grad_y, Tensor? grad_h_n, " + grad_c_n +
          "Tensor x, Tensor h0, " + c0 +
          "Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor y, Tensor gates, " + cells +
-         "bool reverse, bool[] mask) -> (Tensor grad_x, Tensor grad_h0, " + grad_c0 +
+         "bool reverse, bool[] mask, Tensor? lengths=None, Tensor? reset=None" + grad_cells +
+         ") -> (Tensor grad_x, Tensor grad_h0, " + grad_c0 +
          "Tensor grad_w_ih, Tensor grad_w_hh, Tensor grad_b_ih, Tensor grad_b_hh)";
 }
 

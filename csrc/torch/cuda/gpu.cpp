@@ -136,7 +136,7 @@ void CudaDevice::forward(const CellInfo& cell, LayerInputs in, LayerOutputs& out
 
 void CudaDevice::backward(const CellInfo& cell, LayerGradOutputs grad_out, LayerInputs in,
                           const LayerOutputs& out, LayerGrads& grads) {
-  check_gates(cell, out, recomputes());
+  check_gates(cell, out, complete());
   in.x = in.x.contiguous();
   if (grad_out.y.defined()) grad_out.y = grad_out.y.contiguous();
   run<cuda::Backward>(cell, in.x, backward_args(grad_out, in, out, grads));

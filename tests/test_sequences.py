@@ -1,0 +1,464 @@
+"""Sequences of unequal length, packed or with ``lengths``; resets; the c of every step."""
+
+from functools import partial
+
+import pytest
+import torch
+from test_modules import EXPECT_FUSED, LAYERS, pair, random_state, tensors
+from torch.func import functional_call, jvp, vmap
+from torch.nn.utils.rnn import (
+    PackedSequence,
+    pack_padded_sequence,
+    pack_sequence,
+    pad_packed_sequence,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import rnnfast
+from rnnfast import functional
+
+T, B = 6, 4
+LENGTHS = torch.tensor([3, 6, 1, 5])
+BACKENDS = [None, "reference", *(["fused"] if EXPECT_FUSED else [])]
+OPTIONS = [
+    {},
+    {"bias": False, "batch_first": True},
+    {"bidirectional": True},
+    {"num_layers": 3, "bidirectional": True, "batch_first": True},
+    {"num_layers": 3, "recompute": True},
+]
+
+modes = pytest.mark.parametrize("mode", LAYERS)
+options = pytest.mark.parametrize("options", OPTIONS, ids=str)
+backends = pytest.mark.parametrize("backend", BACKENDS)
+ways = pytest.mark.parametrize("way", ["short", "general"])
+
+
+class Watched(TorchDispatchMode):
+    """Sees every operator, and so keeps calls from taking the short way."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+def two(mode, options, backend=None, dtype=torch.float64):
+    """torch.nn's module and ours with the same weights."""
+    own = dict(options)
+    recompute = own.pop("recompute", False)
+    theirs, ours = pair(mode, backend=backend, dtype=dtype, **own)
+    ours.recompute = recompute
+    return theirs, ours
+
+
+def sample(mode, options, dtype=torch.float64):
+    """x of T steps and B sequences in the module's layout, and a state."""
+    shape = (B, T, 3) if options.get("batch_first") else (T, B, 3)
+    rows = options.get("num_layers", 1) * (2 if options.get("bidirectional") else 1)
+    x = torch.randn(shape, dtype=dtype, requires_grad=True)
+    return x, random_state(mode, rows, B, 4, dtype=dtype)
+
+
+def with_gradients(call, inputs, module):
+    """The results of ``call`` and the gradients of a loss that weighs all of them differently."""
+    results = tensors(call())
+    loss = sum((i + 1) * result.sin().sum() for i, result in enumerate(results))
+    return [*results, *torch.autograd.grad(loss, [*inputs, *module.parameters()])]
+
+
+def padded(module, x, hx, lengths):
+    """torch.nn's way: pack, run, pad."""
+    first = module.batch_first
+    packed = pack_padded_sequence(x, lengths, first, enforce_sorted=False)
+    y, finals = module(packed, hx)
+    return pad_packed_sequence(y, first, total_length=T)[0], finals
+
+
+class TestPacked:
+    @ways
+    @pytest.mark.parametrize("is_sorted", [False, True])
+    @backends
+    @options
+    @modes
+    def test_as_torch_nn(self, mode, options, backend, is_sorted, way):
+        theirs, ours = two(mode, options, backend)
+        x, hx = sample(mode, options)
+        lengths = LENGTHS.sort(descending=True).values if is_sorted else LENGTHS
+        outcomes = []
+        for module in (theirs, ours):
+
+            def call(module=module):
+                first = module.batch_first
+                packed = pack_padded_sequence(x, lengths, first, enforce_sorted=is_sorted)
+                y, finals = module(packed, hx)
+                assert isinstance(y, PackedSequence)
+                assert torch.equal(y.batch_sizes, packed.batch_sizes)
+                assert (y.sorted_indices is None) == is_sorted
+                return y.data, finals
+
+            if way == "general" and module is ours:
+                with Watched():
+                    outcomes.append(with_gradients(call, [x, *tensors(hx)], module))
+            else:
+                outcomes.append(with_gradients(call, [x, *tensors(hx)], module))
+        torch.testing.assert_close(outcomes[1], outcomes[0])
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @modes
+    def test_without_state(self, mode, dtype):
+        theirs, ours = two(mode, {}, dtype=dtype)
+        packed = pack_sequence([torch.randn(n, 3, dtype=dtype) for n in (5, 2, 2)])
+        for actual, expected in zip(
+            tensors(ours(packed)[1]), tensors(theirs(packed)[1]), strict=True
+        ):
+            torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2)
+
+    @pytest.mark.skipif(not EXPECT_FUSED, reason="the extension is not expected")
+    @modes
+    def test_runs_on_the_fused_kernels(self, mode):
+        _, ours = two(mode, {}, "fused")
+        packed = pack_sequence([torch.randn(n, 3, dtype=torch.float64) for n in (5, 2)])
+        with torch.profiler.profile() as profile:
+            ours(packed)
+        names = {event.name for event in profile.events()}
+        assert names & set(rnnfast.reference.CELLS)
+        assert not any(name.startswith("aten::lstm") for name in names)
+
+    def test_errors_are_torch_nns(self):
+        theirs, ours = two("LSTM", {})
+        packed = pack_sequence([torch.randn(n, 3, dtype=torch.float64) for n in (5, 2)])
+        calls = [
+            lambda m: m(packed, random_state("LSTM", 1, 3, 4)),
+            lambda m: m(packed, random_state("LSTM", 2, 2, 4)),
+            lambda m: m(packed._replace(data=packed.data[:, :2])),
+            lambda m: m(packed._replace(data=packed.data.float())),
+        ]
+        for call in calls:
+            with pytest.raises(Exception) as expected:  # noqa: PT011 whatever torch.nn raises
+                call(theirs)
+            with pytest.raises(type(expected.value)) as actual:
+                call(ours)
+            assert str(actual.value) == str(expected.value)
+
+
+class TestLengths:
+    @ways
+    @pytest.mark.parametrize("backend", [*BACKENDS, "aten"])
+    @options
+    @modes
+    def test_as_packing(self, mode, options, backend, way):
+        theirs, ours = two(mode, options, backend)
+        x, hx = sample(mode, options)
+        inputs = [x, *tensors(hx)]
+        expected = with_gradients(lambda: padded(theirs, x, hx, LENGTHS), inputs, theirs)
+        if way == "general":
+            with Watched():
+                actual = with_gradients(lambda: ours(x, hx, lengths=LENGTHS), inputs, ours)
+        else:
+            actual = with_gradients(lambda: ours(x, hx, lengths=LENGTHS), inputs, ours)
+        torch.testing.assert_close(actual, expected)
+        torch.testing.assert_close(
+            tensors(ours(x, lengths=LENGTHS)), tensors(padded(theirs, x, None, LENGTHS))
+        )
+
+    @backends
+    @modes
+    def test_what_lies_beyond_does_not_matter(self, mode, backend):
+        _, ours = two(mode, {"bidirectional": True}, backend)
+        x, hx = sample(mode, {"bidirectional": True})
+        beyond = torch.arange(T).unsqueeze(1) >= LENGTHS
+        spoiled = x.detach().masked_fill(beyond.unsqueeze(2), float("nan")).requires_grad_()
+        clean, dirty = (
+            with_gradients(lambda x=x: ours(x, hx, lengths=LENGTHS), [x, *tensors(hx)], ours)
+            for x in (x, spoiled)
+        )
+        torch.testing.assert_close(dirty, clean)
+        y, d_x = clean[0], clean[2 + (mode == "LSTM")]
+        assert (y[beyond] == 0).all()
+        assert (d_x[beyond] == 0).all()
+        assert (y[~beyond] != 0).any()
+
+    @backends
+    @modes
+    def test_no_step_at_all(self, mode, backend):
+        """A sequence of length 0 leaves its state as it was, and passes the gradient on."""
+        _, ours = two(mode, {"bidirectional": True}, backend)
+        x, hx = sample(mode, {"bidirectional": True})
+        y, finals = ours(x, hx, lengths=[0, 3, 0, 6])
+        for final, initial in zip(tensors(finals), tensors(hx), strict=True):
+            torch.testing.assert_close(final[:, [0, 2]], initial[:, [0, 2]])
+            assert not torch.equal(final[:, 1], initial[:, 1])
+        assert (y[:, [0, 2]] == 0).all()
+        loss = sum(final.sum() for final in tensors(finals))
+        for gradient in torch.autograd.grad(loss, tensors(hx)):
+            assert (gradient[:, [0, 2]] == 1).all()
+        torch.testing.assert_close(tensors(ours(x, hx, lengths=[0] * B)[1]), tensors(hx))
+
+    def test_any_kind_of_integers(self):
+        _, ours = two("GRU", {})
+        x, _ = sample("GRU", {})
+        expected = ours(x, lengths=LENGTHS)[0]
+        spaced = LENGTHS.repeat_interleave(2)[::2]
+        for lengths in (LENGTHS.tolist(), LENGTHS.to(torch.int32), LENGTHS.numpy(), spaced):
+            assert torch.equal(ours(x, lengths=lengths)[0], expected)
+
+    def test_functional(self):
+        for mode, function in zip(LAYERS, ("rnn", "rnn", "gru", "lstm"), strict=True):
+            _, ours = two(mode, {})
+            x, hx = sample(mode, {})
+            own = {"nonlinearity": "relu"} if mode == "RNN_RELU" else {}
+            weights = list(ours.parameters())
+            found = getattr(functional, function)(x, hx, weights, lengths=LENGTHS, **own)
+            torch.testing.assert_close(tensors(found), tensors(ours(x, hx, lengths=LENGTHS)))
+
+    @pytest.mark.parametrize(
+        ("lengths", "error", "words"),
+        [
+            ([1, 2, 3], RuntimeError, r"Expected lengths of shape \(4,\), got \[3\]"),
+            ([[1, 2, 3, 4]], RuntimeError, "Expected lengths of shape"),
+            ([1, 2, 3, 7], ValueError, "lengths should be between 0 and 6, got 7"),
+            ([1, -2, 3, 4], ValueError, "lengths should be between 0 and 6, got -2"),
+            ([1.0, 2.0, 3.0, 4.0], TypeError, "lengths should be integers, got torch.float32"),
+            ([True] * 4, TypeError, "lengths should be integers, got torch.bool"),
+        ],
+    )
+    @backends
+    def test_errors(self, backend, lengths, error, words):
+        _, ours = two("LSTM", {}, backend)
+        with pytest.raises(error, match=words):
+            ours(torch.zeros(T, B, 3, dtype=torch.float64), lengths=lengths)
+
+    def test_a_batch_is_needed(self):
+        _, ours = two("LSTM", {})
+        with pytest.raises(RuntimeError, match="lengths need a batch"):
+            ours(torch.zeros(T, 3, dtype=torch.float64), lengths=[2])
+        packed = pack_sequence([torch.zeros(2, 3, dtype=torch.float64)])
+        with pytest.raises(RuntimeError, match="need a tensor as input, got a PackedSequence"):
+            ours(packed, lengths=[2])
+
+    def test_forced_aten_knows_no_empty_sequence(self):
+        _, ours = two("LSTM", {}, "aten")
+        with pytest.raises(RuntimeError, match="torch's kernels have no reset"):
+            ours(torch.zeros(T, B, 3, dtype=torch.float64), lengths=[0, 1, 2, 3])
+
+
+def episodes(module, x, hx, reset):
+    """One module call per piece between resets, one sequence at a time; a state of zeros each."""
+    outputs, finals = [], []
+    for b in range(B):
+        state = [s[:, b] for s in tensors(hx)]
+        edges = sorted({0, T, *(t for t in range(T) if reset[t, b])})
+        pieces = []
+        for begin, end in zip(edges, edges[1:], strict=False):
+            if reset[begin, b]:
+                state = [torch.zeros_like(s) for s in state]
+            y, final = module(x[begin:end, b], tuple(state) if len(state) > 1 else state[0])
+            state = tensors(final)
+            pieces.append(y)
+        outputs.append(torch.cat(pieces))
+        finals.append(state)
+    joined = tuple(torch.stack(states, 1) for states in zip(*finals, strict=True))
+    return torch.stack(outputs, 1), joined
+
+
+class TestResets:
+    reset = torch.tensor(
+        [[0, 1, 0, 0], [0, 0, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1], [1, 1, 0, 0], [0, 0, 0, 1]]
+    ).bool()
+
+    @ways
+    @backends
+    @pytest.mark.parametrize("options", [{}, {"num_layers": 2}, {"recompute": True}], ids=str)
+    @modes
+    def test_as_separate_episodes(self, mode, options, backend, way):
+        theirs, ours = two(mode, options, backend)
+        x, hx = sample(mode, options)
+        inputs = [x, *tensors(hx)]
+        expected = with_gradients(lambda: episodes(theirs, x, hx, self.reset), inputs, theirs)
+        if way == "general":
+            with Watched():
+                actual = with_gradients(lambda: ours(x, hx, reset=self.reset), inputs, ours)
+        else:
+            actual = with_gradients(lambda: ours(x, hx, reset=self.reset), inputs, ours)
+        torch.testing.assert_close(actual, expected)
+
+    @backends
+    @modes
+    def test_nothing_passes_a_reset(self, mode, backend):
+        """In neither direction, and whatever lies on the other side."""
+        options = {"bidirectional": True, "batch_first": True, "num_layers": 2}
+        _, ours = two(mode, options, backend)
+        x, hx = sample(mode, options)
+        reset = torch.zeros(B, T, dtype=torch.bool)
+        reset[:, 3] = True
+        y, _ = ours(x, hx, reset=reset)
+        (d_x,) = torch.autograd.grad(y[:, 3:].sin().sum(), x, retain_graph=True)
+        assert (d_x[:, :3] == 0).all()
+        assert (d_x[:, 3:] != 0).any()
+        (d_x,) = torch.autograd.grad(y[:, :3].sin().sum(), x)
+        assert (d_x[:, 3:] == 0).all()
+        assert (d_x[:, :3] != 0).any()
+        for part in (slice(0, 3), slice(3, T)):
+            changed = x.detach().clone()
+            changed[:, [t for t in range(T) if t not in range(T)[part]]] = 7
+            torch.testing.assert_close(ours(changed, hx, reset=reset)[0][:, part], y[:, part])
+
+    @backends
+    @modes
+    def test_with_lengths(self, mode, backend):
+        """What is beyond the end is not there, resets included."""
+        _, ours = two(mode, {"bidirectional": True}, backend)
+        x, hx = sample(mode, {"bidirectional": True})
+        y, finals = ours(x, hx, lengths=LENGTHS, reset=self.reset)
+        for b, length in enumerate(LENGTHS):
+            one = [s[:, b] for s in tensors(hx)]
+            alone, final = ours(
+                x[:length, b],
+                tuple(one) if len(one) > 1 else one[0],
+                reset=self.reset[:length, b],
+            )
+            torch.testing.assert_close(y[:length, b], alone)
+            torch.testing.assert_close([s[:, b] for s in tensors(finals)], tensors(final))
+
+    def test_errors(self):
+        _, ours = two("GRU", {"batch_first": True})
+        x = torch.zeros(B, T, 3, dtype=torch.float64)
+        with pytest.raises(RuntimeError, match=r"Expected reset of shape \(4, 6\), got \[6, 4\]"):
+            ours(x, reset=torch.zeros(T, B).bool())
+        with pytest.raises(TypeError, match="reset should be booleans, got torch.float32"):
+            ours(x, reset=torch.zeros(B, T))
+        with pytest.raises(RuntimeError, match="not at the same device"):
+            ours(x, reset=torch.zeros(B, T, device="meta").bool())
+        packed = pack_sequence([x[0]])
+        with pytest.raises(RuntimeError, match="need a tensor as input, got a PackedSequence"):
+            ours(packed, reset=torch.zeros(1, T).bool())
+        _, ours = two("GRU", {}, "aten")
+        with pytest.raises(RuntimeError, match="torch's kernels have no reset"):
+            ours(x, reset=torch.zeros(B, T).bool())
+
+
+class TestCellStates:
+    @backends
+    def test_of_every_step(self, backend):
+        options = {"num_layers": 2, "bidirectional": True, "batch_first": True}
+        _, ours = two("LSTM", options, backend)
+        x, hx = sample("LSTM", options)
+        y, (h_n, c_n), cells = ours(x, hx, return_cells=True)
+        assert cells.shape == y.shape
+        torch.testing.assert_close(cells[:, -1, :4], c_n[2])
+        torch.testing.assert_close(cells[:, 0, 4:], c_n[3])
+        torch.testing.assert_close((y, (h_n, c_n)), ours(x, hx))
+
+    @pytest.mark.parametrize("extras", ["", "lengths", "reset"])
+    @backends
+    def test_gradients(self, backend, extras):
+        _, ours = two("LSTM", {}, backend)
+        x, hx = sample("LSTM", {})
+        more = {"lengths": LENGTHS} if extras == "lengths" else {}
+        more |= {"reset": TestResets.reset} if extras == "reset" else {}
+        ours.backend = "reference"
+        expected = with_gradients(
+            lambda: ours(x, hx, return_cells=True, **more), [x, *tensors(hx)], ours
+        )
+        ours.backend = backend
+        actual = with_gradients(
+            lambda: ours(x, hx, return_cells=True, **more), [x, *tensors(hx)], ours
+        )
+        torch.testing.assert_close(actual, expected)
+
+    @backends
+    def test_packed(self, backend):
+        _, ours = two("LSTM", {}, backend)
+        x, _ = sample("LSTM", {})
+        packed = pack_padded_sequence(x, LENGTHS, enforce_sorted=False)
+        _, _, cells = ours(packed, return_cells=True)
+        expected = ours(x, lengths=LENGTHS, return_cells=True)[2]
+        torch.testing.assert_close(pad_packed_sequence(cells)[0], expected)
+
+    def test_dtype_is_the_inputs(self):
+        _, ours = two("LSTM", {}, dtype=torch.bfloat16)
+        x = torch.randn(T, B, 3, dtype=torch.bfloat16)
+        with torch.no_grad():
+            assert ours(x, return_cells=True)[2].dtype == torch.bfloat16
+        assert ours(x[:, 0], return_cells=True)[2].shape == (T, 4)
+
+    def test_errors(self):
+        x = torch.zeros(T, B, 3, dtype=torch.float64)
+        with pytest.raises(ValueError, match="only supported for LSTM, not GRU"):
+            two("GRU", {})[1](x, return_cells=True)
+        with pytest.raises(RuntimeError, match="torch's kernels have no reset"):
+            two("LSTM", {}, "aten")[1](x, return_cells=True)
+        projected = rnnfast.LSTM(3, 4, proj_size=2)
+        with pytest.raises(RuntimeError, match="need proj_size=0"):
+            projected(x.float(), return_cells=True)
+
+
+EXTRAS = {
+    "lengths": {"lengths": LENGTHS},
+    "reset": {"reset": TestResets.reset},
+    "both": {"lengths": LENGTHS, "reset": TestResets.reset},
+}
+extras = pytest.mark.parametrize("extras", EXTRAS.values(), ids=EXTRAS.keys())
+
+
+class TestTransforms:
+    """Everything that plain calls can do."""
+
+    @extras
+    @modes
+    def test_second_derivatives(self, mode, extras):
+        _, ours = two(mode, {})
+        x, hx = sample(mode, {})
+        inputs = [x, *tensors(hx)]
+        outcomes = []
+        for name in ("reference", None):
+            ours.backend = name
+            loss = sum(result.sin().sum() for result in tensors(ours(x, hx, **extras)))
+            first = torch.autograd.grad(loss, [*inputs, *ours.parameters()], create_graph=True)
+            second = sum(gradient.pow(2).sum() for gradient in first)
+            outcomes.append(torch.autograd.grad(second, [*inputs, *ours.parameters()]))
+        torch.testing.assert_close(outcomes[1], outcomes[0])
+
+    @extras
+    @modes
+    def test_jvp_and_vmap(self, mode, extras):
+        _, ours = two(mode, {})
+        x, hx = sample(mode, {})
+        x = x.detach()
+
+        def call(x):
+            return ours(x, hx, **extras)[0]
+
+        direction = torch.randn_like(x)
+        step = 1e-6 * direction
+        _, tangent = jvp(call, (x,), (direction,))
+        torch.testing.assert_close(
+            tangent, (call(x + step) - call(x - step)) / 2e-6, atol=1e-7, rtol=1e-6
+        )
+        several = torch.randn(3, *x.shape, dtype=x.dtype)
+        expected = torch.stack([call(one) for one in several])
+        torch.testing.assert_close(vmap(call)(several), expected)
+
+    @extras
+    @pytest.mark.skipif(not EXPECT_FUSED, reason="the extension is not expected")
+    @modes
+    def test_compile(self, mode, extras):
+        torch._dynamo.reset()
+        _, ours = two(mode, {"bidirectional": True})
+        x, hx = sample(mode, {"bidirectional": True})
+        more = extras | ({"return_cells": True} if mode == "LSTM" else {})
+        compiled = torch.compile(partial(ours, **more), backend="aot_eager", fullgraph=True)
+        expected = with_gradients(lambda: ours(x, hx, **more), [x, *tensors(hx)], ours)
+        actual = with_gradients(lambda: compiled(x, hx), [x, *tensors(hx)], ours)
+        torch.testing.assert_close(actual, expected)
+
+    def test_functional_call_and_autocast(self):
+        _, ours = two("LSTM", {}, dtype=torch.float32)
+        x = torch.randn(T, B, 3)
+        values = {name: value * 2 for name, value in ours.named_parameters()}
+        found = functional_call(ours, values, (x,), {"lengths": LENGTHS})[0]
+        ours.load_state_dict(values)
+        torch.testing.assert_close(found, ours(x, lengths=LENGTHS)[0])
+        with torch.autocast("cpu", torch.bfloat16):
+            y, _, cells = ours(x, lengths=LENGTHS, return_cells=True)
+        assert y.dtype == cells.dtype == torch.bfloat16
+        torch.testing.assert_close(y.float(), found, atol=2e-2, rtol=2e-2)
