@@ -1,8 +1,9 @@
 // One layer in one direction over a whole sequence: the arguments of every device's kernels.
 // Free of torch: sizes, strides in elements, pointers.
-// Sizes: T steps, B batch, I input, H hidden; G gates, K saved blocks and D gradient blocks of the
-// cell. S is the storage type (Dtype), A = Compute<S> the type of arithmetic.
-// With packed data (see Ragged) tensors of shape (T, B, ...) are (rows of all steps, ...).
+// Sizes: T steps, B batch, I input, H hidden, P of h: H, or less where it is projected; G gates, K
+// saved blocks and D gradient blocks of the cell. S is the storage type (Dtype), A = Compute<S> the
+// type of arithmetic. With packed data (see Ragged) tensors of shape (T, B, ...) are (rows of all
+// steps, ...).
 #pragma once
 
 #include <cstddef>
@@ -20,7 +21,7 @@ struct Sizes {
 // which lengths do not increase within the rows of a thread.
 struct Ragged {
   const int64_t* lengths = nullptr;  // (B) of each row; null where every sequence has T steps
-  const int64_t* places = nullptr;   // (B) the sequence behind each row; null where b is b
+  const int64_t* places = nullptr;  // (B) the sequence behind each row; null where b is b
   const int64_t* rows = nullptr;  // (B) the row of each sequence: the inverse of places
   const int64_t* offsets = nullptr;  // (T) where the rows of each step begin in packed data: step
                                      // after step, only the sequences that are so long; null where
@@ -32,13 +33,15 @@ struct ForwardArgs {
   bool reverse;  // run from step T - 1 down to step 0
   Ragged ragged;
   const bool* reset;  // (T, B): no state passes from step t - 1 to step t; or null
+  int64_t h_size;  // P
   const void* x;  // S (T, B, I), last stride 1
   int64_t x_stride_t, x_stride_b;
-  const void *h0, *c0;  // S (B, H); c0 only where the cell has it
-  const void *w_ih, *w_hh;  // S (G*H, I), (G*H, H)
+  const void *h0, *c0;  // S (B, P), (B, H); c0 only where the cell has it
+  const void *w_ih, *w_hh;  // S (G*H, I), (G*H, P)
   const void *b_ih, *b_hh;  // S (G*H) or null
-  void* y;  // S (T, B, H)
-  void *h_n, *c_n;  // S (B, H)
+  const void* w_hr;  // S (P, H), the projection of h, or null
+  void* y;  // S (T, B, P)
+  void *h_n, *c_n;  // S (B, P), (B, H)
   // for the backward, each null where not wanted
   void* gates;  // S (T, B, K*H)
   void* cells;  // A (T, B, H)
@@ -49,23 +52,26 @@ struct BackwardArgs {
   bool reverse;
   Ragged ragged;
   const bool* reset;
-  const void* grad_y;  // S (T, B, H), last stride 1, or null for zeros
+  int64_t h_size;  // P
+  const void* grad_y;  // S (T, B, P), last stride 1, or null for zeros
   int64_t grad_y_stride_t, grad_y_stride_b;
-  const void *grad_h_n, *grad_c_n;  // S (B, H) or null
+  const void *grad_h_n, *grad_c_n;  // S (B, P), (B, H) or null
   const void* grad_cells;  // A (T, B, H) or null
   const void* x;  // S (T, B, I), last stride 1
   int64_t x_stride_t, x_stride_b;
-  const void *h0, *c0;  // S (B, H)
-  const void *w_ih, *w_hh;  // S (G*H, I), (G*H, H)
+  const void *h0, *c0;  // S (B, P), (B, H)
+  const void *w_ih, *w_hh;  // S (G*H, I), (G*H, P)
   const void *b_ih, *b_hh;  // S (G*H) or null; only used where gates are null
-  const void* y;  // S (T, B, H)
+  const void* w_hr;  // S (P, H) or null
+  const void* y;  // S (T, B, P)
   const void* gates;  // S (T, B, K*H); on the CPU null to compute them again
   const void* cells;  // A (T, B, H)
   // results, each null where not wanted; those of parameters in A, for the caller to round
   void* grad_x;  // S (T, B, I)
-  void *grad_h0, *grad_c0;  // S (B, H)
-  void *grad_w_ih, *grad_w_hh;  // A (G*H, I), (G*H, H)
+  void *grad_h0, *grad_c0;  // S (B, P), (B, H)
+  void *grad_w_ih, *grad_w_hh;  // A (G*H, I), (G*H, P)
   void *grad_b_ih, *grad_b_hh;  // A (G*H)
+  void* grad_w_hr;  // A (P, H)
 };
 
 inline constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -143,8 +143,12 @@ def _additions(kind: type[nn.Module]) -> dict[str, Any]:
 
 
 def _own_methods(module: nn.Module) -> str | None:
-    """Says which methods were set on the instance; they may rely on the class that it has."""
+    """Says which methods were set on the instance; they may rely on the class that it has.
+
+    But for flatten_parameters: weight-drop layers empty it so, and nothing here needs it.
+    """
     names = [name for name in vars(module) if callable(getattr(type(module), name, None))]
+    names = [name for name in names if name != "flatten_parameters"]
     return f"has its own {', '.join(names)}, set on the instance" if names else None
 
 

@@ -3,14 +3,15 @@
 Every cell has the operators ``rnnfast::<cell>`` and ``rnnfast::<cell>_backward``, which differ only
 in the number of states, so that two autograd Functions serve them all:
 
-    forward    (x, *states, w_ih, w_hh, b_ih, b_hh, reverse, save, recompute, lengths, reset)
-               -> (y, *final states, gates[, cells])
-    backward   (*gradients of y and the final states, the tensors above, y, gates[, cells],
-               reverse, mask, lengths, reset[, gradient of cells])
-               -> gradients of (x, *states, w_ih, w_hh, b_ih, b_hh)
+    forward    (x, *states, w_ih, w_hh, b_ih, b_hh, reverse, save, recompute, lengths, reset
+               [, w_hr]) -> (y, *final states, gates[, cells])
+    backward   (*gradients of y and the final states, x, *states, w_ih, w_hh, b_ih, b_hh, y, gates
+               [, cells], reverse, mask, lengths, reset[, w_hr, gradient of cells])
+               -> gradients of (x, *states, w_ih, w_hh, b_ih, b_hh[, w_hr])
 
-``cells``, the c of every step, is there for cells with two states. With ``recompute`` gates is
-empty where the device's backward can do without.
+What is in brackets is there for cells with two states; ``cells`` is the c of every step. With
+``recompute`` gates is empty where the device's backward can do without. The tensors of a layer are,
+below, (x, *states, w_ih, w_hh, b_ih, b_hh[, w_hr]).
 The second and higher derivatives go through `rnnfast.reference`.
 """
 
@@ -49,6 +50,7 @@ def layer(
     reverse: bool,
     lengths: Tensor | None = None,
     reset: Tensor | None = None,
+    w_hr: Tensor | None = None,
     *,
     save_cells: bool = False,
     recompute: bool = False,
@@ -61,14 +63,16 @@ def layer(
     The extension must be there, and no torch.func transform or forward-mode AD may be active.
     """
     tensors: tuple[Tensor | None, ...] = (x, *states, w_ih, w_hh, b_ih, b_hh)
+    if cell.states > 1:
+        tensors += (w_hr,)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         if torch.compiler.is_compiling():
             tensors = _distinct(tensors)
         outputs = _Layer.apply(cell.name, reverse, recompute, lengths, reset, *tensors)
     else:
         without_gates = save_cells and x.device.type == "cpu"
-        outputs = _OPERATORS[cell.name].forward(
-            *tensors, reverse, save_cells, without_gates, lengths, reset
+        outputs = _fused_forward(
+            cell.name, tensors, reverse, save_cells, without_gates, lengths, reset
         )
     return outputs[0], outputs[1 : 1 + cell.states], outputs[-1] if save_cells else None
 
@@ -88,8 +92,7 @@ def _distinct(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
 
 
 class _Layer(torch.autograd.Function):
-    """(cell, reverse, recompute, lengths, reset, x, *states, w_ih, w_hh, b_ih, b_hh)
-    -> (y, *final states[, cells])."""
+    """(cell, reverse, recompute, lengths, reset, *tensors) -> (y, *final states[, cells])."""
 
     @staticmethod
     def forward(
@@ -101,7 +104,7 @@ class _Layer(torch.autograd.Function):
         reset: Tensor | None,
         *tensors: Tensor | None,
     ) -> States:
-        outputs = _OPERATORS[cell].forward(*tensors, reverse, True, recompute, lengths, reset)
+        outputs = _fused_forward(cell, tensors, reverse, True, recompute, lengths, reset)
         states = CELLS[cell].states
         ctx.cell, ctx.reverse = cell, reverse
         ctx.set_materialize_grads(False)
@@ -134,15 +137,33 @@ def _gradients(
     return [grad if needed else None for grad, needed in zip(results, mask, strict=True)]
 
 
+def _fused_forward(
+    cell: str, tensors: Sequence[Tensor | None], *options: Any
+) -> tuple[Tensor, ...]:
+    """The forward operator on the tensors of a layer."""
+    count = 5 + CELLS[cell].states
+    return _OPERATORS[cell].forward(*tensors[:count], *options, *tensors[count:])
+
+
 def _fused_backward(
     cell: str, reverse: bool, mask: list[bool], *arguments: Tensor | None
 ) -> States:
     """The backward operator on the gradients of `_Layer`'s outputs and what it saved."""
-    outputs = 1 + CELLS[cell].states
-    tensors, lengths, reset = arguments[_count_grads(cell) : -2], arguments[-2], arguments[-1]
-    grad_cells = arguments[outputs : _count_grads(cell)]
+    states = CELLS[cell].states
+    grads, (*rest, lengths, reset) = arguments[: _count_grads(cell)], arguments[_count_grads(cell) :]
+    tensors, w_hr, saved = rest[: 5 + states], rest[5 + states : len(mask)], rest[len(mask) :]
+    if w_hr and w_hr[0] is None:
+        mask = mask[:-1]
     return _OPERATORS[cell].backward(
-        *arguments[:outputs], *tensors, reverse, mask, lengths, reset, *grad_cells
+        *grads[: 1 + states],
+        *tensors,
+        *saved,
+        reverse,
+        mask,
+        lengths,
+        reset,
+        *w_hr,
+        *grads[1 + states :],
     )
 
 
@@ -156,8 +177,8 @@ class _LayerBackward(torch.autograd.Function):
     """(cell, reverse, mask, *grads, *tensors, y, gates[, cells], lengths, reset)
     -> *gradients of tensors.
 
-    ``grads`` are those of `_Layer`'s outputs, ``tensors`` are x, *states, w_ih, w_hh, b_ih, b_hh. A
-    gradient that ``mask`` does not ask for is an empty tensor.
+    ``grads`` are those of `_Layer`'s outputs. A gradient that ``mask`` does not ask for is an empty
+    tensor.
     """
 
     @staticmethod
@@ -205,10 +226,11 @@ def _reference_backward(
     """
     row = CELLS[cell]
     grads, tensors = arguments[: _count_grads(cell)], arguments[_count_grads(cell) :][: len(mask)]
-    states = tensors[1 : 1 + row.states]
+    states, weights = tensors[1 : 1 + row.states], tensors[1 + row.states : 5 + row.states]
+    lengths, reset = arguments[-2:]
     with torch.enable_grad():
         y, finals, cells = reference.layer(
-            row, tensors[0], states, *tensors[1 + row.states :], reverse, *arguments[-2:]
+            row, tensors[0], states, *weights, reverse, lengths, reset, *tensors[5 + row.states :]
         )
         outputs = (y, *finals) if cells is None else (y, *finals, cells)
         found = [
@@ -247,22 +269,26 @@ def _register_fakes(cell: Cell) -> None:
         states = arguments[: cell.states]
         _, save, recompute, *_ = (*arguments[cell.states + 4 :], False)
         _check_devices(x, arguments[: cell.states + 4])
-        batch, hidden = states[0].shape
+        hidden = states[-1].shape[1]
         rows = x.shape[:-1]  # (T, B), or (N) of packed x
-        y = x.new_empty((*rows, hidden))
-        finals = tuple(x.new_empty((batch, hidden)) for _ in states)
+        y = x.new_empty((*rows, states[0].shape[1]))
+        finals = tuple(x.new_empty(state.shape) for state in states)
         save_gates = save and not recompute
         gates = x.new_empty((*rows, cell.saved * hidden) if save_gates else (0,))
         if cell.states == 1:
             return y, *finals, gates
-        cells = x.new_empty(y.shape if save else (0,), dtype=reference.compute_dtype(x.dtype))
-        return y, *finals, gates, cells
+        dtype = reference.compute_dtype(x.dtype)
+        return y, *finals, gates, x.new_empty((*rows, hidden) if save else (0,), dtype=dtype)
 
     def backward(*arguments: Any) -> States:
         outputs, inputs = 1 + cell.states, 5 + cell.states
         tensors = arguments[outputs : outputs + inputs]
         mask = arguments[outputs + inputs + 1 + cell.states + 1]  # after y, gates[, cells], reverse
         _check_devices(tensors[0], arguments[: outputs + inputs + 1 + cell.states])
+        if cell.states > 1:
+            # after mask, lengths and reset
+            w_hr = arguments[outputs + inputs + 1 + cell.states + 4 :][:1]
+            tensors, mask = (*tensors, *(w_hr or (None,))), (*mask, False)[: inputs + 1]
         return tuple(
             tensor.new_empty(tensor.shape)
             if needed and tensor is not None

@@ -47,6 +47,7 @@ class Options(NamedTuple):
     batch_first: bool = False
     recompute: bool = False
     """Save no gates for the backward; not torch.nn's."""
+    proj_size: int = 0
 
 
 class Extras(NamedTuple):
@@ -160,6 +161,7 @@ def lstm(
     lengths: Tensor | Sequence[int] | None = None,
     reset: Tensor | None = None,
     return_cells: bool = False,
+    proj_size: int = 0,
     backend: str | None = None,
 ) -> (
     tuple[Tensor, tuple[Tensor, Tensor]] | tuple[Tensor, tuple[Tensor, Tensor], Tensor]
@@ -168,10 +170,12 @@ def lstm(
 
     Arguments and results are as in `rnn`, except that the state is the pair (h, c), and that with
     ``return_cells`` there is a third result, shaped like the output: the c of every step of the
-    last layer.
+    last layer. With ``proj_size`` P, not 0, h is projected to that size: for each layer and
+    direction, ``flat_weights`` has one tensor more, w_hr (P, H), its w_hh is (G*H, P), and P stands
+    for H in the shapes of the output and of h, though not of c.
     """
     options = Options(
-        num_layers, has_biases, dropout, training, bidirectional, batch_first, recompute
+        num_layers, has_biases, dropout, training, bidirectional, batch_first, recompute, proj_size
     )
     output, (h_n, c_n), cells = _checked_sequence(
         CELLS["lstm"], input, hx, flat_weights, options, backend, lengths, reset, return_cells
@@ -263,7 +267,7 @@ def run_sequence(
         where that was asked for.
     """
     x, states, weights = _autocast(x, states, weights)
-    name = _choose_sequence(x, requested, extras)
+    name = _choose_sequence(x, requested, extras, options.proj_size > 0)
     packed = x.dim() == 2
     if name == "aten":
         return *_aten_sequence(cell, x, states, weights, options, extras.lengths), None
@@ -277,13 +281,14 @@ def run_sequence(
     return y.transpose(0, 1), finals, None if cells is None else cells.transpose(0, 1)
 
 
-def _choose_sequence(x: Tensor, requested: str | None, extras: Extras) -> str:
+def _choose_sequence(x: Tensor, requested: str | None, extras: Extras, projects: bool) -> str:
     """The backend of a call, of which only the reference serves all extras on every device."""
     lengths, reset, return_cells = extras
     name = choose(requested, x)
-    if name == "fused" and x.device.type != "cpu" and not (lengths is None and reset is None):
+    plain = lengths is None and reset is None and not projects
+    if name == "fused" and x.device.type != "cpu" and not plain:
         if in_force(requested) == "fused":
-            refuse("fused", f"lengths and reset have no kernels on {x.device.type}")
+            refuse("fused", f"lengths, reset and proj_size have no kernels on {x.device.type}")
         name = "aten"
     if name == "aten":
         empty = lengths is not None and x.dim() == 3 and bool((lengths == 0).any())
@@ -330,7 +335,7 @@ def _stack(
     directions = _directions(options)
     if states is None:
         batch = x.shape[1] if x.dim() == 3 else len(_given(extras.lengths))
-        zeros = (x.new_zeros(batch, weights[1].shape[1]),) * cell.states
+        zeros = tuple(x.new_zeros(batch, size) for size in _state_sizes(cell, weights, options))
         initial = [zeros] * (options.num_layers * directions)
     else:
         initial = _split(states)
@@ -342,9 +347,10 @@ def _stack(
         for direction in range(directions):
             i = k * directions + direction
             w = weights[i * per_layer : (i + 1) * per_layer]
-            w_ih, w_hh, b_ih, b_hh = w if options.has_biases else (*w, None, None)
+            w_hr = (w[-1],) if options.proj_size else ()
+            w_ih, w_hh, b_ih, b_hh = w[:4] if options.has_biases else (*w[:2], None, None)
             y, final, c = layer(
-                cell, x, initial[i], w_ih, w_hh, b_ih, b_hh, direction == 1, *extras[:2]
+                cell, x, initial[i], w_ih, w_hh, b_ih, b_hh, direction == 1, *extras[:2], *w_hr
             )
             outputs.append(y)
             finals.append(final)
@@ -352,6 +358,12 @@ def _stack(
         x = outputs[0] if directions == 1 else torch.cat(outputs, dim=-1)
     last = torch.cat([_given(c) for c in cells], dim=-1) if extras.return_cells else None
     return x, _join(finals), None if last is None else last.to(x.dtype)
+
+
+def _state_sizes(cell: Cell, weights: Sequence[Tensor], options: Options) -> list[int]:
+    """The features of each state: P, which is H unless h is projected, and, of c, H."""
+    rows, h_size = weights[1].shape
+    return [h_size, rows // cell.gates if options.proj_size else h_size][: cell.states]
 
 
 def _given(tensor: Tensor | None) -> Tensor:
@@ -381,11 +393,10 @@ def _aten_sequence(
     options: Options,
     lengths: Tensor | None,
 ) -> tuple[Tensor, States]:
-    layers, biases, *others, batch_first, _ = options
+    layers, biases, *others, batch_first, _, _ = options
     if states is None:
-        batch = x.shape[0 if batch_first else 1]
-        shape = (_directions(options) * layers, batch, weights[1].shape[1])
-        states = tuple(x.new_zeros(shape) for _ in range(cell.states))
+        rows, batch = _directions(options) * layers, x.shape[0 if batch_first else 1]
+        states = tuple(x.new_zeros(rows, batch, n) for n in _state_sizes(cell, weights, options))
     uncompiled = cell.aten == "lstm" and torch.compiler.is_dynamo_compiling()
     operator = _uncompiled_lstm if uncompiled else getattr(_VF, cell.aten)
     if lengths is None:
@@ -413,7 +424,7 @@ def _directions(options: Options) -> int:
 
 
 def _tensors_per_layer(options: Options) -> int:
-    return 4 if options.has_biases else 2
+    return (4 if options.has_biases else 2) + (options.proj_size > 0)
 
 
 def _is_cast(tensor: Tensor) -> bool:
@@ -463,10 +474,15 @@ def _checked_sequence(
     if len(weights) != expected or expected < 1:
         raise RuntimeError(f"Expected {expected} tensors in flat_weights, got {len(weights)}")
     problem = sequence_problem(cell, x, states, weights, options)
-    hidden = weights[1].shape[-1]
+    h_size, hidden = weights[1].shape[-1], _state_sizes(cell, weights, options)[-1]
     for i in range(0, expected, per_layer):
-        inputs = x.shape[-1] if i < directions * per_layer else directions * hidden
-        problem = problem or _weights_problem(cell, weights[i : i + per_layer], inputs, hidden)
+        inputs = x.shape[-1] if i < directions * per_layer else directions * h_size
+        w = weights[i : i + per_layer]
+        w_hr_size = (options.proj_size, hidden)
+        if options.proj_size and (w[-1].shape != w_hr_size or h_size != options.proj_size):
+            problem = problem or f"Expected w_hr size {w_hr_size}, got {list(w[-1].shape)}"
+        own = w[: 4 if options.has_biases else 2]
+        problem = problem or _weights_problem(cell, own, inputs, hidden, h_size)
     if problem:
         raise RuntimeError(problem)
     extras = check_extras(x, lengths, reset, return_cells, options.batch_first)
@@ -477,7 +493,8 @@ def _checked_step(
     cell: Cell, x: Tensor, states: States | None, weights: StepWeights, requested: str | None
 ) -> States:
     problem = step_problem(cell, x, states, weights)
-    problem = problem or _weights_problem(cell, weights, x.shape[-1], weights[1].shape[-1])
+    hidden = weights[1].shape[-1]
+    problem = problem or _weights_problem(cell, weights, x.shape[-1], hidden, hidden)
     if problem:
         raise RuntimeError(problem)
     return run_step(cell, x, states, weights, requested)
@@ -550,17 +567,17 @@ def sequence_problem(
         steps, batch = x.shape[0], packed_batch
     if steps == 0:
         return "Expected sequence length to be larger than 0 in RNN"
-    layers = options.num_layers * _directions(options)
-    shape = (layers, batch, weights[1].shape[-1])
-    return _problem(cell, x, weights[0].shape[-1], states, shape, weights)
+    rows = options.num_layers * _directions(options)
+    shapes = [(rows, batch, size) for size in _state_sizes(cell, weights, options)]
+    return _problem(cell, x, weights[0].shape[-1], states, shapes, weights)
 
 
 def step_problem(cell: Cell, x: Tensor, states: States | None, weights: StepWeights) -> str | None:
     """What is wrong with the arguments of `run_step`; as `sequence_problem`."""
     if x.dim() != 2:
         return f"input must have 2 dimensions, got {x.dim()}"
-    shape = (x.shape[0], weights[1].shape[-1])
-    return _problem(cell, x, weights[0].shape[-1], states, shape, weights)
+    shapes = [(x.shape[0], weights[1].shape[-1])] * cell.states
+    return _problem(cell, x, weights[0].shape[-1], states, shapes, weights)
 
 
 def _problem(
@@ -568,17 +585,17 @@ def _problem(
     x: Tensor,
     inputs: int,
     states: States | None,
-    shape: tuple[int, ...],
+    shapes: Sequence[tuple[int, ...]],
     weights: Sequence[Tensor | None],
 ) -> str | None:
-    """What steps and sequences have in common; ``shape`` is that of each state."""
+    """What steps and sequences have in common; ``shapes`` are those of the states."""
     if x.shape[-1] != inputs:
         return f"input.size(-1) must be equal to input_size. Expected {inputs}, got {x.shape[-1]}"
     if states is None:
         return _mismatch(x, weights, "parameter")
     if not isinstance(states, (tuple, list)) or len(states) != cell.states:
         return f"{cell.name} expects {cell.states} hidden states"
-    for state in states:
+    for state, shape in zip(states, shapes, strict=True):
         if not isinstance(state, Tensor):
             return f"hidden states should be tensors, got {type(state).__name__}"
         if state.shape != shape:
@@ -606,11 +623,11 @@ def _mismatch(x: Tensor, tensors: Sequence[Tensor | None], kind: str) -> str | N
 
 
 def _weights_problem(
-    cell: Cell, weights: Sequence[Tensor | None], inputs: int, hidden: int
+    cell: Cell, weights: Sequence[Tensor | None], inputs: int, hidden: int, h_size: int
 ) -> str | None:
     """Which weight of one layer and direction has the wrong shape."""
     rows = cell.gates * hidden
-    shapes = {"w_ih": (rows, inputs), "w_hh": (rows, hidden), "b_ih": (rows,), "b_hh": (rows,)}
+    shapes = {"w_ih": (rows, inputs), "w_hh": (rows, h_size), "b_ih": (rows,), "b_hh": (rows,)}
     for (name, shape), weight in zip(shapes.items(), weights, strict=False):
         if weight is not None and weight.shape != shape:
             return f"Expected {name} size {shape}, got {list(weight.shape)}"

@@ -1,8 +1,8 @@
 """Drop-in RNN, LSTM, GRU and their cells.
 
 They take the arguments of torch.nn's modules of the same names, have the same parameters, initial
-values and state_dict, and return the same. What the fused path does not serve (``proj_size``) and
-what is malformed goes to torch.nn's own ``forward``, which serves or refuses it in its own words.
+values and state_dict, and return the same. What is malformed goes to torch.nn's own ``forward``,
+which refuses it in its own words; so does, to be served, what only torch's kernels do.
 
 They derive from torch.nn.RNNBase and RNNCellBase, not from torch.nn.LSTM and its like, because
 torch.compile refuses those.
@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from . import backend as _backend
@@ -55,6 +55,11 @@ class _Backed(nn.Module):
         if name not in ("auto", "aten"):
             _backend.refuse(name, reason)
         return result
+
+    def _in_graph(self, input: fx.Proxy, *args: Any, **kwargs: Any) -> Any:
+        """One node of a torch.fx graph, as torch.fx makes of torch.nn's modules."""
+        tracer: Any = input.tracer
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), (input, *args), kwargs)
 
     def extra_repr(self) -> str:
         own = super().extra_repr()
@@ -113,10 +118,11 @@ class _Layers(_Backed, nn.RNNBase):
         plain = lengths is None and reset is None and not return_cells
         if not plain:
             self._check_extras(input, lengths, reset, return_cells)
+        if isinstance(input, fx.Proxy):
+            extras = {"lengths": lengths, "reset": reset, "return_cells": return_cells}
+            return self._in_graph(input, hx, **({} if plain else extras))
         if not isinstance(input, Tensor):
             return self._forward_packed(cell, input, hx, return_cells)
-        if self.proj_size:
-            return self._forward_in_torch(input, hx, "proj_size is not 0")
         weights = self._read(self._flat_weights_names)
         if plain and (extension := _backend.short_way(self.backend)):
             result = self._run_in_extension(extension, cell, input, hx, weights)
@@ -149,9 +155,8 @@ class _Layers(_Backed, nn.RNNBase):
         return results if cells is None else (*results, cells)
 
     def _forward_packed(self, cell: Cell, input: Any, hx: Any, return_cells: bool) -> Any:
-        if not isinstance(input, PackedSequence) or self.proj_size:
-            reason = "proj_size is not 0" if self.proj_size else "input is no tensor"
-            return self._forward_in_torch(input, hx, reason)
+        if not isinstance(input, PackedSequence):
+            return self._forward_in_torch(input, hx, "input is no tensor")
         data, batch_sizes, order, inverse = input
         name = _backend.choose(self.backend, data)
         served = name == "reference" or (name == "fused" and data.device.type == "cpu")
@@ -185,8 +190,6 @@ class _Layers(_Backed, nn.RNNBase):
         """Refuses combinations; `functional.check_extras` looks at the values."""
         if return_cells and self.mode != "LSTM":
             raise ValueError(f"return_cells is only supported for LSTM, not {self.mode}")
-        if self.proj_size:
-            raise RuntimeError("lengths, reset and return_cells need proj_size=0")
         if isinstance(input, PackedSequence) and not (lengths is None and reset is None):
             raise RuntimeError("lengths and reset need a tensor as input, got a PackedSequence")
         if lengths is not None and isinstance(input, Tensor) and input.dim() == 2:
@@ -201,6 +204,7 @@ class _Layers(_Backed, nn.RNNBase):
             self.bidirectional,
             self.batch_first,
             self.recompute,
+            self.proj_size,
         )
 
     def _run_in_extension(
@@ -220,6 +224,7 @@ class _Layers(_Backed, nn.RNNBase):
             weights,
             self.num_layers,
             self.bias,
+            self.proj_size > 0,
             self.dropout if self.training else 0.0,
             self.batch_first,
             self.bidirectional,
@@ -294,7 +299,8 @@ class LSTM(_Layers):
 
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional: As in `RNN`.
-        proj_size: If not 0, the size to which h is projected; torch's own kernels run then.
+        proj_size: If not 0, the size P to which h is projected, h = W_hr (o * tanh(c)): outputs and
+            h have P features then, c has ``hidden_size``.
         device, dtype, recompute, backend: As in `RNN`.
     """
 
@@ -406,6 +412,8 @@ class _OneStep(_Backed, nn.RNNCellBase):
             ValueError, RuntimeError: As torch.nn, and where a forced backend cannot run.
         """
         cell = self._cell
+        if isinstance(input, fx.Proxy):
+            return self._in_graph(input, hx)
         if cell is None or not isinstance(input, Tensor):
             return self._forward_in_torch(input, hx, "the module or its input is malformed")
         weights = self._read(_CELL_WEIGHTS)

@@ -115,12 +115,12 @@ def _translation(cell: Cell) -> Callable[..., Any]:
 
     def translate(x: Any, *arguments: Any) -> Any:
         states, arguments = arguments[: cell.states], arguments[cell.states :]
-        w_ih, w_hh, b_ih, b_hh, reverse, _, _, lengths, reset = (
+        w_ih, w_hh, b_ih, b_hh, reverse, _, _, lengths, reset, w_hr = (
             *arguments,
-            *(None,) * (9 - len(arguments)),  # torch leaves out what is the default
+            *(None,) * (10 - len(arguments)),  # torch leaves out what is the default
         )
-        if reset is not None:
-            raise NotImplementedError("ONNX's recurrent nodes have no reset")
+        if reset is not None or w_hr is not None:
+            raise NotImplementedError("ONNX's recurrent nodes have no reset and no projection")
         hidden = w_hh.shape[1]
 
         def ordered(weight: Any) -> Any:

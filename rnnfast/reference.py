@@ -123,6 +123,7 @@ def layer(
     reverse: bool,
     lengths: Tensor | None = None,
     reset: Tensor | None = None,
+    w_hr: Tensor | None = None,
 ) -> tuple[Tensor, States, Tensor | None]:
     """Runs a whole sequence of one layer in one direction.
 
@@ -130,9 +131,9 @@ def layer(
         cell: A row of `CELLS`.
         x: Input (T, B, I); T may be 0. Or packed as in a PackedSequence: (N, I), the rows of all
             steps one after the other, of each step only the sequences that are so long.
-        states: Initial states, each (B, H).
+        states: Initial states, each (B, H); with ``w_hr`` h is (B, P).
         w_ih: (G*H, I).
-        w_hh: (G*H, H).
+        w_hh: (G*H, H); with ``w_hr`` (G*H, P).
         b_ih: (G*H), or None.
         b_hh: (G*H), or None; both biases or neither.
         reverse: Whether time runs from the end of a sequence down to 0. ``y[t]`` stays at its own
@@ -141,20 +142,22 @@ def layer(
             them, falling.
         reset: Booleans (T, B), or None: where ``reset[t]`` is true, no state passes between t - 1
             and t.
+        w_hr: (P, H), or None: what projects the h that an LSTM puts out, h = W_hr (o * tanh(c));
+            Sak, Senior, Beaufays, arXiv:1402.1128; ``proj_size`` of torch.nn.LSTM.
 
     Returns:
-        y (T, B, H), the h of every step; the final states, each (B, H); and the c of every step
-        (T, B, H), None where the cell has none. y and c are zeros beyond a sequence's end, and
+        y (T, B, H), or (T, B, P), the h of every step; the final states, shaped like ``states``;
+        and the c of every step (T, B, H), None where the cell has none. y and c are zeros beyond a sequence's end, and
         packed where x is. All are in the dtype of ``x``, but for the c of every step, which stays
         in the dtype of sums. As in the kernels, half types are computed in float32 and h is rounded
         after every step.
     """
     if autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
-            return layer(cell, x, states, w_ih, w_hh, b_ih, b_hh, reverse, lengths, reset)
+            return layer(cell, x, states, w_ih, w_hh, b_ih, b_hh, reverse, lengths, reset, w_hr)
     if x.dim() == 2:
         assert lengths is not None
-        return _packed_layer(cell, x, states, w_ih, w_hh, b_ih, b_hh, reverse, lengths)
+        return _packed_layer(cell, x, states, w_ih, w_hh, b_ih, b_hh, reverse, lengths, w_hr)
 
     dtype, wide = x.dtype, compute_dtype(x.dtype)
     if lengths is not None:
@@ -172,6 +175,7 @@ def layer(
             cut = reset[border] if lengths is None else reset[border] & (border < lengths)
             before = tuple(state.masked_fill(cut.unsqueeze(1), 0) for state in current)
         h, *others = cell.step(gates_x[t], F.linear(before[0], w_hh, b_hh), *before)
+        h = h if w_hr is None else F.linear(h, w_hr.to(wide))
         following = (h.to(dtype).to(wide), *others)
         if lengths is None:
             current = outputs = following
@@ -183,13 +187,13 @@ def layer(
         y.append(outputs[0].to(dtype))
         cells.append(outputs[-1])
 
-    def in_time(steps: list[Tensor], dtype: torch.dtype) -> Tensor:
+    def in_time(steps: list[Tensor], state: Tensor) -> Tensor:
         if not steps:
-            return x.new_empty((0, *states[0].shape), dtype=dtype)
+            return state.new_empty((0, *state.shape))
         return torch.stack(steps[::-1] if reverse else steps)
 
     finals = tuple(state.to(dtype) for state in current)
-    return in_time(y, dtype), finals, in_time(cells, wide) if cell.states > 1 else None
+    return in_time(y, finals[0]), finals, in_time(cells, current[1]) if cell.states > 1 else None
 
 
 def _packed_layer(
@@ -202,6 +206,7 @@ def _packed_layer(
     b_hh: Tensor | None,
     reverse: bool,
     lengths: Tensor,
+    w_hr: Tensor | None,
 ) -> tuple[Tensor, States, Tensor | None]:
     """`layer` on packed x, by way of padding."""
     lengths = lengths.to(x.device)
@@ -210,6 +215,8 @@ def _packed_layer(
     rows = running.flatten().nonzero().squeeze(1)
     padded = x.new_zeros((steps * batch, x.shape[1])).index_copy(0, rows, x)
     padded = padded.unflatten(0, (steps, batch))
-    y, finals, cells = layer(cell, padded, states, w_ih, w_hh, b_ih, b_hh, reverse, lengths)
+    y, finals, cells = layer(
+        cell, padded, states, w_ih, w_hh, b_ih, b_hh, reverse, lengths, None, w_hr
+    )
     cells = None if cells is None else cells.flatten(0, 1).index_select(0, rows)
     return y.flatten(0, 1).index_select(0, rows), finals, cells

@@ -30,16 +30,19 @@ class Case(NamedTuple):
     resets: bool = False
     cells: bool = False
     """Whether the c of every step is looked at, too."""
+    proj: int = 0
+    """P, if h is projected."""
 
     @property
     def is_plain(self) -> bool:
         """Whether every device has kernels for it."""
-        return not self.lengths and not self.resets
+        return not self.lengths and not self.resets and not self.proj
 
     def __str__(self) -> str:
         options = [self.layout] * (self.layout != "contiguous") + [self.lengths] * bool(self.lengths)
         options += ["no_bias"] * (not self.bias) + ["reverse"] * self.reverse
         options += ["resets"] * self.resets + ["cells"] * self.cells
+        options += [f"proj{self.proj}"] * bool(self.proj)
         return "-".join([self.cell, f"{self.T}x{self.B}x{self.I}x{self.H}", *options])
 
 
@@ -57,6 +60,7 @@ SHAPES = (
     (70, 9, 4, 12),  # several blocks of steps in the backward
 )
 LAYOUTS = ("batch_first", "strided", "expanded", "same_step", "same_row", "padded")
+PROJECTIONS = (3, 6, 9, 16, 64, 9, 70, 5)  # for the shapes from the fourth on
 MANY_BLOCKS = (330, 40, 2, 3)  # more rows than any device takes in one block of steps
 
 RAGGED = [  # shape, lengths, resets
@@ -86,6 +90,21 @@ CASES = [
         for reverse in (False, True)
     ),
     Case("lstm", *MANY_BLOCKS, resets=True, cells=True),
+    *(
+        Case("lstm", *shape, reverse=reverse, proj=P)
+        for shape, P in [(SHAPES[0], 1), *zip(SHAPES[3:], PROJECTIONS, strict=True), (MANY_BLOCKS, 2)]
+        for reverse in (False, True)
+    ),
+    Case("lstm", 9, 13, 20, 65, bias=False, proj=17),
+    *(
+        Case("lstm", 9, 13, 20, 65, False, reverse, "contiguous", lengths, resets, cells, 33)
+        for lengths, resets, cells in [
+            ("padded", False, True),
+            ("packed", False, False),
+            ("padded", True, False),
+        ]
+        for reverse in (False, True)
+    ),
 ]
 
 GRADCHECK_CASES = [
@@ -97,9 +116,13 @@ GRADCHECK_CASES = [
         ((1, 2, 1, 1), True, True),
     ]
 ] + [
-    Case(cell, 4, 3, 2, 2, reverse=reverse, lengths=lengths, resets=resets, cells=cell == "lstm")
+    Case(cell, 4, 3, 2, 4, reverse=reverse, lengths=lengths, resets=resets, cells=cell == "lstm")
     for cell in CELLS
     for lengths, resets in (("padded", False), ("packed", False), ("padded", True))
+    for reverse in (False, True)
+] + [
+    Case("lstm", 3, 2, 2, 3, reverse=reverse, lengths=lengths, cells=True, proj=2)
+    for lengths in ("", "packed")
     for reverse in (False, True)
 ]
 
@@ -153,18 +176,19 @@ def pack(case: Case, padded: Tensor) -> Tensor:
 
 
 def sample_inputs(case: Case, dtype: torch.dtype, seed: int = 0) -> list[Tensor | None]:
-    """(x, *states, w_ih, w_hh, b_ih, b_hh) in float64, rounded to ``dtype``."""
+    """(x, *states, w_ih, w_hh, b_ih, b_hh[, w_hr]) in float64, rounded to ``dtype``."""
     torch.manual_seed(seed)
-    row = CELLS[case.cell]
+    row, P = CELLS[case.cell], case.proj or case.H
     rows, scale = row.gates * case.H, 0.3 * case.H**-0.5
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=torch.float64)
 
     inputs: list[Tensor | None] = [sample_x(case)]
-    inputs += [normal(case.B, case.H) for _ in range(row.states)]
-    inputs += [normal(rows, case.I) * scale, normal(rows, case.H) * scale]
+    inputs += [normal(case.B, size) for size in (P, case.H)[: row.states]]
+    inputs += [normal(rows, case.I) * scale, normal(rows, P) * scale]
     inputs += [normal(rows) * scale, normal(rows) * scale] if case.bias else [None, None]
+    inputs += [normal(P, case.H) * case.H**-0.5] if case.proj else []
     return [None if t is None else like_layout(t.to(dtype).double(), t) for t in inputs]
 
 
@@ -190,8 +214,9 @@ def cast(tensors: list[Tensor | None], dtype: torch.dtype, device: str) -> list[
 def sample_grads(case: Case, dtype: torch.dtype, seed: int = 1) -> list[Tensor]:
     """Gradients of (y, *final states[, cells]), float64 rounded to ``dtype``."""
     torch.manual_seed(seed)
-    shapes = [(case.T, case.B, case.H)] + [(case.B, case.H)] * CELLS[case.cell].states
-    shapes += [shapes[0]] * case.cells
+    P, states = case.proj or case.H, CELLS[case.cell].states
+    shapes = [(case.T, case.B, P), *[(case.B, P), (case.B, case.H)][:states]]
+    shapes += [(case.T, case.B, case.H)] * case.cells
     grads = [torch.randn(s, dtype=torch.float64).to(dtype).double() for s in shapes]
     if case.lengths != "packed":
         return grads
@@ -221,9 +246,8 @@ def oracle(
     row = CELLS[case.cell]
     leaves = [None if t is None else t.detach().clone().requires_grad_() for t in inputs]
     x, states, weights = leaves[0], tuple(leaves[1 : 1 + row.states]), leaves[1 + row.states :]
-    y, finals, cells = reference.layer(
-        row, x, states, *weights, case.reverse, lengths_of(case), reset_of(case)
-    )
+    extras = lengths_of(case), reset_of(case), *weights[4:]
+    y, finals, cells = reference.layer(row, x, states, *weights[:4], case.reverse, *extras)
     outputs = [y, *finals] + [cells] * case.cells
     used = [
         (output, grad)
@@ -257,8 +281,9 @@ def run_forward(
 ) -> tuple[Tensor, ...]:
     """The operator itself: (y, *final states, gates[, cells])."""
     op = getattr(torch.ops.rnnfast, case.cell)
-    reset = reset_of(case, inputs[0].device.type)
-    return op(*inputs, case.reverse, save, recompute, lengths_of(case), reset)
+    extras = lengths_of(case), reset_of(case, inputs[0].device.type)
+    count = 5 + CELLS[case.cell].states
+    return op(*inputs[:count], case.reverse, save, recompute, *extras, *inputs[count:])
 
 
 def outputs_of(case: Case, forward: tuple[Tensor, ...]) -> list[Tensor]:
@@ -275,14 +300,17 @@ def run_backward(
 ) -> tuple[Tensor, ...]:
     """The backward operator on what ``run_forward(save=True)`` returned."""
     mask = [t is not None for t in inputs] if mask is None else mask
-    outputs = 1 + CELLS[case.cell].states
+    outputs, count = 1 + CELLS[case.cell].states, 5 + CELLS[case.cell].states
     grads, grad_cells = grad_outputs[:outputs], grad_outputs[outputs:]
     if grad_cells:
         grad_cells = [grad_cells[0].to(reference.compute_dtype(inputs[0].dtype))]
     op = getattr(torch.ops.rnnfast, f"{case.cell}_backward")
-    extras = (lengths_of(case), reset_of(case, inputs[0].device.type), *grad_cells)
+    extras = [lengths_of(case), reset_of(case, inputs[0].device.type)]
+    if case.cell == "lstm":
+        extras += [*(inputs[count:] or [None]), *grad_cells]
     saved = forward[outputs:]
-    return op(*grads, *inputs, forward[0], *saved, case.reverse, mask, *extras)
+    found = op(*grads, *inputs[:count], forward[0], *saved, case.reverse, mask, *extras)
+    return found[: len(inputs)]
 
 
 def error(actual: Tensor, expected: Tensor) -> float:

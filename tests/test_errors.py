@@ -271,15 +271,6 @@ def test_doctor_says_what_each_cell_would_run_on(name):
     assert all(f"{cell:<13}{name:<10}{name}" in report for cell in rnnfast.reference.CELLS)
 
 
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if name in ("reference", "fused")])
-def test_forced_backend_refuses_what_only_aten_serves(backend):
-    packed = nn.utils.rnn.pack_sequence([zeros(3, 3), zeros(2, 3)])
-    with pytest.raises(RuntimeError, match="cannot run: input is a PackedSequence"):
-        rnnfast.LSTM(3, 4, backend=backend)(packed)
-    with pytest.raises(RuntimeError, match="cannot run: proj_size is not 0"):
-        rnnfast.LSTM(3, 4, proj_size=2, backend=backend)(zeros(5, 2, 3))
-
-
 @pytest.mark.skipif(not EXPECT_FUSED, reason="the extension is not expected")
 def test_fused_refuses_other_dtypes():
     with pytest.raises(RuntimeError, match=r"no fused kernels for torch\.complex64 on cpu"):

@@ -51,7 +51,11 @@ def has_kernels(case: Case, device: str) -> bool:
     return case.is_plain or (device == "cpu" and not emulated)
 
 
-TORCH_CASES = [c for c in CASES if c.T * c.B * c.I and c.is_plain and not c.cells]
+TORCH_CASES = [
+    case
+    for case in CASES
+    if case.T * case.B * case.I and not (case.lengths or case.resets or case.cells)
+]
 
 
 @pytest.mark.parametrize("case", TORCH_CASES, ids=str)
@@ -60,6 +64,7 @@ def test_reference_is_torch_nn(case: Case) -> None:
     inputs, grads = sample_inputs(case, torch.float64), sample_grads(case, torch.float64)
     states = CELLS[case.cell].states
     make, options = TORCH_CLASS[case.cell]
+    options = options | ({"proj_size": case.proj} if case.proj else {})
     module = make(case.I, case.H, bias=case.bias, dtype=torch.float64, **options)
     weights = [t for t in inputs[1 + states :] if t is not None]
     for parameter, value in zip(module.parameters(), weights, strict=True):
@@ -156,7 +161,7 @@ def test_values_and_gradients(
     exact_inputs, exact_grads, expected = sample_with_oracle(case, dtype)
     inputs, grads = cast(exact_inputs, dtype, device), cast(exact_grads, dtype, device)
     if not has_kernels(case, device):
-        with pytest.raises(RuntimeError, match="lengths and reset have no kernels on this device"):
+        with pytest.raises(RuntimeError, match="lengths, reset and w_hr have no kernels on"):
             run_forward(case, inputs, save=True)
         return
     forward = run_forward(case, inputs, save=True)
@@ -266,9 +271,10 @@ def test_gradcheck(case: Case, device: str) -> None:
     def layer(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         x, *rest = (*tensors, *absent)
         states = tuple(rest[: row.states])
-        extras = lengths_of(case), reset_of(case, device)
+        weights = rest[row.states :]
+        extras = lengths_of(case), reset_of(case, device), *weights[4:]
         y, finals, cells = autograd.layer(
-            row, x, states, *rest[row.states :], case.reverse, *extras, save_cells=case.cells
+            row, x, states, *weights[:4], case.reverse, *extras, save_cells=case.cells
         )
         return (y, *finals, cells) if case.cells else (y, *finals)
 
@@ -404,13 +410,18 @@ def test_planned_split(cell: str, split: str) -> None:
         assert plan["split"] == split
 
 
-@pytest.mark.parametrize("lengths", ["", "padded", "packed"])
+@pytest.mark.parametrize("lengths", ["", "padded", "packed", "projected"])
 @pytest.mark.parametrize("shape", SPLIT_SHAPES.values(), ids=SPLIT_SHAPES.keys())
 @pytest.mark.parametrize("cell", CELLS)
 def test_same_bits_for_every_run_and_thread_count(
     cell: str, shape: tuple[int, int, int, int], lengths: str, device: str, threads: None
 ) -> None:
-    case = Case(cell, *shape, lengths=lengths)
+    if lengths == "projected":
+        if cell != "lstm":
+            return  # the others have no projection
+        case = Case(cell, *shape, proj=shape[-1] * 3 // 4)
+    else:
+        case = Case(cell, *shape, lengths=lengths)
     if not has_kernels(case, device):
         return  # refused, as `test_values_and_gradients` finds
     inputs = cast(sample_inputs(case, torch.float32), torch.float32, device)

@@ -387,9 +387,94 @@ class TestCellStates:
             two("GRU", {})[1](x, return_cells=True)
         with pytest.raises(RuntimeError, match="torch's kernels have no reset"):
             two("LSTM", {}, "aten")[1](x, return_cells=True)
-        projected = rnnfast.LSTM(3, 4, proj_size=2)
-        with pytest.raises(RuntimeError, match="need proj_size=0"):
-            projected(x.float(), return_cells=True)
+
+
+class TestProjection:
+    """``proj_size``: h has fewer features than c."""
+
+    @staticmethod
+    def pair(backend, **options):
+        return two("LSTM", {"proj_size": 2, **options}, backend)
+
+    @staticmethod
+    def state(rows, *batch):
+        return tuple(
+            torch.randn(rows, *batch, size, dtype=torch.float64, requires_grad=True)
+            for size in (2, 4)
+        )
+
+    @ways
+    @pytest.mark.parametrize("backend", [*BACKENDS, "aten"])
+    @options
+    def test_as_torch_nn(self, options, backend, way):
+        theirs, ours = self.pair(backend, **options)
+        x, hx = sample("LSTM", options)
+        hx = self.state(hx[0].shape[0], B)
+        inputs = [x, *hx]
+        expected = with_gradients(lambda: theirs(x, hx), inputs, theirs)
+        if way == "general":
+            with Watched():
+                actual = with_gradients(lambda: ours(x, hx), inputs, ours)
+        else:
+            actual = with_gradients(lambda: ours(x, hx), inputs, ours)
+        torch.testing.assert_close(actual, expected)
+        torch.testing.assert_close(tensors(ours(x)), tensors(theirs(x)))
+        single = (hx[0][:, 0], hx[1][:, 0])
+        torch.testing.assert_close(tensors(ours(x[:, 0], single)), tensors(theirs(x[:, 0], single)))
+
+    @ways
+    @pytest.mark.parametrize("backend", [*BACKENDS, "aten"])
+    def test_packed_and_lengths(self, backend, way):
+        theirs, ours = self.pair(backend, bidirectional=True, num_layers=2)
+        x, hx = sample("LSTM", {})[0], self.state(4, B)
+        inputs = [x, *hx]
+        expected = with_gradients(lambda: padded(theirs, x, hx, LENGTHS), inputs, theirs)
+        calls = [lambda: padded(ours, x, hx, LENGTHS), lambda: ours(x, hx, lengths=LENGTHS)]
+        for call in calls:
+            if way == "general":
+                with Watched():
+                    actual = with_gradients(call, inputs, ours)
+            else:
+                actual = with_gradients(call, inputs, ours)
+            torch.testing.assert_close(actual, expected)
+
+    @backends
+    def test_resets_and_cells(self, backend):
+        theirs, ours = self.pair(backend)
+        x, hx = sample("LSTM", {})[0], self.state(1, B)
+        expected = episodes(theirs, x, hx, TestResets.reset)
+        y, finals, cells = ours(x, hx, reset=TestResets.reset, return_cells=True)
+        torch.testing.assert_close(tensors((y, finals)), tensors(expected))
+        assert cells.shape == (T, B, 4)
+        torch.testing.assert_close(cells[-1], finals[1][0])
+
+    @backends
+    def test_functional(self, backend):
+        theirs, _ = self.pair(None, num_layers=2)
+        x, hx = sample("LSTM", {})[0], self.state(2, B)
+        weights = list(theirs.parameters())
+        found = functional.lstm(x, hx, weights, num_layers=2, proj_size=2, backend=backend)
+        torch.testing.assert_close(tensors(found), tensors(theirs(x, hx)))
+        with pytest.raises(RuntimeError, match=r"Expected w_hr size \(3, 4\), got \[2, 4\]"):
+            functional.lstm(x, None, weights, num_layers=2, proj_size=3, backend=backend)
+
+    @pytest.mark.skipif(not EXPECT_FUSED, reason="the extension is not expected")
+    def test_compile_and_second_derivatives(self):
+        torch._dynamo.reset()
+        theirs, ours = self.pair("fused")
+        x, hx = sample("LSTM", {})[0], self.state(1, B)
+        compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
+        expected = with_gradients(lambda: theirs(x, hx), [x, *hx], theirs)
+        actual = with_gradients(lambda: compiled(x, hx), [x, *hx], ours)
+        torch.testing.assert_close(actual, expected)
+        outcomes = []
+        for name in ("reference", "fused"):
+            ours.backend = name
+            loss = sum(result.sin().sum() for result in tensors(ours(x, hx)))
+            first = torch.autograd.grad(loss, [x, *ours.parameters()], create_graph=True)
+            second = sum(gradient.pow(2).sum() for gradient in first)
+            outcomes.append(torch.autograd.grad(second, [x, *ours.parameters()]))
+        torch.testing.assert_close(outcomes[1], outcomes[0])
 
 
 EXTRAS = {

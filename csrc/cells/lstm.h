@@ -33,6 +33,12 @@ struct Lstm {
     saved[3] = o;
   }
 
+  // h', from what `forward` saved
+  template <class M, class V>
+  RNNFAST_HD static V output(const V* saved, V c) {
+    return saved[3] * M::tanh(c);
+  }
+
   // c is the state after the step; d_c holds d loss/d c on entry and d loss/d c_prev on return
   template <class M, class V>
   RNNFAST_HD static void backward(const V* saved, V /*h*/, V /*h_prev*/, V c, V c_prev, V d_h,

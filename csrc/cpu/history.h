@@ -13,7 +13,9 @@ class History {
 
  public:
   History(const BackwardArgs& args, Arena& arena)
-      : batch(args), args_(args), pitch_(ceil_div(args.size.H, kLanes<A>) * kLanes<A>) {
+      : batch(args),
+        args_(args),
+        pitch_(ceil_div(std::max(args.size.H, args.h_size), kLanes<A>) * kLanes<A>) {
     if (Cell::kHasCell) c0_ = arena.take<A>(args.size.B * pitch_);
     if (batch.has_resets()) zeros_ = arena.take<A>(pitch_);
   }
@@ -33,19 +35,18 @@ class History {
     return static_cast<const S*>(args_.x) +
            batch.offset(time(step), b, args_.x_stride_t, args_.x_stride_b);
   }
-  // a row of H, or `blocks` of H, elements of y, cells, ... or null
+  // a row of so many elements of y, cells, ... or null
   template <class T>
-  const T* at(const void* data, int64_t step, int64_t b, int blocks = 1) const {
-    return data ? static_cast<const T*>(data) + batch.row(time(step), b) * blocks * args_.size.H
-                : nullptr;
+  const T* at(const void* data, int64_t step, int64_t b, int64_t elements) const {
+    return data ? static_cast<const T*>(data) + batch.row(time(step), b) * elements : nullptr;
   }
 
   // the states before a step
   const S* h_before(int64_t step, int64_t b) const {
-    const int64_t t = time(step), H = args_.size.H;
+    const int64_t t = time(step), P = args_.h_size;
     if (batch.resets(t, b)) return reinterpret_cast<const S*>(zeros_);
-    if (batch.is_first(t, b)) return static_cast<const S*>(args_.h0) + batch.place(b) * H;
-    return static_cast<const S*>(args_.y) + batch.row(batch.before(t), b) * H;
+    if (batch.is_first(t, b)) return static_cast<const S*>(args_.h0) + batch.place(b) * P;
+    return static_cast<const S*>(args_.y) + batch.row(batch.before(t), b) * P;
   }
   const A* c_before(int64_t step, int64_t b) const {
     const int64_t t = time(step);

@@ -20,26 +20,27 @@ class Recompute {
     if (!wanted(args)) return;
     const auto [T, B, I, H] = args.size;
     const int64_t block_rows = plan.block_steps * B, width = panels_.count() * Panels::kWidth;
+    const int64_t P = args.h_size;
     gates_ = arena.take<S>(block_rows * Cell::kSaved * H);
     if (pays_to_pack(args.size)) {  // as in the forward, which would sum in another order else
       w_ih_ = arena.take<A>(width * words<Op>(I));
-      w_hh_ = arena.take<A>(width * words<Op>(H));
+      w_hh_ = arena.take<A>(width * words<Op>(P));
     }
     b_ih_ = arena.take<A>(width);
     b_hh_ = arena.take<A>(width);
     if (needs_copy(I)) x_rows_ = arena.take<Element>(block_rows * whole_words(I));
-    if (needs_copy(H)) h_rows_ = arena.take<Element>(block_rows * whole_words(H));
+    if (needs_copy(P)) h_rows_ = arena.take<Element>(block_rows * whole_words(P));
   }
 
   void pack(const Team& team) {
     if (!wanted(args_)) return;
-    const auto [T, B, I, H] = args_.size;
+    const int64_t I = args_.size.I, P = args_.h_size;
     const Span panels = team.share(panels_.count());
     for (int64_t p = panels.begin; p < panels.end; ++p) {
       const int64_t at = p * Panels::kWidth;
       if (w_ih_) {
         panels_.pack(static_cast<const S*>(args_.w_ih), I, p, w_ih_ + at * words<Op>(I));
-        panels_.pack(static_cast<const S*>(args_.w_hh), H, p, w_hh_ + at * words<Op>(H));
+        panels_.pack(static_cast<const S*>(args_.w_hh), P, p, w_hh_ + at * words<Op>(P));
       }
       panels_.pack_bias(static_cast<const S*>(args_.b_ih), p, b_ih_ + at);
       panels_.pack_bias(static_cast<const S*>(args_.b_hh), p, b_hh_ + at);
@@ -48,28 +49,28 @@ class Recompute {
 
   // for this thread's share of the rows of a block
   void run(const Row* rows, Span own) const {
-    const int64_t I = args_.size.I, H = args_.size.H;
+    const int64_t I = args_.size.I, P = args_.h_size;
     const auto x = [&](int64_t i) { return history_.x(rows[i].step, rows[i].b); };
     const auto h = [&](int64_t i) { return history_.h_before(rows[i].step, rows[i].b); };
     for (int64_t i = own.begin; i < own.end; ++i) {
       if (x_rows_) copy_row(x(i), I, x_rows_ + i * whole_words(I));
-      if (h_rows_) copy_row(h(i), H, h_rows_ + i * whole_words(H));
+      if (h_rows_) copy_row(h(i), P, h_rows_ + i * whole_words(P));
     }
     alignas(64) A from_x[kMaxTileRows * Panels::kWidth], from_h[kMaxTileRows * Panels::kWidth];
     for (int64_t p = 0; p < panels_.count(); ++p) {
       const int64_t at = p * Panels::kWidth;
       const A* w_ih = w_ih_ ? w_ih_ + at * words<Op>(I) : nullptr;
-      const A* w_hh = w_hh_ ? w_hh_ + at * words<Op>(H) : nullptr;
+      const A* w_hh = w_hh_ ? w_hh_ + at * words<Op>(P) : nullptr;
       for_row_tiles(own.size(), Panels::kRows, [&](int64_t r, int n) {
         const int64_t first = own.begin + r;
         const Element *a[kMaxTileRows], *b[kMaxTileRows];
         for (int i = 0; i < n; ++i) {
           a[i] = left_row(x(first + i), I, x_rows_, first + i);
-          b[i] = left_row(h(first + i), H, h_rows_, first + i);
+          b[i] = left_row(h(first + i), P, h_rows_, first + i);
         }
         panels_.multiply(static_cast<const S*>(args_.w_ih), w_ih, b_ih_ + at, I, p, a, n, from_x,
                          Panels::kWidth);
-        panels_.multiply(static_cast<const S*>(args_.w_hh), w_hh, b_hh_ + at, H, p, b, n, from_h,
+        panels_.multiply(static_cast<const S*>(args_.w_hh), w_hh, b_hh_ + at, P, p, b, n, from_h,
                          Panels::kWidth);
         for (int i = 0; i < n; ++i)
           apply_cell(rows[first + i], p, from_x + i * Panels::kWidth, from_h + i * Panels::kWidth);
@@ -113,7 +114,8 @@ class Recompute {
         ph[g] = load(from_h + (g * Panels::kUnitVectors + v) * kLanesA);
       }
       if (Cell::kHasCell) c = load(history_.c_before(row.step, row.b) + unit, left);
-      Cell::template forward<Math>(px, ph, load(h_before + unit, left), c, h, saved);
+      const V h_prev = args_.w_hr ? V{} : load(h_before + unit, left);  // the LSTM does without
+      Cell::template forward<Math>(px, ph, h_prev, c, h, saved);
       for (int k = 0; k < Cell::kSaved; ++k) store(to + k * H + unit, saved[k], left);
     }
   }

@@ -10,6 +10,7 @@
 #include <ATen/record_function.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/jit/frontend/tracer.h>
 #include <torch/extension.h>
 
 #include <cstring>
@@ -43,7 +44,7 @@ bool is_plain(const Tensor& t) {
 
 bool is_plain_context() {
   return !c10::impl::dispatch_mode_enabled() && !at::impl::torch_function_mode_enabled() &&
-         !at::autocast::is_autocast_enabled(at::kCPU);
+         !torch::jit::tracer::isTracing() && !at::autocast::is_autocast_enabled(at::kCPU);
 }
 
 // Takes a tensor out of a Python object; false if it is no tensor or parameter, but a subclass of
@@ -58,23 +59,25 @@ struct Call {
   const CellInfo& cell;
   Tensor x;                     // (T, B, I)
   std::vector<Tensor> states;   // (L*D, B, H) each, or (B, H) of a single step
-  std::vector<Tensor> weights;  // per layer and direction: w_ih, w_hh[, b_ih, b_hh]
+  std::vector<Tensor> weights;  // per layer and direction: w_ih, w_hh[, b_ih, b_hh][, w_hr]
   bool step;  // of a cell: states have no dimension of layers
   int64_t layers, directions;
-  bool biases;
+  bool biases, projects;
   double dropout;  // between layers; 0 when not training
   bool recompute;  // gates in the backward
   Tensor lengths, reset;  // see LayerInputs; undefined where there are none
 
   bool packed() const { return x.dim() == 2; }
   int64_t batch() const { return packed() ? lengths.size(0) : x.size(1); }
-  int64_t hidden() const { return weights[1].size(1); }
+  int64_t hidden() const { return weights[1].size(0) / cell.gates; }
+  int64_t h_size() const { return weights[1].size(1); }  // P
   int64_t count() const { return layers * directions; }
-  c10::DimVector state_shape() const {
-    const int64_t B = batch(), H = hidden();
-    return step ? c10::DimVector{B, H} : c10::DimVector{count(), B, H};
+  // of h, the first, and c, the second state
+  c10::DimVector state_shape(size_t k) const {
+    const int64_t B = batch(), size = k == 0 ? h_size() : hidden();
+    return step ? c10::DimVector{B, size} : c10::DimVector{count(), B, size};
   }
-  size_t per_layer() const { return biases ? 4 : 2; }
+  size_t per_layer() const { return size_t(2 + 2 * biases + projects); }
 };
 
 bool needs_grad(const Call& call) {
@@ -91,19 +94,25 @@ bool fits(const Call& call) {
   if (type != at::kFloat && type != at::kDouble && type != at::kBFloat16 && type != at::kHalf)
     return false;
   if (x.size(0) == 0 || call.batch() == 0) return false;
-  if ((call.lengths.defined() || call.reset.defined()) && !CpuDevice::complete()) return false;
+  if ((call.lengths.defined() || call.reset.defined() || call.projects) && !CpuDevice::complete())
+    return false;
   if (call.weights.size() != size_t(call.count()) * call.per_layer() || call.weights[1].dim() != 2)
     return false;
-  const int64_t H = call.hidden(), rows = call.cell.gates * H;
-  for (const Tensor& state : call.states)
-    if (state.scalar_type() != type || state.sizes() != call.state_shape()) return false;
+  const int64_t H = call.hidden(), P = call.h_size(), rows = call.cell.gates * H;
+  if (!call.projects && P != H) return false;
+  for (size_t k = 0; k < call.states.size(); ++k) {
+    const Tensor& state = call.states[k];
+    if (state.scalar_type() != type || state.sizes() != call.state_shape(k)) return false;
+  }
   for (size_t i = 0; i < call.weights.size(); ++i) {
     const Tensor& w = call.weights[i];
     const size_t layer = i / call.per_layer() / size_t(call.directions),
                  kind = i % call.per_layer();
-    const int64_t columns = kind == 1 ? H : layer == 0 ? x.size(-1) : call.directions * H;
-    const bool shaped = kind < 2 ? w.sizes() == at::IntArrayRef({rows, columns})
-                                 : w.sizes() == at::IntArrayRef({rows});
+    const int64_t columns = kind == 1 ? P : layer == 0 ? x.size(-1) : call.directions * P;
+    const bool projection = call.projects && kind == call.per_layer() - 1;
+    const bool shaped = projection ? w.sizes() == at::IntArrayRef({P, H})
+                        : kind < 2 ? w.sizes() == at::IntArrayRef({rows, columns})
+                                   : w.sizes() == at::IntArrayRef({rows});
     if (!shaped || w.scalar_type() != type || !w.is_contiguous()) return false;
   }
   return true;
@@ -117,11 +126,15 @@ LayerOutputs allocate(const Call& call, const LayerInputs& in, bool save) {
   const CellInfo& cell = call.cell;
   const auto [T, B, I, H] = in.sizes();
   // a lone layer's final states are the call's, as they are: views would cost more than the step
-  const auto state = call.count() == 1 ? call.state_shape() : c10::DimVector{B, H};
+  const int64_t batch = B, hidden = H;
+  const auto state = [&](size_t k) {
+    return call.count() == 1 ? call.state_shape(k)
+                             : c10::DimVector{batch, k == 0 ? call.h_size() : hidden};
+  };
   LayerOutputs out;
-  out.y = empty(in.shape(H), in.x);
-  out.h_n = empty(state, in.x);
-  if (cell.has_cell) out.c_n = empty(state, in.x);
+  out.y = empty(in.shape(call.h_size()), in.x);
+  out.h_n = empty(state(0), in.x);
+  if (cell.has_cell) out.c_n = empty(state(1), in.x);
   if (save)
     out.gates = call.recompute && CpuDevice::complete() ? empty({0}, in.x)
                                                         : empty({T, B, cell.saved * H}, in.x);
@@ -141,8 +154,8 @@ py::object& python_backward() {
 // both, so that both directions' backwards can run side by side.
 class LayerFunction : public torch::autograd::Function<LayerFunction> {
   using List = torch::autograd::variable_list;
-  static constexpr size_t kOwn = 6;    // inputs of a direction: h0, c0, w_ih, w_hh, b_ih, b_hh
-  static constexpr size_t kSaved = 11;  // and y, gates, cells, lengths, reset
+  static constexpr size_t kOwn = 7;  // inputs of a direction: h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr
+  static constexpr size_t kSaved = 12;  // and y, gates, cells, lengths, reset
 
  public:
   // What has been computed already, for `record`.
@@ -162,9 +175,9 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
     };
     using In = LayerInputs;
     apply(done, done.directions[0].in.x, input(0, &In::h0), input(0, &In::c0), input(0, &In::w_ih),
-          input(0, &In::w_hh), input(0, &In::b_ih), input(0, &In::b_hh), input(1, &In::h0),
-          input(1, &In::c0), input(1, &In::w_ih), input(1, &In::w_hh), input(1, &In::b_ih),
-          input(1, &In::b_hh));
+          input(0, &In::w_hh), input(0, &In::b_ih), input(0, &In::b_hh), input(0, &In::w_hr),
+          input(1, &In::h0), input(1, &In::c0), input(1, &In::w_ih), input(1, &In::w_hh),
+          input(1, &In::b_ih), input(1, &In::b_hh), input(1, &In::w_hr));
   }
 
   template <class... Inputs>
@@ -172,8 +185,8 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
                       const Inputs&...) {
     List saved{x}, results;
     for (const auto& [in, out] : done.directions) {
-      saved.insert(saved.end(), {in.h0, in.c0, in.w_ih, in.w_hh, in.b_ih, in.b_hh, out.y, out.gates,
-                                 out.cells, in.lengths, in.reset});
+      saved.insert(saved.end(), {in.h0, in.c0, in.w_ih, in.w_hh, in.b_ih, in.b_hh, in.w_hr, out.y,
+                                 out.gates, out.cells, in.lengths, in.reset});
       results.insert(results.end(), {out.y, out.h_n});
       if (done.cell.has_cell) results.push_back(out.c_n);
     }
@@ -225,10 +238,9 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
   struct Direction {
     const CellInfo& cell;
     bool reverse;
-    List grads;                   // of y, h_n[, c_n]
-    List saved;                   // x, h0, c0, w_ih, w_hh, b_ih, b_hh, y, gates, cells, lengths,
-                                  // reset
-    bool wanted[1 + kOwn] = {};   // of the first seven
+    List grads;  // of y, h_n[, c_n]
+    List saved;  // x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, y, gates, cells, lengths, reset
+    bool wanted[1 + kOwn] = {};  // of the first eight
   };
 
   static std::vector<List> run_kernel(const CellInfo& cell,
@@ -243,13 +255,13 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
       LayerBackward layer{
           .grad_out = {},
           .in = {with_last_stride_one(saved[0]), saved[1], saved[2], saved[3], saved[4], saved[5],
-                 saved[6], reverse, saved[10], saved[11]},
+                 saved[6], reverse, saved[7], saved[11], saved[12]},
           .out = {},
           .grads = {allocate(0, type), allocate(1, type), allocate(2, type),
                     allocate(3, parameters), allocate(4, parameters), allocate(5, parameters),
-                    allocate(6, parameters)},
+                    allocate(6, parameters), allocate(7, parameters)},
       };
-      layer.out.y = saved[7], layer.out.gates = saved[8], layer.out.cells = saved[9];
+      layer.out.y = saved[8], layer.out.gates = saved[9], layer.out.cells = saved[10];
       if (grads[0].defined()) layer.grad_out.y = with_last_stride_one(grads[0]);
       if (grads[1].defined()) layer.grad_out.h_n = grads[1].contiguous();
       if (cell.has_cell && grads[2].defined()) layer.grad_out.c_n = grads[2].contiguous();
@@ -259,20 +271,22 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
     std::vector<List> found;
     for (const LayerBackward& layer : layers) {
       const LayerGrads& d = layer.grads;
-      found.push_back({d.x, d.h0, d.c0, d.w_ih, d.w_hh, d.b_ih, d.b_hh});
+      found.push_back({d.x, d.h0, d.c0, d.w_ih, d.w_hh, d.b_ih, d.b_hh, d.w_hr});
       for (Tensor& grad : found.back())
         if (grad.defined() && grad.scalar_type() != type) grad = grad.to(type);
     }
     return found;
   }
 
-  // The arguments of Python's backward have no c0, cells or its gradient where the cell has no c,
-  // and its states are (B, H).
+  // The arguments of Python's backward have no c0, w_hr, cells or its gradient where the cell has
+  // no c, and its states are (B, H).
   static std::vector<List> run_python(const std::vector<Direction>& directions) {
     const py::gil_scoped_acquire acquire;
     std::vector<List> results;
     for (const auto& [cell, reverse, grads, saved, wanted] : directions) {
-      const auto has = [&, &cell = cell](size_t i) { return cell.has_cell || (i != 2 && i != 9); };
+      const auto has = [&, &cell = cell](size_t i) {
+        return cell.has_cell || (i != 2 && i != 7 && i != 10);
+      };
       py::list mask, grad_list, tensors;
       for (size_t i = 0; i <= kOwn; ++i)
         if (has(i)) mask.append(wanted[i]);
@@ -301,10 +315,12 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
 Tensor run(const Call& call, std::vector<Tensor>& finals) {
   RECORD_FUNCTION(call.cell.name, std::vector<c10::IValue>());
   const bool record = needs_grad(call);
-  const int64_t B = call.batch(), H = call.hidden(), count = call.count();
-  const Tensor initial = call.states.empty() ? zeros({B, H}, call.x) : Tensor();
+  const int64_t B = call.batch(), count = call.count();
+  const bool given = !call.states.empty();
+  const Tensor no_h = given ? Tensor() : zeros({B, call.h_size()}, call.x);
+  const Tensor no_c = given || !call.projects ? no_h : zeros({B, call.hidden()}, call.x);
   const auto state = [&](size_t k, int64_t i) {
-    if (call.states.empty()) return initial;
+    if (!given) return k == 0 ? no_h : no_c;
     return (count == 1 ? call.states[k] : call.states[k].select(0, i)).contiguous();
   };
   std::vector<Tensor> h_n, c_n;
@@ -329,6 +345,7 @@ Tensor run(const Call& call, std::vector<Tensor>& finals) {
             .b_ih = call.biases ? w[2] : Tensor(),
             .b_hh = call.biases ? w[3] : Tensor(),
             .reverse = !stacked && k == 1,
+            .w_hr = call.projects ? w[call.per_layer() - 1] : Tensor(),
             .lengths = call.lengths,
             .reset = call.reset};
       out = allocate(call, in, record);
@@ -362,9 +379,11 @@ bool collect(Call& call, py::handle hx, const py::list& weights) {
     if (states == 1) {
       if (!unpack(hx, call.states[0])) return false;
     } else {
-      if (!PyTuple_CheckExact(hx.ptr()) || PyTuple_GET_SIZE(hx.ptr()) != 2) return false;
+      const bool pair = PyTuple_CheckExact(hx.ptr()) || PyList_CheckExact(hx.ptr());
+      if (!pair || PySequence_Fast_GET_SIZE(hx.ptr()) != 2) return false;
       for (size_t k = 0; k < states; ++k)
-        if (!unpack(PyTuple_GET_ITEM(hx.ptr(), Py_ssize_t(k)), call.states[k])) return false;
+        if (!unpack(PySequence_Fast_GET_ITEM(hx.ptr(), Py_ssize_t(k)), call.states[k]))
+          return false;
     }
   }
   call.weights.resize(weights.size());
@@ -385,7 +404,7 @@ void set_python_backward(py::object function) { python_backward() = std::move(fu
 // (output, states) of a stack of layers, shaped as torch.nn's, or None. Lengths and resets are None
 // or have been checked, see LayerInputs; reset is (T, B) whatever batch_first.
 py::object run_layers(int cell, py::handle input, py::handle hx, const py::list& weights,
-                      int64_t layers, bool biases, double dropout, bool batch_first,
+                      int64_t layers, bool biases, bool projects, double dropout, bool batch_first,
                       bool bidirectional, bool recompute, py::handle lengths, py::handle reset) {
   Tensor x, all_lengths, all_resets;
   if (!is_plain_context() || !unpack(input, x)) return py::none();
@@ -403,6 +422,7 @@ py::object run_layers(int cell, py::handle input, py::handle hx, const py::list&
       .layers = layers,
       .directions = bidirectional ? 2 : 1,
       .biases = biases,
+      .projects = projects,
       .dropout = dropout,
       .recompute = recompute,
       .lengths = all_lengths.defined() ? all_lengths.contiguous() : Tensor(),
@@ -433,6 +453,7 @@ py::object run_step(int cell, py::handle input, py::handle hx, const py::list& w
       .layers = 1,
       .directions = 1,
       .biases = biases,
+      .projects = false,
       .dropout = 0,
       .recompute = false,
       .lengths = {},

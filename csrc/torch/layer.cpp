@@ -104,7 +104,8 @@ at::ScalarType compute_type(at::ScalarType storage) {
 LayerInputs check_inputs(const CellInfo& cell, const at::Tensor& x, const at::Tensor& h0,
                          const at::Tensor& c0, const at::Tensor& w_ih, const at::Tensor& w_hh,
                          const std::optional<at::Tensor>& b_ih,
-                         const std::optional<at::Tensor>& b_hh, bool reverse,
+                         const std::optional<at::Tensor>& b_hh,
+                         const std::optional<at::Tensor>& w_hr, bool reverse,
                          const std::optional<at::Tensor>& lengths,
                          const std::optional<at::Tensor>& reset) {
   const bool packed = x.dim() == 2 && lengths.has_value();
@@ -112,9 +113,12 @@ LayerInputs check_inputs(const CellInfo& cell, const at::Tensor& x, const at::Te
               ": expected x of shape (T, B, I), or packed (N, I) with lengths, got ", x.sizes());
   TORCH_CHECK(h0.dim() == 2, "rnnfast::", cell.name, ": expected h0 of shape (B, H), got ",
               h0.sizes());
+  const bool projects = w_hr.has_value();
+  TORCH_CHECK(!projects || w_hr->dim() == 2, "rnnfast::", cell.name,
+              ": expected w_hr of shape (P, H), got ", w_hr->sizes());
   dtype_of(x);
-  const int64_t B = packed ? h0.size(0) : x.size(1), I = x.size(-1), H = h0.size(1),
-                rows = cell.gates * H;
+  const int64_t B = packed ? h0.size(0) : x.size(1), I = x.size(-1), P = h0.size(1),
+                H = projects ? w_hr->size(1) : P, rows = cell.gates * H;
   const Checker check{cell, x};
   LayerInputs in;
   if (lengths.has_value()) in.lengths = check_lengths(cell, x, *lengths, B);
@@ -127,12 +131,13 @@ LayerInputs check_inputs(const CellInfo& cell, const at::Tensor& x, const at::Te
     in.reset = reset->contiguous();
   }
   in.x = last_stride_one(x);
-  in.h0 = check(h0, "h0", {B, H});
+  in.h0 = check(h0, "h0", {B, P});
   if (cell.has_cell) in.c0 = check(c0, "c0", {B, H});
   in.w_ih = check(w_ih, "w_ih", {rows, I});
-  in.w_hh = check(w_hh, "w_hh", {rows, H});
+  in.w_hh = check(w_hh, "w_hh", {rows, P});
   in.b_ih = check(b_ih, "b_ih", {rows});
   in.b_hh = check(b_hh, "b_hh", {rows});
+  in.w_hr = check(w_hr, "w_hr", {P, H});
   TORCH_CHECK(in.b_ih.defined() == in.b_hh.defined(), "rnnfast::", cell.name,
               ": expected both b_ih and b_hh, or neither");
   in.reverse = reverse;
@@ -144,7 +149,7 @@ LayerOutputs check_saved(const CellInfo& cell, const LayerInputs& in, const at::
   const auto [T, B, I, H] = in.sizes();
   const Checker check{cell, in.x};
   LayerOutputs out;
-  out.y = check(y, "y", in.shape(H));
+  out.y = check(y, "y", in.shape(in.h0.size(-1)));
   const bool saved = gates.sizes() != at::IntArrayRef({0});
   out.gates = saved ? check(gates, "gates", in.shape(cell.saved * H)) : gates;
   if (cell.has_cell) {
@@ -166,10 +171,10 @@ LayerGradOutputs check_grad_outputs(const CellInfo& cell, const LayerInputs& in,
   const Checker check{cell, in.x};
   LayerGradOutputs grad_out;
   if (y.has_value() && y->defined()) {
-    check.check(*y, "grad_y", in.shape(H));
+    check.check(*y, "grad_y", in.shape(in.h0.size(-1)));
     grad_out.y = last_stride_one(*y);
   }
-  grad_out.h_n = check(h_n, "grad_h_n", {B, H});
+  grad_out.h_n = check(h_n, "grad_h_n", in.h0.sizes());
   grad_out.c_n = check(c_n, "grad_c_n", {B, H});
   if (cells.has_value() && cells->defined()) {
     TORCH_CHECK(cells->sizes() == in.shape(H) && cells->device() == in.x.device() &&
@@ -187,8 +192,8 @@ LayerOutputs allocate_outputs(const CellInfo& cell, const LayerInputs& in, bool 
   const auto options = in.x.options();
   const auto compute = options.dtype(compute_type(in.x.scalar_type()));
   LayerOutputs out;
-  out.y = at::empty(in.shape(H), options);
-  out.h_n = at::empty({B, H}, options);
+  out.y = at::empty(in.shape(in.h0.size(-1)), options);
+  out.h_n = at::empty(in.h0.sizes(), options);
   out.gates = save_gates ? at::empty(in.shape(cell.saved * H), options) : at::empty({0}, options);
   if (cell.has_cell) {
     out.c_n = at::empty({B, H}, options);
@@ -198,7 +203,7 @@ LayerOutputs allocate_outputs(const CellInfo& cell, const LayerInputs& in, bool 
 }
 
 LayerGrads allocate_grads(const CellInfo& cell, const LayerInputs& in, at::ArrayRef<bool> mask) {
-  const size_t count = cell.has_cell ? 7 : 6;
+  const size_t count = (cell.has_cell ? 7 : 6) + (in.w_hr.defined() ? 1 : 0);
   TORCH_CHECK(mask.size() == count, "rnnfast::", cell.name, "_backward: expected a mask of ", count,
               " entries, got ", mask.size());
   const auto options = in.x.options();
@@ -216,6 +221,7 @@ LayerGrads allocate_grads(const CellInfo& cell, const LayerInputs& in, at::Array
   grads.w_hh = allocate(in.w_hh, compute);
   grads.b_ih = allocate(in.b_ih, compute);
   grads.b_hh = allocate(in.b_hh, compute);
+  if (in.w_hr.defined()) grads.w_hr = allocate(in.w_hr, compute);
   return grads;
 }
 
@@ -231,6 +237,7 @@ ForwardArgs forward_args(const LayerInputs& in, const LayerOutputs& out) {
       .reverse = in.reverse,
       .ragged = {},
       .reset = in.reset.defined() ? in.reset.const_data_ptr<bool>() : nullptr,
+      .h_size = in.h0.size(-1),
       .x = in.x.data_ptr(),
       .x_stride_t = in.x.stride(0),
       .x_stride_b = in.x.stride(-2),
@@ -240,6 +247,7 @@ ForwardArgs forward_args(const LayerInputs& in, const LayerOutputs& out) {
       .w_hh = in.w_hh.data_ptr(),
       .b_ih = data_or_null(in.b_ih),
       .b_hh = data_or_null(in.b_hh),
+      .w_hr = data_or_null(in.w_hr),
       .y = out.y.data_ptr(),
       .h_n = out.h_n.data_ptr(),
       .c_n = data_or_null(out.c_n),
@@ -255,6 +263,7 @@ BackwardArgs backward_args(const LayerGradOutputs& grad_out, const LayerInputs& 
       .reverse = in.reverse,
       .ragged = {},
       .reset = in.reset.defined() ? in.reset.const_data_ptr<bool>() : nullptr,
+      .h_size = in.h0.size(-1),
       .grad_y = data_or_null(grad_out.y),
       .grad_y_stride_t = grad_out.y.defined() ? grad_out.y.stride(0) : 0,
       .grad_y_stride_b = grad_out.y.defined() ? grad_out.y.stride(-2) : 0,
@@ -270,6 +279,7 @@ BackwardArgs backward_args(const LayerGradOutputs& grad_out, const LayerInputs& 
       .w_hh = in.w_hh.data_ptr(),
       .b_ih = data_or_null(in.b_ih),
       .b_hh = data_or_null(in.b_hh),
+      .w_hr = data_or_null(in.w_hr),
       .y = out.y.data_ptr(),
       .gates = data_or_null(out.gates),
       .cells = data_or_null(out.cells),
@@ -280,15 +290,16 @@ BackwardArgs backward_args(const LayerGradOutputs& grad_out, const LayerInputs& 
       .grad_w_hh = data_or_null(grads.w_hh),
       .grad_b_ih = data_or_null(grads.b_ih),
       .grad_b_hh = data_or_null(grads.b_hh),
+      .grad_w_hr = data_or_null(grads.w_hr),
   };
 }
 
 void finish_grads(const LayerInputs& in, LayerGrads& grads) {
   const auto storage = in.x.scalar_type();
-  for (at::Tensor* grad : {&grads.w_ih, &grads.w_hh, &grads.b_ih, &grads.b_hh})
+  for (at::Tensor* grad : {&grads.w_ih, &grads.w_hh, &grads.b_ih, &grads.b_hh, &grads.w_hr})
     if (grad->defined()) *grad = grad->to(storage);
-  for (at::Tensor* grad :
-       {&grads.x, &grads.h0, &grads.c0, &grads.w_ih, &grads.w_hh, &grads.b_ih, &grads.b_hh})
+  for (at::Tensor* grad : {&grads.x, &grads.h0, &grads.c0, &grads.w_ih, &grads.w_hh, &grads.b_ih,
+                           &grads.b_hh, &grads.w_hr})
     if (!grad->defined()) *grad = at::empty({0}, in.x.options());
 }
 

@@ -25,11 +25,12 @@ const CellInfo& cell_info(const std::string& name);
 
 struct LayerInputs {
   at::Tensor x;         // (T, B, I), or packed (N, I): the rows of all steps; last stride 1
-  at::Tensor h0, c0;    // (B, H); c0 undefined where the cell has none
+  at::Tensor h0, c0;  // (B, P), (B, H); c0 undefined where the cell has none
   at::Tensor w_ih;      // (G*H, I)
-  at::Tensor w_hh;      // (G*H, H)
+  at::Tensor w_hh;  // (G*H, P)
   at::Tensor b_ih, b_hh;  // (G*H), or both undefined
   bool reverse;
+  at::Tensor w_hr;  // (P, H), the projection of h, or undefined: P is H
   at::Tensor lengths;   // (B) int64 on the CPU, or undefined for T each; where packed, it falls
   at::Tensor reset;     // (T, B) bool, or undefined
 
@@ -38,7 +39,8 @@ struct LayerInputs {
     return {lengths.const_data_ptr<int64_t>(), size_t(lengths.size(0))};
   }
   Sizes sizes() const {
-    return {packed() ? all_lengths()[0] : x.size(0), h0.size(-2), x.size(-1), h0.size(-1)};
+    return {packed() ? all_lengths()[0] : x.size(0), h0.size(-2), x.size(-1),
+            (w_hr.defined() ? w_hr : h0).size(-1)};
   }
   // of a tensor with a row of so many elements for each row of x
   c10::DimVector shape(int64_t columns) const {
@@ -49,28 +51,29 @@ struct LayerInputs {
 
 // Where x is packed, so is what has a row for each step and sequence.
 struct LayerOutputs {
-  at::Tensor y;         // (T, B, H)
-  at::Tensor h_n, c_n;  // (B, H)
+  at::Tensor y;  // (T, B, P)
+  at::Tensor h_n, c_n;  // (B, P), (B, H)
   at::Tensor gates;     // (T, B, K*H), or (0) or undefined where not saved
   at::Tensor cells;     // (T, B, H) in the compute type, or (0) or undefined
 };
 
 struct LayerGradOutputs {
-  at::Tensor y;         // (T, B, H), last stride 1, or undefined for zeros
-  at::Tensor h_n, c_n;  // (B, H) or undefined
+  at::Tensor y;  // (T, B, P), last stride 1, or undefined for zeros
+  at::Tensor h_n, c_n;  // (B, P), (B, H) or undefined
   at::Tensor cells;     // (T, B, H) in the compute type, contiguous, or undefined
 };
 
 // Each in the order of the ops' results; undefined where not wanted.
 struct LayerGrads {
-  at::Tensor x, h0, c0, w_ih, w_hh, b_ih, b_hh;
+  at::Tensor x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr;
 };
 
 // Checks shapes, dtypes and devices of a call and brings the tensors into the layouts above.
 LayerInputs check_inputs(const CellInfo& cell, const at::Tensor& x, const at::Tensor& h0,
                          const at::Tensor& c0, const at::Tensor& w_ih, const at::Tensor& w_hh,
                          const std::optional<at::Tensor>& b_ih,
-                         const std::optional<at::Tensor>& b_hh, bool reverse,
+                         const std::optional<at::Tensor>& b_hh,
+                         const std::optional<at::Tensor>& w_hr, bool reverse,
                          const std::optional<at::Tensor>& lengths,
                          const std::optional<at::Tensor>& reset);
 LayerOutputs check_saved(const CellInfo& cell, const LayerInputs& in, const at::Tensor& y,

@@ -11,7 +11,7 @@ namespace py = pybind11;
 cpu::Machine this_machine();
 // of call.cpp
 py::object run_layers(int cell, py::handle input, py::handle hx, const py::list& weights,
-                      int64_t layers, bool biases, double dropout, bool batch_first,
+                      int64_t layers, bool biases, bool projects, double dropout, bool batch_first,
                       bool bidirectional, bool recompute, py::handle lengths, py::handle reset);
 py::object run_step(int cell, py::handle input, py::handle hx, const py::list& weights,
                     bool biases);
@@ -70,6 +70,7 @@ py::dict plan(const std::string& cell, int64_t T, int64_t B, int64_t I, int64_t 
   ForwardArgs forward_args{};
   BackwardArgs backward_args{};
   forward_args.size = backward_args.size = size;
+  forward_args.h_size = backward_args.h_size = H;
   backward_args.gates = &size;  // there, so not to be computed again
   facts["workspace_bytes"] = backward ? kernels.backward_workspace(backward_args, plan)
                                       : kernels.forward_workspace(forward_args, plan);

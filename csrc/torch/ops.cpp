@@ -15,8 +15,9 @@ bool is_empty(const LayerInputs& in) { return in.x.size(0) == 0 || in.h0.numel()
 
 template <class Device>
 void check_sequences(const CellInfo& cell, const LayerInputs& in) {
-  TORCH_CHECK((!in.lengths.defined() && !in.reset.defined()) || Device::complete(),
-              "rnnfast::", cell.name, ": lengths and reset have no kernels on this device");
+  const bool plain = !in.lengths.defined() && !in.reset.defined() && !in.w_hr.defined();
+  TORCH_CHECK(plain || Device::complete(), "rnnfast::", cell.name,
+              ": lengths, reset and w_hr have no kernels on this device");
 }
 
 template <class Device>
@@ -49,6 +50,7 @@ LayerGrads backward(const CellInfo& cell, const LayerGradOutputs& grad_out, cons
     };
     set(grads.x, {}), set(grads.h0, grad_out.h_n), set(grads.c0, grad_out.c_n);
     set(grads.w_ih, {}), set(grads.w_hh, {}), set(grads.b_ih, {}), set(grads.b_hh, {});
+    set(grads.w_hr, {});
   }
   finish_grads(in, grads);
   return grads;
@@ -64,7 +66,7 @@ struct OneState {
                                                 Optional reset) {
     const CellInfo& cell = cell_info(kind);
     const LayerInputs in =
-        check_inputs(cell, x, h0, {}, w_ih, w_hh, b_ih, b_hh, reverse, lengths, reset);
+        check_inputs(cell, x, h0, {}, w_ih, w_hh, b_ih, b_hh, {}, reverse, lengths, reset);
     LayerOutputs out = forward<Device>(cell, in, save, recompute);
     return {out.y, out.h_n, out.gates};
   }
@@ -75,7 +77,7 @@ struct OneState {
       bool reverse, Mask mask, Optional lengths, Optional reset) {
     const CellInfo& cell = cell_info(kind);
     const LayerInputs in =
-        check_inputs(cell, x, h0, {}, w_ih, w_hh, b_ih, b_hh, reverse, lengths, reset);
+        check_inputs(cell, x, h0, {}, w_ih, w_hh, b_ih, b_hh, {}, reverse, lengths, reset);
     const LayerOutputs out = check_saved(cell, in, y, gates, {});
     const LayerGradOutputs grad_out = check_grad_outputs(cell, in, grad_y, grad_h_n, {}, {});
     LayerGrads g = backward<Device>(cell, grad_out, in, out, mask);
@@ -89,39 +91,40 @@ struct TwoStates {
   static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run(
       const Tensor& x, const Tensor& h0, const Tensor& c0, const Tensor& w_ih, const Tensor& w_hh,
       Optional b_ih, Optional b_hh, bool reverse, bool save, bool recompute, Optional lengths,
-      Optional reset) {
+      Optional reset, Optional w_hr) {
     const CellInfo& cell = cell_info(kind);
     const LayerInputs in =
-        check_inputs(cell, x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse, lengths, reset);
+        check_inputs(cell, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, reverse, lengths, reset);
     LayerOutputs out = forward<Device>(cell, in, save, recompute);
     return {out.y, out.h_n, out.c_n, out.gates, out.cells};
   }
 
-  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> run_backward(
+  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> run_backward(
       Optional grad_y, Optional grad_h_n, Optional grad_c_n, const Tensor& x, const Tensor& h0,
       const Tensor& c0, const Tensor& w_ih, const Tensor& w_hh, Optional b_ih, Optional b_hh,
       const Tensor& y, const Tensor& gates, const Tensor& cells, bool reverse, Mask mask,
-      Optional lengths, Optional reset, Optional grad_cells) {
+      Optional lengths, Optional reset, Optional w_hr, Optional grad_cells) {
     const CellInfo& cell = cell_info(kind);
     const LayerInputs in =
-        check_inputs(cell, x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse, lengths, reset);
+        check_inputs(cell, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, reverse, lengths, reset);
     const LayerOutputs out = check_saved(cell, in, y, gates, cells);
     const LayerGradOutputs grad_out =
         check_grad_outputs(cell, in, grad_y, grad_h_n, grad_c_n, grad_cells);
     LayerGrads g = backward<Device>(cell, grad_out, in, out, mask);
-    return {g.x, g.h0, g.c0, g.w_ih, g.w_hh, g.b_ih, g.b_hh};
+    return {g.x, g.h0, g.c0, g.w_ih, g.w_hh, g.b_ih, g.b_hh, g.w_hr};
   }
 };
 
 std::string schema(const CellInfo& cell) {
   const std::string c0 = cell.has_cell ? "Tensor c0, " : "";
+  const std::string w_hr = cell.has_cell ? ", Tensor? w_hr=None" : "";
   const std::string results = cell.has_cell
                                   ? "(Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)"
                                   : "(Tensor y, Tensor h_n, Tensor gates)";
   return std::string(cell.name) + "(Tensor x, Tensor h0, " + c0 +
          "Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, bool reverse, bool save, "
-         "bool recompute=False, Tensor? lengths=None, Tensor? reset=None) -> " +
-         results;
+         "bool recompute=False, Tensor? lengths=None, Tensor? reset=None" +
+         w_hr + ") -> " + results;
 }
 
 std::string backward_schema(const CellInfo& cell) {
@@ -129,13 +132,14 @@ std::string backward_schema(const CellInfo& cell) {
   const std::string c0 = cell.has_cell ? "Tensor c0, " : "";
   const std::string cells = cell.has_cell ? "Tensor cells, " : "";
   const std::string grad_c0 = cell.has_cell ? "Tensor grad_c0, " : "";
-  const std::string grad_cells = cell.has_cell ? ", Tensor? grad_cells=None" : "";
+  const std::string more = cell.has_cell ? ", Tensor? w_hr=None, Tensor? grad_cells=None" : "";
+  const std::string grad_w_hr = cell.has_cell ? ", Tensor grad_w_hr" : "";
   return std::string(cell.name) + "_backward(Tensor? grad_y, Tensor? grad_h_n, " + grad_c_n +
          "Tensor x, Tensor h0, " + c0 +
          "Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor y, Tensor gates, " + cells +
-         "bool reverse, bool[] mask, Tensor? lengths=None, Tensor? reset=None" + grad_cells +
+         "bool reverse, bool[] mask, Tensor? lengths=None, Tensor? reset=None" + more +
          ") -> (Tensor grad_x, Tensor grad_h0, " + grad_c0 +
-         "Tensor grad_w_ih, Tensor grad_w_hh, Tensor grad_b_ih, Tensor grad_b_hh)";
+         "Tensor grad_w_ih, Tensor grad_w_hh, Tensor grad_b_ih, Tensor grad_b_hh" + grad_w_hr + ")";
 }
 
 template <class Device, class Cell, CellKind kind>
