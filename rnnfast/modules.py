@@ -118,14 +118,29 @@ class _Layers(_Backed, nn.RNNBase):
         plain = lengths is None and reset is None and not return_cells
         if not plain:
             self._check_extras(input, lengths, reset, return_cells)
-        if isinstance(input, fx.Proxy):
-            extras = {"lengths": lengths, "reset": reset, "return_cells": return_cells}
-            return self._in_graph(input, hx, **({} if plain else extras))
         if not isinstance(input, Tensor):
+            if isinstance(input, fx.Proxy):
+                given = {"lengths": lengths, "reset": reset, "return_cells": return_cells}
+                return self._in_graph(input, hx, **({} if plain else given))
             return self._forward_packed(cell, input, hx, return_cells)
         weights = self._read(self._flat_weights_names)
         if plain and (extension := _backend.short_way(self.backend)):
-            result = self._run_in_extension(extension, cell, input, hx, weights)
+            # `_layout` written out, as its call would take a good part of a single step
+            result = extension.run_layers(
+                _backend.CELL_KINDS[cell.name],
+                input,
+                hx,
+                weights,
+                self.num_layers,
+                self.bias,
+                self.proj_size,
+                self.dropout if self.training else 0.0,
+                self.batch_first,
+                self.bidirectional,
+                self.recompute,
+                None,
+                None,
+            )
             if result is not None:
                 return result
         x, states, single = input, _states(cell, hx), input.dim() == 2
@@ -142,7 +157,9 @@ class _Layers(_Backed, nn.RNNBase):
             extras = functional.check_extras(x, lengths, reset, return_cells, self.batch_first)
             extension = None if return_cells else _backend.short_way(self.backend)
             if extension and not single:
-                result = self._run_in_extension(extension, cell, input, hx, weights, *extras[:2])
+                result = extension.run_layers(
+                    _backend.CELL_KINDS[cell.name], input, hx, weights, *self._layout(), *extras[:2]
+                )
                 if result is not None:
                     return result
         y, finals, cells = functional.run_sequence(
@@ -172,7 +189,9 @@ class _Layers(_Backed, nn.RNNBase):
         result = None
         if not return_cells and (extension := _backend.short_way(self.backend)):
             hx = states if cell.states > 1 or states is None else states[0]
-            result = self._run_in_extension(extension, cell, data, hx, weights, lengths)
+            result = extension.run_layers(
+                _backend.CELL_KINDS[cell.name], data, hx, weights, *self._layout(), lengths, None
+            )
         cells = None
         if result is not None:
             y, finals = result[0], result[1] if cell.states > 1 else result[1:]
@@ -207,30 +226,16 @@ class _Layers(_Backed, nn.RNNBase):
             self.proj_size,
         )
 
-    def _run_in_extension(
-        self,
-        extension: ModuleType,
-        cell: Cell,
-        input: Tensor,
-        hx: Any,
-        weights: Any,
-        lengths: Tensor | None = None,
-        reset: Tensor | None = None,
-    ) -> Any:
-        return extension.run_layers(
-            _backend.CELL_KINDS[cell.name],
-            input,
-            hx,
-            weights,
+    def _layout(self) -> tuple[Any, ...]:
+        """How layers are put together, as the extension's ``run_layers`` takes it."""
+        return (
             self.num_layers,
             self.bias,
-            self.proj_size > 0,
+            self.proj_size,
             self.dropout if self.training else 0.0,
             self.batch_first,
             self.bidirectional,
             self.recompute,
-            lengths,
-            reset,
         )
 
 
@@ -412,7 +417,7 @@ class _OneStep(_Backed, nn.RNNCellBase):
             ValueError, RuntimeError: As torch.nn, and where a forced backend cannot run.
         """
         cell = self._cell
-        if isinstance(input, fx.Proxy):
+        if not isinstance(input, Tensor) and isinstance(input, fx.Proxy):
             return self._in_graph(input, hx)
         if cell is None or not isinstance(input, Tensor):
             return self._forward_in_torch(input, hx, "the module or its input is malformed")

@@ -252,7 +252,8 @@ struct GatePanels {
   // One row against a panel of unpacked weights: rows of w as dot products. For few rows, where
   // packing would cost more than it saves. Same arguments as a tile of one row.
   template <class S>
-  void dot(const S* w, int64_t K, int64_t panel, const Element* a, const A* bias, A* out) const {
+  RNNFAST_HD void dot(const S* w, int64_t K, int64_t panel, const Element* a, const A* bias,
+                      A* out) const {
     for (int j = 0; j < kVectors; ++j) {
       Vec<A> sum[kLanesA] = {};
       const int64_t first = weight_row(panel, j, 0);
@@ -262,18 +263,23 @@ struct GatePanels {
     }
   }
 
+  // sum[i] += the products of row i of w and a, eight rows at a time: so many have their addresses
+  // in registers.
   template <class S>
   RNNFAST_HD static void dot_rows(const S* w, int64_t K, int rows, const Element* a,
                                   Vec<A> (&sum)[kLanesA]) {
-    int64_t k = 0;
-    if (rows == kLanesA) {
-      for (; k + kLanesA <= K; k += kLanesA) {
+    constexpr int kGroup = kLanesA < 8 ? kLanesA : 8;
+    const int64_t whole = rows == kLanesA ? K / kLanesA * kLanesA : 0;
+#pragma GCC unroll 2
+    for (int first = 0; first < kLanesA && whole > 0; first += kGroup) {
+      const S* group = w + first * K;
+      for (int64_t k = 0; k < whole; k += kLanesA) {
         const Vec<A> value = load(a + k);
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanesA; ++i) sum[i] += value * load(w + i * K + k);
+#pragma GCC unroll 8
+        for (int i = 0; i < kGroup; ++i) sum[first + i] += value * load(group + i * K + k);
       }
     }
-    for (; k < K; k += kLanesA) {
+    for (int64_t k = whole; k < K; k += kLanesA) {
       const Vec<A> value = load(a + k, K - k);
       for (int i = 0; i < rows; ++i) sum[i] += value * load(w + i * K + k, K - k);
     }

@@ -16,6 +16,7 @@ template <class Args>
 struct Job {
   Args args;
   Plan plan;
+  Arrangement arrangement;  // what args.ragged points into
   void* workspace = nullptr;  // as large as forward_workspace or backward_workspace say, aligned to
                               // Arena::kAlignment, contents undefined before and after
   const Progress* upstream = nullptr;  // of the job whose y is this one's x; null if x is complete

@@ -404,8 +404,9 @@ void set_python_backward(py::object function) { python_backward() = std::move(fu
 // (output, states) of a stack of layers, shaped as torch.nn's, or None. Lengths and resets are None
 // or have been checked, see LayerInputs; reset is (T, B) whatever batch_first.
 py::object run_layers(int cell, py::handle input, py::handle hx, const py::list& weights,
-                      int64_t layers, bool biases, bool projects, double dropout, bool batch_first,
-                      bool bidirectional, bool recompute, py::handle lengths, py::handle reset) {
+                      int64_t layers, bool biases, int64_t proj_size, double dropout,
+                      bool batch_first, bool bidirectional, bool recompute, py::handle lengths,
+                      py::handle reset) {
   Tensor x, all_lengths, all_resets;
   if (!is_plain_context() || !unpack(input, x)) return py::none();
   if (!lengths.is_none() && !unpack(lengths, all_lengths)) return py::none();
@@ -422,7 +423,7 @@ py::object run_layers(int cell, py::handle input, py::handle hx, const py::list&
       .layers = layers,
       .directions = bidirectional ? 2 : 1,
       .biases = biases,
-      .projects = projects,
+      .projects = proj_size > 0,
       .dropout = dropout,
       .recompute = recompute,
       .lengths = all_lengths.defined() ? all_lengths.contiguous() : Tensor(),

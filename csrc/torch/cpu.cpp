@@ -69,7 +69,6 @@ void CpuDevice::forward(const CellInfo& cell, std::span<LayerForward> layers, bo
     const int64_t most_steps = waiting ? ceil_div(size.T, cpu::kStackBlocks) : size.T;
     std::vector<cpu::ForwardJob> jobs(group.size());
     std::vector<at::Tensor> memory;
-    std::vector<cpu::Arrangement> arrangements(group.size());
     for (size_t i = 0; i < group.size(); ++i) {
       auto& [in, out] = group[i];
       if (!table.strided) in.x = in.x.contiguous();
@@ -77,7 +76,7 @@ void CpuDevice::forward(const CellInfo& cell, std::span<LayerForward> layers, bo
       cpu::ForwardJob& job = jobs[i];
       job.args = forward_args(in, out);
       job.plan = kernels.plan_forward(job.args.size, part, most_steps);
-      job.args.ragged = arrange(in, job.plan, arrangements[i]);
+      job.args.ragged = arrange(in, job.plan, job.arrangement);
       memory.push_back(workspace(kernels.forward_workspace(job.args, job.plan)));
       job.workspace = memory.back().data_ptr();
       if (waiting && i > 0) job.upstream = &jobs[i - 1].progress;
@@ -102,7 +101,6 @@ void CpuDevice::backward(const CellInfo& cell, std::span<LayerBackward> layers) 
     const cpu::Machine part{machine.threads / int(group.size()), machine.l2_bytes};
     std::vector<cpu::BackwardJob> jobs(group.size());
     std::vector<at::Tensor> memory;
-    std::vector<cpu::Arrangement> arrangements(group.size());
     for (size_t i = 0; i < group.size(); ++i) {
       auto& [grad_out, in, out, grads] = group[i];
       check_gates(cell, out, table.complete);
@@ -115,7 +113,7 @@ void CpuDevice::backward(const CellInfo& cell, std::span<LayerBackward> layers) 
       cpu::BackwardJob& job = jobs[i];
       job.args = backward_args(grad_out, in, out, grads);
       job.plan = kernels.plan_backward(job.args.size, part);
-      job.args.ragged = arrange(in, job.plan, arrangements[i]);
+      job.args.ragged = arrange(in, job.plan, job.arrangement);
       memory.push_back(workspace(kernels.backward_workspace(job.args, job.plan)));
       job.workspace = memory.back().data_ptr();
     }

@@ -11,8 +11,9 @@ namespace py = pybind11;
 cpu::Machine this_machine();
 // of call.cpp
 py::object run_layers(int cell, py::handle input, py::handle hx, const py::list& weights,
-                      int64_t layers, bool biases, bool projects, double dropout, bool batch_first,
-                      bool bidirectional, bool recompute, py::handle lengths, py::handle reset);
+                      int64_t layers, bool biases, int64_t proj_size, double dropout,
+                      bool batch_first, bool bidirectional, bool recompute, py::handle lengths,
+                      py::handle reset);
 py::object run_step(int cell, py::handle input, py::handle hx, const py::list& weights,
                     bool biases);
 void set_python_backward(py::object function);
