@@ -150,7 +150,10 @@ def _fused_backward(
 ) -> States:
     """The backward operator on the gradients of `_Layer`'s outputs and what it saved."""
     states = CELLS[cell].states
-    grads, (*rest, lengths, reset) = arguments[: _count_grads(cell)], arguments[_count_grads(cell) :]
+    grads, (*rest, lengths, reset) = (
+        arguments[: _count_grads(cell)],
+        arguments[_count_grads(cell) :],
+    )
     tensors, w_hr, saved = rest[: 5 + states], rest[5 + states : len(mask)], rest[len(mask) :]
     if w_hr and w_hr[0] is None:
         mask = mask[:-1]
@@ -174,8 +177,7 @@ def _count_grads(cell: str) -> int:
 
 
 class _LayerBackward(torch.autograd.Function):
-    """(cell, reverse, mask, *grads, *tensors, y, gates[, cells], lengths, reset)
-    -> *gradients of tensors.
+    """(cell, reverse, mask, *grads, *tensors, y, gates[, cells], lengths, reset) -> *gradients.
 
     ``grads`` are those of `_Layer`'s outputs. A gradient that ``mask`` does not ask for is an empty
     tensor.
@@ -226,17 +228,17 @@ def _reference_backward(
     """
     row = CELLS[cell]
     grads, tensors = arguments[: _count_grads(cell)], arguments[_count_grads(cell) :][: len(mask)]
-    states, weights = tensors[1 : 1 + row.states], tensors[1 + row.states : 5 + row.states]
+    states = tensors[1 : 1 + row.states]
+    w_ih, w_hh, b_ih, b_hh = tensors[1 + row.states : 5 + row.states]
     lengths, reset = arguments[-2:]
+    w_hr = tensors[-1] if row.states > 1 else None
     with torch.enable_grad():
         y, finals, cells = reference.layer(
-            row, tensors[0], states, *weights, reverse, lengths, reset, *tensors[5 + row.states :]
+            row, tensors[0], states, w_ih, w_hh, b_ih, b_hh, reverse, lengths, reset, w_hr
         )
         outputs = (y, *finals) if cells is None else (y, *finals, cells)
         found = [
-            (output, grad)
-            for output, grad in zip(outputs, grads, strict=True)
-            if grad is not None
+            (output, grad) for output, grad in zip(outputs, grads, strict=True) if grad is not None
         ]
         results = iter(
             torch.autograd.grad(
@@ -262,8 +264,7 @@ def _check_devices(x: Tensor, arguments: Sequence[Any]) -> None:
 
 def _register_fakes(cell: Cell) -> None:
     """Tells torch.compile and torch.export the shapes that the operators of ``cell`` return."""
-
-    # torch leaves out trailing arguments that have their default values
+    # Torch leaves out trailing arguments that have their default values.
 
     def forward(x: Tensor, *arguments: Any) -> States:
         states = arguments[: cell.states]

@@ -94,8 +94,8 @@ def rnn(
         batch_first: Whether B comes first in ``input`` and ``output``; the states are unaffected.
         recompute: Save no gates for the backward, which computes them again from the states: less
             memory for more time. The fused kernels on the CPU do; elsewhere it changes nothing.
-        lengths: Integers (B) from 0 to T, or None: how many steps each sequence has, in any order and
-            on any device. Outputs beyond are zeros, and the final state is that after the last
+        lengths: Integers (B) from 0 to T, or None: how many steps each sequence has, in any order
+            and on any device. Outputs beyond are zeros, and the final state is that after the last
             step.
         reset: Booleans (T, B), or (B, T) with ``batch_first``, or None: where ``reset[t]`` is true,
             the state is zeros before step t and no gradient passes; with ``bidirectional`` nothing
@@ -163,9 +163,7 @@ def lstm(
     return_cells: bool = False,
     proj_size: int = 0,
     backend: str | None = None,
-) -> (
-    tuple[Tensor, tuple[Tensor, Tensor]] | tuple[Tensor, tuple[Tensor, Tensor], Tensor]
-):
+) -> tuple[Tensor, tuple[Tensor, Tensor]] | tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
     """Long short-term memory over a batch of sequences.
 
     Arguments and results are as in `rnn`, except that the state is the pair (h, c), and that with
@@ -256,7 +254,7 @@ def run_sequence(
     weights: Sequence[Tensor],
     options: Options,
     requested: str | None,
-    extras: Extras = Extras(),
+    extras: Extras,
 ) -> tuple[Tensor, States, Tensor | None]:
     """Runs layers and directions on the chosen backend, on arguments that have been checked.
 

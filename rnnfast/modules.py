@@ -11,7 +11,6 @@ torch.compile refuses those.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
@@ -59,7 +58,9 @@ class _Backed(nn.Module):
     def _in_graph(self, input: fx.Proxy, *args: Any, **kwargs: Any) -> Any:
         """One node of a torch.fx graph, as torch.fx makes of torch.nn's modules."""
         tracer: Any = input.tracer
-        return tracer.create_proxy("call_module", tracer.path_of_module(self), (input, *args), kwargs)
+        return tracer.create_proxy(
+            "call_module", tracer.path_of_module(self), (input, *args), kwargs
+        )
 
     def extra_repr(self) -> str:
         own = super().extra_repr()

@@ -115,10 +115,9 @@ def _translation(cell: Cell) -> Callable[..., Any]:
 
     def translate(x: Any, *arguments: Any) -> Any:
         states, arguments = arguments[: cell.states], arguments[cell.states :]
-        w_ih, w_hh, b_ih, b_hh, reverse, _, _, lengths, reset, w_hr = (
-            *arguments,
-            *(None,) * (10 - len(arguments)),  # torch leaves out what is the default
-        )
+        # torch leaves out what is the default
+        w_ih, w_hh, b_ih, b_hh, reverse, *rest = arguments
+        lengths, reset, w_hr = (*rest[2:], None, None, None)[:3]  # after what to save
         if reset is not None or w_hr is not None:
             raise NotImplementedError("ONNX's recurrent nodes have no reset and no projection")
         hidden = w_hh.shape[1]
@@ -139,7 +138,7 @@ def _translation(cell: Cell) -> Callable[..., Any]:
             ordered(w_ih),
             ordered(w_hh),
             bias,
-            None if lengths is None else op.Cast(lengths, to=INT32),
+            None if lengths is None else op.Cast(lengths, to=INT32.dtype),
             *(op.Unsqueeze(state, ints(0)) for state in states),
             hidden_size=hidden,
             direction="reverse" if reverse else "forward",

@@ -147,10 +147,10 @@ def layer(
 
     Returns:
         y (T, B, H), or (T, B, P), the h of every step; the final states, shaped like ``states``;
-        and the c of every step (T, B, H), None where the cell has none. y and c are zeros beyond a sequence's end, and
-        packed where x is. All are in the dtype of ``x``, but for the c of every step, which stays
-        in the dtype of sums. As in the kernels, half types are computed in float32 and h is rounded
-        after every step.
+        and the c of every step (T, B, H), None where the cell has none. y and c are zeros beyond a
+        sequence's end, and packed where x is. All are in the dtype of ``x``, but for the c of every
+        step, which stays in the dtype of sums. As in the kernels, half types are computed in
+        float32 and h is rounded after every step.
     """
     if autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):

@@ -39,7 +39,9 @@ class Case(NamedTuple):
         return not self.lengths and not self.resets and not self.proj
 
     def __str__(self) -> str:
-        options = [self.layout] * (self.layout != "contiguous") + [self.lengths] * bool(self.lengths)
+        options = [self.layout] * (self.layout != "contiguous") + [self.lengths] * bool(
+            self.lengths
+        )
         options += ["no_bias"] * (not self.bias) + ["reverse"] * self.reverse
         options += ["resets"] * self.resets + ["cells"] * self.cells
         options += [f"proj{self.proj}"] * bool(self.proj)
@@ -64,7 +66,11 @@ PROJECTIONS = (3, 6, 9, 16, 64, 9, 70, 5)  # for the shapes from the fourth on
 MANY_BLOCKS = (330, 40, 2, 3)  # more rows than any device takes in one block of steps
 
 RAGGED = [  # shape, lengths, resets
-    *(((T, B, I, H), lengths, False) for T, B, I, H in SHAPES[6:] for lengths in ("padded", "packed")),
+    *(
+        ((T, B, I, H), lengths, False)
+        for T, B, I, H in SHAPES[6:]
+        for lengths in ("padded", "packed")
+    ),
     *((shape, "", True) for shape in SHAPES[5:]),
     *((shape, "padded", True) for shape in (SHAPES[6], *SHAPES[8:])),
     ((1, 4, 3, 5), "padded", False),
@@ -92,7 +98,11 @@ CASES = [
     Case("lstm", *MANY_BLOCKS, resets=True, cells=True),
     *(
         Case("lstm", *shape, reverse=reverse, proj=P)
-        for shape, P in [(SHAPES[0], 1), *zip(SHAPES[3:], PROJECTIONS, strict=True), (MANY_BLOCKS, 2)]
+        for shape, P in [
+            (SHAPES[0], 1),
+            *zip(SHAPES[3:], PROJECTIONS, strict=True),
+            (MANY_BLOCKS, 2),
+        ]
         for reverse in (False, True)
     ),
     Case("lstm", 9, 13, 20, 65, bias=False, proj=17),
@@ -107,24 +117,30 @@ CASES = [
     ),
 ]
 
-GRADCHECK_CASES = [
-    Case(cell, *shape, bias=bias, reverse=reverse)
-    for cell in CELLS
-    for shape, bias, reverse in [
-        ((3, 2, 2, 3), True, False),
-        ((2, 1, 3, 2), False, True),
-        ((1, 2, 1, 1), True, True),
+GRADCHECK_CASES = (
+    [
+        Case(cell, *shape, bias=bias, reverse=reverse)
+        for cell in CELLS
+        for shape, bias, reverse in [
+            ((3, 2, 2, 3), True, False),
+            ((2, 1, 3, 2), False, True),
+            ((1, 2, 1, 1), True, True),
+        ]
     ]
-] + [
-    Case(cell, 4, 3, 2, 4, reverse=reverse, lengths=lengths, resets=resets, cells=cell == "lstm")
-    for cell in CELLS
-    for lengths, resets in (("padded", False), ("packed", False), ("padded", True))
-    for reverse in (False, True)
-] + [
-    Case("lstm", 3, 2, 2, 3, reverse=reverse, lengths=lengths, cells=True, proj=2)
-    for lengths in ("", "packed")
-    for reverse in (False, True)
-]
+    + [
+        Case(
+            cell, 4, 3, 2, 4, reverse=reverse, lengths=lengths, resets=resets, cells=cell == "lstm"
+        )
+        for cell in CELLS
+        for lengths, resets in (("padded", False), ("packed", False), ("padded", True))
+        for reverse in (False, True)
+    ]
+    + [
+        Case("lstm", 3, 2, 2, 3, reverse=reverse, lengths=lengths, cells=True, proj=2)
+        for lengths in ("", "packed")
+        for reverse in (False, True)
+    ]
+)
 
 
 def sample_x(case: Case) -> Tensor:

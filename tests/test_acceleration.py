@@ -606,3 +606,58 @@ def test_meta_and_dtype(theirs: type[nn.Module]) -> None:
     assert shapes == [y.shape for name, y in before.items() if name.startswith("result")]
     rnnfast.restore(module)
     assert_close(outcome(module, x.double()), before)
+
+
+class Regressor(nn.Module):
+    """A layer or a cell inside a model, for those who trace models."""
+
+    def __init__(self, theirs: type[nn.Module]) -> None:
+        super().__init__()
+        self.rnn = theirs(4, 8)
+        self.out = nn.Linear(8, 2)
+        self.several = theirs not in (nn.RNNCell, nn.GRUCell)  # results of rnn
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.rnn(x)
+        return self.out(y[0] if self.several else y)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("direct", [False, True])
+@kinds
+def test_jit_trace(theirs: type[nn.Module], direct: bool, grad: bool) -> None:
+    """A trace holds the computation, not its result: it is right for other inputs and sizes."""
+    is_cell = issubclass(theirs, nn.RNNCellBase)
+    shapes = [(3, 4), (5, 4)] if is_cell else [(5, 3, 4), (2, 6, 4)]
+    model = Regressor(theirs).eval()
+    other = [torch.randn(shape) for shape in shapes]
+    expected = [model(x) for x in other]
+    if direct:
+        ours = getattr(rnnfast, theirs.__name__)(4, 8)
+        ours.load_state_dict(model.rnn.state_dict())
+        model.rnn = ours
+    else:
+        rnnfast.accelerate(model)
+    with torch.set_grad_enabled(grad):
+        traced = torch.jit.trace(model, torch.randn(shapes[0]), check_trace=False)
+        torch.testing.assert_close([traced(x) for x in other], expected)
+
+
+@kinds
+def test_fx_trace(theirs: type[nn.Module]) -> None:
+    """Modules are leaves of torch.fx graphs, as torch.nn's are."""
+    model = Regressor(theirs)
+    x = torch.randn((3, 4) if issubclass(theirs, nn.RNNCellBase) else (5, 3, 4))
+    expected = model(x)
+    rnnfast.accelerate(model)
+    graph = torch.fx.symbolic_trace(model)
+    assert "rnn" in {node.target for node in graph.graph.nodes if node.op == "call_module"}
+    torch.testing.assert_close(graph(x), expected)
+
+
+def test_an_emptied_flatten_parameters_does_not_matter() -> None:
+    """Weight-drop layers set it to nothing on the instance."""
+    module = nn.LSTM(3, 4)
+    module.flatten_parameters = lambda: None
+    assert rnnfast.accelerate(module).replaced == {"": "LSTM"}
+    assert rnnfast.restore(module).replaced == {"": "LSTM"}

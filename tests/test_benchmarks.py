@@ -11,7 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import compare, gpu_check, peers, plot, roofline, steps, timing, tiny_cuda
+from benchmarks import (
+    compare,
+    gpu_check,
+    peers,
+    plot,
+    roofline,
+    sequences,
+    steps,
+    timing,
+    tiny_cuda,
+)
 from benchmarks.roofline import Calibration, Level
 from benchmarks.steps import Case, Problem, Step
 
@@ -67,6 +77,22 @@ def build_refusing(problem: Problem) -> Step:
 
 def build_missing(problem: Problem) -> Step:
     import a_package_that_nobody_has  # noqa: F401
+
+
+def test_sequences_compares_before_it_times(tmp_path, capsys, monkeypatch):
+    file = tmp_path / "s.json"
+    quick = ["--case", "6,3,4,5", "--min-time", "0", "--repeats", "1", "--threads", "1"]
+    sequences.main([*quick, "--json", str(file)])
+    assert capsys.readouterr().out.count("6,3,4,5") == 6
+    rows = json.loads(file.read_text())["rows"]
+    assert all({"packed", "lengths", "reset"} <= set(row["ratios"]) for row in rows)
+    assert sum("projection" in row["ratios"] for row in rows) == 2
+    wrong = sequences.pad_packed_sequence
+    monkeypatch.setattr(
+        sequences, "pad_packed_sequence", lambda y, **o: (wrong(y, **o)[0] * 1.01, None)
+    )
+    with pytest.raises(AssertionError):
+        sequences.main(quick)
 
 
 def test_compare_writes_table_json_and_csv(tmp_path, capsys):

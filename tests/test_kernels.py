@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,6 @@ from cases import (
     sample_inputs,
     sample_with_oracle,
 )
-
 from torch.nn.utils.rnn import PackedSequence
 
 from rnnfast import autograd, backend, reference
@@ -126,7 +126,7 @@ def test_resets_begin_new_sequences(cell: str, reverse: bool, lengths: str) -> N
         # between the borders of pieces no state passes; one at 0 cuts the initial state off
         borders = [t for t in range(length) if resets[t, b]]
         edges = sorted({0, *borders, length})
-        pieces = [inputs[0][begin:end, b] for begin, end in zip(edges, edges[1:], strict=False)]
+        pieces = [inputs[0][begin:end, b] for begin, end in pairwise(edges)]
         state = tuple(t[b : b + 1] for t in inputs[1 : 1 + states])
         first_is_new = 0 in borders and not reverse
         outputs = []

@@ -108,6 +108,44 @@ def test_layers(cell, given, options):
         assert_same_numbers(runner, module, arguments(T, B))
 
 
+class WithLengths(nn.Module):
+    def __init__(self, rnn):
+        super().__init__()
+        self.rnn = rnn
+
+    def forward(self, x, lengths):
+        return self.rnn(x, lengths=lengths)
+
+
+@cells
+def test_lengths(cell):
+    """They become the input of the nodes that ONNX has for them."""
+    torch.manual_seed(0)
+    model = WithLengths(MODULES[cell](4, 5, num_layers=2, bidirectional=True)).eval()
+
+    def arguments(T, B):
+        return torch.randn(T, B, 4), torch.randint(1, T + 1, (B,))
+
+    shapes = ({0: TIME, 1: BATCH}, {0: BATCH})
+    program = rnnfast.onnx.export(model, arguments(*SIZES[0]), dynamic_shapes=shapes)
+    assert [node.op_type for node in recurrent_nodes(program.model_proto)] == [OPERATORS[cell]] * 4
+    runner = session(program.model_proto)
+    for T, B in SIZES:
+        assert_same_numbers(runner, model, arguments(T, B))
+
+
+@pytest.mark.parametrize("options", [{"proj_size": 2}, {}], ids=["projection", "reset"])
+def test_what_onnx_lacks_is_refused(options):
+    module = rnnfast.LSTM(4, 5, **options).eval()
+    kwargs = {} if options else {"reset": torch.zeros(6, 3, dtype=torch.bool)}
+    with pytest.raises(torch.onnx.OnnxExporterError) as caught:
+        rnnfast.onnx.export(module, (torch.randn(6, 3, 4),), kwargs=kwargs)
+    error = caught.value
+    while error.__cause__ is not None:
+        error = error.__cause__
+    assert "no reset and no projection" in str(error)
+
+
 @cells
 @pytest.mark.parametrize("given", [False, True])
 def test_single_cells(cell, given):

@@ -1,6 +1,7 @@
 """Sequences of unequal length, packed or with ``lengths``; resets; the c of every step."""
 
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -248,7 +249,7 @@ def episodes(module, x, hx, reset):
         state = [s[:, b] for s in tensors(hx)]
         edges = sorted({0, T, *(t for t in range(T) if reset[t, b])})
         pieces = []
-        for begin, end in zip(edges, edges[1:], strict=False):
+        for begin, end in pairwise(edges):
             if reset[begin, b]:
                 state = [torch.zeros_like(s) for s in state]
             y, final = module(x[begin:end, b], tuple(state) if len(state) > 1 else state[0])
@@ -324,7 +325,7 @@ class TestResets:
         x = torch.zeros(B, T, 3, dtype=torch.float64)
         with pytest.raises(RuntimeError, match=r"Expected reset of shape \(4, 6\), got \[6, 4\]"):
             ours(x, reset=torch.zeros(T, B).bool())
-        with pytest.raises(TypeError, match="reset should be booleans, got torch.float32"):
+        with pytest.raises(TypeError, match="reset should be booleans"):
             ours(x, reset=torch.zeros(B, T))
         with pytest.raises(RuntimeError, match="not at the same device"):
             ours(x, reset=torch.zeros(B, T, device="meta").bool())
