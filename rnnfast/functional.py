@@ -289,7 +289,8 @@ def _choose_sequence(x: Tensor, requested: str | None, extras: Extras, projects:
             refuse("fused", f"lengths, reset and proj_size have no kernels on {x.device.type}")
         name = "aten"
     if name == "aten":
-        empty = lengths is not None and x.dim() == 3 and bool((lengths == 0).any())
+        empty = lengths is not None and x.dim() == 3 and not bool((lengths > 0).all())
+        empty = empty or (lengths is not None and lengths.numel() == 0)
         if reset is not None or return_cells or empty:
             if in_force(requested) == "aten":
                 cause = "torch's kernels have no reset, cells of every step or lengths of 0"
@@ -471,6 +472,11 @@ def _checked_sequence(
     expected = options.num_layers * directions * per_layer
     if len(weights) != expected or expected < 1:
         raise RuntimeError(f"Expected {expected} tensors in flat_weights, got {len(weights)}")
+    for weight in weights:
+        if not isinstance(weight, Tensor):
+            raise RuntimeError(f"flat_weights should be tensors, got {type(weight).__name__}")
+    if weights[1].dim() != 2:
+        raise RuntimeError(f"Expected w_hh with 2 dimensions, got {list(weights[1].shape)}")
     problem = sequence_problem(cell, x, states, weights, options)
     h_size, hidden = weights[1].shape[-1], _state_sizes(cell, weights, options)[-1]
     for i in range(0, expected, per_layer):
@@ -510,17 +516,21 @@ def check_extras(
     Raises:
         TypeError: ``lengths`` are no integers or ``reset`` no booleans.
         RuntimeError: Their shape or, of ``reset``, device does not fit.
-        ValueError: A length is out of range.
+        ValueError: A length is out of range; under torch.compile the operator finds that out, and
+            under torch.func nobody does.
     """
     steps, batch = x.shape[1::-1] if batch_first else x.shape[:2]
+    # copies, as the caller may use the memory again before the backward
     if lengths is not None:
-        lengths = torch.as_tensor(lengths)
+        if not isinstance(lengths, Tensor):
+            lengths = torch.as_tensor(lengths)
+            lengths = lengths if lengths.numel() else lengths.long()
         if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype is torch.bool:
             raise TypeError(f"lengths should be integers, got {lengths.dtype}")
         if lengths.shape != (batch,):
             shape = list(lengths.shape)
             raise RuntimeError(f"Expected lengths of shape ({batch},), got {shape}")
-        lengths = lengths.to("cpu", torch.int64)
+        lengths = lengths.to("cpu", torch.int64, copy=True)
         # values that are not known yet are left to the operator
         if not torch.compiler.is_compiling() and not transforms_active() and batch > 0:
             low, high = (int(limit) for limit in lengths.aminmax())
@@ -528,6 +538,7 @@ def check_extras(
                 found = low if low < 0 else high
                 raise ValueError(f"lengths should be between 0 and {steps}, got {found}")
     if reset is not None:
+        reset = torch.as_tensor(reset)
         if reset.dtype is not torch.bool:
             raise TypeError(f"reset should be booleans, got {reset.dtype}")
         if reset.shape != x.shape[:2]:
@@ -539,6 +550,7 @@ def check_extras(
                 f"{x.device} and reset tensor at {reset.device}"
             )
         reset = reset.transpose(0, 1) if batch_first else reset
+        reset = reset.clone(memory_format=torch.contiguous_format)
     return Extras(lengths, reset, return_cells)
 
 

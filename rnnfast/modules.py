@@ -148,11 +148,14 @@ class _Layers(_Backed, nn.RNNBase):
         time = 1 if self.batch_first else 0
         if single:
             x, states = x.unsqueeze(1 - time), _unsqueeze(states, 1)
-            reset = None if reset is None else reset.unsqueeze(1 - time)
+            reset = None if reset is None else torch.as_tensor(reset).unsqueeze(1 - time)
         options = self._options()
         problem = functional.sequence_problem(cell, x, states, weights, options)
         if problem:
-            return self._forward_in_torch(input, hx, problem)
+            result = self._forward_in_torch(input, hx, problem)
+            if not plain:
+                raise RuntimeError(problem)
+            return result
         extras = functional.Extras()
         if not plain:
             extras = functional.check_extras(x, lengths, reset, return_cells, self.batch_first)
@@ -178,9 +181,13 @@ class _Layers(_Backed, nn.RNNBase):
         data, batch_sizes, order, inverse = input
         name = _backend.choose(self.backend, data)
         served = name == "reference" or (name == "fused" and data.device.type == "cpu")
+        served = served and not torch._C._is_tracing()  # which would keep the number of sequences
         states, weights = _states(cell, hx), self._read(self._flat_weights_names)
         options, batch = self._options(), int(batch_sizes[0])
         problem = functional.sequence_problem(cell, data, states, weights, options, batch)
+        rises = (batch_sizes[1:] > batch_sizes[:-1]).any() or batch_sizes[-1] < 1
+        if batch_sizes.dtype is not torch.int64 or rises or batch_sizes.sum() != data.shape[0]:
+            problem = "batch_sizes do not fall or do not fit the data"
         if problem or not (served or return_cells):
             reason = problem or f"packed sequences have no kernels on {data.device.type}"
             return self._forward_in_torch(input, hx, reason)
@@ -203,8 +210,11 @@ class _Layers(_Backed, nn.RNNBase):
             )
         if inverse is not None:
             finals = tuple(final.index_select(1, inverse) for final in finals)
-        results = input._replace(data=y), finals if cell.states > 1 else finals[0]
-        return results if cells is None else (*results, input._replace(data=cells))
+        output = PackedSequence(y, batch_sizes, order, inverse)  # Dynamo cannot trace _replace
+        results = output, finals if cell.states > 1 else finals[0]
+        if cells is None:
+            return results
+        return *results, PackedSequence(cells, batch_sizes, order, inverse)
 
     def _check_extras(self, input: Any, lengths: Any, reset: Any, return_cells: bool) -> None:
         """Refuses combinations; `functional.check_extras` looks at the values."""

@@ -66,6 +66,9 @@ def export(
 ) -> torch.onnx.ONNXProgram:
     """torch.onnx.export with `translations`; with ``optimize`` the weights are constants.
 
+    Lengths become the input that the nodes have for them; there a sequence of length 0 ends in
+    zeros and not in its initial state.
+
     torch's own optimization leaves large weights in torch's order, with nodes that reorder them
     whenever the model is loaded.
 

@@ -3,8 +3,8 @@
 Nothing here is fast. It is differentiable to any order and works under ``vmap``, ``torch.func``
 and forward-mode AD, because it uses only out-of-place torch operations.
 
-Sizes: T time, B batch, I input, H hidden, G gate blocks of a cell. Weights have torch.nn's layout
-and gate order: ``w_ih`` (G*H, I), ``w_hh`` (G*H, H), ``b_ih`` and ``b_hh`` (G*H).
+Sizes: T time, B batch, I input, H hidden, P of a projected h, G gate blocks of a cell. Weights have
+torch.nn's layout and gate order: ``w_ih`` (G*H, I), ``w_hh`` (G*H, H), ``b_ih`` and ``b_hh`` (G*H).
 
 To add a cell, write its step function and its row in `CELLS`.
 """

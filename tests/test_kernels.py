@@ -529,17 +529,20 @@ def test_closed_gates_are_closed(device: str) -> None:
 
 FEWER_THREADS = """
 import torch
-from cases import Case, cast, run_backward, run_forward, sample_grads, sample_inputs
+from cases import Case, cast, outputs_of, run_backward, run_forward, sample_grads, sample_inputs
 
-for shape in ((12, 1, 40, 520), (5, 48, 16, 64)):
-    case = Case("lstm", *shape)
+CASES = [Case("lstm", 12, 1, 40, 520), Case("lstm", 5, 48, 16, 64)]
+CASES += [Case("lstm", 30, 48, 16, 64, lengths=lengths) for lengths in ("padded", "packed")]
+CASES += [Case("lstm", 12, 3, 40, 520, proj=200)]
+for case in CASES:
     inputs = cast(sample_inputs(case, torch.float32), torch.float32, "cpu")
     grads = cast(sample_grads(case, torch.float32), torch.float32, "cpu")
     results = []
     for threads in (1, 4):
         torch.set_num_threads(threads)
         forward = run_forward(case, inputs, save=True)
-        results.append([*forward, *run_backward(case, inputs, grads, forward)])
+        outputs = outputs_of(case, forward)
+        results.append([*outputs, *run_backward(case, inputs, grads, forward)])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 print("equal")
 """

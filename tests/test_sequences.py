@@ -124,6 +124,76 @@ class TestPacked:
         assert names & set(rnnfast.reference.CELLS)
         assert not any(name.startswith("aten::lstm") for name in names)
 
+    @modes
+    def test_second_derivatives(self, mode):
+        """Through the short way, whose gradients Python differentiates again."""
+        _, ours = two(mode, {})
+        lengths = [4, 2]
+        x = torch.randn(4, 2, 3, dtype=torch.float64)
+        data, *shape = pack_padded_sequence(x, lengths)
+        data.requires_grad_()
+
+        def call(data):
+            return ours(PackedSequence(data, *shape))[0].data.sin()
+
+        assert torch.autograd.gradgradcheck(call, data)
+        torch.testing.assert_close(
+            torch.autograd.functional.jacobian(call, data, vectorize=True),
+            torch.autograd.functional.jacobian(call, data),
+        )
+
+    @modes
+    def test_in_compiled_code(self, mode):
+        _, ours = two(mode, {})
+        x, _ = sample(mode, {})
+
+        def call(x):
+            packed = pack_padded_sequence(x, LENGTHS, enforce_sorted=False)
+            return pad_packed_sequence(ours(packed)[0])[0]
+
+        torch._dynamo.reset()
+        torch.testing.assert_close(torch.compile(call, backend="aot_eager")(x), call(x))
+
+    def test_a_trace_holds_for_other_batches(self):
+        _, ours = two("GRU", {})
+
+        class Model(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.rnn = ours
+
+            def forward(self, data, batch_sizes):
+                return self.rnn(PackedSequence(data, batch_sizes))[0].data
+
+        packed = [
+            pack_sequence([torch.randn(n, 3, dtype=torch.float64) for n in lengths])
+            for lengths in ((4, 2, 1), (5, 3))
+        ]
+        traced = torch.jit.trace(Model(), tuple(packed[0][:2]))
+        for one in packed:
+            torch.testing.assert_close(traced(*one[:2]), ours(one)[0].data)
+
+    @pytest.mark.parametrize(
+        ("rows", "batch_sizes"),
+        [(3, [2, 2]), (2, [2, 1]), (3, [1, 2]), (5, [2, 1, 2]), (3, [2, -3, 1]), (5, [2, 1])],
+    )
+    @pytest.mark.parametrize("backend", [None, "reference"])
+    def test_malformed(self, backend, rows, batch_sizes):
+        """Whatever torch.nn makes of it: nothing is read or written out of bounds."""
+        theirs, ours = two("LSTM", {}, backend)
+        packed = PackedSequence(
+            torch.randn(rows, 3, dtype=torch.float64), torch.tensor(batch_sizes)
+        )
+        if (rows, batch_sizes) == (5, [2, 1]):  # torch.nn leaves out what is too much
+            if backend is None:
+                torch.testing.assert_close(ours(packed)[0].data, theirs(packed)[0].data)
+            return
+        with pytest.raises(RuntimeError) as expected:
+            theirs(packed)
+        with pytest.raises(RuntimeError) as actual:
+            ours(packed)
+        assert str(actual.value) == str(expected.value)
+
     def test_errors_are_torch_nns(self):
         theirs, ours = two("LSTM", {})
         packed = pack_sequence([torch.randn(n, 3, dtype=torch.float64) for n in (5, 2)])
@@ -201,6 +271,24 @@ class TestLengths:
         spaced = LENGTHS.repeat_interleave(2)[::2]
         for lengths in (LENGTHS.tolist(), LENGTHS.to(torch.int32), LENGTHS.numpy(), spaced):
             assert torch.equal(ours(x, lengths=lengths)[0], expected)
+
+    @pytest.mark.parametrize("kind", ["lengths", "reset"])
+    def test_what_was_given_may_change(self, kind):
+        """The backward is that of the values at the time of the call."""
+        _, ours = two("LSTM", {})
+        x, _ = sample("LSTM", {})
+        given = LENGTHS.numpy().copy() if kind == "lengths" else TestResets.reset.clone()
+        y, _ = ours(x, **{kind: given})
+        (expected,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
+        given[:] = 6 if kind == "lengths" else True
+        torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], expected)
+
+    def test_no_sequence_at_all(self):
+        _, ours = two("GRU", {})
+        x = torch.zeros(T, 0, 3, dtype=torch.float64)
+        for name in BACKENDS:
+            ours.backend = name
+            assert ours(x, lengths=[])[0].shape == (T, 0, 4)
 
     def test_functional(self):
         for mode, function in zip(LAYERS, ("rnn", "rnn", "gru", "lstm"), strict=True):
@@ -327,6 +415,8 @@ class TestResets:
             ours(x, reset=torch.zeros(T, B).bool())
         with pytest.raises(TypeError, match="reset should be booleans"):
             ours(x, reset=torch.zeros(B, T))
+        expected = ours(x, reset=torch.ones(B, T).bool())[0]
+        assert torch.equal(ours(x, reset=[[True] * T] * B)[0], expected)
         with pytest.raises(RuntimeError, match="not at the same device"):
             ours(x, reset=torch.zeros(B, T, device="meta").bool())
         packed = pack_sequence([x[0]])

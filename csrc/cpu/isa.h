@@ -20,6 +20,8 @@ namespace rnnfast::cpu::RNNFAST_ISA {
 #include "cpu/batch.h"
 //
 #include "cpu/history.h"
+//
+#include "cpu/block_products.h"
 #include "cpu/recompute.h"
 //
 #include "cpu/backward.h"

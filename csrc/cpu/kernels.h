@@ -22,6 +22,13 @@ struct Job {
   const Progress* upstream = nullptr;  // of the job whose y is this one's x; null if x is complete
   Progress progress;
   Barrier barrier;
+
+  // Where a single thread is to do what was planned for several.
+  void give_to_one_thread() {
+    if (arrangement.lengths.empty()) return;
+    arrangement.give_to_one_thread();
+    args.ragged = arrangement.view();
+  }
 };
 using ForwardJob = Job<ForwardArgs>;
 using BackwardJob = Job<BackwardArgs>;

@@ -87,7 +87,10 @@ void parallel(std::span<Job> jobs, F&& f) {
   int threads = 0;
   for (const Job& job : jobs) threads += job.plan.threads;
   const auto alone = [&] {
-    for (Job& job : jobs) f(job, Team(job.barrier, 0, 1));
+    for (Job& job : jobs) {
+      if (job.plan.threads > 1) job.give_to_one_thread();
+      f(job, Team(job.barrier, 0, 1));
+    }
   };
   if (threads == 1 || omp_in_parallel()) return alone();
 #pragma omp parallel num_threads(threads)

@@ -103,30 +103,39 @@ Ragged Arrangement::view() const {
   return {pointer(lengths), pointer(places), pointer(rows), pointer(offsets)};
 }
 
-Arrangement arrange(std::span<const int64_t> lengths, bool packed, int64_t T, const Plan& plan) {
-  const int64_t B = int64_t(lengths.size());
-  std::vector<int64_t> falling(lengths.size());
+void Arrangement::give_to_one_thread() {
+  std::vector<int64_t> of_sequences;
+  for (const int64_t row : rows) of_sequences.push_back(lengths[row]);
+  deal(of_sequences, 1);
+}
+
+void Arrangement::deal(std::span<const int64_t> of_sequences, int64_t shares) {
+  const int64_t B = int64_t(of_sequences.size());
+  std::vector<int64_t> falling(of_sequences.size());
   std::iota(falling.begin(), falling.end(), 0);
   std::stable_sort(falling.begin(), falling.end(),
-                   [&](int64_t a, int64_t b) { return lengths[a] > lengths[b]; });
-
-  Arrangement result;
-  result.places.resize(lengths.size());
+                   [&](int64_t a, int64_t b) { return of_sequences[a] > of_sequences[b]; });
+  lengths.resize(of_sequences.size());
+  places.resize(of_sequences.size());
+  rows.resize(of_sequences.size());
   // in turn to each thread's share of the rows, as Team::share has it
-  const int64_t shares = plan.split == Split::kRows ? plan.threads : 1;
   auto next = falling.begin();
   for (int64_t i = 0; next != falling.end(); ++i)
     for (int64_t share = 0; share < shares; ++share)
       if (const int64_t row = B * share / shares + i; row < B * (share + 1) / shares)
-        result.places[row] = *next++;
-  result.rows.resize(lengths.size());
+        places[row] = *next++;
   for (int64_t row = 0; row < B; ++row) {
-    result.lengths.push_back(lengths[result.places[row]]);
-    result.rows[result.places[row]] = row;
+    lengths[row] = of_sequences[places[row]];
+    rows[places[row]] = row;
   }
+}
+
+Arrangement arrange(std::span<const int64_t> lengths, bool packed, int64_t T, const Plan& plan) {
+  Arrangement result;
+  result.deal(lengths, plan.split == Split::kRows ? plan.threads : 1);
   if (!packed) return result;
   result.offsets.resize(T);
-  int64_t at = 0, running = B;
+  int64_t at = 0, running = int64_t(lengths.size());
   for (int64_t t = 0; t < T; at += running, ++t) {
     while (running > 0 && lengths[running - 1] <= t) --running;  // packed lengths fall
     result.offsets[t] = at;

@@ -32,12 +32,13 @@ enum class Packing {
 struct Plan {
   int threads;
   Split split;
-  Packing input, hidden;  // of W_ih and of W_hh in the forward; the backward packs both
+  Packing input, hidden;  // of W_ih, and of W_hh and W_hr, in the forward; the backward packs all
   int64_t block_steps;  // steps between input projection (forward) or gradient products (backward)
   double cycles;  // of the recurrence, roughly: to compare plans
 };
 
 // The recurrent product of one step as the planner sees it: rows times panels of packed weights.
+// The planner knows nothing of a projection.
 struct StepShape {
   int64_t rows;  // B
   int64_t panels;  // panels of the right-hand side
@@ -58,6 +59,9 @@ Plan plan_backward(const Sizes& size, const StepShape& step, const Machine& mach
 struct Arrangement {
   std::vector<int64_t> lengths, places, rows, offsets;
   Ragged view() const;
+  // Deals sequences of these lengths to so many threads' shares of the rows.
+  void deal(std::span<const int64_t> of_sequences, int64_t shares);
+  void give_to_one_thread();
 };
 // Deals sequences to threads so that each gets long and short ones, the longer ones first.
 Arrangement arrange(std::span<const int64_t> lengths, bool packed, int64_t T, const Plan& plan);

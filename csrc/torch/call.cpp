@@ -57,7 +57,7 @@ bool unpack(py::handle object, Tensor& tensor) {
 
 struct Call {
   const CellInfo& cell;
-  Tensor x;                     // (T, B, I)
+  Tensor x;  // (T, B, I), or packed (N, I)
   std::vector<Tensor> states;   // (L*D, B, H) each, or (B, H) of a single step
   std::vector<Tensor> weights;  // per layer and direction: w_ih, w_hh[, b_ih, b_hh][, w_hr]
   bool step;  // of a cell: states have no dimension of layers
@@ -100,6 +100,7 @@ bool fits(const Call& call) {
     return false;
   const int64_t H = call.hidden(), P = call.h_size(), rows = call.cell.gates * H;
   if (!call.projects && P != H) return false;
+  if (call.lengths.defined() && !lengths_fit(x, call.lengths)) return false;
   for (size_t k = 0; k < call.states.size(); ++k) {
     const Tensor& state = call.states[k];
     if (state.scalar_type() != type || state.sizes() != call.state_shape(k)) return false;
@@ -118,15 +119,10 @@ bool fits(const Call& call) {
   return true;
 }
 
-Tensor with_last_stride_one(const Tensor& t) {
-  return t.stride(-1) == 1 || t.size(-1) == 1 ? t : t.contiguous();
-}
-
 LayerOutputs allocate(const Call& call, const LayerInputs& in, bool save) {
   const CellInfo& cell = call.cell;
-  const auto [T, B, I, H] = in.sizes();
+  const int64_t batch = call.batch(), hidden = call.hidden();
   // a lone layer's final states are the call's, as they are: views would cost more than the step
-  const int64_t batch = B, hidden = H;
   const auto state = [&](size_t k) {
     return call.count() == 1 ? call.state_shape(k)
                              : c10::DimVector{batch, k == 0 ? call.h_size() : hidden};
@@ -136,10 +132,11 @@ LayerOutputs allocate(const Call& call, const LayerInputs& in, bool save) {
   out.h_n = empty(state(0), in.x);
   if (cell.has_cell) out.c_n = empty(state(1), in.x);
   if (save)
-    out.gates = call.recompute && CpuDevice::complete() ? empty({0}, in.x)
-                                                        : empty({T, B, cell.saved * H}, in.x);
+    out.gates = call.recompute && CpuDevice::complete()
+                    ? empty({0}, in.x)
+                    : empty(in.shape(cell.saved * hidden), in.x);
   if (save && cell.has_cell)
-    out.cells = at::detail::empty_cpu(in.shape(H), compute_type(in.x.scalar_type()));
+    out.cells = at::detail::empty_cpu(in.shape(hidden), compute_type(in.x.scalar_type()));
   return out;
 }
 
@@ -254,7 +251,7 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
       const auto parameters = compute_type(type);
       LayerBackward layer{
           .grad_out = {},
-          .in = {with_last_stride_one(saved[0]), saved[1], saved[2], saved[3], saved[4], saved[5],
+          .in = {last_stride_one(saved[0]), saved[1], saved[2], saved[3], saved[4], saved[5],
                  saved[6], reverse, saved[7], saved[11], saved[12]},
           .out = {},
           .grads = {allocate(0, type), allocate(1, type), allocate(2, type),
@@ -262,7 +259,7 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
                     allocate(6, parameters), allocate(7, parameters)},
       };
       layer.out.y = saved[8], layer.out.gates = saved[9], layer.out.cells = saved[10];
-      if (grads[0].defined()) layer.grad_out.y = with_last_stride_one(grads[0]);
+      if (grads[0].defined()) layer.grad_out.y = last_stride_one(grads[0]);
       if (grads[1].defined()) layer.grad_out.h_n = grads[1].contiguous();
       if (cell.has_cell && grads[2].defined()) layer.grad_out.c_n = grads[2].contiguous();
       layers.push_back(std::move(layer));
@@ -324,7 +321,7 @@ Tensor run(const Call& call, std::vector<Tensor>& finals) {
     return (count == 1 ? call.states[k] : call.states[k].select(0, i)).contiguous();
   };
   std::vector<Tensor> h_n, c_n;
-  Tensor x = with_last_stride_one(call.x);
+  Tensor x = last_stride_one(call.x);
   // What runs in one go: the two directions of a layer, or layers of a stack, no more of them than
   // threads, as the outputs of all exist at once.
   const bool stacked = call.directions == 1 && call.dropout == 0;
@@ -371,7 +368,7 @@ Tensor run(const Call& call, std::vector<Tensor>& finals) {
   return x;
 }
 
-// Collects and checks the tensors of a call; false to decline it. x is (T, B, I) already.
+// Collects the tensors of a call; false to decline it. x is there already, time first.
 bool collect(Call& call, py::handle hx, const py::list& weights) {
   if (!hx.is_none()) {
     const size_t states = call.cell.has_cell ? 2 : 1;

@@ -37,7 +37,6 @@ struct Checker {
   }
 };
 
-// Lengths of 0 to T; of packed x falling, at least 1, and as many in all as x has rows.
 at::Tensor check_lengths(const CellInfo& cell, const at::Tensor& x, const at::Tensor& lengths,
                          int64_t B) {
   TORCH_CHECK(lengths.scalar_type() == at::kLong && lengths.device().is_cpu() &&
@@ -45,31 +44,35 @@ at::Tensor check_lengths(const CellInfo& cell, const at::Tensor& x, const at::Te
               "rnnfast::", cell.name, ": expected lengths of shape ", at::IntArrayRef({B}),
               ", int64 and on the CPU, got ", lengths.sizes(), " of ", lengths.scalar_type());
   at::Tensor result = lengths.contiguous();
-  const std::span<const int64_t> values(result.const_data_ptr<int64_t>(), size_t(B));
-  if (x.dim() == 3) {
-    for (const int64_t value : values)
-      TORCH_CHECK(value >= 0 && value <= x.size(0), "rnnfast::", cell.name,
-                  ": expected lengths from 0 to T = ", x.size(0), ", got ", value);
-    return result;
-  }
-  int64_t rows = 0;
-  bool falls = B > 0;
-  for (size_t b = 0; b < values.size(); rows += values[b++])
-    falls = falls && values[b] >= 1 && values[b] <= values[b > 0 ? b - 1 : 0];
-  TORCH_CHECK(falls && rows == x.size(0), "rnnfast::", cell.name,
-              ": expected lengths of packed x "
-              "to fall, to be at least 1 and to sum to its ",
-              x.size(0), " rows");
+  TORCH_CHECK(lengths_fit(x, result), "rnnfast::", cell.name,
+              x.dim() == 3
+                  ? ": expected lengths from 0 to T = "
+                  : ": expected lengths of packed x to fall, to be at least 1 and to sum to ",
+              x.size(0));
   return result;
-}
-
-at::Tensor last_stride_one(const at::Tensor& t) {
-  return t.stride(-1) == 1 || t.size(-1) == 1 ? t : t.contiguous();
 }
 
 void* data_or_null(const at::Tensor& t) { return t.defined() ? t.data_ptr() : nullptr; }
 
 }  // namespace
+
+bool lengths_fit(const at::Tensor& x, const at::Tensor& lengths) {
+  const bool packed = x.dim() == 2;
+  const std::span<const int64_t> values(lengths.const_data_ptr<int64_t>(), size_t(lengths.size(0)));
+  int64_t rows = 0, most = x.size(0);
+  for (const int64_t value : values) {
+    if (value < (packed ? 1 : 0) || value > most) return false;
+    if (!packed) continue;
+    most = value;  // of those that follow
+    rows += value;
+    if (rows > x.size(0)) return false;
+  }
+  return !packed || (rows == x.size(0) && rows > 0);
+}
+
+at::Tensor last_stride_one(const at::Tensor& t) {
+  return t.stride(-1) == 1 || t.size(-1) == 1 ? t : t.contiguous();
+}
 
 const CellInfo& cell_info(CellKind kind) { return kTable[int(kind)]; }
 

@@ -68,6 +68,11 @@ struct LayerGrads {
   at::Tensor x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr;
 };
 
+// Whether int64 lengths on the CPU are from 0 to T or, of packed x, fall, are at least 1 and sum to
+// its rows.
+bool lengths_fit(const at::Tensor& x, const at::Tensor& lengths);
+at::Tensor last_stride_one(const at::Tensor& t);
+
 // Checks shapes, dtypes and devices of a call and brings the tensors into the layouts above.
 LayerInputs check_inputs(const CellInfo& cell, const at::Tensor& x, const at::Tensor& h0,
                          const at::Tensor& c0, const at::Tensor& w_ih, const at::Tensor& w_hh,
@@ -113,7 +118,8 @@ struct LayerBackward {
   LayerGrads grads;
 };
 
-// A device's kernels. Sizes are positive; every output is written in full.
+// A device's kernels. Sizes are positive; every output is written in full, but for gates beyond a
+// sequence's end.
 struct CpuDevice {
   static void forward(const CellInfo& cell, LayerInputs in, LayerOutputs& out);
   static void backward(const CellInfo& cell, LayerGradOutputs grad_out, LayerInputs in,

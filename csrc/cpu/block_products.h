@@ -1,0 +1,280 @@
+// The gradients of x, of the weights and of the biases as products over the rows of a block of
+// steps. Included inside an instruction set's namespace.
+
+// A row for each sequence of each step, of two blocks of steps, which alternate.
+template <class T>
+struct StepRows {
+  T* data = nullptr;
+  int64_t slots = 0, batch = 0, pitch = 0;
+
+  static StepRows take(Arena& arena, const Plan& plan, int64_t batch, int64_t pitch) {
+    const int64_t slots = 2 * plan.block_steps;
+    return {arena.take<T>(slots * batch * pitch), slots, batch, pitch};
+  }
+  T* operator()(int64_t step, int64_t b) const { return data + (step % slots * batch + b) * pitch; }
+  T* operator()(Row row) const { return (*this)(row.step, row.b); }
+};
+
+// The rows at work in a block of steps.
+struct Block {
+  Span steps;
+  const Row* rows;
+  int64_t count;
+
+  bool is_first() const { return steps.begin == 0; }
+};
+
+template <class Cell, class S>
+class BlockProducts {
+  using A = Compute<S>;
+  using V = Vec<A>;
+  static constexpr int kLanesA = kLanes<A>;
+  static constexpr int G = Cell::kGates, D = Cell::kGradBlocks;
+  using Op = Operand<S>;
+  using Element = typename Op::Element;
+  using Columns = ColumnPanels<Op>;
+
+ public:
+  // Of what the steps of the backward leave: gate gradients and, where h is projected, the gradient
+  // of h and what the cells put out.
+  BlockProducts(const BackwardArgs& args, const Plan& plan, const History<Cell, S>& history,
+                const StepRows<Element>& d_gates, const StepRows<Element>& d_h,
+                const StepRows<S>& unprojected, Arena& arena)
+      : args_(args),
+        history_(history),
+        d_gates_(d_gates),
+        d_h_(d_h),
+        unprojected_(unprojected),
+        hidden_{args.h_size},
+        input_{args.size.I},
+        units_{args.size.H},
+        left_pitch_((ceil_div(plan.block_steps * args.size.B, kLanesA * Op::kPerWord) + 1) *
+                    kLanesA * Op::kPerWord) {
+    const int64_t rows = plan.block_steps * args.size.B, H = args.size.H;
+    w_ih_ = arena.take<A>(input_.size(G * H));
+    left_ = arena.take<Element>(D * H * left_pitch_);
+    x_ = arena.take<A>(input_.size(rows));
+    h_ = arena.take<A>(hidden_.size(rows));
+    if (!args.grad_w_hr) return;
+    projection_left_ = arena.take<Element>(args.h_size * left_pitch_);
+    packed_unprojected_ = arena.take<A>(units_.size(rows));
+  }
+
+  void pack(const Team& team) {
+    if (!args_.grad_x) return;
+    const int64_t I = args_.size.I, H = args_.size.H;
+    const S* w_ih = static_cast<const S*>(args_.w_ih);
+    const Span own = team.share(input_.count());
+    for (int64_t p = own.begin; p < own.end; ++p)
+      input_.template pack<S>(
+          [&](int64_t k) { return w_ih + (Cell::input_gate(int(k / H)) * H + k % H) * I; }, G * H,
+          p, input_.at(w_ih_, G * H, p));
+  }
+
+  // With a barrier inside if gradients of weights are wanted.
+  void run(const Block& block, const Team& team) const {
+    grad_input(block, team);
+    grad_parameters(block, team);
+  }
+
+ private:
+  // grad_x[t] = d_gates[t] W_ih, rows of the block dealt to threads
+  void grad_input(const Block& block, const Team& team) const {
+    if (!args_.grad_x) return;
+    const auto [T, B, I, H] = args_.size;
+    const int64_t depth = G * H, inputs = I;
+    const auto target = [&](int64_t step, int64_t b) {
+      return static_cast<S*>(args_.grad_x) + history_.batch.row(history_.time(step), b) * inputs;
+    };
+    const Span own = team.share(block.count);
+    alignas(64) A out[kMaxTileRows * Columns::kWidth];
+    for (int64_t p = 0; p < input_.count(); ++p) {
+      const int64_t column = p * Columns::kWidth;
+      for_row_tiles(own.size(), Columns::kRows, [&](int64_t r, int n) {
+        const Row* rows = block.rows + own.begin + r;
+        const Element* a[kMaxTileRows];
+        for (int i = 0; i < n; ++i) a[i] = d_gates_(rows[i]);
+        any_tile<Op, false, kLongChain>(input_.vectors(p), n, words<Op>(depth), a,
+                                        input_.at(w_ih_, depth, p), out, Columns::kWidth);
+        for (int i = 0; i < n; ++i) {
+          S* to = target(rows[i].step, rows[i].b);
+          for (int v = 0; v < input_.vectors(p); ++v) {
+            const int64_t at = column + v * kLanesA;
+            store(to + at, load(out + i * Columns::kWidth + v * kLanesA), inputs - at);
+          }
+        }
+      });
+    }
+    if (!history_.batch.is_ragged() || history_.batch.is_packed()) return;
+    const Span cleared = team.share(B);
+    for (int64_t step = block.steps.begin; step < block.steps.end; ++step)
+      for (int64_t b = cleared.begin; b < cleared.end; ++b)
+        if (history_.time(step) >= history_.batch.length(b))
+          __builtin_memset(target(step, b), 0, size_t(inputs) * sizeof(S));
+  }
+
+  // Of weights and biases. d_gates is transposed, and x and h are packed, once for all threads.
+  void grad_parameters(const Block& block, const Team& team) const {
+    const bool any_weight = args_.grad_w_ih || args_.grad_w_hh || args_.grad_w_hr;
+    if (!any_weight && !args_.grad_b_ih && !args_.grad_b_hh) return;
+    const int64_t H = args_.size.H, P = args_.h_size;
+    const Span own = share_vectors(team, D * H);
+    transpose_rows(block, own, d_gates_, left_);
+    grad_bias(block, own);
+    if (!any_weight) return;
+    const auto x = [&](Row row) { return history_.x(row.step, row.b); };
+    const auto h = [&](Row row) { return history_.h_before(row.step, row.b); };
+    if (args_.grad_w_ih) pack_rows_of(block, team, input_, x, x_);
+    if (args_.grad_w_hh) pack_rows_of(block, team, hidden_, h, h_);
+    if (args_.grad_w_hr) {
+      transpose_rows(block, share_vectors(team, P), d_h_, projection_left_);
+      pack_rows_of(block, team, units_, unprojected_, packed_unprojected_);
+    }
+    team.barrier();
+    if (args_.grad_w_ih)
+      accumulate(block, team, left_, G, H, input_, x_, args_.grad_w_ih, Cell::input_gate);
+    if (args_.grad_w_hh)
+      accumulate(block, team, left_ + (D - G) * H * left_pitch_, G, H, hidden_, h_, args_.grad_w_hh,
+                 same_place);
+    if (args_.grad_w_hr)
+      accumulate(block, team, projection_left_, 1, P, units_, packed_unprojected_, args_.grad_w_hr,
+                 same_place);
+  }
+  static constexpr int same_place(int j) { return j; }
+  // a thread's part of so many elements, in whole vectors
+  static Span share_vectors(const Team& team, int64_t elements) {
+    const Span vectors = team.share(ceil_div(elements, kLanesA));
+    return {vectors.begin * kLanesA, std::min(vectors.end * kLanesA, elements)};
+  }
+
+  template <class Source>
+  void pack_rows_of(const Block& block, const Team& team, const Columns& columns, Source&& source,
+                    A* to) const {
+    const Span own = team.share(columns.count());
+    for (int64_t p = own.begin; p < own.end; ++p)
+      columns.template pack<S>([&](int64_t k) { return source(block.rows[k]); }, block.count, p,
+                               columns.at(to, block.count, p));
+  }
+
+  // grad[place(j) * height + i][n] (+)= sum over the rows of the block left[j * height + i]
+  // right[n], j < count. Bands of rows times panels of columns are dealt to threads: a band for
+  // each thread, unless that would make them too narrow for the tiles.
+  template <class Place>
+  void accumulate(const Block& block, const Team& team, const Element* left, int count,
+                  int64_t height, const Columns& columns, A* packed, void* grad,
+                  Place place) const {
+    const int64_t rows = count * height, depth = block.count;
+    const int64_t bands = std::clamp<int64_t>(rows / (4 * Columns::kRows), 1, team.size());
+    const Span own = team.share(bands * columns.count());
+    for (int64_t i = own.begin; i < own.end; ++i) {
+      const int64_t band = i / columns.count(), p = i % columns.count();
+      const int64_t begin = rows * band / bands, end = rows * (band + 1) / bands;
+      for (int64_t j = begin / height; j * height < end; ++j) {
+        const Span part{std::max(begin, j * height), std::min(end, (j + 1) * height)};
+        A* to = static_cast<A*>(grad) +
+                (place(int(j)) * height + part.begin - j * height) * columns.N +
+                p * Columns::kWidth;
+        outer_product(left + part.begin * left_pitch_, part.size(), depth,
+                      columns.at(packed, depth, p), columns, p, !block.is_first(), to);
+      }
+    }
+  }
+
+  // left[m][k] = element m of row k of the block, with zeros up to a whole vector of words
+  template <class Source>
+  void transpose_rows(const Block& block, Span own, Source&& source, Element* left) const {
+    const int64_t depth = block.count;
+    for (int64_t k = 0; k < depth; k += kLanesA * Op::kPerWord) {
+      const Element* from[kLanesA][Op::kPerWord];
+      for (int64_t i = 0; i < kLanesA * Op::kPerWord; ++i)
+        from[i / Op::kPerWord][i % Op::kPerWord] =
+            k + i < depth ? source(block.rows[k + i]) + own.begin : nullptr;
+      for (int64_t m = own.begin; m < own.end; m += kLanesA) {
+        V square[kLanesA];
+        for (int i = 0; i < kLanesA; ++i) {
+          square[i] = Op::load_columns(from[i], own.end - m);
+          for (const Element*& row : from[i]) row = row ? row + kLanesA : nullptr;
+        }
+        transpose<A>(square);
+        const int64_t n = std::min<int64_t>(kLanesA, own.end - m);
+        for (int64_t i = 0; i < n; ++i)
+          __builtin_memcpy(left + (m + i) * left_pitch_ + k, &square[i], sizeof(V));
+      }
+    }
+  }
+
+  // to[m][panel columns] (+)= sum_k left[m][k] panel[k]
+  void outer_product(const Element* left, int64_t rows, int64_t depth, const A* panel,
+                     const Columns& columns, int64_t p, bool add, A* to) const {
+    const int vectors = columns.vectors(p);
+    const int64_t width = columns.N - p * Columns::kWidth;
+    const bool whole = vectors * kLanesA <= width;
+    alignas(64) A edge[kMaxTileRows * Columns::kWidth];
+    for_row_tiles(rows, Columns::kRows, [&](int64_t m, int n) {
+      const Element* a[kMaxTileRows];
+      for (int i = 0; i < n; ++i) a[i] = left + (m + i) * left_pitch_;
+      A* target = to + m * columns.N;
+      if (whole) {
+        const auto product = add ? any_tile<Op, true, kLongChain> : any_tile<Op, false, kLongChain>;
+        return product(vectors, n, words<Op>(depth), a, panel, target, columns.N);
+      }
+      any_tile<Op, false, kLongChain>(vectors, n, words<Op>(depth), a, panel, edge,
+                                      Columns::kWidth);
+      for (int i = 0; i < n; ++i) {
+        for (int v = 0; v < vectors; ++v) {
+          A* cell = target + i * columns.N + v * kLanesA;
+          V value = load(edge + i * Columns::kWidth + v * kLanesA);
+          if (add) value += load(cell, width - v * kLanesA);
+          store(cell, value, width - v * kLanesA);
+        }
+      }
+    });
+  }
+
+  void grad_bias(const Block& block, Span own) const {
+    if (!args_.grad_b_ih && !args_.grad_b_hh) return;
+    constexpr int64_t kPart =
+        16;  // so that rounding errors do not grow with the length of the block
+    const int64_t H = args_.size.H, depth = block.count;
+    for (int64_t m = own.begin; m < own.end; m += kLanesA) {
+      const int n = int(std::min<int64_t>(kLanesA, own.end - m));
+      V rows[kLanesA] = {};
+      for (int i = 0; i < n; ++i)
+        for (int64_t k = 0; k < depth; k += kPart * kLanesA)
+          rows[i] += partial_sum<kPart>(left_ + (m + i) * left_pitch_ + k, depth - k);
+      const V sums = lane_sums<A>(rows);
+      for (int i = 0; i < n; ++i) {
+        const int64_t j = (m + i) / H, unit = (m + i) % H;
+        if (args_.grad_b_ih && j < G)
+          add(static_cast<A*>(args_.grad_b_ih) + Cell::input_gate(int(j)) * H + unit, sums[i],
+              !block.is_first());
+        if (args_.grad_b_hh && j >= D - G)
+          add(static_cast<A*>(args_.grad_b_hh) + (j - (D - G)) * H + unit, sums[i],
+              !block.is_first());
+      }
+    }
+  }
+  template <int64_t kVectors>
+  static V partial_sum(const Element* from, int64_t count) {
+    V sum{};
+    const int64_t end = std::min(count, kVectors * kLanesA);
+    for (int64_t k = 0; k < end; k += kLanesA) sum += load(from + k);
+    return sum;
+  }
+  static void add(A* to, A value, bool keep) { *to = keep ? *to + value : value; }
+
+  const BackwardArgs& args_;
+  const History<Cell, S>& history_;
+  const StepRows<Element>& d_gates_;
+  const StepRows<Element>& d_h_;
+  const StepRows<S>& unprojected_;
+  const Columns hidden_, input_, units_;
+  // Rows are a vector longer than they need be: at multiples of 4 KiB they would compete for the
+  // same lines of L1.
+  const int64_t left_pitch_;
+  A* w_ih_;  // packed columns [panel][G*H][width], its rows in the order of d_gates
+  Element* left_;  // transposed gate gradients [D*H][left_pitch]
+  A *x_, *h_;  // packed columns of the rows of a block
+  Element* projection_left_ = nullptr;  // transposed gradient of h [P][left_pitch]
+  A* packed_unprojected_ = nullptr;  // columns of the rows of a block
+};
