@@ -250,10 +250,11 @@ struct GatePanels {
 
  private:
   // One row against a panel of unpacked weights: rows of w as dot products. For few rows, where
-  // packing would cost more than it saves. Same arguments as a tile of one row.
+  // packing would cost more than it saves. Same arguments as a tile of one row. Out of line, as it
+  // would take registers from the loops over tiles.
   template <class S>
-  RNNFAST_HD void dot(const S* w, int64_t K, int64_t panel, const Element* a, const A* bias,
-                      A* out) const {
+  __attribute__((noinline)) void dot(const S* w, int64_t K, int64_t panel, const Element* a,
+                                     const A* bias, A* out) const {
     for (int j = 0; j < kVectors; ++j) {
       Vec<A> sum[kLanesA] = {};
       const int64_t first = weight_row(panel, j, 0);
