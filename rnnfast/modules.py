@@ -28,6 +28,7 @@ _CELL_OF_MODE = {
     "GRU": CELLS["gru"],
     "LSTM": CELLS["lstm"],
 }
+_NO_EXTRAS = functional.Extras()
 _CELL_WEIGHTS = ["weight_ih", "weight_hh", "bias_ih", "bias_hh"]
 _Device = torch.device | str | int | None
 
@@ -125,7 +126,10 @@ class _Layers(_Backed, nn.RNNBase):
                 return self._in_graph(input, hx, **({} if plain else given))
             return self._forward_packed(cell, input, hx, return_cells)
         weights = self._read(self._flat_weights_names)
-        if plain and (extension := _backend.short_way(self.backend)):
+        extras = _NO_EXTRAS
+        if not plain and input.dim() == 3:
+            extras = functional.check_extras(input, lengths, reset, return_cells, self.batch_first)
+        if not return_cells and (extension := _backend.short_way(self.backend)):
             # `_layout` written out, as its call would take a good part of a single step
             result = extension.run_layers(
                 _backend.CELL_KINDS[cell.name],
@@ -139,8 +143,8 @@ class _Layers(_Backed, nn.RNNBase):
                 self.batch_first,
                 self.bidirectional,
                 self.recompute,
-                None,
-                None,
+                extras[0],
+                extras[1],
             )
             if result is not None:
                 return result
@@ -148,7 +152,6 @@ class _Layers(_Backed, nn.RNNBase):
         time = 1 if self.batch_first else 0
         if single:
             x, states = x.unsqueeze(1 - time), _unsqueeze(states, 1)
-            reset = None if reset is None else torch.as_tensor(reset).unsqueeze(1 - time)
         options = self._options()
         problem = functional.sequence_problem(cell, x, states, weights, options)
         if problem:
@@ -156,16 +159,9 @@ class _Layers(_Backed, nn.RNNBase):
             if not plain:
                 raise RuntimeError(problem)
             return result
-        extras = functional.Extras()
-        if not plain:
-            extras = functional.check_extras(x, lengths, reset, return_cells, self.batch_first)
-            extension = None if return_cells else _backend.short_way(self.backend)
-            if extension and not single:
-                result = extension.run_layers(
-                    _backend.CELL_KINDS[cell.name], input, hx, weights, *self._layout(), *extras[:2]
-                )
-                if result is not None:
-                    return result
+        if single and not plain:
+            reset = None if reset is None else torch.as_tensor(reset).unsqueeze(1 - time)
+            extras = functional.check_extras(x, None, reset, return_cells, self.batch_first)
         y, finals, cells = functional.run_sequence(
             cell, x, states, weights, options, self.backend, extras
         )
