@@ -538,7 +538,7 @@ def check_extras(
                 found = low if low < 0 else high
                 raise ValueError(f"lengths should be between 0 and {steps}, got {found}")
     if reset is not None:
-        reset = torch.as_tensor(reset)
+        reset = reset if isinstance(reset, Tensor) else torch.as_tensor(reset)
         if reset.dtype is not torch.bool:
             raise TypeError(f"reset should be booleans, got {reset.dtype}")
         if reset.shape != x.shape[:2]:
@@ -550,7 +550,8 @@ def check_extras(
                 f"{x.device} and reset tensor at {reset.device}"
             )
         reset = reset.transpose(0, 1) if batch_first else reset
-        reset = reset.clone(memory_format=torch.contiguous_format)
+        if torch.is_grad_enabled():
+            reset = reset.clone(memory_format=torch.contiguous_format)
     return Extras(lengths, reset, return_cells)
 
 
