@@ -51,6 +51,11 @@ def has_kernels(case: Case, device: str) -> bool:
     return case.is_plain or (device == "cpu" and not emulated)
 
 
+def assert_refused(case: Case, inputs: list[torch.Tensor | None]) -> None:
+    with pytest.raises(RuntimeError, match="lengths, reset and w_hr have no kernels on"):
+        run_forward(case, inputs, save=True)
+
+
 TORCH_CASES = [
     case
     for case in CASES
@@ -161,9 +166,7 @@ def test_values_and_gradients(
     exact_inputs, exact_grads, expected = sample_with_oracle(case, dtype)
     inputs, grads = cast(exact_inputs, dtype, device), cast(exact_grads, dtype, device)
     if not has_kernels(case, device):
-        with pytest.raises(RuntimeError, match="lengths, reset and w_hr have no kernels on"):
-            run_forward(case, inputs, save=True)
-        return
+        return assert_refused(case, inputs)
     forward = run_forward(case, inputs, save=True)
     states = CELLS[case.cell].states
     wide = reference.compute_dtype(dtype)
@@ -279,7 +282,7 @@ def test_gradcheck(case: Case, device: str) -> None:
         return (y, *finals, cells) if case.cells else (y, *finals)
 
     if not has_kernels(case, device):
-        return  # refused, as `test_values_and_gradients` finds
+        return assert_refused(case, inputs)
     if case.cell == "elman_relu":  # its kink is no point for finite differences
         y = layer(*given)[0]
         assert y[y > 0].min() > 1e-3
@@ -383,7 +386,7 @@ def test_recomputed_gates(
     inputs = cast(sample_inputs(case, dtype), dtype, device)
     grads = cast(sample_grads(case, dtype), dtype, device)
     if not has_kernels(case, device):
-        return  # refused, as `test_values_and_gradients` finds
+        return assert_refused(case, inputs)
     if device == "cuda" or backend.EXTENSION.get_cpu_capability() == "cuda_emulation":
         with pytest.raises(RuntimeError, match="recompute=True has no kernels on this device"):
             run_forward(case, inputs, True, recompute=True)
@@ -410,21 +413,22 @@ def test_planned_split(cell: str, split: str) -> None:
         assert plan["split"] == split
 
 
-@pytest.mark.parametrize("lengths", ["", "padded", "packed", "projected"])
-@pytest.mark.parametrize("shape", SPLIT_SHAPES.values(), ids=SPLIT_SHAPES.keys())
-@pytest.mark.parametrize("cell", CELLS)
-def test_same_bits_for_every_run_and_thread_count(
-    cell: str, shape: tuple[int, int, int, int], lengths: str, device: str, threads: None
-) -> None:
-    if lengths == "projected":
-        if cell != "lstm":
-            return  # the others have no projection
-        case = Case(cell, *shape, proj=shape[-1] * 3 // 4)
-    else:
-        case = Case(cell, *shape, lengths=lengths)
-    if not has_kernels(case, device):
-        return  # refused, as `test_values_and_gradients` finds
+SPLIT_CASES = [
+    *(
+        Case(cell, *shape, lengths=lengths)
+        for cell in CELLS
+        for shape in SPLIT_SHAPES.values()
+        for lengths in ("", "padded", "packed")
+    ),
+    *(Case("lstm", *shape, proj=shape[-1] * 3 // 4) for shape in SPLIT_SHAPES.values()),
+]
+
+
+@pytest.mark.parametrize("case", SPLIT_CASES, ids=str)
+def test_same_bits_for_every_run_and_thread_count(case: Case, device: str, threads: None) -> None:
     inputs = cast(sample_inputs(case, torch.float32), torch.float32, device)
+    if not has_kernels(case, device):
+        return assert_refused(case, inputs)
     grads = cast(sample_grads(case, torch.float32), torch.float32, device)
 
     def run() -> list[torch.Tensor]:
