@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from rnnfast import backend
-from rnnfast.cli.parser import build_parser
+from rnnfast.cli.parsers import build_parser
 
 _EXTRAS = ("matplotlib", "safetensors", "tqdm")
 

@@ -1,0 +1,86 @@
+"""Argument types and groups that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+DEFAULT_FOLDER = Path("char-lstm")
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports an error in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print one line to stderr and exit with code 2."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults other than None, and keeps the line breaks of descriptions and examples."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+def add_temperature(parser: argparse._ActionsContainer) -> None:
+    """Add `--temperature`."""
+    parser.add_argument(
+        "--temperature",
+        type=number(float, "zero or more", lambda value: 0 <= value < float("inf")),
+        default=0.8,
+        metavar="T",
+        help="0 always takes the likeliest character; higher values dare more",
+    )
+
+
+def add_placement(parser: argparse.ArgumentParser) -> None:
+    """Add `--device` and `--backend`."""
+    group = parser.add_argument_group("where to run")
+    group.add_argument("--device", type=device, default="cpu", help="cpu, cuda or cuda:N")
+    group.add_argument(
+        "--backend",
+        choices=("fused", "aten", "reference"),
+        help="what runs the LSTM; if not given, the best that can (see rnnfast doctor)",
+    )
+
+
+def number(
+    kind: type[int] | type[float], expected: str, accepts: Callable[[float], bool]
+) -> Callable[[str], float]:
+    """An argument type: a number that `accepts` agrees to."""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = float("nan")
+        if not accepts(value):
+            raise argparse.ArgumentTypeError(f"expected a number {expected}, got {text!r}")
+        return value
+
+    return parse
+
+
+count = number(int, "of 1 or more, without fraction", lambda value: value >= 1)
+positive = number(float, "above zero", lambda value: 0 < value < float("inf"))
+
+
+def prompt(text: str) -> str:
+    """An argument type: text that can be continued."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected at least one character, got none")
+    return text
+
+
+def device(text: str) -> torch.device:
+    """An argument type: a device that this machine and this torch have."""
+    try:
+        return torch.empty(0, device=text).device
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(f"device {text!r} cannot be used: {reason}") from None
