@@ -34,10 +34,12 @@ struct ForwardArgs {
   Ragged ragged;
   const bool* reset;  // (T, B): no state passes from step t - 1 to step t; or null
   int64_t h_size;  // P
-  const void* x;  // S (T, B, I), last stride 1
-  int64_t x_stride_t, x_stride_b;
+  const void* x;  // S (T, B, I), last stride 1; null where there are tokens
+  const int64_t* tokens;  // (T, B) rows of w_ih, I then being 0; or null
+  int64_t x_stride_t, x_stride_b;  // of x or tokens
   const void *h0, *c0;  // S (B, P), (B, H); c0 only where the cell has it
-  const void *w_ih, *w_hh;  // S (G*H, I), (G*H, P)
+  const void* w_ih;  // S (G*H, I), or (V, G*H) of tokens
+  const void* w_hh;  // S (G*H, P)
   const void *b_ih, *b_hh;  // S (G*H) or null
   const void* w_hr;  // S (P, H), the projection of h, or null
   void* y;  // S (T, B, P)
@@ -57,10 +59,12 @@ struct BackwardArgs {
   int64_t grad_y_stride_t, grad_y_stride_b;
   const void *grad_h_n, *grad_c_n;  // S (B, P), (B, H) or null
   const void* grad_cells;  // A (T, B, H) or null
-  const void* x;  // S (T, B, I), last stride 1
-  int64_t x_stride_t, x_stride_b;
+  const void* x;  // S (T, B, I), last stride 1; null where there are tokens
+  const int64_t* tokens;  // (T, B) rows of w_ih, I then being 0; or null
+  int64_t x_stride_t, x_stride_b;  // of x or tokens
   const void *h0, *c0;  // S (B, P), (B, H)
-  const void *w_ih, *w_hh;  // S (G*H, I), (G*H, P)
+  const void* w_ih;  // S (G*H, I), or (V, G*H) of tokens
+  const void* w_hh;  // S (G*H, P)
   const void *b_ih, *b_hh;  // S (G*H) or null; only used where gates are null
   const void* w_hr;  // S (P, H) or null
   const void* y;  // S (T, B, P)
@@ -69,7 +73,8 @@ struct BackwardArgs {
   // results, each null where not wanted; those of parameters in A, for the caller to round
   void* grad_x;  // S (T, B, I)
   void *grad_h0, *grad_c0;  // S (B, P), (B, H)
-  void *grad_w_ih, *grad_w_hh;  // A (G*H, I), (G*H, P)
+  void* grad_w_ih;  // A (G*H, I), or (V, G*H) of tokens, zeros on entry
+  void* grad_w_hh;  // A (G*H, P)
   void *grad_b_ih, *grad_b_hh;  // A (G*H)
   void* grad_w_hr;  // A (P, H)
 };

@@ -272,14 +272,15 @@ def _register_fakes(cell: Cell) -> None:
         _check_devices(x, arguments[: cell.states + 4])
         hidden = states[-1].shape[1]
         rows = x.shape[:-1]  # (T, B), or (N) of packed x
-        y = x.new_empty((*rows, states[0].shape[1]))
-        finals = tuple(x.new_empty(state.shape) for state in states)
+        like = states[0]  # x may be tokens
+        y = like.new_empty((*rows, like.shape[1]))
+        finals = tuple(like.new_empty(state.shape) for state in states)
         save_gates = save and not recompute
-        gates = x.new_empty((*rows, cell.saved * hidden) if save_gates else (0,))
+        gates = like.new_empty((*rows, cell.saved * hidden) if save_gates else (0,))
         if cell.states == 1:
             return y, *finals, gates
-        dtype = reference.compute_dtype(x.dtype)
-        return y, *finals, gates, x.new_empty((*rows, hidden) if save else (0,), dtype=dtype)
+        dtype = reference.compute_dtype(like.dtype)
+        return y, *finals, gates, like.new_empty((*rows, hidden) if save else (0,), dtype=dtype)
 
     def backward(*arguments: Any) -> States:
         outputs, inputs = 1 + cell.states, 5 + cell.states
@@ -293,7 +294,7 @@ def _register_fakes(cell: Cell) -> None:
         return tuple(
             tensor.new_empty(tensor.shape)
             if needed and tensor is not None
-            else tensors[0].new_empty((0,))
+            else tensors[1].new_empty((0,))
             for tensor, needed in zip(tensors, mask, strict=True)
         )
 

@@ -18,9 +18,10 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from . import backend as _backend
-from . import functional
-from .functional import Options
+from . import checks, functional, sequences
+from . import tokens as _tokens
 from .reference import CELLS, Cell
+from .sequences import Extras, Options
 
 _CELL_OF_MODE = {
     "RNN_TANH": CELLS["elman_tanh"],
@@ -28,7 +29,7 @@ _CELL_OF_MODE = {
     "GRU": CELLS["gru"],
     "LSTM": CELLS["lstm"],
 }
-_NO_EXTRAS = functional.Extras()
+_NO_EXTRAS = Extras()
 _CELL_WEIGHTS = ["weight_ih", "weight_hh", "bias_ih", "bias_hh"]
 _Device = torch.device | str | int | None
 
@@ -73,13 +74,26 @@ class _Layers(_Backed, nn.RNNBase):
 
     recompute: bool = False
     """Whether no gates are saved for the backward; may be set at any time."""
+    tokens: bool = False
+    """Whether inputs are integer tokens, which stand for one-hot vectors."""
 
     def __init__(
-        self, mode: str, *args: Any, recompute: bool, backend: str | None, **kwargs: Any
+        self,
+        mode: str,
+        *args: Any,
+        tokens: bool,
+        recompute: bool,
+        backend: str | None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(mode, *args, **kwargs)
+        self.tokens = tokens
         self.recompute = recompute
         self.backend = _check_backend(backend)
+        for name in [name for name in self._flat_weights_names if name.startswith("weight_ih_l0")]:
+            if tokens:
+                weight = getattr(self, name)
+                weight.data = _tokens.column_major(weight.data)
 
     def forward(
         self,
@@ -89,12 +103,13 @@ class _Layers(_Backed, nn.RNNBase):
         lengths: Tensor | Sequence[int] | None = None,
         reset: Tensor | None = None,
         return_cells: bool = False,
+        embedding: nn.Embedding | None = None,
     ) -> Any:
         """Runs the layers over a batch of sequences or a single one.
 
         Args:
             input: (T, B, I), (B, T, I) with ``batch_first``, (T, I) for a single sequence, or a
-                PackedSequence.
+                PackedSequence. With ``tokens`` or ``embedding``, integers without the dimension I.
             hx: The initial state (L*D, B, H), or (L*D, H) for a single sequence; for LSTM a pair of
                 such, (h, c). None is zeros.
             lengths: Integers (B) from 0 to T, or None: how many steps each sequence has, in any
@@ -104,6 +119,9 @@ class _Layers(_Backed, nn.RNNBase):
                 where ``reset[t]`` is true, the state is zeros before step t and no gradient passes;
                 if bidirectional, nothing passes from step t back to t - 1 either.
             return_cells: Whether to return the c of every step, too; only LSTM has them.
+            embedding: If not None, what ``input`` are tokens of: the same as ``embedding(input)``
+                in place of ``input``, but W_ih is multiplied with each vector once, however often
+                its token occurs. Forward hooks of ``embedding`` may not run.
 
         Returns:
             output (T, B, D*H), arranged like ``input``, and the final state, shaped like ``hx``;
@@ -114,9 +132,13 @@ class _Layers(_Backed, nn.RNNBase):
             ValueError, RuntimeError: As torch.nn, and where a forced backend cannot run.
             ValueError: A length is out of range, or ``return_cells`` is asked of another cell than
                 LSTM.
-            TypeError: ``lengths`` are no integers, ``reset`` no booleans.
+            TypeError: ``lengths`` or tokens are no integers, ``reset`` no booleans.
+            IndexError: A token is out of range.
         """
-        cell = _CELL_OF_MODE[self.mode]
+        cell, weights = _CELL_OF_MODE[self.mode], self._read(self._flat_weights_names)
+        tokens = self.tokens or embedding is not None
+        if tokens:
+            input, weights, tokens = self._take_tokens(input, weights, lengths, embedding)
         plain = lengths is None and reset is None and not return_cells
         if not plain:
             self._check_extras(input, lengths, reset, return_cells)
@@ -124,11 +146,10 @@ class _Layers(_Backed, nn.RNNBase):
             if isinstance(input, fx.Proxy):
                 given = {"lengths": lengths, "reset": reset, "return_cells": return_cells}
                 return self._in_graph(input, hx, **({} if plain else given))
-            return self._forward_packed(cell, input, hx, return_cells)
-        weights = self._read(self._flat_weights_names)
+            return self._forward_packed(cell, input, hx, weights, tokens, return_cells)
         extras = _NO_EXTRAS
         if not plain and input.dim() == 3:
-            extras = functional.check_extras(input, lengths, reset, return_cells, self.batch_first)
+            extras = checks.check_extras(input, lengths, reset, return_cells, self.batch_first)
         if not return_cells and (extension := _backend.short_way(self.backend)):
             # `_layout` written out, as its call would take a good part of a single step
             result = extension.run_layers(
@@ -153,7 +174,9 @@ class _Layers(_Backed, nn.RNNBase):
         if single:
             x, states = x.unsqueeze(1 - time), _unsqueeze(states, 1)
         options = self._options()
-        problem = functional.sequence_problem(cell, x, states, weights, options)
+        problem = checks.sequence_problem(cell, x, states, weights, options, tokens=tokens)
+        if problem and tokens:
+            raise RuntimeError(problem)
         if problem:
             result = self._forward_in_torch(input, hx, problem)
             if not plain:
@@ -161,8 +184,8 @@ class _Layers(_Backed, nn.RNNBase):
             return result
         if single and not plain:
             reset = None if reset is None else torch.as_tensor(reset).unsqueeze(1 - time)
-            extras = functional.check_extras(x, None, reset, return_cells, self.batch_first)
-        y, finals, cells = functional.run_sequence(
+            extras = checks.check_extras(x, None, reset, return_cells, self.batch_first)
+        y, finals, cells = sequences.run_sequence(
             cell, x, states, weights, options, self.backend, extras
         )
         if single:
@@ -171,19 +194,55 @@ class _Layers(_Backed, nn.RNNBase):
         results = y, finals if cell.states > 1 else finals[0]
         return results if cells is None else (*results, cells)
 
-    def _forward_packed(self, cell: Cell, input: Any, hx: Any, return_cells: bool) -> Any:
+    def _take_tokens(
+        self, input: Any, weights: Any, lengths: Any, embedding: nn.Embedding | None
+    ) -> tuple[Any, Any, bool]:
+        """Input and weights as for input that is not of tokens; whether they are tokens still."""
+        if isinstance(input, fx.Proxy):
+            return input if embedding is None else embedding(input), weights, False
+        if self.tokens and embedding is not None:
+            raise ValueError("tokens=True stands for one-hot vectors: no embedding can be given")
+        data, *rest = input if isinstance(input, PackedSequence) else (input,)
+        if not isinstance(data, Tensor) or not 1 <= data.dim() <= (1 if rest else 2):
+            found = list(data.shape) if isinstance(data, Tensor) else type(data).__name__
+            raise RuntimeError(f"expected tokens of 1 or 2 dimensions, time and batch, got {found}")
+        steps = None
+        if lengths is not None and data.dim() == 2:
+            # refused here already where wrong, as the tokens beyond are replaced
+            extras = checks.check_extras(data, lengths, None, False, self.batch_first)
+            time = torch.arange(data.shape[1 if self.batch_first else 0], device=data.device)
+            steps = time.unsqueeze(1) < _given(extras.lengths).to(data.device)
+            steps = steps.t() if self.batch_first else steps
+        data = _tokens.check(data, steps)
+        options = self._options()
+        if embedding is None:
+            x, weights = _tokens.one_hot_input(data, weights, options, self.backend)
+        elif embedding.embedding_dim != self.input_size:
+            raise RuntimeError(
+                f"input.size(-1) must be equal to input_size. Expected {self.input_size}, "
+                f"got {embedding.embedding_dim}"
+            )
+        else:
+            x, weights = _tokens.embedded_input(data, embedding, weights, options, self.backend)
+        result = PackedSequence(x, *rest) if rest else x
+        return result, weights, x.dtype is torch.int64
+
+    def _forward_packed(
+        self, cell: Cell, input: Any, hx: Any, weights: Any, tokens: bool, return_cells: bool
+    ) -> Any:
         if not isinstance(input, PackedSequence):
             return self._forward_in_torch(input, hx, "input is no tensor")
         data, batch_sizes, order, inverse = input
-        name = _backend.choose(self.backend, data)
+        name = _backend.choose(self.backend, weights[1])
         served = name == "reference" or (name == "fused" and data.device.type == "cpu")
         served = served and not torch._C._is_tracing()  # which would keep the number of sequences
-        states, weights = _states(cell, hx), self._read(self._flat_weights_names)
-        options, batch = self._options(), int(batch_sizes[0])
-        problem = functional.sequence_problem(cell, data, states, weights, options, batch)
+        states, options, batch = _states(cell, hx), self._options(), int(batch_sizes[0])
+        problem = checks.sequence_problem(cell, data, states, weights, options, batch, tokens)
         rises = (batch_sizes[1:] > batch_sizes[:-1]).any() or batch_sizes[-1] < 1
         if batch_sizes.dtype is not torch.int64 or rises or batch_sizes.sum() != data.shape[0]:
             problem = "batch_sizes do not fall or do not fit the data"
+        if problem and tokens:
+            raise RuntimeError(problem)
         if problem or not (served or return_cells):
             reason = problem or f"packed sequences have no kernels on {data.device.type}"
             return self._forward_in_torch(input, hx, reason)
@@ -200,8 +259,8 @@ class _Layers(_Backed, nn.RNNBase):
         if result is not None:
             y, finals = result[0], result[1] if cell.states > 1 else result[1:]
         else:
-            extras = functional.Extras(lengths, None, return_cells)
-            y, finals, cells = functional.run_sequence(
+            extras = Extras(lengths, None, return_cells)
+            y, finals, cells = sequences.run_sequence(
                 cell, data, states, weights, options, self.backend, extras
             )
         if inverse is not None:
@@ -213,7 +272,7 @@ class _Layers(_Backed, nn.RNNBase):
         return *results, PackedSequence(cells, batch_sizes, order, inverse)
 
     def _check_extras(self, input: Any, lengths: Any, reset: Any, return_cells: bool) -> None:
-        """Refuses combinations; `functional.check_extras` looks at the values."""
+        """Refuses combinations; `checks.check_extras` looks at the values."""
         if return_cells and self.mode != "LSTM":
             raise ValueError(f"return_cells is only supported for LSTM, not {self.mode}")
         if isinstance(input, PackedSequence) and not (lengths is None and reset is None):
@@ -261,6 +320,9 @@ class RNN(_Layers):
         device, dtype: Of the parameters.
         recompute: Save no gates for the backward, which computes them again from the states: less
             memory for more time. The fused kernels on the CPU do; elsewhere it changes nothing.
+        tokens: Whether inputs are integers (T, B) from 0 to I - 1, each standing for a one-hot
+            vector, which is not written out. ``weight_ih_l0`` has its usual shape but lies column
+            by column in memory.
         backend: None, or the backend to force; see `rnnfast.backend`.
 
     Raises:
@@ -283,6 +345,7 @@ class RNN(_Layers):
         dtype: torch.dtype | None = None,
         *,
         recompute: bool = False,
+        tokens: bool = False,
         backend: str | None = None,
         **kwargs: Any,
     ) -> None:
@@ -301,6 +364,7 @@ class RNN(_Layers):
             device=device,
             dtype=dtype,
             recompute=recompute,
+            tokens=tokens,
             backend=backend,
             **kwargs,
         )
@@ -313,7 +377,7 @@ class LSTM(_Layers):
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional: As in `RNN`.
         proj_size: If not 0, the size P to which h is projected, h = W_hr (o * tanh(c)): outputs and
             h have P features then, c has ``hidden_size``.
-        device, dtype, recompute, backend: As in `RNN`.
+        device, dtype, recompute, tokens, backend: As in `RNN`.
     """
 
     torch_class = nn.LSTM
@@ -337,6 +401,7 @@ class LSTM(_Layers):
         dtype: torch.dtype | None = None,
         *,
         recompute: bool = False,
+        tokens: bool = False,
         backend: str | None = None,
         **kwargs: Any,
     ) -> None:
@@ -353,6 +418,7 @@ class LSTM(_Layers):
             device=device,
             dtype=dtype,
             recompute=recompute,
+            tokens=tokens,
             backend=backend,
             **kwargs,
         )
@@ -363,7 +429,7 @@ class GRU(_Layers):
 
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional: As in `RNN`.
-        device, dtype, recompute, backend: As in `RNN`.
+        device, dtype, recompute, tokens, backend: As in `RNN`.
     """
 
     torch_class = nn.GRU
@@ -381,6 +447,7 @@ class GRU(_Layers):
         dtype: torch.dtype | None = None,
         *,
         recompute: bool = False,
+        tokens: bool = False,
         backend: str | None = None,
         **kwargs: Any,
     ) -> None:
@@ -397,6 +464,7 @@ class GRU(_Layers):
             device=device,
             dtype=dtype,
             recompute=recompute,
+            tokens=tokens,
             backend=backend,
             **kwargs,
         )
@@ -438,10 +506,10 @@ class _OneStep(_Backed, nn.RNNCellBase):
         x, states, single = input, _states(cell, hx), input.dim() == 1
         if single:
             x, states = x.unsqueeze(0), _unsqueeze(states, 0)
-        problem = functional.step_problem(cell, x, states, weights)
+        problem = checks.step_problem(cell, x, states, weights)
         if problem:
             return self._forward_in_torch(input, hx, problem)
-        finals = functional.run_step(cell, x, states, weights, self.backend)
+        finals = sequences.run_step(cell, x, states, weights, self.backend)
         if single:
             finals = tuple(final.squeeze(0) for final in finals)
         return finals if cell.states > 1 else finals[0]
@@ -541,6 +609,11 @@ def _check_backend(name: str | None) -> str | None:
 def _refuse_projection(kwargs: dict[str, Any]) -> None:
     if "proj_size" in kwargs:
         raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+
+
+def _given(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None
+    return tensor
 
 
 def _states(cell: Cell, hx: Any) -> Any:

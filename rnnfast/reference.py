@@ -130,9 +130,10 @@ def layer(
     Args:
         cell: A row of `CELLS`.
         x: Input (T, B, I); T may be 0. Or packed as in a PackedSequence: (N, I), the rows of all
-            steps one after the other, of each step only the sequences that are so long.
+            steps one after the other, of each step only the sequences that are so long. Or tokens:
+            int64 with I = 1, each the number of a row of ``w_ih``.
         states: Initial states, each (B, H); with ``w_hr`` h is (B, P).
-        w_ih: (G*H, I).
+        w_ih: (G*H, I); of tokens a table (V, G*H), whose rows stand for W_ih x.
         w_hh: (G*H, H); with ``w_hr`` (G*H, P).
         b_ih: (G*H), or None.
         b_hh: (G*H), or None; both biases or neither.
@@ -148,8 +149,8 @@ def layer(
     Returns:
         y (T, B, H), or (T, B, P), the h of every step; the final states, shaped like ``states``;
         and the c of every step (T, B, H), None where the cell has none. y and c are zeros beyond a
-        sequence's end, and packed where x is. All are in the dtype of ``x``, but for the c of every
-        step, which stays in the dtype of sums. As in the kernels, half types are computed in
+        sequence's end, and packed where x is. All are in the dtype of the states, but for the c of
+        every step, which stays in the dtype of sums. As in the kernels, half types are computed in
         float32 and h is rounded after every step.
     """
     if autocast_enabled(x.device.type):
@@ -159,12 +160,16 @@ def layer(
         assert lengths is not None
         return _packed_layer(cell, x, states, w_ih, w_hh, b_ih, b_hh, reverse, lengths, w_hr)
 
-    dtype, wide = x.dtype, compute_dtype(x.dtype)
+    dtype, wide = states[0].dtype, compute_dtype(states[0].dtype)
     if lengths is not None:
         lengths = lengths.to(x.device)
         beyond = torch.arange(x.shape[0], device=x.device).unsqueeze(1) >= lengths
         x = x.masked_fill(beyond.unsqueeze(2), 0)  # else a NaN there would reach gradients
-    gates_x = F.linear(x.to(wide), w_ih.to(wide), None if b_ih is None else b_ih.to(wide))
+    if x.dtype is torch.int64:
+        gates_x = F.embedding(x.squeeze(2), w_ih.to(wide))
+        gates_x = gates_x if b_ih is None else gates_x + b_ih.to(wide)
+    else:
+        gates_x = F.linear(x.to(wide), w_ih.to(wide), None if b_ih is None else b_ih.to(wide))
     w_hh, b_hh = w_hh.to(wide), None if b_hh is None else b_hh.to(wide)
     current = tuple(state.to(wide) for state in states)
     y, cells = [], []

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import rnnfast
-from rnnfast import functional
+from rnnfast import sequences
 from rnnfast.acceleration import _OURS
 from rnnfast.backend import EXTENSION
 
@@ -413,9 +413,9 @@ def test_restored_is_as_new(theirs: type[nn.Module]) -> None:
 
 def test_backend_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     ran = []
-    reference = functional._LAYERS["reference"]
+    reference = sequences._LAYERS["reference"]
     monkeypatch.setitem(
-        functional._LAYERS, "reference", lambda *args: ran.append(args[0].name) or reference(*args)
+        sequences._LAYERS, "reference", lambda *args: ran.append(args[0].name) or reference(*args)
     )
     model = Zoo()
     rnnfast.accelerate(model, backend="reference")

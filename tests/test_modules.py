@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rnnfast
-from rnnfast import functional
+from rnnfast import functional, sequences
 from rnnfast.backend import EXTENSION
 
 EXPECT_FUSED = EXTENSION is not None or os.environ.get("RNNFAST_EXPECT_EXTENSION") != "0"
@@ -380,7 +380,7 @@ class TestPrecedence:
     @pytest.fixture(autouse=True)
     def spy(self, monkeypatch):
         self.ran = []
-        layers = functional._LAYERS
+        layers = sequences._LAYERS
 
         def spying(name):
             def layer(*arguments):
@@ -446,7 +446,7 @@ class TestPrecedence:
 def test_plain_calls_take_the_short_way(mode, suffix, bias, monkeypatch):
     theirs, ours = pair(mode, suffix, bias=bias)
     for general in ("run_sequence", "run_step"):
-        monkeypatch.delattr(functional, general)
+        monkeypatch.delattr(sequences, general)
     x = torch.randn((2, 3) if suffix else (5, 2, 3), dtype=torch.float64, requires_grad=True)
     assert_same(theirs, ours, x)
     assert_same(theirs, ours, x, random_state(mode, *((2, 4) if suffix else (1, 2, 4))))

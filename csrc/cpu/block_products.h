@@ -115,7 +115,9 @@ class BlockProducts {
 
   // Of weights and biases. d_gates is transposed, and x and h are packed, once for all threads.
   void grad_parameters(const Block& block, const Team& team) const {
-    const bool any_weight = args_.grad_w_ih || args_.grad_w_hh || args_.grad_w_hr;
+    if (args_.tokens && args_.grad_w_ih) grad_table(block, team);
+    const bool of_x = args_.grad_w_ih && !args_.tokens;
+    const bool any_weight = of_x || args_.grad_w_hh || args_.grad_w_hr;
     if (!any_weight && !args_.grad_b_ih && !args_.grad_b_hh) return;
     const int64_t H = args_.size.H, P = args_.h_size;
     const Span own = share_vectors(team, D * H);
@@ -124,15 +126,14 @@ class BlockProducts {
     if (!any_weight) return;
     const auto x = [&](Row row) { return history_.x(row.step, row.b); };
     const auto h = [&](Row row) { return history_.h_before(row.step, row.b); };
-    if (args_.grad_w_ih) pack_rows_of(block, team, input_, x, x_);
+    if (of_x) pack_rows_of(block, team, input_, x, x_);
     if (args_.grad_w_hh) pack_rows_of(block, team, hidden_, h, h_);
     if (args_.grad_w_hr) {
       transpose_rows(block, share_vectors(team, P), d_h_, projection_left_);
       pack_rows_of(block, team, units_, unprojected_, packed_unprojected_);
     }
     team.barrier();
-    if (args_.grad_w_ih)
-      accumulate(block, team, left_, G, H, input_, x_, args_.grad_w_ih, Cell::input_gate);
+    if (of_x) accumulate(block, team, left_, G, H, input_, x_, args_.grad_w_ih, Cell::input_gate);
     if (args_.grad_w_hh)
       accumulate(block, team, left_ + (D - G) * H * left_pitch_, G, H, hidden_, h_, args_.grad_w_hh,
                  same_place);
@@ -140,6 +141,23 @@ class BlockProducts {
       accumulate(block, team, projection_left_, 1, P, units_, packed_unprojected_, args_.grad_w_hr,
                  same_place);
   }
+  // The rows of tokens; a thread has its part of the columns.
+  void grad_table(const Block& block, const Team& team) const {
+    const int64_t H = args_.size.H;
+    const Span own = share_vectors(team, G * H);
+    for (int64_t k = 0; k < block.count; ++k) {
+      const Row row = block.rows[k];
+      const Element* d_gates = d_gates_(row);
+      A* table = history_.token_row(static_cast<A*>(args_.grad_w_ih), row.step, row.b);
+      for (int64_t j = own.begin / H; j * H < own.end; ++j) {
+        const int64_t begin = std::max(own.begin, j * H), end = std::min(own.end, (j + 1) * H);
+        A* to = table + (Cell::input_gate(int(j)) - j) * H;
+        for (int64_t m = begin; m < end; m += kLanesA)
+          store(to + m, load(to + m, end - m) + load(d_gates + m, end - m), end - m);
+      }
+    }
+  }
+
   static constexpr int same_place(int j) { return j; }
   // a thread's part of so many elements, in whole vectors
   static Span share_vectors(const Team& team, int64_t elements) {

@@ -122,6 +122,12 @@ class Forward {
            batch_.offset(time(step), b, args_.x_stride_t, args_.x_stride_b);
   }
 
+  // what stands for W_ih x of a token, [G][H]
+  const S* token_row(int64_t step, int64_t b) const {
+    const int64_t at = batch_.offset(time(step), b, args_.x_stride_t, args_.x_stride_b);
+    return static_cast<const S*>(args_.w_ih) + args_.tokens[at] * Cell::kGates * args_.size.H;
+  }
+
   void pack(Span panels, Span projection_panels) {
     const auto [T, B, I, H] = args_.size;
     const int64_t P = args_.h_size;
@@ -182,6 +188,7 @@ class Forward {
 
   // projected[row of the block][panel] = W_ih x + b_ih
   void project(Span steps, Span rows, Span panels, const Block& block, int thread) const {
+    if (args_.tokens) return;
     const int64_t I = args_.size.I;
     const S* w = static_cast<const S*>(args_.w_ih);
     int64_t count = 0;
@@ -242,6 +249,8 @@ class Forward {
     const int64_t H = args_.size.H;
     const int64_t row = batch_.row(time(step), b);
     const Element* h_before = state_before(step, b);
+    const S* from_token = args_.tokens ? token_row(step, b) : nullptr;
+    const A* b_ih = b_ih_ + panel * Panels::kWidth;
     constexpr int kSaved = Cell::kSaved;
     for (int v = 0; v < Panels::kUnitVectors; ++v) {
       const int64_t unit = panel * Panels::kUnits + v * kLanesA;
@@ -249,8 +258,10 @@ class Forward {
       if (left <= 0) break;
       V px[Cell::kGates], ph[Cell::kGates], saved[kSaved + 1], h;
       for (int g = 0; g < Cell::kGates; ++g) {
-        px[g] = load(from_x + (g * Panels::kUnitVectors + v) * kLanesA);
-        ph[g] = load(from_h + (g * Panels::kUnitVectors + v) * kLanesA);
+        const int64_t at = (g * Panels::kUnitVectors + v) * kLanesA;
+        px[g] = from_token ? load(from_token + g * H + unit, left) + load(b_ih + at)
+                           : load(from_x + at);
+        ph[g] = load(from_h + at);
       }
       const V h_prev = projects() ? V{} : load(h_before + unit);  // the LSTM does without
       V c = Cell::kHasCell && h_before != zeros_ ? load(c_ + b * pitch_ + unit) : V{};

@@ -35,6 +35,12 @@ class History {
     return static_cast<const S*>(args_.x) +
            batch.offset(time(step), b, args_.x_stride_t, args_.x_stride_b);
   }
+  // the row of a token in a table of S, or of its gradient in A: [G][H]
+  template <class T>
+  T* token_row(T* table, int64_t step, int64_t b) const {
+    const int64_t at = batch.offset(time(step), b, args_.x_stride_t, args_.x_stride_b);
+    return table + args_.tokens[at] * Cell::kGates * args_.size.H;
+  }
   // a row of so many elements of y, cells, ... or null
   template <class T>
   const T* at(const void* data, int64_t step, int64_t b, int64_t elements) const {

@@ -26,6 +26,7 @@ namespace rnnfast::cpu::RNNFAST_ISA {
 //
 #include "cpu/backward.h"
 #include "cpu/forward.h"
+#include "cpu/generate.h"
 
 template <class Cell, class S>
 constexpr Kernels make_kernels() {
@@ -56,6 +57,23 @@ constexpr Kernels make_kernels() {
         parallel(jobs, [](BackwardJob& job, const Team& team) {
           Arena arena(job.workspace);
           Backward<Cell, S>(job.args, job.plan, arena).run(team);
+        });
+      },
+      [](const GenerateArgs& args) {
+        Arena arena(nullptr);
+        Generate<Cell, S>(args, arena);
+        return arena.used();
+      },
+      [](GenerateJob& only) {
+        parallel(std::span(&only, 1), [](GenerateJob& job, const Team& team) {
+          Arena arena(job.workspace);
+          Generate<Cell, S>(job.args, arena).start(team);
+        });
+      },
+      [](GenerateJob& only) {
+        parallel(std::span(&only, 1), [](GenerateJob& job, const Team& team) {
+          Arena arena(job.workspace);
+          Generate<Cell, S>(job.args, arena).run(job.steps, job.samplers.data(), team);
         });
       },
   };

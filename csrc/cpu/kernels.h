@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "arguments.h"
+#include "cpu/generation.h"
 #include "cpu/parallel.h"
 #include "cpu/plan.h"
 
@@ -42,12 +43,16 @@ struct Kernels {
   void (*forward)(std::span<ForwardJob>);
   size_t (*backward_workspace)(const BackwardArgs&, const Plan&);
   void (*backward)(std::span<BackwardJob>);
+  size_t (*generate_workspace)(const GenerateArgs&);
+  void (*start_generating)(GenerateJob&);
+  void (*generate)(GenerateJob&);
 };
 
 struct KernelTable {
   Kernels kernels[kCells][kDtypes];
   bool strided;  // whether x and grad_y may have any strides of T and B
-  bool complete;  // whether there are lengths, packed data, resets, and a backward without gates
+  bool complete;  // whether there are lengths, packed data, resets, tokens, a backward without
+                  // gates, and generation
 };
 
 // Instruction sets usable on this machine, worst first; the last is the default.

@@ -104,14 +104,20 @@ class Recompute {
   void apply_cell(Row row, int64_t panel, const A* from_x, const A* from_h) const {
     const int64_t H = args_.size.H;
     const S* h_before = history_.h_before(row.step, row.b);
+    const S* from_token =
+        args_.tokens ? history_.token_row(static_cast<const S*>(args_.w_ih), row.step, row.b)
+                     : nullptr;
+    const A* b_ih = b_ih_ + panel * Panels::kWidth;
     S* to = const_cast<S*>(gates(row.step, row.b));
     for (int v = 0; v < Panels::kUnitVectors; ++v) {
       const int64_t unit = panel * Panels::kUnits + v * kLanesA, left = H - unit;
       if (left <= 0) break;
       V px[Cell::kGates], ph[Cell::kGates], saved[Cell::kSaved + 1], h, c{};
       for (int g = 0; g < Cell::kGates; ++g) {
-        px[g] = load(from_x + (g * Panels::kUnitVectors + v) * kLanesA);
-        ph[g] = load(from_h + (g * Panels::kUnitVectors + v) * kLanesA);
+        const int64_t at = (g * Panels::kUnitVectors + v) * kLanesA;
+        px[g] = from_token ? load(from_token + g * H + unit, left) + load(b_ih + at)
+                           : load(from_x + at);
+        ph[g] = load(from_h + at);
       }
       if (Cell::kHasCell) c = load(history_.c_before(row.step, row.b) + unit, left);
       const V h_prev = args_.w_hr ? V{} : load(h_before + unit, left);  // the LSTM does without

@@ -84,6 +84,9 @@ constexpr cpu::Kernels make_kernels() {
           cuda::Backward<Cell, S>(job.args, arena).run(host);
         }
       },
+      nullptr,
+      nullptr,
+      nullptr,
   };
 }
 

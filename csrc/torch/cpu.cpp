@@ -52,7 +52,7 @@ bool CpuDevice::complete() { return cpu::kernel_table().complete; }
 void CpuDevice::forward(const CellInfo& cell, std::span<LayerForward> layers, bool stacked) {
   const cpu::KernelTable& table = cpu::kernel_table();
   const LayerInputs& first = layers[0].in;
-  const cpu::Kernels& kernels = table.kernels[int(cell.kind)][int(dtype_of(first.x))];
+  const cpu::Kernels& kernels = table.kernels[int(cell.kind)][int(dtype_of(first.h0))];
   const Sizes size = first.sizes();
   const cpu::Machine machine = this_machine();
   const int count =
@@ -88,7 +88,7 @@ void CpuDevice::forward(const CellInfo& cell, std::span<LayerForward> layers, bo
 void CpuDevice::backward(const CellInfo& cell, std::span<LayerBackward> layers) {
   const cpu::KernelTable& table = cpu::kernel_table();
   const LayerInputs& first = layers[0].in;
-  const cpu::Kernels& kernels = table.kernels[int(cell.kind)][int(dtype_of(first.x))];
+  const cpu::Kernels& kernels = table.kernels[int(cell.kind)][int(dtype_of(first.h0))];
   const Sizes size = first.sizes();
   const cpu::Machine machine = this_machine();
   const int count = layers.size() == 1

@@ -17,7 +17,7 @@ constexpr CellInfo kTable[kCells] = {
 
 struct Checker {
   const CellInfo& cell;
-  const at::Tensor& x;
+  const at::Tensor& x;  // what decides on dtype and device
 
   void check(const at::Tensor& t, const char* name, at::IntArrayRef shape) const {
     TORCH_CHECK(t.sizes() == shape, "rnnfast::", cell.name, ": expected ", name, " of shape ",
@@ -50,6 +50,14 @@ at::Tensor check_lengths(const CellInfo& cell, const at::Tensor& x, const at::Te
                   : ": expected lengths of packed x to fall, to be at least 1 and to sum to ",
               x.size(0));
   return result;
+}
+
+void check_tokens(const CellInfo& cell, const LayerInputs& in) {
+  if (in.x.numel() == 0) return;
+  const auto [low, high] = at::aminmax(in.x);
+  const int64_t least = low.item<int64_t>(), most = high.item<int64_t>(), V = in.w_ih.size(0);
+  TORCH_CHECK_INDEX(least >= 0 && most < V, "rnnfast::", cell.name, ": expected tokens from 0 to ",
+                    V - 1, ", got ", least < 0 ? least : most);
 }
 
 void* data_or_null(const at::Tensor& t) { return t.defined() ? t.data_ptr() : nullptr; }
@@ -119,10 +127,16 @@ LayerInputs check_inputs(const CellInfo& cell, const at::Tensor& x, const at::Te
   const bool projects = w_hr.has_value();
   TORCH_CHECK(!projects || w_hr->dim() == 2, "rnnfast::", cell.name,
               ": expected w_hr of shape (P, H), got ", w_hr->sizes());
-  dtype_of(x);
+  const bool tokens = x.scalar_type() == at::kLong;
+  TORCH_CHECK(!tokens || (x.size(-1) == 1 && w_ih.dim() == 2), "rnnfast::", cell.name,
+              ": expected tokens of shape (T, B, 1) and w_ih of shape (V, G*H), got ", x.sizes(),
+              " and ", w_ih.sizes());
+  TORCH_CHECK(!tokens || x.device() == h0.device(), "rnnfast::", cell.name,
+              ": expected h0 on x's device ", x.device(), ", got ", h0.device());
+  dtype_of(tokens ? h0 : x);
   const int64_t B = packed ? h0.size(0) : x.size(1), I = x.size(-1), P = h0.size(1),
                 H = projects ? w_hr->size(1) : P, rows = cell.gates * H;
-  const Checker check{cell, x};
+  const Checker check{cell, tokens ? h0 : x};
   LayerInputs in;
   if (lengths.has_value()) in.lengths = check_lengths(cell, x, *lengths, B);
   if (reset.has_value()) {
@@ -136,7 +150,7 @@ LayerInputs check_inputs(const CellInfo& cell, const at::Tensor& x, const at::Te
   in.x = last_stride_one(x);
   in.h0 = check(h0, "h0", {B, P});
   if (cell.has_cell) in.c0 = check(c0, "c0", {B, H});
-  in.w_ih = check(w_ih, "w_ih", {rows, I});
+  in.w_ih = tokens ? check(w_ih, "w_ih", {w_ih.size(0), rows}) : check(w_ih, "w_ih", {rows, I});
   in.w_hh = check(w_hh, "w_hh", {rows, P});
   in.b_ih = check(b_ih, "b_ih", {rows});
   in.b_hh = check(b_hh, "b_hh", {rows});
@@ -144,20 +158,21 @@ LayerInputs check_inputs(const CellInfo& cell, const at::Tensor& x, const at::Te
   TORCH_CHECK(in.b_ih.defined() == in.b_hh.defined(), "rnnfast::", cell.name,
               ": expected both b_ih and b_hh, or neither");
   in.reverse = reverse;
+  if (tokens) check_tokens(cell, in);
   return in;
 }
 
 LayerOutputs check_saved(const CellInfo& cell, const LayerInputs& in, const at::Tensor& y,
                          const at::Tensor& gates, const at::Tensor& cells) {
   const auto [T, B, I, H] = in.sizes();
-  const Checker check{cell, in.x};
+  const Checker check{cell, in.h0};
   LayerOutputs out;
   out.y = check(y, "y", in.shape(in.h0.size(-1)));
   const bool saved = gates.sizes() != at::IntArrayRef({0});
   out.gates = saved ? check(gates, "gates", in.shape(cell.saved * H)) : gates;
   if (cell.has_cell) {
     TORCH_CHECK(cells.sizes() == in.shape(H) && cells.device() == in.x.device() &&
-                    cells.scalar_type() == compute_type(in.x.scalar_type()),
+                    cells.scalar_type() == compute_type(in.dtype()),
                 "rnnfast::", cell.name, ": expected the cells that the forward saved, got ",
                 cells.sizes(), " of ", cells.scalar_type());
     out.cells = cells.contiguous();
@@ -171,7 +186,7 @@ LayerGradOutputs check_grad_outputs(const CellInfo& cell, const LayerInputs& in,
                                     const std::optional<at::Tensor>& c_n,
                                     const std::optional<at::Tensor>& cells) {
   const auto [T, B, I, H] = in.sizes();
-  const Checker check{cell, in.x};
+  const Checker check{cell, in.h0};
   LayerGradOutputs grad_out;
   if (y.has_value() && y->defined()) {
     check.check(*y, "grad_y", in.shape(in.h0.size(-1)));
@@ -181,7 +196,7 @@ LayerGradOutputs check_grad_outputs(const CellInfo& cell, const LayerInputs& in,
   grad_out.c_n = check(c_n, "grad_c_n", {B, H});
   if (cells.has_value() && cells->defined()) {
     TORCH_CHECK(cells->sizes() == in.shape(H) && cells->device() == in.x.device() &&
-                    cells->scalar_type() == compute_type(in.x.scalar_type()),
+                    cells->scalar_type() == compute_type(in.dtype()),
                 "rnnfast::", cell.name, ": expected grad_cells like the cells, got ",
                 cells->sizes(), " of ", cells->scalar_type());
     grad_out.cells = cells->contiguous();
@@ -192,8 +207,8 @@ LayerGradOutputs check_grad_outputs(const CellInfo& cell, const LayerInputs& in,
 LayerOutputs allocate_outputs(const CellInfo& cell, const LayerInputs& in, bool save_gates,
                               bool save_cells) {
   const auto [T, B, I, H] = in.sizes();
-  const auto options = in.x.options();
-  const auto compute = options.dtype(compute_type(in.x.scalar_type()));
+  const auto options = in.h0.options();
+  const auto compute = options.dtype(compute_type(in.dtype()));
   LayerOutputs out;
   out.y = at::empty(in.shape(in.h0.size(-1)), options);
   out.h_n = at::empty(in.h0.sizes(), options);
@@ -209,18 +224,19 @@ LayerGrads allocate_grads(const CellInfo& cell, const LayerInputs& in, at::Array
   const size_t count = (cell.has_cell ? 7 : 6) + (in.w_hr.defined() ? 1 : 0);
   TORCH_CHECK(mask.size() == count, "rnnfast::", cell.name, "_backward: expected a mask of ", count,
               " entries, got ", mask.size());
-  const auto options = in.x.options();
-  const auto compute = options.dtype(compute_type(in.x.scalar_type()));
+  const auto options = in.h0.options();
+  const auto compute = options.dtype(compute_type(in.dtype()));
   size_t next = 0;
   const auto allocate = [&](const at::Tensor& like, const at::TensorOptions& opts) {
     const bool wanted = mask[next++] && like.defined();
     return wanted ? at::empty(like.sizes(), opts) : at::Tensor();
   };
   LayerGrads grads;
-  grads.x = allocate(in.x, options);
+  grads.x = allocate(in.has_tokens() ? at::Tensor() : in.x, options);
   grads.h0 = allocate(in.h0, options);
   if (cell.has_cell) grads.c0 = allocate(in.c0, options);
   grads.w_ih = allocate(in.w_ih, compute);
+  if (in.has_tokens() && grads.w_ih.defined()) grads.w_ih.zero_();
   grads.w_hh = allocate(in.w_hh, compute);
   grads.b_ih = allocate(in.b_ih, compute);
   grads.b_hh = allocate(in.b_hh, compute);
@@ -241,7 +257,8 @@ ForwardArgs forward_args(const LayerInputs& in, const LayerOutputs& out) {
       .ragged = {},
       .reset = in.reset.defined() ? in.reset.const_data_ptr<bool>() : nullptr,
       .h_size = in.h0.size(-1),
-      .x = in.x.data_ptr(),
+      .x = in.has_tokens() ? nullptr : in.x.data_ptr(),
+      .tokens = in.has_tokens() ? in.x.const_data_ptr<int64_t>() : nullptr,
       .x_stride_t = in.x.stride(0),
       .x_stride_b = in.x.stride(-2),
       .h0 = in.h0.data_ptr(),
@@ -273,7 +290,8 @@ BackwardArgs backward_args(const LayerGradOutputs& grad_out, const LayerInputs& 
       .grad_h_n = data_or_null(grad_out.h_n),
       .grad_c_n = data_or_null(grad_out.c_n),
       .grad_cells = data_or_null(grad_out.cells),
-      .x = in.x.data_ptr(),
+      .x = in.has_tokens() ? nullptr : in.x.data_ptr(),
+      .tokens = in.has_tokens() ? in.x.const_data_ptr<int64_t>() : nullptr,
       .x_stride_t = in.x.stride(0),
       .x_stride_b = in.x.stride(-2),
       .h0 = in.h0.data_ptr(),
@@ -298,12 +316,12 @@ BackwardArgs backward_args(const LayerGradOutputs& grad_out, const LayerInputs& 
 }
 
 void finish_grads(const LayerInputs& in, LayerGrads& grads) {
-  const auto storage = in.x.scalar_type();
+  const auto storage = in.dtype();
   for (at::Tensor* grad : {&grads.w_ih, &grads.w_hh, &grads.b_ih, &grads.b_hh, &grads.w_hr})
     if (grad->defined()) *grad = grad->to(storage);
   for (at::Tensor* grad : {&grads.x, &grads.h0, &grads.c0, &grads.w_ih, &grads.w_hh, &grads.b_ih,
                            &grads.b_hh, &grads.w_hr})
-    if (!grad->defined()) *grad = at::empty({0}, in.x.options());
+    if (!grad->defined()) *grad = at::empty({0}, in.h0.options());
 }
 
 }  // namespace rnnfast

@@ -24,9 +24,11 @@ const CellInfo& cell_info(CellKind kind);
 const CellInfo& cell_info(const std::string& name);
 
 struct LayerInputs {
-  at::Tensor x;         // (T, B, I), or packed (N, I): the rows of all steps; last stride 1
+  // (T, B, I), or packed (N, I): the rows of all steps; last stride 1. Or tokens: int64 with I = 1,
+  // each the number of the row of w_ih that stands for W_ih x.
+  at::Tensor x;
   at::Tensor h0, c0;  // (B, P), (B, H); c0 undefined where the cell has none
-  at::Tensor w_ih;      // (G*H, I)
+  at::Tensor w_ih;      // (G*H, I), or (V, G*H) of tokens
   at::Tensor w_hh;  // (G*H, P)
   at::Tensor b_ih, b_hh;  // (G*H), or both undefined
   bool reverse;
@@ -35,11 +37,13 @@ struct LayerInputs {
   at::Tensor reset;     // (T, B) bool, or undefined
 
   bool packed() const { return x.dim() == 2; }
+  bool has_tokens() const { return x.scalar_type() == at::kLong; }
+  at::ScalarType dtype() const { return h0.scalar_type(); }
   std::span<const int64_t> all_lengths() const {
     return {lengths.const_data_ptr<int64_t>(), size_t(lengths.size(0))};
   }
   Sizes sizes() const {
-    return {packed() ? all_lengths()[0] : x.size(0), h0.size(-2), x.size(-1),
+    return {packed() ? all_lengths()[0] : x.size(0), h0.size(-2), has_tokens() ? 0 : x.size(-1),
             (w_hr.defined() ? w_hr : h0).size(-1)};
   }
   // of a tensor with a row of so many elements for each row of x

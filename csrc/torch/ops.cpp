@@ -15,9 +15,10 @@ bool is_empty(const LayerInputs& in) { return in.x.size(0) == 0 || in.h0.numel()
 
 template <class Device>
 void check_sequences(const CellInfo& cell, const LayerInputs& in) {
-  const bool plain = !in.lengths.defined() && !in.reset.defined() && !in.w_hr.defined();
+  const bool plain =
+      !in.lengths.defined() && !in.reset.defined() && !in.w_hr.defined() && !in.has_tokens();
   TORCH_CHECK(plain || Device::complete(), "rnnfast::", cell.name,
-              ": lengths, reset and w_hr have no kernels on this device");
+              ": lengths, reset, w_hr and tokens have no kernels on this device");
 }
 
 template <class Device>

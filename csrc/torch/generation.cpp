@@ -1,0 +1,149 @@
+// Sampling from a language model without a return to Python for each token: rnnfast._C.Generation.
+#include <torch/extension.h>
+
+#include "cpu/kernels.h"
+#include "torch/layer.h"
+
+namespace rnnfast {
+
+namespace py = pybind11;
+using at::Tensor;
+
+cpu::Machine this_machine();
+
+// What a run reads: weights stay where they are, and are packed once.
+class Generation {
+ public:
+  // weights: for each layer w_ih, w_hh[, b_ih, b_hh]; the first w_ih is a table (V, G*H). states:
+  // (L, B, H) each.
+  Generation(int kind, const std::vector<Tensor>& weights, bool biases,
+             const std::vector<Tensor>& states, const Tensor& head_weight,
+             const std::optional<Tensor>& head_bias, double temperature, int64_t top_k,
+             double top_p)
+      : kernels_(kernels(kind, states.at(0))) {
+    const CellInfo& cell = cell_info(CellKind(kind));
+    const size_t per_layer = biases ? 4 : 2;
+    TORCH_CHECK(!weights.empty() && weights.size() % per_layer == 0, "expected ", per_layer,
+                " tensors of each layer, got ", weights.size(), " in all");
+    TORCH_CHECK(states[0].dim() == 3 && head_weight.dim() == 2,
+                "expected states (L, B, H) and a head (V, H), got ", states[0].sizes(), " and ",
+                head_weight.sizes());
+    const int64_t layers = int64_t(weights.size() / per_layer), B = states[0].size(1),
+                  H = states[0].size(2), V = head_weight.size(0), rows = cell.gates * H;
+    TORCH_CHECK(B > 0 && H > 0 && V > 0, "expected positive sizes");
+    dtype_ = states[0].scalar_type();
+    for (size_t i = 0; i < size_t(layers); ++i) {
+      cpu::GenerateArgs::Layer layer{};
+      const Tensor* own = &weights[i * per_layer];
+      layer.w_ih = keep(own[0], i == 0 ? at::IntArrayRef{V, rows} : at::IntArrayRef{rows, H});
+      layer.w_hh = keep(own[1], {rows, H});
+      if (biases) layer.b_ih = keep(own[2], {rows}), layer.b_hh = keep(own[3], {rows});
+      layers_.push_back(layer);
+    }
+    job_.args = {
+        .layers = layers,
+        .B = B,
+        .H = H,
+        .V = V,
+        .layer = layers_.data(),
+        .head_weight = keep(head_weight, {V, H}),
+        .head_bias = head_bias ? keep(*head_bias, {V}) : nullptr,
+        .h0 = keep(states[0], {layers, B, H}),
+        .c0 = cell.has_cell ? keep(states.at(1), {layers, B, H}) : nullptr,
+        .sampling = {temperature, top_k, top_p},
+    };
+    const int64_t many = 1000;  // steps, of which the plan should not think as few
+    job_.plan = kernels_.plan_forward({many, B, H, H}, this_machine(), many);
+    job_.samplers.resize(size_t(job_.plan.threads));
+    workspace_ = at::empty({int64_t(kernels_.generate_workspace(job_.args))}, at::kByte);
+    job_.workspace = workspace_.data_ptr();
+    const py::gil_scoped_release release;
+    kernels_.start_generating(job_);
+  }
+
+  // tokens (B), the latest, and uniforms (N, B), float64 from [0, 1) -> the N that follow (N, B)
+  Tensor run(const Tensor& tokens, const Tensor& uniforms) {
+    const auto& [layers, B, H, V, layer, head_weight, head_bias, h0, c0, sampling] = job_.args;
+    TORCH_CHECK(uniforms.dim() == 2 && uniforms.size(1) == B &&
+                    uniforms.scalar_type() == at::kDouble && uniforms.device().is_cpu(),
+                "expected uniforms of shape (N, ", B, "), float64 and on the CPU, got ",
+                uniforms.sizes(), " of ", uniforms.scalar_type());
+    TORCH_CHECK(tokens.sizes() == at::IntArrayRef({B}) && tokens.scalar_type() == at::kLong &&
+                    tokens.device().is_cpu(),
+                "expected tokens of shape (", B, "), int64 and on the CPU, got ", tokens.sizes(),
+                " of ", tokens.scalar_type());
+    TORCH_CHECK_INDEX((tokens.ge(0) & tokens.lt(V)).all().item<bool>(),
+                      "expected tokens from 0 to ", V - 1);
+    const Tensor numbers = uniforms.contiguous();
+    Tensor all = at::empty({uniforms.size(0) + 1, B}, tokens.options());
+    all[0].copy_(tokens);
+    job_.steps.count = uniforms.size(0);
+    job_.steps.uniforms = numbers.const_data_ptr<double>();
+    job_.steps.tokens = all.data_ptr<int64_t>();
+    {
+      const py::gil_scoped_release release;
+      kernels_.generate(job_);
+    }
+    job_.steps.done += job_.steps.count;
+    const Tensor result = all.slice(0, 1);
+    for (int64_t i = B; i < all.numel(); ++i)
+      TORCH_CHECK(all.data_ptr<int64_t>()[i] >= 0, "the model's scores are not finite");
+    return result;
+  }
+
+ private:
+  static const cpu::Kernels& kernels(int kind, const Tensor& like) {
+    const cpu::KernelTable& table = cpu::kernel_table();
+    TORCH_CHECK(table.complete, "rnnfast: there are no kernels here that generate");
+    return table.kernels[int(cell_info(CellKind(kind)).kind)][int(dtype_of(like))];
+  }
+
+  const void* keep(const Tensor& t, at::IntArrayRef shape) {
+    TORCH_CHECK(t.sizes() == shape && t.scalar_type() == dtype_ && t.device().is_cpu(),
+                "expected a tensor of shape ", shape, ", ", dtype_, " and on the CPU, got ",
+                t.sizes(), " of ", t.scalar_type(), " on ", t.device());
+    kept_.push_back(t.detach().contiguous());
+    return kept_.back().const_data_ptr();
+  }
+
+  const cpu::Kernels& kernels_;
+  at::ScalarType dtype_;
+  std::vector<Tensor> kept_;
+  std::vector<cpu::GenerateArgs::Layer> layers_;
+  Tensor workspace_;
+  cpu::GenerateJob job_;
+};
+
+// scores (B, V) and uniforms (B) -> tokens (B), as `Generation` samples them
+Tensor sample(const Tensor& scores, const Tensor& uniforms, double temperature, int64_t top_k,
+              double top_p) {
+  TORCH_CHECK(scores.dim() == 2 && scores.size(1) > 0 && uniforms.numel() == scores.size(0),
+              "expected scores (B, V) and uniforms (B), got ", scores.sizes(), " and ",
+              uniforms.sizes());
+  const Tensor from = scores.to(at::kDouble).contiguous(),
+               numbers = uniforms.to(at::kDouble).contiguous();
+  Tensor tokens = at::empty({scores.size(0)}, at::kLong);
+  cpu::Sampler sampler;
+  for (int64_t b = 0; b < scores.size(0); ++b) {
+    const int64_t token = sampler(cpu::Sampling{temperature, top_k, top_p},
+                                  from.const_data_ptr<double>() + b * scores.size(1),
+                                  scores.size(1), numbers.const_data_ptr<double>()[b]);
+    TORCH_CHECK(token >= 0, "the model's scores are not finite");
+    tokens.data_ptr<int64_t>()[b] = token;
+  }
+  return tokens;
+}
+
+void bind_generation(py::module_& m) {
+  py::class_<Generation>(m, "Generation")
+      .def(py::init<int, const std::vector<Tensor>&, bool, const std::vector<Tensor>&,
+                    const Tensor&, const std::optional<Tensor>&, double, int64_t, double>(),
+           py::arg("kind"), py::arg("weights"), py::arg("biases"), py::arg("states"),
+           py::arg("head_weight"), py::arg("head_bias"), py::arg("temperature"), py::arg("top_k"),
+           py::arg("top_p"))
+      .def("run", &Generation::run, py::arg("tokens"), py::arg("uniforms"));
+  m.def("sample", &sample, py::arg("scores"), py::arg("uniforms"), py::arg("temperature"),
+        py::arg("top_k"), py::arg("top_p"));
+}
+
+}  // namespace rnnfast

@@ -1,0 +1,265 @@
+"""How a call runs: choose the backend, then run layers and directions one after the other.
+
+Arguments have been checked here; sizes are those of `rnnfast.functional`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import _VF, Tensor
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from . import autograd, reference
+from .backend import choose, in_force, refuse
+from .reference import Cell, States
+
+_LAYERS: dict[str, Callable[..., tuple[Tensor, States, Tensor | None]]] = {
+    "fused": autograd.layer,
+    "reference": reference.layer,
+}
+
+_uncompiled_lstm = torch.compiler.disable(
+    lambda *arguments: _VF.lstm(*arguments),
+    reason="torch 2.13 cannot differentiate its oneDNN LSTM in a compiled graph",
+)
+StepWeights = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+"""w_ih (G*H, I), w_hh (G*H, H), b_ih (G*H), b_hh (G*H)."""
+
+
+class Options(NamedTuple):
+    """How layers are put together; the meaning is torch.nn's."""
+
+    num_layers: int = 1
+    has_biases: bool = True
+    dropout: float = 0.0
+    training: bool = False
+    bidirectional: bool = False
+    batch_first: bool = False
+    recompute: bool = False
+    """Save no gates for the backward; not torch.nn's."""
+    proj_size: int = 0
+
+    @property
+    def directions(self) -> int:
+        """D."""
+        return 2 if self.bidirectional else 1
+
+    @property
+    def tensors_per_layer(self) -> int:
+        """How many weights and biases a layer has in one direction."""
+        return (4 if self.has_biases else 2) + (self.proj_size > 0)
+
+
+class Extras(NamedTuple):
+    """What a call may ask for that torch.nn does not offer, once it has been checked."""
+
+    lengths: Tensor | None = None
+    """How many steps each sequence has: (B) int64 on the CPU; of a packed input, falling."""
+    reset: Tensor | None = None
+    """Where no state passes from one step to the next: (T, B) booleans, whatever batch_first."""
+    return_cells: bool = False
+    """Whether the c of every step is wanted."""
+
+
+def run_sequence(
+    cell: Cell,
+    x: Tensor,
+    states: States | None,
+    weights: Sequence[Tensor],
+    options: Options,
+    requested: str | None,
+    extras: Extras,
+) -> tuple[Tensor, States, Tensor | None]:
+    """Runs layers and directions on the chosen backend, on arguments that have been checked.
+
+    With ``extras.lengths`` x may be packed, (N, I), and the output is. x may be tokens, as
+    `rnnfast.tokens` prepares them.
+
+    Returns:
+        The output and the final states, in the shapes that `rnn` describes, and the c of every step
+        where that was asked for.
+    """
+    x, states, weights = _autocast(x, states, weights)
+    name = _choose_sequence(x, weights[1], requested, extras, options.proj_size > 0)
+    packed = x.dim() == 2
+    if name == "aten":
+        return *_aten_sequence(cell, x, states, weights, options, extras.lengths), None
+    layer = _LAYERS[name]
+    if name == "fused" and (options.recompute or extras.return_cells):
+        recompute = options.recompute and x.device.type == "cpu"
+        layer = partial(layer, recompute=recompute, save_cells=extras.return_cells)
+    if not options.batch_first or packed:
+        return _stack(layer, cell, x, states, weights, options, extras)
+    y, finals, cells = _stack(layer, cell, x.transpose(0, 1), states, weights, options, extras)
+    return y.transpose(0, 1), finals, None if cells is None else cells.transpose(0, 1)
+
+
+def _choose_sequence(
+    x: Tensor, like: Tensor, requested: str | None, extras: Extras, projects: bool
+) -> str:
+    """The backend of a call, of which only the reference serves all extras on every device."""
+    lengths, reset, return_cells = extras
+    name = choose(requested, like)
+    plain = lengths is None and reset is None and not projects
+    if name == "fused" and x.device.type != "cpu" and not plain:
+        if in_force(requested) == "fused":
+            refuse("fused", f"lengths, reset and proj_size have no kernels on {x.device.type}")
+        name = "aten"
+    if name == "aten":
+        empty = lengths is not None and x.dim() == 3 and not bool((lengths > 0).all())
+        empty = empty or (lengths is not None and lengths.numel() == 0)
+        if reset is not None or return_cells or empty:
+            if in_force(requested) == "aten":
+                cause = "torch's kernels have no reset, cells of every step or lengths of 0"
+                refuse("aten", cause, "Leave it to 'auto'")
+            name = "reference"
+    return name
+
+
+def run_step(
+    cell: Cell, x: Tensor, states: States | None, weights: StepWeights, requested: str | None
+) -> States:
+    """Runs one step on the chosen backend, on arguments that have been checked.
+
+    Returns:
+        The next states, each (B, H).
+    """
+    x, states, weights = _autocast(x, states, weights)
+    if states is None:
+        states = (x.new_zeros(x.shape[0], weights[1].shape[1]),) * cell.states
+    name = choose(requested, x)
+    if name == "aten":
+        result = getattr(_VF, f"{cell.aten}_cell")(x, _unwrap(states), *weights)
+        return result if cell.states > 1 else (result,)
+    return _LAYERS[name](cell, x.unsqueeze(0), states, *weights, False)[1]
+
+
+def _stack(
+    layer: Callable[..., tuple[Tensor, States, Tensor | None]],
+    cell: Cell,
+    x: Tensor,
+    states: States | None,
+    weights: Sequence[Tensor],
+    options: Options,
+    extras: Extras,
+) -> tuple[Tensor, States, Tensor | None]:
+    """Runs ``layer`` for every layer and direction.
+
+    ``x`` is (T, B, I), or packed (N, I), whatever the options say.
+    """
+    per_layer = options.tensors_per_layer
+    directions = options.directions
+    if states is None:
+        batch = x.shape[1] if x.dim() == 3 else len(_given(extras.lengths))
+        sizes = state_sizes(cell, weights, options)
+        zeros = tuple(weights[1].new_zeros(batch, size) for size in sizes)  # x may be tokens
+        initial = [zeros] * (options.num_layers * directions)
+    else:
+        initial = _split(states)
+    finals = []
+    for k in range(options.num_layers):
+        if k > 0 and options.dropout > 0 and options.training:
+            x = F.dropout(x, options.dropout)
+        outputs, cells = [], []
+        for direction in range(directions):
+            i = k * directions + direction
+            w = weights[i * per_layer : (i + 1) * per_layer]
+            w_hr = (w[-1],) if options.proj_size else ()
+            w_ih, w_hh, b_ih, b_hh = w[:4] if options.has_biases else (*w[:2], None, None)
+            y, final, c = layer(
+                cell, x, initial[i], w_ih, w_hh, b_ih, b_hh, direction == 1, *extras[:2], *w_hr
+            )
+            outputs.append(y)
+            finals.append(final)
+            cells.append(c)
+        x = outputs[0] if directions == 1 else torch.cat(outputs, dim=-1)
+    last = torch.cat([_given(c) for c in cells], dim=-1) if extras.return_cells else None
+    return x, _join(finals), None if last is None else last.to(x.dtype)
+
+
+def state_sizes(cell: Cell, weights: Sequence[Tensor], options: Options) -> list[int]:
+    """The features of each state: P, which is H unless h is projected, and, of c, H."""
+    rows, h_size = weights[1].shape
+    return [h_size, rows // cell.gates if options.proj_size else h_size][: cell.states]
+
+
+def _given(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None
+    return tensor
+
+
+def _split(states: States) -> list[States]:
+    """States of shape (L*D, B, H) -> for every layer and direction, its states of shape (B, H)."""
+    if states[0].shape[0] == 1:  # the quicker way counts where the sequence is short
+        return [tuple([state.squeeze(0) for state in states])]
+    return list(zip(*[state.unbind(0) for state in states], strict=True))
+
+
+def _join(finals: list[States]) -> States:
+    """The inverse of `_split`."""
+    if len(finals) == 1:
+        return tuple([state.unsqueeze(0) for state in finals[0]])
+    return tuple([torch.stack(states) for states in zip(*finals, strict=True)])
+
+
+def _aten_sequence(
+    cell: Cell,
+    x: Tensor,
+    states: States | None,
+    weights: Sequence[Tensor],
+    options: Options,
+    lengths: Tensor | None,
+) -> tuple[Tensor, States]:
+    layers, biases, *others, batch_first, _, _ = options
+    if states is None:
+        rows, batch = options.directions * layers, x.shape[0 if batch_first else 1]
+        states = tuple(x.new_zeros(rows, batch, n) for n in state_sizes(cell, weights, options))
+    uncompiled = cell.aten == "lstm" and torch.compiler.is_dynamo_compiling()
+    operator = _uncompiled_lstm if uncompiled else getattr(_VF, cell.aten)
+    if lengths is None:
+        y, *finals = operator(
+            x, _unwrap(states), list(weights), biases, layers, *others, batch_first
+        )
+        return y, tuple(finals)
+    packed = pack_padded_sequence(x, lengths, batch_first, enforce_sorted=False)
+    states = tuple(state.index_select(1, _given(packed.sorted_indices)) for state in states)
+    data, *finals = operator(
+        packed.data, packed.batch_sizes, _unwrap(states), list(weights), biases, layers, *others
+    )
+    steps = x.shape[1 if batch_first else 0]
+    y, _ = pad_packed_sequence(packed._replace(data=data), batch_first, total_length=steps)
+    return y, tuple(final.index_select(1, _given(packed.unsorted_indices)) for final in finals)
+
+
+def _unwrap(states: States) -> Tensor | States:
+    """The states as torch's operators take them: a tensor where there is one, else a tuple."""
+    return states if len(states) > 1 else states[0]
+
+
+def is_cast(tensor: Tensor) -> bool:
+    """Whether autocast is on and applies to ``tensor``."""
+    return (
+        tensor.is_floating_point()
+        and tensor.dtype is not torch.float64
+        and reference.autocast_enabled(tensor.device.type)
+    )
+
+
+def _autocast(
+    x: Tensor, states: States | None, weights: Sequence[Tensor | None]
+) -> tuple[Tensor, States | None, Any]:
+    """Casts the tensors to the dtype of autocast if it is on."""
+    device = x.device.type
+    if not reference.autocast_enabled(device):
+        return x, states, weights
+    dtype = torch.get_autocast_dtype(device)
+
+    def cast(tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
+        return tuple(t.to(dtype) if t is not None and is_cast(t) else t for t in tensors)
+
+    return cast((x,))[0], states and cast(states), cast(weights)

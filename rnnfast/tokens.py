@@ -1,0 +1,104 @@
+"""Integer tokens as the input of a layer, in place of their one-hot vectors or embeddings.
+
+W_ih x of a one-hot x is a column of W_ih, and of an embedding x = E[token] a row of E W_ih^T. So a
+layer can do with a table (V, G*H) of what W_ih makes of each token, in which it looks its input up;
+its gradient is a sum over the steps that read a row. V is the number of tokens; other sizes are
+those of `rnnfast.functional`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import backend as _backend
+from .sequences import Options
+
+# Below, in tokens, finding out which ones occur takes longer than it saves.
+_LEAST_TOKENS = 256
+
+
+def check(tokens: Tensor, steps: Tensor | None) -> Tensor:
+    """The tokens as int64, with 0 in place of what lies beyond the end of a sequence.
+
+    Args:
+        tokens: (T, B) or packed (N).
+        steps: None, or booleans (T, B): where there is a token.
+
+    Raises:
+        TypeError: They are no integers.
+    """
+    if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype is torch.bool:
+        raise TypeError(f"expected tokens to be integers, got {tokens.dtype}")
+    tokens = tokens.long()
+    return tokens if steps is None else tokens.where(steps, 0)
+
+
+def column_major(weight: Tensor) -> Tensor:
+    """A copy of W_ih (G*H, V) whose columns, the rows of the table, lie in one piece each."""
+    return weight.t().contiguous().t()
+
+
+def one_hot_input(
+    tokens: Tensor, weights: Sequence[Tensor], options: Options, requested: str | None
+) -> tuple[Tensor, list[Tensor]]:
+    """The input of a stack whose first layer reads one-hot vectors of tokens (T, B).
+
+    Returns:
+        What `rnnfast.sequences.run_sequence` takes as x and as weights: tokens (T, B, 1) and
+        tables for the first layer; where no kernel of ours runs, the vectors (T, B, V) and
+        ``weights``.
+    """
+    if _runs_here(weights[0], requested):
+        return _with_tables(tokens, [weights[i].t() for i in _first(options)], weights, options)
+    return F.one_hot(tokens, weights[0].shape[1]).to(weights[0].dtype), list(weights)
+
+
+def embedded_input(
+    tokens: Tensor,
+    embedding: nn.Embedding,
+    weights: Sequence[Tensor],
+    options: Options,
+    requested: str | None,
+) -> tuple[Tensor, list[Tensor]]:
+    """As `one_hot_input`, where the first layer reads the rows of an embedding (V, I)."""
+    weight = embedding.weight
+    count = tokens.numel()
+    plain = embedding.max_norm is None and not embedding.scale_grad_by_freq and not embedding.sparse
+    if not plain or count < _LEAST_TOKENS or not _runs_here(weights[0], requested):
+        return embedding(tokens), list(weights)
+    rows = torch.arange(weight.shape[0], device=weight.device)
+    if len(rows) > count // 2:
+        if torch.compiler.is_compiling():  # which wants to know sizes in advance
+            return embedding(tokens), list(weights)
+        occurring, numbers = torch.unique(tokens, return_inverse=True)
+        if len(occurring) > count // 2:
+            return embedding(tokens), list(weights)
+        rows, tokens = occurring, numbers
+    vectors = F.embedding(rows, weight, embedding.padding_idx)
+    tables = [F.linear(vectors, weights[i]) for i in _first(options)]
+    return _with_tables(tokens, tables, weights, options)
+
+
+def _runs_here(weight: Tensor, requested: str | None) -> bool:
+    """Whether tables are of use; ONNX has no layers that take them."""
+    name = _backend.choose(requested, weight)
+    on_cpu = name == "fused" and weight.device.type == "cpu"
+    return (on_cpu or name == "reference") and not torch.compiler.is_exporting()
+
+
+def _first(options: Options) -> list[int]:
+    """Where W_ih of the first layer is among the weights, for each direction."""
+    return [direction * options.tensors_per_layer for direction in range(options.directions)]
+
+
+def _with_tables(
+    tokens: Tensor, tables: list[Tensor], weights: Sequence[Tensor], options: Options
+) -> tuple[Tensor, list[Tensor]]:
+    replaced = list(weights)
+    for i, table in zip(_first(options), tables, strict=True):
+        replaced[i] = table
+    return tokens.unsqueeze(-1), replaced

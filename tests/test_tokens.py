@@ -1,0 +1,404 @@
+"""Integer tokens in place of one-hot vectors and of embeddings."""
+
+import copy
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+import rnnfast
+from rnnfast import tokens as tokens_module
+
+BACKENDS = ["fused", "aten", "reference"]
+V, T, B, I, H = 23, 9, 4, 6, 11
+LENGTHS = torch.tensor([9, 0, 4, 7])
+STACK = {"num_layers": 2, "bidirectional": True}
+
+# keywords of the constructor, keywords of the call
+CASES = {
+    "plain": ({}, {}),
+    "stack": (STACK, {}),
+    "batch first": ({"batch_first": True, "num_layers": 2}, {}),
+    "no biases": ({"bias": False}, {}),
+    "recompute": ({"recompute": True}, {}),
+    "lengths": (STACK, {"lengths": LENGTHS}),
+    "reset": ({}, {"reset": torch.rand(T, B, generator=torch.Generator().manual_seed(1)) < 0.3}),
+    "projection": ({"proj_size": 3, "num_layers": 2}, {}),
+    "cells": ({}, {"return_cells": True}),
+}
+ONLY_OURS = ("lengths", "reset", "cells")  # torch's kernels do not serve them
+ONLY_LSTM = ("projection", "cells")
+KINDS = ("RNN", "GRU", "LSTM")
+calls = pytest.mark.parametrize(
+    ("kind", "case", "backend"),
+    [
+        (kind, case, backend)
+        for kind in KINDS
+        for case in CASES
+        for backend in BACKENDS
+        if not (case in ONLY_LSTM and kind != "LSTM")
+        and not (case in ONLY_OURS and backend == "aten")
+    ],
+)
+kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def many(monkeypatch):
+    """However few the tokens, tables count as paying."""
+    monkeypatch.setattr(tokens_module, "_LEAST_TOKENS", 1)
+
+
+def layer(kind, inputs, **keywords):
+    return getattr(rnnfast, kind)(inputs, H, **{"dtype": torch.float64, **keywords})
+
+
+def pair(kind, **keywords):
+    """A layer that reads tokens, and the same that reads vectors."""
+    ours, theirs = layer(kind, V, tokens=True, **keywords), layer(kind, V, **keywords)
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs
+
+
+def embedded(kind, vocabulary=V, **keywords):
+    embedding = nn.Embedding(vocabulary, I, padding_idx=2, dtype=torch.float64)
+    return layer(kind, I, **keywords), embedding
+
+
+def drawn(module, vocabulary=V):
+    return torch.randint(vocabulary, (B, T) if module.batch_first else (T, B))
+
+
+def numbers(result):
+    """All tensors in a result, one after the other."""
+    if isinstance(result, torch.Tensor):
+        return [result]
+    return [t for part in result if part is not None for t in numbers(part)]
+
+
+def outcome(result, parameters):
+    """The tensors of a result and the gradients of a loss that weighs all of them."""
+    found = [t for t in numbers(result) if t.is_floating_point()]
+    loss = sum(
+        (y * torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view_as(y)).sum() for y in found
+    )
+    return [*found, *torch.autograd.grad(loss, list(parameters))]
+
+
+def assert_same(ours, theirs, tolerance=1e-11):
+    assert len(ours) == len(theirs)
+    for one, other in zip(ours, theirs, strict=True):
+        assert other.abs().max() > 1e-3
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+
+
+@calls
+def test_one_hot(kind, case, backend):
+    keywords, call = CASES[case]
+    ours, theirs = pair(kind, backend=backend, **keywords)
+    tokens = drawn(ours)
+    vectors = F.one_hot(tokens, V).double()
+    assert_same(
+        outcome(ours(tokens, **call), ours.parameters()),
+        outcome(theirs(vectors, **call), theirs.parameters()),
+    )
+
+
+@calls
+@pytest.mark.parametrize("vocabulary", [5, 10**4], ids=["all occur", "few occur"])
+def test_embedding(kind, case, backend, vocabulary, many):
+    keywords, call = CASES[case]
+    module, embedding = embedded(kind, vocabulary, backend=backend, **keywords)
+    tokens = drawn(module, 5) * (vocabulary // 5)
+    tokens[0, 0] = embedding.padding_idx
+    parameters = [*module.parameters(), embedding.weight]
+    assert_same(
+        outcome(module(tokens, embedding=embedding, **call), parameters),
+        outcome(module(embedding(tokens), **call), parameters),
+    )
+
+
+@kinds
+def test_padding_gets_no_gradient(kind, many):
+    module, embedding = embedded(kind)
+    tokens = torch.full((T, B), embedding.padding_idx)
+    tokens[::2] = 3
+    module(tokens, embedding=embedding)[0].sum().backward()
+    norms = embedding.weight.grad.norm(dim=1)
+    assert norms[3] > 0
+    assert norms.count_nonzero() == 1
+
+
+@kinds
+def test_tables_are_used(kind, many, monkeypatch):
+    """No vectors are written out where the fused kernels run."""
+    ours, _ = pair(kind)
+    module, embedding = embedded(kind)
+    monkeypatch.delattr(F, "one_hot")
+    monkeypatch.setattr(nn.Embedding, "forward", None)
+    assert ours(drawn(ours))[0].abs().sum() > 0
+    assert module(drawn(module, 5), embedding=embedding)[0].abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    "options", [{"max_norm": 0.5}, {"scale_grad_by_freq": True}], ids=["max_norm", "frequency"]
+)
+def test_embeddings_of_other_kinds(options, many):
+    module = layer("LSTM", I)
+    embedding = nn.Embedding(V, I, dtype=torch.float64, **options)
+    tokens = drawn(module, 5)
+    parameters = [*module.parameters(), embedding.weight]
+    assert_same(
+        outcome(module(tokens, embedding=embedding), parameters),
+        outcome(module(embedding(tokens)), parameters),
+    )
+
+
+@kinds
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dtypes(kind, dtype, many):
+    ours, theirs = pair(kind, dtype=dtype, num_layers=2)
+    tokens = drawn(ours)
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 5e-3}[dtype]
+    assert_same(
+        outcome(ours(tokens), ours.parameters()),
+        outcome(theirs(F.one_hot(tokens, V).to(dtype)), theirs.parameters()),
+        tolerance,
+    )
+
+
+@kinds
+@pytest.mark.parametrize("integers", [torch.uint8, torch.int16, torch.int32])
+def test_every_integer_type(kind, integers):
+    ours, _ = pair(kind)
+    tokens = drawn(ours)
+    assert torch.equal(ours(tokens.to(integers))[0], ours(tokens)[0])
+
+
+@kinds
+@pytest.mark.parametrize("backend", ["fused", "reference"])
+def test_single_sequence_and_state(kind, backend):
+    ours, theirs = pair(kind, backend=backend, **STACK)
+    tokens = torch.randint(V, (T,))
+    state = torch.randn(4, H, dtype=torch.float64)
+    hx = (state, state.cos()) if kind == "LSTM" else state
+    assert_same(
+        outcome(ours(tokens, hx), ours.parameters()),
+        outcome(theirs(F.one_hot(tokens, V).double(), hx), theirs.parameters()),
+    )
+
+
+@kinds
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_packed(kind, backend, many):
+    ours, theirs = pair(kind, backend=backend, **STACK)
+    module, embedding = embedded(kind, backend=backend, **STACK)
+    lengths = torch.tensor([3, T, 1, 6])
+    packed = pack_padded_sequence(drawn(ours), lengths, enforce_sorted=False)
+    vectors = PackedSequence(F.one_hot(packed.data, V).double(), *packed[1:])
+    assert_same(
+        outcome(ours(packed), ours.parameters()), outcome(theirs(vectors), theirs.parameters())
+    )
+    parameters = [*module.parameters(), embedding.weight]
+    vectors = PackedSequence(embedding(packed.data), *packed[1:])
+    assert_same(
+        outcome(module(packed, embedding=embedding), parameters),
+        outcome(module(vectors), parameters),
+    )
+
+
+@kinds
+@pytest.mark.parametrize("beyond", [-1, V, 10**12])
+def test_what_lies_beyond_the_end_does_not_matter(kind, beyond, many):
+    ours, _ = pair(kind)
+    module, embedding = embedded(kind)
+    tokens = drawn(ours)
+    spoilt = tokens.where(torch.arange(T).unsqueeze(1) < LENGTHS, beyond)
+    for call in (ours, lambda x, **more: module(x, embedding=embedding, **more)):
+        expected, actual = (numbers(call(x, lengths=LENGTHS)) for x in (tokens, spoilt))
+        assert all(torch.equal(*each) for each in zip(actual, expected, strict=True))
+
+
+@kinds
+def test_threads_agree(kind):
+    ours = layer(kind, V, tokens=True, dtype=torch.float32)
+    tokens = torch.randint(V, (40, 12))
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(outcome(ours(tokens), ours.parameters()))
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(torch.equal(*each) for each in zip(result, results[0], strict=True))
+
+
+@kinds
+def test_derivatives(kind):
+    """First and second, against finite differences."""
+    module = layer(kind, 5, tokens=True)
+    tokens = torch.randint(5, (3, 2))
+    names = [name for name, _ in module.named_parameters()]
+
+    def run(*parameters):
+        arguments = dict(zip(names, parameters, strict=True))
+        return torch.func.functional_call(module, arguments, (tokens,))[0]
+
+    parameters = [p.detach().clone().requires_grad_() for p in module.parameters()]
+    assert torch.autograd.gradcheck(run, parameters)
+    few = [parameters[0], *[p.detach() for p in parameters[1:]]]
+    assert torch.autograd.gradgradcheck(run, few)
+
+
+def test_transforms(many):
+    module, embedding = embedded("LSTM")
+    tokens = drawn(module)
+    weight = embedding.weight.detach()
+    tangent = torch.randn_like(weight)
+    model = _Embedded(module)
+
+    def folded(weight):
+        return torch.func.functional_call(model, {"embedding.weight": weight}, (tokens,))
+
+    def spelt_out(weight):
+        return module(F.embedding(tokens, weight))[0]
+
+    for ours, theirs in zip(
+        torch.func.jvp(folded, (weight,), (tangent,)),
+        torch.func.jvp(spelt_out, (weight,), (tangent,)),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
+    many_weights = torch.stack([weight, tangent])
+    torch.testing.assert_close(
+        torch.vmap(folded)(many_weights), torch.stack([spelt_out(w) for w in many_weights])
+    )
+
+
+class _Embedded(nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+        self.embedding = nn.Embedding(V, I, dtype=torch.float64)
+
+    def forward(self, tokens):
+        return self.module(tokens, embedding=self.embedding)[0]
+
+
+@kinds
+@pytest.mark.parametrize("form", ["tokens", "embedding"])
+def test_compile(kind, form, many):
+    torch._dynamo.reset()
+    model = layer(kind, V, tokens=True) if form == "tokens" else _Embedded(layer(kind, I))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    tokens = torch.randint(V, (T, B))
+    assert_same(
+        outcome(compiled(tokens), model.parameters()), outcome(model(tokens), model.parameters())
+    )
+
+
+def test_autocast(many):
+    ours, theirs = pair("LSTM", dtype=torch.float32)
+    tokens = drawn(ours)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, z = ours(tokens)[0], theirs(F.one_hot(tokens, V).float())[0]
+    assert y.dtype is torch.bfloat16
+    torch.testing.assert_close(y, z, rtol=0.05, atol=0.02)
+
+
+def test_fx():
+    graph = torch.fx.symbolic_trace(_Embedded(layer("LSTM", I)))
+    tokens = torch.randint(V, (T, B))
+    torch.testing.assert_close(graph(tokens), graph.module(graph.embedding(tokens))[0])
+
+
+@kinds
+def test_a_layer_is_saved_and_copied(kind):
+    ours, theirs = pair(kind, **STACK)
+    names = [name for name, _ in theirs.named_parameters()]
+    assert [name for name, _ in ours.named_parameters()] == names
+    assert {n: w.shape for n, w in ours.state_dict().items()} == {
+        n: w.shape for n, w in theirs.state_dict().items()
+    }
+    file = io.BytesIO()
+    torch.save(ours, file)
+    file.seek(0)
+    tokens = drawn(ours)
+    for copied in (copy.deepcopy(ours), torch.load(file, weights_only=False)):
+        assert torch.equal(copied(tokens)[0], ours(tokens)[0])
+        assert (
+            copied.weight_ih_l0.stride()
+            == ours.weight_ih_l0.stride()
+            == (1, ours.weight_ih_l0.shape[0])
+        )
+
+
+def test_initial_values_are_torch_nns():
+    torch.manual_seed(5)
+    ours = rnnfast.LSTM(V, H, tokens=True)
+    torch.manual_seed(5)
+    theirs = nn.LSTM(V, H)
+    for name, weight in theirs.named_parameters():
+        assert torch.equal(getattr(ours, name), weight), name
+
+
+@pytest.mark.parametrize("backend", ["fused", "reference"])
+@pytest.mark.parametrize("token", [-1, V])
+@pytest.mark.parametrize("form", ["tokens", "all occur", "few occur"])
+def test_out_of_range(backend, token, form, many):
+    tokens = torch.zeros(T, B, dtype=torch.int64)
+    tokens[3, 2] = token
+    if form == "tokens":
+        call = layer("LSTM", V, tokens=True, backend=backend)
+    else:
+        module = layer("LSTM", I, backend=backend)
+        embedding = nn.Embedding(V, I, dtype=torch.float64)
+        if form == "few occur":
+            embedding = nn.Embedding(1000, I, dtype=torch.float64)
+            tokens[3, 2] = -1 if token < 0 else 1000
+
+        def call(x):
+            return module(x, embedding=embedding)
+
+    with pytest.raises(IndexError, match=r"out of range|from 0 to 22, got"):
+        call(tokens)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ((torch.zeros(T, B),), TypeError, "integers, got torch.float32"),
+        ((torch.zeros(T, B, dtype=torch.bool),), TypeError, "integers, got torch.bool"),
+        ((torch.zeros(T, B, 3, dtype=torch.int64),), RuntimeError, r"dimensions.*\[9, 4, 3\]"),
+        ((torch.tensor(3),), RuntimeError, r"dimensions.*got \[\]"),
+        (([1, 2],), RuntimeError, "got list"),
+        ((torch.zeros(0, B, dtype=torch.int64),), RuntimeError, "length to be larger than 0"),
+        (
+            (torch.zeros(T, B, dtype=torch.int64), torch.zeros(1, B + 1, H, dtype=torch.float64)),
+            RuntimeError,
+            r"Expected hidden size \(1, 4, 11\), got \[1, 5, 11\]",
+        ),
+    ],
+)
+def test_malformed_tokens(arguments, error, words):
+    with pytest.raises(error, match=words):
+        layer("GRU", V, tokens=True)(*arguments)
+
+
+def test_malformed_embeddings():
+    tokens = torch.zeros(T, B, dtype=torch.int64)
+    with pytest.raises(ValueError, match="no embedding can be given"):
+        layer("GRU", V, tokens=True)(tokens, embedding=nn.Embedding(V, V))
+    with pytest.raises(RuntimeError, match="Expected 6, got 7"):
+        layer("GRU", I)(tokens, embedding=nn.Embedding(V, 7, dtype=torch.float64))
+    with pytest.raises((RuntimeError, ValueError), match=r"dtype|type"):
+        layer("GRU", I)(tokens, embedding=nn.Embedding(V, I))
