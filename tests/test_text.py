@@ -1,21 +1,39 @@
-"""The vocabulary, the corpora, the batches and the bigram baseline."""
+"""The vocabularies, the corpora, the batches and the bigram baseline."""
 
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rnnfast.text import (
     CharVocabulary,
     TextError,
+    Vocabulary,
+    WordVocabulary,
     batches,
     bigram_bits_per_char,
     default_text,
     load_text,
     split,
+    split_words,
     streams,
 )
+
+SPECIAL = {"unknown": "<unk>", "padding": "<pad>", "special": ("<s>", "</s>")}
+PROSE = "the cat sees the dog; the dog, it seems, doesn't see the cat."
+VOCABULARIES = [
+    CharVocabulary(PROSE),
+    CharVocabulary("“naïve”\n漢\ud800"),
+    CharVocabulary("\ud83d\ude42"),  # two lone surrogates, which are no emoji
+    CharVocabulary(PROSE, **SPECIAL),
+    WordVocabulary(PROSE),
+    WordVocabulary(PROSE, max_size=7, **SPECIAL),
+    WordVocabulary(["New York", "naïve", "漢"], unknown="?"),
+]
 
 
 @pytest.mark.parametrize("text", ["a", "hello", "\n\t “é” 漢字 🙂", "\ud800 lone surrogate", "\0"])
@@ -65,17 +83,231 @@ def test_a_vocabulary_needs_single_characters(characters):
         CharVocabulary(characters)
 
 
-def test_a_vocabulary_survives_its_file(tmp_path):
-    vocabulary = CharVocabulary("“naïve”\n漢\ud800")
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", []),
+        (" \n\t ", []),
+        ("Stop!! Now...", ["Stop", "!", "!", "Now", ".", ".", "."]),
+        ("don't, it’s O'Neil's", ["don't", ",", "it’s", "O'Neil's"]),  # noqa: RUF001
+        ("'quoted' rock 'n' roll", ["'", "quoted", "'", "rock", "'", "n", "'", "roll"]),
+        ("x_1=2.5 a-b", ["x_1", "=", "2", ".", "5", "a", "-", "b"]),
+        ("Ärger 漢字🙂", ["Ärger", "漢字", "🙂"]),
+    ],
+)
+def test_words_and_punctuation_are_split(text, words):
+    assert split_words(text) == words
+
+
+@given(st.text())
+def test_a_decoded_text_has_the_same_words(text):
+    words = split_words(text)
+    assert "".join(words) == "".join(text.split())
+    if words:
+        vocabulary = WordVocabulary(text)
+        tokens = vocabulary.encode(text)
+        assert vocabulary.decode(tokens) == " ".join(words)
+        assert torch.equal(vocabulary.encode(vocabulary.decode(tokens)), tokens)
+
+
+@pytest.mark.parametrize(
+    ("words", "options", "expected"),
+    [
+        ("b a b c a b", {}, ("b", "a", "c")),
+        ("z y z y x", {}, ("z", "y", "x")),  # equally frequent: the first to occur
+        ({"z", "y", "x"}, {}, ("x", "y", "z")),
+        (["a b", "c", "c"], {}, ("c", "a b")),
+        ("a b b c c c", {"min_count": 2}, ("c", "b")),
+        ("a b b c c c", {"max_size": 2}, ("c", "b")),
+        ("a b b c c c", {"max_size": 2, "unknown": "<unk>"}, ("c",)),
+        (["<unk>", "a", "<unk>"], {"max_size": 2, "unknown": "<unk>"}, ("a",)),
+    ],
+)
+def test_words_are_numbered_by_frequency(words, options, expected):
+    vocabulary = WordVocabulary(words, **options)
+    assert vocabulary.words == expected
+    assert vocabulary.symbols[-len(expected) :] == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "options", "error", "message"),
+    [
+        ("", {}, TextError, "at least one word, got none"),
+        ("a b", {"min_count": 2}, TextError, "at least one word"),
+        ("a b", {"max_size": 1, "unknown": "?", "padding": "_"}, TextError, "at least one word"),
+        (["a", ""], {}, TextError, "an empty one"),
+        ("a", {"min_count": 0}, ValueError, "min_count must be a positive integer, got 0"),
+        ("a", {"max_size": 1.5}, ValueError, "max_size must be a positive integer, got 1.5"),
+        (["a", 3], {}, TypeError, "expected strings, got 3"),
+        (3, {}, TypeError, "expected an iterable of strings, got 3"),
+        ("a", {"unknown": 3}, TypeError, "expected strings, got 3"),
+        ("a", {"special": "<s>"}, TypeError, "expected an iterable of strings, got '<s>'"),
+        ("a", {"unknown": "?", "padding": "?"}, TextError, "distinct and not empty"),
+        ("a", {"padding": ""}, TextError, "distinct and not empty"),
+    ],
+)
+def test_impossible_word_vocabularies_are_refused(words, options, error, message):
+    with pytest.raises(error, match=message):
+        WordVocabulary(words, **options)
+
+
+@pytest.mark.parametrize("kind", [CharVocabulary, WordVocabulary])
+def test_special_symbols_come_first(kind):
+    vocabulary = kind("b a a", **SPECIAL)
+    assert vocabulary.symbols[:4] == ("<pad>", "<unk>", "<s>", "</s>")
+    assert [vocabulary.token(symbol) for symbol in vocabulary.symbols] == [*range(len(vocabulary))]
+    assert all(symbol in vocabulary for symbol in vocabulary.symbols)
+    with pytest.raises(TextError, match=f"of {len(vocabulary)} lacks 'c'"):
+        vocabulary.token("c")
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "text", "items", "decoded"),
+    [
+        (CharVocabulary("ab", **SPECIAL), "abc", ["a", "b", "<unk>"], "ab<unk>"),
+        (CharVocabulary("ab", unknown="b"), "abc", ["a", "b", "b"], "abb"),
+        (WordVocabulary("a b!", **SPECIAL), "b c!", ["b", "<unk>", "!"], "b <unk> !"),
+    ],
+)
+def test_unknown_items_become_the_unknown_symbol(vocabulary, text, items, decoded):
+    tokens = vocabulary.encode(text)
+    assert tokens.tolist() == [vocabulary.token(item) for item in items]
+    assert vocabulary.decode(tokens) == decoded
+
+
+def test_unknown_words_are_named_without_an_unknown_symbol():
+    with pytest.raises(
+        TextError, match=r"unknown words: .* of 2 lacks 'b', 'c' \(the first at .* 1"
+    ):
+        WordVocabulary("a d").encode("a c b c")
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "text", "joined"),
+    [
+        (CharVocabulary("hole", **SPECIAL), list("hello"), "hello"),
+        (WordVocabulary(PROSE, **SPECIAL), split_words(PROSE), " ".join(split_words(PROSE))),
+    ],
+)
+def test_symbols_are_encoded_one_by_one_and_left_out_again(vocabulary, text, joined):
+    tokens = vocabulary.encode(["<s>", *text, "</s>", "<pad>", "<unk>"])
+    assert [tokens[0], *tokens[-3:]] == [2, 3, 0, 1]
+    assert vocabulary.decode(tokens, skip_special=True) == joined
+    assert vocabulary.decode(tokens).startswith("<s>")
+
+
+@pytest.mark.parametrize("items", [3, None, b"abc", ["a", 1]])
+def test_only_strings_are_encoded(items):
+    with pytest.raises(TypeError, match=r"expected .*strings"):
+        CharVocabulary("abc", unknown="?").encode(items)
+
+
+def test_sequences_are_padded_to_the_longest():
+    vocabulary = CharVocabulary("abc", unknown="<unk>", padding="<pad>")
+    sequences = [vocabulary.encode("ab"), np.array([4, 4, 1], np.uint8), [3], []]
+    tokens, lengths = vocabulary.pad(sequences)
+    assert tokens.tolist() == [[2, 3, 0], [4, 4, 1], [3, 0, 0], [0, 0, 0]]
+    assert lengths.tolist() == [2, 3, 1, 0]
+    assert tokens.dtype == lengths.dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("options", "sequences", "message"),
+    [
+        ({}, [[0]], "no padding symbol"),
+        (SPECIAL, [], "at least one sequence"),
+        (SPECIAL, [[0], [9]], "between 0 and 6, got 9"),
+        (SPECIAL, [[[0]]], r"one-dimensional tokens, got tokens of shape \(1, 1\)"),
+        (SPECIAL, [[0.5]], "integer tokens, got float64"),
+        (SPECIAL, ["ab"], "integer tokens, got <U1"),
+    ],
+)
+def test_impossible_padding_is_refused(options, sequences, message):
+    with pytest.raises(TextError, match=message):
+        CharVocabulary("abc", **options).pad(sequences)
+
+
+@pytest.mark.parametrize("vocabulary", VOCABULARIES, ids=repr)
+def test_a_vocabulary_survives_its_file_and_its_state(tmp_path, vocabulary):
     vocabulary.save(tmp_path / "vocabulary.json")
-    assert CharVocabulary.load(tmp_path / "vocabulary.json") == vocabulary
+    restored = [
+        Vocabulary.load(tmp_path / "vocabulary.json"),
+        type(vocabulary).load(tmp_path / "vocabulary.json"),
+        Vocabulary.from_state(json.loads(json.dumps(vocabulary.state()))),
+        type(vocabulary).from_state(vocabulary.state()),
+    ]
+    for other in restored:
+        assert type(other) is type(vocabulary)
+        assert other == vocabulary
+        assert hash(other) == hash(vocabulary)
+        assert other.symbols == vocabulary.symbols
+        assert other.encode(vocabulary.symbols).tolist() == list(range(len(vocabulary)))
 
 
-@pytest.mark.parametrize("source", ["", "nonsense", "3", '["a"]', '"ba"', '"aab"', '""', "\xff"])
+def test_vocabularies_differ_in_kind_items_and_roles():
+    variants = [
+        *VOCABULARIES,
+        WordVocabulary("a b"),
+        WordVocabulary("b a"),
+        CharVocabulary("ab"),
+        CharVocabulary("b", special=("a",)),
+        CharVocabulary("b", padding="a"),
+        CharVocabulary("b", unknown="a"),
+    ]
+    for i, one in enumerate(variants):
+        assert [one == other for other in variants] == [i == j for j in range(len(variants))]
+    assert CharVocabulary("ab") != "ab"
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "expected"),
+    [
+        (CharVocabulary("hello"), "CharVocabulary('ehlo')"),
+        (CharVocabulary("a", padding="_"), "CharVocabulary('a', padding='_')"),
+        (WordVocabulary("a b", special=("<s>",)), "WordVocabulary(['a', 'b'], special=('<s>',))"),
+        (WordVocabulary("a b c d e f"), "WordVocabulary(['a', 'b', 'c', 'd', 'e', ...])"),
+    ],
+)
+def test_a_vocabulary_shows_itself(vocabulary, expected):
+    assert repr(vocabulary) == expected
+
+
+@pytest.mark.parametrize("source", ["", "nonsense", "3", '["a"]', '"ab"', "\xff", "[" * 100_000])
 def test_a_foreign_vocabulary_file_is_refused(tmp_path, source):
     (tmp_path / "vocabulary.json").write_bytes(source.encode("latin-1"))
-    with pytest.raises(TextError):
-        CharVocabulary.load(tmp_path / "vocabulary.json")
+    with pytest.raises(TextError, match=r"vocabulary\.json is not a vocabulary"):
+        Vocabulary.load(tmp_path / "vocabulary.json")
+
+
+def test_a_missing_vocabulary_file_is_an_os_error(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        Vocabulary.load(tmp_path / "missing")
+
+
+DAMAGE = {
+    "kind": ["WordVocabulary", "Vocabulary", ["CharVocabulary"]],
+    "items": [["b", "a"], ["a", "a"], ["ab"], "ab", [], [1], None],
+    "unknown": [3, "a"],
+    "padding": ["<unk>"],
+    "special": ["x", None],
+    "more": [1],
+}
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, v) for key in DAMAGE for v in DAMAGE[key]])
+def test_a_damaged_state_is_refused(key, value):
+    state = CharVocabulary("ab", unknown="<unk>").state()
+    assert CharVocabulary.from_state(state).state() == state
+    with pytest.raises(TextError, match="not the state of a CharVocabulary"):
+        CharVocabulary.from_state({**state, key: value})
+
+
+@pytest.mark.parametrize("key", WordVocabulary("a").state())
+def test_an_incomplete_state_is_refused(key):
+    state = WordVocabulary("a").state()
+    del state[key]
+    with pytest.raises(TextError, match="not the state of a Vocabulary"):
+        Vocabulary.from_state(state)
 
 
 def test_the_default_text_is_long_english_prose():

@@ -4,4 +4,4 @@ from __future__ import annotations
 
 
 class TextError(ValueError):
-    """A text that cannot be used: empty, too short, not UTF-8, or with unknown characters."""
+    """A text, vocabulary or tokens that cannot be used: empty, too short, unknown, damaged."""

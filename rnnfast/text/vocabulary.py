@@ -1,125 +1,259 @@
-"""A vocabulary whose tokens are single characters."""
+"""What vocabularies of characters and of words have in common."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from rnnfast.text.checks import as_strings, as_tokens
 from rnnfast.text.errors import TextError
 
+AnyVocabulary = TypeVar("AnyVocabulary", bound="Vocabulary")
 
-class CharVocabulary:
-    """The distinct characters of a text, numbered in code point order.
 
-    >>> vocabulary = CharVocabulary("hello")
-    >>> vocabulary.characters
-    'ehlo'
-    >>> vocabulary.decode(vocabulary.encode("hole"))
-    'hole'
+class Vocabulary(ABC):
+    """Numbers distinct symbols: special ones first, then characters or words.
+
+    The special symbols, each where asked for, are `padding`, `unknown` and those of `special`, in
+    this order. Otherwise they are symbols like others: an item that equals one is that symbol, and
+    a sequence may be encoded from a list with, say, its start and end.
+
+    >>> from rnnfast.text import CharVocabulary
+    >>> vocabulary = CharVocabulary("hello", padding="<pad>", special=("<s>", "</s>"))
+    >>> vocabulary.symbols
+    ('<pad>', '<s>', '</s>', 'e', 'h', 'l', 'o')
+    >>> vocabulary.encode(["<s>", *"hole", "</s>"])
+    tensor([1, 4, 6, 5, 3, 2])
+
+    Args:
+        items: distinct characters or words in token order.
+        unknown: the symbol for every item that the vocabulary lacks; such an item is an error if
+            None.
+        padding: the symbol with which `pad` fills up.
+        special: further symbols.
+
+    Attributes:
+        symbols: all symbols in token order.
+        unknown: as given.
+        padding: as given.
+        special: as given, a tuple.
+
+    Raises:
+        TextError: there is no item, or a special symbol is empty or given twice.
+        TypeError: an item or a special symbol is not a string.
     """
 
-    def __init__(self, characters: Iterable[str]) -> None:
-        """Collect the distinct characters of a text (or of any iterable of characters).
+    _noun: ClassVar[str]
+    _separator: ClassVar[str]
 
-        Raises:
-            TextError: there is no character, or an item is not a single character.
-        """
-        distinct = sorted(set(characters))
-        if not distinct:
-            raise TextError("a vocabulary needs at least one character, got none")
-        for item in distinct:
-            if len(item) != 1:
-                raise TextError(f"a vocabulary is made of single characters, got {item!r}")
-        self.characters = "".join(distinct)
-        self._code_points = _code_points(self.characters)
+    def __init__(
+        self,
+        items: Iterable[str],
+        *,
+        unknown: str | None = None,
+        padding: str | None = None,
+        special: Sequence[str] = (),
+    ) -> None:
+        reserved = special_symbols(unknown, padding, special)
+        self._items = tuple(item for item in as_strings(items) if item not in reserved)
+        if not self._items:
+            raise TextError(f"a vocabulary needs at least one {self._noun}, got none")
+        self.unknown = unknown
+        self.padding = padding
+        self.special = tuple(special)
+        self.symbols = reserved + self._items
+        self._tokens = {symbol: token for token, symbol in enumerate(self.symbols)}
+        self._first_item = len(reserved)
+
+    @staticmethod
+    @abstractmethod
+    def _split(text: str) -> list[str]:
+        """Split a text into items."""
 
     def __len__(self) -> int:
-        return len(self.characters)
+        return len(self.symbols)
 
-    def __contains__(self, character: object) -> bool:
-        return isinstance(character, str) and len(character) == 1 and character in self.characters
+    def __contains__(self, symbol: object) -> bool:
+        return isinstance(symbol, str) and symbol in self._tokens
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, CharVocabulary) and self.characters == other.characters
+        return isinstance(other, Vocabulary) and self.state() == other.state()
 
     def __hash__(self) -> int:
-        return hash(self.characters)
+        return hash(self.symbols)
 
     def __repr__(self) -> str:
-        return f"CharVocabulary({self.characters!r})"
+        options = {"unknown": self.unknown, "padding": self.padding, "special": self.special}
+        given = "".join(f", {name}={value!r}" for name, value in options.items() if value)
+        return f"{type(self).__name__}({self._short()}{given})"
 
-    def encode(self, text: str) -> Tensor:
-        """Turn a text of length T into its tokens, an int64 tensor (T,).
+    @abstractmethod
+    def _short(self) -> str:
+        """The items as `repr` shows them."""
+
+    def token(self, symbol: str) -> int:
+        """The token of one symbol, as for `torch.nn.Embedding(padding_idx=...)`.
 
         Raises:
-            TextError: the text has characters that the vocabulary lacks; the message names them.
+            TextError: the vocabulary lacks the symbol.
         """
-        code_points = _code_points(text)
-        tokens = np.searchsorted(self._code_points, code_points)
-        tokens[tokens == len(self)] = 0
-        known = self._code_points[tokens] == code_points
-        if not known.all():
-            first = int(np.argmin(known))
-            unknown = sorted(set(text) - set(self.characters))
-            raise TextError(
-                f"unknown characters: the vocabulary of {len(self)} lacks "
-                f"{', '.join(map(repr, unknown[:10]))}{', ...' if len(unknown) > 10 else ''} "
-                f"(the first at position {first})"
-            )
-        return torch.from_numpy(tokens.astype(np.int64, copy=False))
+        if symbol not in self:
+            raise TextError(f"the vocabulary of {len(self)} lacks {symbol!r}")
+        return self._tokens[symbol]
 
-    def decode(self, tokens: Tensor | NDArray[np.integer] | Iterable[int]) -> str:
+    def encode(self, text: str | Iterable[str]) -> Tensor:
+        """Turn a text, or symbols one by one, T in all, into tokens: an int64 tensor (T,).
+
+        Raises:
+            TextError: there are items that the vocabulary lacks, and it has no `unknown`; the
+                message names them.
+            TypeError: what was given is neither a text nor strings.
+        """
+        items = self._split(text) if isinstance(text, str) else as_strings(text)
+        default = -1 if self.unknown is None else self._tokens[self.unknown]
+        found = (self._tokens.get(item, default) for item in items)
+        tokens = np.fromiter(found, np.int64, len(items))
+        if tokens.size and tokens.min() < 0:
+            unknown = sorted(set(items).difference(self._tokens))
+            raise TextError(
+                f"unknown {self._noun}s: the vocabulary of {len(self)} lacks "
+                f"{', '.join(map(repr, unknown[:10]))}{', ...' if len(unknown) > 10 else ''} "
+                f"(the first at position {int(tokens.argmin())})"
+            )
+        return torch.from_numpy(tokens)
+
+    def decode(
+        self,
+        tokens: Tensor | NDArray[np.integer] | Iterable[int],
+        *,
+        skip_special: bool = False,
+    ) -> str:
         """Turn tokens (T,), of any integer type, back into a text.
+
+        Characters give back the text that was encoded. Words come with a single space between any
+        two, before punctuation too; the text so made encodes to the same tokens, if the words are
+        such as `split_words` gives. Special symbols are written as they are called.
+
+        Args:
+            tokens: T numbers, on any device.
+            skip_special: leave out special symbols, `unknown` among them.
 
         Raises:
             TextError: the tokens are not one-dimensional integers between 0 and len(self) - 1.
         """
-        if isinstance(tokens, Tensor):
-            tokens = tokens.cpu().numpy()
-        elif not isinstance(tokens, np.ndarray):
-            tokens = np.array(list(tokens), dtype=np.int64)
-        if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
-            raise TextError(
-                f"expected one-dimensional integer tokens, got {tokens.dtype} of shape "
-                f"{tokens.shape}"
-            )
-        if tokens.size and not 0 <= tokens.min() <= tokens.max() < len(self):
-            raise TextError(
-                f"expected tokens between 0 and {len(self) - 1}, got {tokens.min()} to "
-                f"{tokens.max()}"
-            )
-        return "".join(self.characters[token] for token in tokens.tolist())
+        first = self._first_item if skip_special else 0
+        kept = [token for token in self._as_sequence(tokens).tolist() if token >= first]
+        return self._separator.join([self.symbols[token] for token in kept])
 
-    def save(self, path: str | Path) -> None:
-        """Write the characters to a file, as a JSON string in token order."""
-        Path(path).write_text(json.dumps(self.characters) + "\n", encoding="ascii")
+    def pad(
+        self, sequences: Iterable[Tensor | NDArray[np.integer] | Iterable[int]]
+    ) -> tuple[Tensor, Tensor]:
+        """Lay sequences of tokens out as one batch, filled up with `padding`.
+
+        >>> from rnnfast.text import CharVocabulary
+        >>> vocabulary = CharVocabulary("abc", padding="<pad>")
+        >>> vocabulary.pad([vocabulary.encode("ab"), vocabulary.encode("cab")])
+        (tensor([[1, 2, 0],
+                [3, 1, 2]]), tensor([2, 3]))
+
+        Args:
+            sequences: B sequences of tokens, each (T_b,).
+
+        Returns:
+            tokens (B, T) with T the largest T_b, on the device of the sequences, and their lengths
+            (B,), on the CPU as `pack_padded_sequence` wants them; both int64.
+
+        Raises:
+            TextError: the vocabulary has no `padding`, there is no sequence, or one does not
+                consist of tokens.
+        """
+        if self.padding is None:
+            raise TextError("the vocabulary has no padding symbol; give it one: padding='<pad>'")
+        checked = [self._as_sequence(sequence) for sequence in sequences]
+        if not checked:
+            raise TextError("expected at least one sequence to pad, got none")
+        padded = pad_sequence(checked, batch_first=True, padding_value=self._tokens[self.padding])
+        return padded, torch.tensor([len(sequence) for sequence in checked])
+
+    def _as_sequence(self, tokens: Tensor | NDArray[np.integer] | Iterable[int]) -> Tensor:
+        """Tokens (T,) of this vocabulary."""
+        checked = as_tokens(tokens, len(self))
+        if checked.dim() != 1:
+            raise TextError(
+                f"expected one-dimensional tokens, got tokens of shape {tuple(checked.shape)}"
+            )
+        return checked
+
+    def state(self) -> dict[str, Any]:
+        """All there is to know about the vocabulary, in types that JSON has."""
+        return {
+            "kind": type(self).__name__,
+            "items": list(self._items),
+            "unknown": self.unknown,
+            "padding": self.padding,
+            "special": list(self.special),
+        }
 
     @classmethod
-    def load(cls, path: str | Path) -> CharVocabulary:
-        """Read back what `save` wrote.
+    def from_state(cls: type[AnyVocabulary], state: Any) -> AnyVocabulary:
+        """Make the vocabulary that `state` describes, of whichever kind it is.
+
+        Raises:
+            TextError: the state was not made by `state`, or, called on `CharVocabulary` or
+                `WordVocabulary`, describes one of the other kind.
+        """
+        kinds = {kind.__name__: kind for kind in (cls, *cls.__subclasses__())}
+        try:
+            options = dict(state)
+            kind, items = kinds[options.pop("kind")], options.pop("items")
+            vocabulary = kind(items, **options)
+        except (KeyError, TypeError, ValueError) as error:
+            raise TextError(f"not the state of a {cls.__name__}: {error!r}") from error
+        # The constructor has put items in order and filled in missing keys, where there were any.
+        if vocabulary.state() != state:
+            raise TextError(
+                f"not the state of a {cls.__name__}: its items are not distinct and in order, or "
+                f"its keys not {', '.join(vocabulary.state())}"
+            )
+        return vocabulary
+
+    def save(self, path: str | Path) -> None:
+        """Write the `state` to a file, as JSON.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        Path(path).write_text(json.dumps(self.state()) + "\n", encoding="ascii")
+
+    @classmethod
+    def load(cls: type[AnyVocabulary], path: str | Path) -> AnyVocabulary:
+        """Read back what `save` wrote, whichever kind of vocabulary it is.
 
         Raises:
             OSError: the file cannot be read.
-            TextError: the file is not a JSON string of distinct characters in token order.
+            TextError: the file is not JSON, or see `from_state`.
         """
         try:
-            characters = json.loads(Path(path).read_text(encoding="ascii"))
-        except ValueError as error:
-            raise TextError(f"{path} is not a vocabulary: {error}") from None
-        if not isinstance(characters, str) or list(characters) != sorted(set(characters)):
-            raise TextError(
-                f"{path} is not a vocabulary: expected a string of distinct characters in code "
-                f"point order"
-            )
-        return cls(characters)
+            return cls.from_state(json.loads(Path(path).read_text(encoding="ascii")))
+        except (ValueError, RecursionError) as error:
+            raise TextError(f"{path} is not a vocabulary: {error}") from error
 
 
-def _code_points(text: str) -> NDArray[np.uint32]:
-    """The code points of a text, uint32 (T,); lone surrogates count as characters."""
-    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+def special_symbols(
+    unknown: str | None, padding: str | None, special: Sequence[str]
+) -> tuple[str, ...]:
+    """The special symbols in token order."""
+    named = [symbol for symbol in (padding, unknown) if symbol is not None]
+    symbols = tuple(as_strings([*named, *as_strings(special)]))
+    if "" in symbols or len(set(symbols)) < len(symbols):
+        raise TextError(f"special symbols must be distinct and not empty, got {symbols}")
+    return symbols

@@ -1,0 +1,101 @@
+"""Vectors of tokens: one-hot, and counts of what stands near what."""
+
+from __future__ import annotations
+
+from typing import Any, overload
+
+import numpy as np
+import torch
+from numpy.typing import DTypeLike, NDArray
+from torch import Tensor
+
+from rnnfast.text.checks import as_tokens, check_positive
+from rnnfast.text.errors import TextError
+
+
+@overload
+def one_hot(tokens: Tensor, vocab_size: int, dtype: torch.dtype | None = ...) -> Tensor: ...
+
+
+@overload
+def one_hot(
+    tokens: NDArray[np.integer], vocab_size: int, dtype: DTypeLike | None = ...
+) -> NDArray[Any]: ...
+
+
+def one_hot(
+    tokens: Tensor | NDArray[np.integer], vocab_size: int, dtype: Any = None
+) -> Tensor | NDArray[Any]:
+    """Write each token as a vector with a one at the token's place and zeros elsewhere.
+
+    >>> one_hot(torch.tensor([2, 0]), 3)
+    tensor([[0., 0., 1.],
+            [1., 0., 0.]])
+
+    Args:
+        tokens: integers of any shape, an array or a tensor.
+        vocab_size: V, the length of the vectors.
+        dtype: of the result, NumPy's for an array and torch's for a tensor; float32 if None.
+
+    Returns:
+        (*tokens.shape, V), an array for an array, a tensor on the same device for a tensor.
+
+    Raises:
+        TextError: the tokens are not integers between 0 and V - 1.
+        ValueError: V is not a positive integer.
+    """
+    checked = as_tokens(tokens, vocab_size).unsqueeze(-1)
+    shape = (*checked.shape[:-1], vocab_size)
+    if isinstance(tokens, np.ndarray):
+        array: NDArray[Any] = np.zeros(shape, dtype or np.float32)
+        np.put_along_axis(array, checked.numpy(), 1, -1)
+        return array
+    return torch.zeros(shape, dtype=dtype or torch.float32, device=checked.device).scatter_(
+        -1, checked, 1
+    )
+
+
+@overload
+def cooccurrence(tokens: Tensor, vocab_size: int, window: int) -> Tensor: ...
+
+
+@overload
+def cooccurrence(
+    tokens: NDArray[np.integer], vocab_size: int, window: int
+) -> NDArray[np.int64]: ...
+
+
+def cooccurrence(
+    tokens: Tensor | NDArray[np.integer], vocab_size: int, window: int
+) -> Tensor | NDArray[np.int64]:
+    """Count how often each token stands near each other one.
+
+    C_ij = the number of pairs of places (s, t) with tokens i and j and 0 < |s - t| <= window.
+    C is symmetric; two neighbours of the same token i are two pairs, and add 2 to C_ii. Rows of
+    C for words that are used alike are alike (Lund and Burgess, 1996).
+
+    Args:
+        tokens: integers (T,), or (..., T) for sequences that do not run into one another. If they
+            are padded, the padding's row and column of C have what was counted with it.
+        vocab_size: V; the counts take V ** 2 places.
+        window: the largest distance that counts as near.
+
+    Returns:
+        int64 (V, V), an array for an array, a tensor on the same device for a tensor.
+
+    Raises:
+        TextError: the tokens are not integers between 0 and V - 1, or a single one without a
+            sequence.
+        ValueError: V or window is not a positive integer.
+    """
+    check_positive(window=window)
+    checked = as_tokens(tokens, vocab_size)
+    if checked.dim() == 0:
+        raise TextError("expected a sequence of tokens, got a single one")
+    counts = checked.new_zeros(vocab_size**2)
+    for distance in range(1, min(window, checked.size(-1) - 1) + 1):
+        pairs = checked[..., :-distance] * vocab_size + checked[..., distance:]
+        counts.scatter_add_(0, pairs.flatten(), torch.ones_like(pairs).flatten())
+    counts = counts.view(vocab_size, vocab_size)
+    counts = counts + counts.T
+    return counts.numpy() if isinstance(tokens, np.ndarray) else counts
