@@ -59,6 +59,7 @@ bench: build
 	$(BIN)/python -m benchmarks.compare --peers torch onnxruntime openvino jax torch_int8 \
 		--json benchmarks/results/cpu.json --csv benchmarks/results/cpu.csv
 	$(BIN)/python -m benchmarks.sequences --json benchmarks/results/sequences.json
+	$(BIN)/python -m benchmarks.systems --json benchmarks/results/systems.json
 	$(BIN)/python -m benchmarks.plot benchmarks/results/cpu.json --markdown \
 		--png benchmarks/results/cpu.png
 

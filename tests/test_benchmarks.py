@@ -19,6 +19,7 @@ from benchmarks import (
     roofline,
     sequences,
     steps,
+    systems,
     timing,
     tiny_cuda,
 )
@@ -89,10 +90,29 @@ def test_sequences_compares_before_it_times(tmp_path, capsys, monkeypatch):
     assert sum("projection" in row["ratios"] for row in rows) == 2
     wrong = sequences.pad_packed_sequence
     monkeypatch.setattr(
-        sequences, "pad_packed_sequence", lambda y, **o: (wrong(y, **o)[0] * 1.01, None)
+        sequences, systems, "pad_packed_sequence", lambda y, **o: (wrong(y, **o)[0] * 1.01, None)
     )
     with pytest.raises(AssertionError):
         sequences.main(quick)
+
+
+def test_systems_compares_before_it_times(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(systems, "TOKENS", ((9, "zipf"), (5, "uniform")))
+    monkeypatch.setattr(systems, "JORDAN", ((4, 2, 3, 5, 2),))
+    monkeypatch.setattr(systems, "GREEDY", 5)
+    file = tmp_path / "s.json"
+    quick = ["--min-time", "0", "--repeats", "1", "--size", "5,3,4", "--generate-hidden", "8"]
+    systems.main([*quick, "--json", str(file)])
+    rows = {row["case"]: row["ratios"] for row in json.loads(file.read_text())["rows"]}
+    assert len(rows) == 4 + 1 + 2
+    assert all(ratio > 0 for ratios in rows.values() for ratio in ratios.values())
+    assert "loop / generate" in capsys.readouterr().out
+    monkeypatch.setattr(systems.JordanRNN, "forward", lambda self, x: (x.new_zeros(2, 4, 2), None))
+    with pytest.raises(AssertionError):
+        systems.main([*quick, "--only", "jordan"])
+    monkeypatch.setattr(systems.PlainLoop, "__call__", lambda *_, **__: [0] * 5)
+    with pytest.raises(AssertionError, match="not those of the plain loop"):
+        systems.main([*quick, "--only", "generation"])
 
 
 def test_compare_writes_table_json_and_csv(tmp_path, capsys):

@@ -28,14 +28,15 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 def add_temperature(parser: argparse._ActionsContainer) -> None:
-    """Add `--temperature`."""
+    """Add `--temperature` and `--greedy`."""
     parser.add_argument(
         "--temperature",
-        type=number(float, "zero or more", lambda value: 0 <= value < float("inf")),
+        type=positive,
         default=0.8,
         metavar="T",
-        help="0 always takes the likeliest character; higher values dare more",
+        help="low values keep to likely characters, higher ones dare more",
     )
+    parser.add_argument("--greedy", action="store_true", help="always take the likeliest character")
 
 
 def add_placement(parser: argparse.ArgumentParser) -> None:

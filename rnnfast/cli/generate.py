@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 import argparse
-
-import torch
+import random
+from typing import Any
 
 from rnnfast.models import checkpoint
 
 
 def run(options: argparse.Namespace) -> None:
-    """Print the prompt and what a trained model makes of it."""
+    """Print the prompts and what a trained model makes of them: one while it is being made."""
     model = checkpoint.load(options.model, options.device, backend=options.backend)
-    generator = torch.Generator(options.device)
-    if options.seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(options.seed)
-    continuation = model.generate(
-        options.prompt, options.length, options.temperature, generator=generator
-    )
-    print(options.prompt + continuation)
+    choice: dict[str, Any] = {
+        "greedy": options.greedy,
+        "top_k": options.top_k,
+        "top_p": options.top_p,
+        "stop": options.stop,
+        "seed": random.SystemRandom().getrandbits(63) if options.seed is None else options.seed,
+    }
+    if len(options.prompt) > 1:
+        texts = model.generate(options.prompt, options.length, options.temperature, **choice)
+        print("\n\n".join(a + b for a, b in zip(options.prompt, texts, strict=True)))
+        return
+    (prompt,) = options.prompt
+    begun = False
+
+    def show(piece: str) -> None:
+        nonlocal begun
+        print(piece if begun else prompt + piece, end="", flush=True)
+        begun = True
+
+    model.generate(prompt, options.length, options.temperature, callback=show, **choice)
+    print("" if begun else prompt)

@@ -1,5 +1,22 @@
 """Networks built from the recurrent layers."""
 
 from rnnfast.models.char_lstm import CharLSTM, CharLSTMConfig
+from rnnfast.models.elman import ElmanRNN
+from rnnfast.models.jordan import JordanRNN
+from rnnfast.models.sequence import SequenceClassifier, SequenceGenerator, SequenceTagger
+from rnnfast.models.simple_rnn import SimpleRNN
+from rnnfast.models.stacked import BidirectionalRNN, MultiLayerRNN, RNNModel
 
-__all__ = ["CharLSTM", "CharLSTMConfig"]
+__all__ = [
+    "BidirectionalRNN",
+    "CharLSTM",
+    "CharLSTMConfig",
+    "ElmanRNN",
+    "JordanRNN",
+    "MultiLayerRNN",
+    "RNNModel",
+    "SequenceClassifier",
+    "SequenceGenerator",
+    "SequenceTagger",
+    "SimpleRNN",
+]

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple, overload
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from rnnfast.generation import Sampling, continue_tokens
 from rnnfast.modules import LSTM
 
 if TYPE_CHECKING:
     from rnnfast.text import CharVocabulary
 
 State = tuple[Tensor, Tensor]
+Prompt = TypeVar("Prompt", str, list[str], Tensor)
+_PIECE = 32  # tokens between two looks at what has been generated
+_MOST_AT_ONCE = 4096  # so that an interrupt is noticed
 
 
 class CharLSTMConfig(NamedTuple):
@@ -24,6 +28,7 @@ class CharLSTMConfig(NamedTuple):
     num_layers: int
     embedding_size: int
     dropout: float
+    tied_weights: bool = False
 
 
 class CharLSTM(nn.Module):
@@ -38,14 +43,16 @@ class CharLSTM(nn.Module):
         embedding_size: the size of the vector that stands for a token; `hidden_size` if None.
         dropout: the probability of zeroing an element of what goes into the head and, with more
             than one layer, of what passes between the layers; in training only.
+        tied_weights: the head's weights are the embedding's (Press, Wolf, arXiv:1608.05859), which
+            needs an embedding of size H.
         backend: what runs the LSTM layers, see `rnnfast.LSTM`.
         lstm: the class of the LSTM layers: `rnnfast.LSTM`, or `torch.nn.LSTM` to compare with.
             The state_dict is the same either way.
         vocabulary: what `generate` reads and writes text with; not part of the state_dict.
 
     Raises:
-        ValueError: a size is not positive, the dropout is no probability, or the vocabulary does
-            not have `vocab_size` characters.
+        ValueError: a size is not positive, the dropout is no probability, tied weights do not fit,
+            or the vocabulary does not have `vocab_size` characters.
     """
 
     def __init__(
@@ -56,6 +63,7 @@ class CharLSTM(nn.Module):
         *,
         embedding_size: int | None = None,
         dropout: float = 0.0,
+        tied_weights: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         backend: str | None = None,
@@ -74,7 +82,14 @@ class CharLSTM(nn.Module):
             raise ValueError(
                 f"vocab_size is {vocab_size}, but the vocabulary has {len(vocabulary)} characters"
             )
-        self.config = CharLSTMConfig(vocab_size, hidden_size, num_layers, embedding_size, dropout)
+        if tied_weights and embedding_size != hidden_size:
+            raise ValueError(
+                f"tied_weights needs embedding_size to be hidden_size, got {embedding_size} and "
+                f"{hidden_size}"
+            )
+        self.config = CharLSTMConfig(
+            vocab_size, hidden_size, num_layers, embedding_size, dropout, tied_weights
+        )
         self.vocabulary = vocabulary
         self.embedding = nn.Embedding(vocab_size, embedding_size, device=device, dtype=dtype)
         self.lstm = lstm(
@@ -89,6 +104,8 @@ class CharLSTM(nn.Module):
         )
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(hidden_size, vocab_size, device=device, dtype=dtype)
+        if tied_weights:
+            self.embedding.weight = self.head.weight  # whose initial values suit both
 
     def forward(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """Score every possible next token after each token.
@@ -107,7 +124,10 @@ class CharLSTM(nn.Module):
             raise ValueError(
                 f"CharLSTM: expected tokens of shape (batch, time), got {tuple(tokens.shape)}"
             )
-        y, state = self.lstm(self.embedding(tokens), state)
+        if isinstance(self.lstm, LSTM):
+            y, state = self.lstm(tokens, state, embedding=self.embedding)
+        else:
+            y, state = self.lstm(self.embedding(tokens), state)
         return self.head(self.dropout(y)), state
 
     def init_hidden(self, batch_size: int) -> State:
@@ -116,102 +136,166 @@ class CharLSTM(nn.Module):
         shape = (self.config.num_layers, batch_size, self.config.hidden_size)
         return weight.new_zeros(shape), weight.new_zeros(shape)
 
-    @overload
     def generate(
         self,
-        prompt: str,
-        length: int,
-        temperature: float = ...,
-        *,
-        generator: torch.Generator | None = ...,
-    ) -> str: ...
-
-    @overload
-    def generate(
-        self,
-        prompt: Tensor,
-        length: int,
-        temperature: float = ...,
-        *,
-        generator: torch.Generator | None = ...,
-    ) -> Tensor: ...
-
-    def generate(
-        self,
-        prompt: str | Tensor,
+        prompt: Prompt,
         length: int,
         temperature: float = 1.0,
         *,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        greedy: bool = False,
+        seed: int | None = None,
         generator: torch.Generator | None = None,
-    ) -> str | Tensor:
+        stop: str | None = None,
+        callback: Callable[[Prompt], None] | None = None,
+    ) -> Prompt:
         """Continue a prompt, one sampled token at a time; nothing is dropped out meanwhile.
 
         Args:
-            prompt: text, for a model with a vocabulary, or int64 tokens (T,) or (B, T); T >= 1.
+            prompt: text, or several texts, for a model with a vocabulary; or int64 tokens (T,) or
+                (B, T). None may be empty.
             length: how many tokens to add.
             temperature: divides the logits: below 1 bolder guesses become rarer, above 1 more
-                frequent; 0 always takes the likeliest token.
-            generator: where the random numbers come from, on the model's device; torch's default
-                generator if None.
+                frequent.
+            top_k: if not None, only so many of the likeliest tokens are in question.
+            top_p: if not None, of these only the fewest whose probability is at least this part.
+            greedy: always take the likeliest token.
+            seed: makes the choices repeatable.
+            generator: where the random numbers come from; torch's default generator if neither it
+                nor a seed is given.
+            stop: if not None, what a text ends before, once it would be continued with it.
+            callback: if not None, is given the continuation piece by piece while it is made, in the
+                kind of the prompt: a text, a list of texts, of which those that have stopped are
+                empty, or tokens.
 
         Returns:
-            The continuation alone, in the kind of the prompt: text of `length` characters, or
-            int64 tokens (length,) or (B, length).
+            The continuation alone, in the kind of the prompt: text of `length` characters or, with
+            `stop`, fewer; a list of such; or int64 tokens (length,) or (B, length).
 
         Raises:
             TextError: the prompt has characters that the vocabulary lacks.
-            ValueError: an empty prompt, a wrong rank, a negative length or temperature, or text
-                for a model without a vocabulary.
+            IndexError: the prompt has tokens that the vocabulary lacks.
+            ValueError: an empty prompt, a wrong rank, a negative length, an argument of the choice
+                out of range, text for a model without a vocabulary, a stop for tokens or an empty
+                one, both a seed and a generator, or logits that are not finite.
         """
-        if not isinstance(prompt, str):
-            return self._continue(prompt, length, temperature, generator)
-        if self.vocabulary is None:
+        sampling = Sampling.of(temperature, top_k, top_p, greedy)
+        if length < 0:
+            raise ValueError(f"length must not be negative, got {length}")
+        if seed is not None:
+            if generator is not None:
+                raise ValueError("a seed and a generator were given; expected one of them")
+            generator = torch.Generator(self.head.weight.device).manual_seed(seed)
+        prompts = self._prompts(prompt)
+        if stop is not None and (isinstance(prompt, Tensor) or not stop):
+            raise ValueError("stop must be a text of at least one character, and so the prompt")
+        pieces = self._continue(prompts, length, sampling, generator, bool(callback or stop))
+        if isinstance(prompt, Tensor):
+            shape = prompt.shape[:-1]
+            found = [prompts[0].new_empty(*shape, 0)]
+            for tokens in pieces:
+                found.append(tokens.reshape(*shape, tokens.shape[1]))
+                if callback is not None:
+                    callback(found[-1])
+            return torch.cat(found, -1)
+        texts = [_Text(stop) for _ in prompts]
+        for certain in self._grow(texts, pieces):
+            if callback is not None:
+                callback(certain[0] if isinstance(prompt, str) else certain)
+        return texts[0].text if isinstance(prompt, str) else [text.text for text in texts]
+
+    def _grow(self, texts: list[_Text], pieces: Iterator[Tensor]) -> Iterator[list[str]]:
+        """Adds to the texts until all have stopped; yields what has become certain of each."""
+        assert self.vocabulary is not None
+        for tokens in pieces:
+            new = [self.vocabulary.decode(row) for row in tokens]
+            yield [text.add(piece) for text, piece in zip(texts, new, strict=True)]
+            if all(text.stopped for text in texts):
+                break
+        held_back = [text.end() for text in texts]
+        if any(held_back):
+            yield held_back
+
+    def _prompts(self, prompt: str | list[str] | Tensor) -> list[Tensor]:
+        """The prompts as tokens (T,) on the model's device."""
+        device = self.head.weight.device
+        if isinstance(prompt, Tensor):
+            if prompt.dim() not in (1, 2):
+                raise ValueError(
+                    f"prompt must have shape (time,) or (batch, time), got {tuple(prompt.shape)}"
+                )
+            prompts = list(torch.atleast_2d(prompt).to(device))
+        elif self.vocabulary is None:
             raise ValueError(
                 "a model without a vocabulary continues tokens, not text; give CharLSTM a "
                 "vocabulary, or pass the prompt as tokens"
             )
-        tokens = self.vocabulary.encode(prompt).to(self.head.weight.device)
-        return self.vocabulary.decode(self._continue(tokens, length, temperature, generator))
+        else:
+            texts = [prompt] if isinstance(prompt, str) else prompt
+            prompts = [self.vocabulary.encode(text).to(device) for text in texts]
+        if not prompts or any(len(tokens) == 0 for tokens in prompts):
+            raise ValueError("prompt must have at least one token, got an empty one")
+        return prompts
 
     def _continue(
-        self, prompt: Tensor, length: int, temperature: float, generator: torch.Generator | None
-    ) -> Tensor:
-        """`generate` for tokens; leaves the training mode as it was."""
-        if prompt.dim() not in (1, 2):
-            raise ValueError(
-                f"prompt must have shape (time,) or (batch, time), got {tuple(prompt.shape)}"
-            )
-        if prompt.size(-1) == 0:
-            raise ValueError("prompt must have at least one token, got an empty one")
-        if length < 0:
-            raise ValueError(f"length must not be negative, got {length}")
-        if not temperature >= 0:
-            raise ValueError(f"temperature must not be negative, got {temperature}")
-        was_training = self.training
-        self.eval()
-        try:
-            tokens = self._sample(torch.atleast_2d(prompt), length, temperature, generator)
-        finally:
-            self.train(was_training)
-        return tokens.clone().view(*prompt.shape[:-1], length)
-
-    @torch.inference_mode()
-    def _sample(
-        self, prompt: Tensor, length: int, temperature: float, generator: torch.Generator | None
-    ) -> Tensor:
-        """The `length` tokens (B, length) that follow a prompt (B, T)."""
-        tokens = prompt.new_empty(prompt.size(0), length)
-        state = self.init_hidden(prompt.size(0))
-        latest = prompt
-        for position in range(length):
-            logits, state = self(latest, state)
-            latest = _draw(logits[:, -1].float(), temperature, generator)
-            tokens[:, position : position + 1] = latest
-        return tokens
+        self,
+        prompts: list[Tensor],
+        length: int,
+        sampling: Sampling,
+        generator: torch.Generator | None,
+        streaming: bool,
+    ) -> Iterator[Tensor]:
+        """Yields tokens (B, n) until there are `length`; leaves the training mode as it was."""
+        size = _PIECE if streaming else _MOST_AT_ONCE
+        chunks = [min(size, length - done) for done in range(0, length, size)]
+        pieces = continue_tokens(
+            self.lstm, self.head, self.embedding, prompts, sampling, generator, chunks
+        )
+        while True:
+            was_training = self.training
+            self.eval()
+            try:
+                with torch.inference_mode():
+                    tokens = next(pieces, None)
+            finally:
+                self.train(was_training)
+            if tokens is None:
+                return
+            yield tokens.clone()
 
 
-def _draw(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
-    """One token (B, 1) for each row of logits (B, V)."""
-    if temperature == 0:
-        return logits.argmax(1, keepdim=True)
-    return torch.multinomial((logits / temperature).softmax(1), 1, generator=generator)
+class _Text:
+    """A continuation that grows, until it would go on with `stop`."""
+
+    def __init__(self, stop: str | None) -> None:
+        self.stop = stop
+        self.text = ""  # what is certain
+        self.pending = ""  # what may be the beginning of `stop`
+        self.stopped = False
+
+    def add(self, piece: str) -> str:
+        """Append a piece; returns what of the text has become certain."""
+        if self.stopped:
+            return ""
+        if self.stop is None:
+            return self._accept(piece)
+        self.pending += piece
+        found = self.pending.find(self.stop)
+        if found >= 0:
+            self.stopped = True
+            certain, self.pending = self.pending[:found], ""
+        else:
+            kept = len(self.stop) - 1
+            cut = max(0, len(self.pending) - kept)
+            certain, self.pending = self.pending[:cut], self.pending[cut:]
+        return self._accept(certain)
+
+    def end(self) -> str:
+        """There are no more pieces; returns what has become certain by that."""
+        certain, self.pending = self.pending, ""
+        return self._accept(certain)
+
+    def _accept(self, certain: str) -> str:
+        self.text += certain
+        return certain

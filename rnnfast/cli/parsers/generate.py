@@ -12,6 +12,7 @@ from rnnfast.cli.arguments import (
     add_placement,
     add_temperature,
     count,
+    number,
     prompt,
 )
 
@@ -21,8 +22,13 @@ def add(commands: argparse._SubParsersAction[Parser]) -> None:
     parser = commands.add_parser(
         "generate",
         help="continue a text with a trained model",
-        description="Continue a prompt, character by character, with a model of rnnfast train.",
-        epilog='example:\n  rnnfast generate --prompt "The " --length 200 --temperature 0.5',
+        description="Continue a prompt, character by character, with a model of rnnfast train.\n"
+        "What is likely to come next depends on all that came before; --temperature, --top-k\n"
+        "and --top-p say how far the choice may stray from the likeliest.",
+        epilog="examples:\n"
+        '  rnnfast generate --prompt "The " --length 200 --temperature 0.5\n'
+        '  rnnfast generate --prompt "The " --top-p 0.9 --stop ". " --seed 1\n'
+        '  rnnfast generate --prompt "The " "A class " --greedy',
         formatter_class=HelpFormatter,
     )
     parser.add_argument(
@@ -33,10 +39,27 @@ def add(commands: argparse._SubParsersAction[Parser]) -> None:
         help="folder that rnnfast train wrote, or a .safetensors file",
     )
     parser.add_argument(
-        "--prompt", type=prompt, required=True, metavar="TEXT", help="what to continue"
+        "--prompt",
+        type=prompt,
+        nargs="+",
+        required=True,
+        metavar="TEXT",
+        help="what to continue; several are continued at once",
     )
     parser.add_argument("--length", type=count, default=400, metavar="N", help="characters to add")
     add_temperature(parser)
+    parser.add_argument(
+        "--top-k", type=count, metavar="N", help="choose among the N likeliest characters only"
+    )
+    parser.add_argument(
+        "--top-p",
+        type=number(float, "above 0 and at most 1", lambda value: 0 < value <= 1),
+        metavar="P",
+        help="choose among the fewest characters whose probabilities sum to P",
+    )
+    parser.add_argument(
+        "--stop", type=prompt, metavar="TEXT", help="end before this would be written"
+    )
     parser.add_argument(
         "--seed", type=int, metavar="N", help="makes the choice repeatable; if not given, it varies"
     )

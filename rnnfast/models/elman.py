@@ -1,0 +1,84 @@
+"""Elman's simple recurrent network."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from rnnfast.models.layers import (
+    Device,
+    Lengths,
+    as_batch,
+    check_sizes,
+    check_state,
+    zero_beyond,
+)
+from rnnfast.modules import RNN
+
+
+class ElmanRNN(nn.Module):
+    """The hidden state feeds back, and an output is read from it at every step.
+
+    h_t = tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh)
+    y_t = W_ho h_t + b_o
+
+    Elman, "Finding structure in time", Cognitive Science 14, 1990; his units were logistic ones,
+    here they are tanh, and the output is linear. ``rnn`` has W_ih (H, I), W_hh (H, H) and their
+    biases, ``fc`` has W_ho (O, H) and b_o. Compare `JordanRNN`, in which the output feeds back.
+
+    Args:
+        input_size: I, the number of features of an input.
+        hidden_size: H, the number of features of the state.
+        output_size: O, the number of features of an output.
+        device, dtype: of the parameters.
+        backend: what runs the layer, see `rnnfast.backend`.
+
+    Raises:
+        ValueError: a size is not positive, or there is no such backend.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        output_size: int,
+        *,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        check_sizes(input_size=input_size, hidden_size=hidden_size, output_size=output_size)
+        self.rnn = RNN(
+            input_size, hidden_size, batch_first=True, device=device, dtype=dtype, backend=backend
+        )
+        self.fc = nn.Linear(hidden_size, output_size, device=device, dtype=dtype)
+
+    def forward(
+        self, input: Tensor, hidden: Tensor | None = None, *, lengths: Lengths = None
+    ) -> tuple[Tensor, Tensor]:
+        """Runs one step or a whole sequence.
+
+        Args:
+            input: one step (B, I), or a sequence (B, T, I).
+            hidden: h_0 (B, H); zeros if None.
+            lengths: integers (B) from 0 to T, or None: how many steps each sequence has.
+
+        Returns:
+            y (B, O) or (B, T, O), zeros beyond a sequence's end; and h (B, H) after its last step.
+
+        Raises:
+            ValueError: the input has another rank, or a length is out of range.
+            RuntimeError: shapes, dtypes or devices do not fit.
+            TypeError: ``lengths`` are no integers.
+        """
+        x = as_batch(self, input, self.rnn.input_size)
+        hidden = self.init_hidden(len(x)) if hidden is None else hidden
+        check_state("hidden", hidden, (len(x), self.rnn.hidden_size))
+        h, final = self.rnn(x, hidden.unsqueeze(0), lengths=lengths)
+        output = zero_beyond(self.fc(h), lengths)
+        return output if input.dim() == 3 else output.squeeze(1), final.squeeze(0)
+
+    def init_hidden(self, batch_size: int) -> Tensor:
+        """The state before the first step: zeros (B, H)."""
+        return self.fc.weight.new_zeros(batch_size, self.rnn.hidden_size)

@@ -1,0 +1,221 @@
+"""The ways in which a sequence meets a network: many to one, many to many, one to many.
+
+One to one is a sequence of one step: a `SequenceTagger` on (B, 1, I), or a `SequenceClassifier`,
+which is the same thing there. How sequences of unequal length are given and what is returned is
+said in `rnnfast.models.layers`.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rnnfast import functional
+from rnnfast.models.layers import (
+    CellName,
+    Device,
+    Lengths,
+    RecurrentModel,
+    State,
+    as_lengths,
+    check_batch,
+    check_sizes,
+    check_state,
+    hidden_of,
+    zero_beyond,
+)
+from rnnfast.modules import RNN
+
+
+class SequenceClassifier(RecurrentModel):
+    """Many to one: one output for a whole sequence, from its last step.
+
+    h_1, ..., h_T = layers(x_1, ..., x_T)
+    y = W h_T + b
+
+    ``rnn`` are the layers, ``fc`` has W (O, H) and b. T is each sequence's own length: what lies
+    beyond it has no influence. The arguments are those of `RecurrentModel`.
+    """
+
+    def forward(
+        self, input: Tensor, hidden: State | None = None, *, lengths: Lengths = None
+    ) -> tuple[Tensor, State]:
+        """Reads sequences.
+
+        Args:
+            input: (B, T, I).
+            hidden: the state before the first step (L, B, H), for LSTM a pair of such; zeros if
+                None.
+            lengths: integers (B) from 0 to T, or None: how many steps each sequence has. The
+                output of an empty sequence is read from the state before it.
+
+        Returns:
+            y (B, O), and the state after the last step, shaped like ``hidden``.
+
+        Raises:
+            ValueError: the input has another rank, or a length is out of range.
+            RuntimeError: shapes, dtypes or devices do not fit.
+            TypeError: ``lengths`` are no integers.
+        """
+        check_batch(self, input)
+        _, state = self.rnn(input, hidden, lengths=lengths)
+        return self.fc(self.dropout(hidden_of(state)[-1])), state
+
+
+class SequenceTagger(RecurrentModel):
+    """Many to many: an output for every step, from what has been read so far.
+
+    h_1, ..., h_T = layers(x_1, ..., x_T)
+    y_t = W h_t + b
+
+    ``rnn`` are the layers, ``fc`` has W (O, H) and b. Where a tag depends on what follows, too, see
+    `BidirectionalRNN`. The arguments are those of `RecurrentModel`.
+    """
+
+    def forward(
+        self, input: Tensor, hidden: State | None = None, *, lengths: Lengths = None
+    ) -> tuple[Tensor, State]:
+        """Reads sequences.
+
+        Args:
+            input: (B, T, I).
+            hidden: the state before the first step (L, B, H), for LSTM a pair of such; zeros if
+                None.
+            lengths: integers (B) from 0 to T, or None: how many steps each sequence has.
+
+        Returns:
+            y (B, T, O), zeros beyond a sequence's end; and the state after its last step, shaped
+            like ``hidden``.
+
+        Raises:
+            ValueError: the input has another rank, or a length is out of range.
+            RuntimeError: shapes, dtypes or devices do not fit.
+            TypeError: ``lengths`` are no integers.
+        """
+        check_batch(self, input)
+        h, state = self.rnn(input, hidden, lengths=lengths)
+        return zero_beyond(self.fc(self.dropout(h)), lengths), state
+
+
+class SequenceGenerator(RecurrentModel):
+    """One to many: a vector makes a sequence, each output being fed back as the next input.
+
+    h_t = cell([z, y_{t-1}], h_{t-1})
+    y_t = W h_t + b
+
+    The vector z is shown at every step, as in the decoder of Cho et al., arXiv:1406.1078. The
+    output before the first step is that of the first state, y_0 = W h_0 + b, so that the state is
+    all there is to go on from.
+
+    As y_{t-1} is linear in h_{t-1}, what it adds to the gates can be put into the cell's own
+    recurrent weights: if the columns W_y of the cell's W_ih are those that meet y,
+
+    W_ih [z, y_{t-1}] + W_hh h_{t-1} = W_z z + W_y b + (W_hh + W_y W) h_{t-1},
+
+    and a layer with that matrix makes the whole sequence in one call. Not so a GRU: its reset gate
+    scales what comes from h_{t-1}, but not what comes from the input, and y would have to be both.
+    It is run step by step. There is one layer only, for y comes from the last and goes into the
+    first.
+
+    Args:
+        input_size: I, the number of features of z.
+        hidden_size: H, the number of features of the state.
+        output_size: O, the number of features of an output. ``rnn`` has I+O inputs.
+        cell, device, dtype, backend: as in `RecurrentModel`.
+
+    Raises:
+        ValueError: a size is not positive, or there is no such cell or backend.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        output_size: int,
+        *,
+        cell: CellName = "lstm",
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        backend: str | None = None,
+    ) -> None:
+        check_sizes(input_size=input_size, output_size=output_size)
+        super().__init__(
+            input_size + output_size,
+            hidden_size,
+            output_size,
+            cell=cell,
+            device=device,
+            dtype=dtype,
+            backend=backend,
+        )
+        self.input_size = input_size
+
+    def forward(
+        self, input: Tensor, steps: int, hidden: State | None = None, *, lengths: Lengths = None
+    ) -> tuple[Tensor, State]:
+        """Makes sequences.
+
+        Args:
+            input: z (B, I).
+            steps: T, how many outputs to make.
+            hidden: h_0 (1, B, H), for LSTM a pair (h_0, c_0) of such; zeros if None.
+            lengths: integers (B) from 0 to T, or None: after how many steps each sequence ends.
+
+        Returns:
+            y (B, T, O), zeros beyond a sequence's end; and the state after its last step, shaped
+            like ``hidden``, with which a further call goes on.
+
+        Raises:
+            ValueError: the input has another rank, ``steps`` is not positive, or a length is out of
+                range.
+            RuntimeError: shapes, dtypes or devices do not fit.
+            TypeError: ``lengths`` are no integers.
+        """
+        if input.dim() != 2:
+            raise ValueError(
+                f"SequenceGenerator: expected input of shape (batch, features), "
+                f"got {tuple(input.shape)}"
+            )
+        if input.shape[1] != self.input_size:
+            raise RuntimeError(
+                f"input.size(-1) must be equal to input_size. Expected {self.input_size}, "
+                f"got {input.shape[1]}"
+            )
+        check_sizes(steps=steps)
+        z = input.unsqueeze(1).expand(-1, steps, -1)
+        lengths = as_lengths(z, lengths)
+        run = self._step_by_step if self.rnn.mode == "GRU" else self._folded
+        output, state = run(z, self.init_hidden(len(z)) if hidden is None else hidden, lengths)
+        return zero_beyond(output, lengths), state
+
+    def _folded(self, z: Tensor, state: Any, lengths: Tensor | None) -> tuple[Tensor, State]:
+        """`forward` in one call, with z (B, T, I)."""
+        w_ih, w_hh, b_ih, b_hh = self.rnn.all_weights[0]
+        w_z, w_y = w_ih.split([self.input_size, self.fc.out_features], 1)
+        weights = [w_z, w_hh + w_y @ self.fc.weight, b_ih, b_hh + w_y @ self.fc.bias]
+        run: Any = functional.lstm
+        if isinstance(self.rnn, RNN):
+            run = partial(functional.rnn, nonlinearity=self.rnn.nonlinearity)
+        h, state = run(
+            z, state, weights, batch_first=True, lengths=lengths, backend=self.rnn.backend
+        )
+        return self.fc(h), state
+
+    def _step_by_step(self, z: Tensor, state: Any, lengths: Tensor | None) -> tuple[Tensor, State]:
+        """`forward` for a GRU, with z (B, T, I)."""
+        check_state("hidden", state, (1, len(z), self.rnn.hidden_size))
+        y = self.fc(state[0]).unsqueeze(1)
+        outputs = []
+        for t in range(z.shape[1]):
+            x = torch.cat([z[:, t : t + 1], y], 2)
+            h, following = self.rnn(x, state)
+            if lengths is not None:
+                goes_on = (lengths > t).to(h.device).unsqueeze(1)
+                following = torch.where(goes_on, following, state)
+            state = following
+            y = self.fc(h)
+            outputs.append(y)
+        return torch.cat(outputs, 1), state

@@ -1,0 +1,100 @@
+"""The recurrent network of the first tutorials: state and output from input and former state."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from rnnfast import functional
+from rnnfast.backend import check_name
+from rnnfast.models.layers import (
+    Device,
+    Lengths,
+    as_batch,
+    as_lengths,
+    check_sizes,
+    check_state,
+    zero_beyond,
+)
+
+
+class SimpleRNN(nn.Module):
+    """A classifier of every step that reads the input beside the former state.
+
+    h_t = tanh(W_h [x_t, h_{t-1}] + b_h)
+    o_t = log_softmax(W_o [x_t, h_{t-1}] + b_o)
+
+    [x, h] is the concatenation of both, so that W_h, ``i2h.weight``, is (H, I+H) and W_o,
+    ``i2o.weight``, (O, I+H). The output sees the former state, not the new one, as in the network
+    by which PyTorch's tutorials introduce recurrence (there without the tanh); a state_dict of that
+    module fits. The columns of W_h that meet x and those that meet h are the W_ih and W_hh of an
+    Elman layer, which runs a whole sequence in one call.
+
+    Args:
+        input_size: I, the number of features of an input.
+        hidden_size: H, the number of features of the state.
+        output_size: O, the number of classes.
+        device, dtype: of the parameters.
+        backend: what runs the recurrence, see `rnnfast.backend`.
+
+    Raises:
+        ValueError: a size is not positive, or there is no such backend.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        output_size: int,
+        *,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        check_sizes(input_size=input_size, hidden_size=hidden_size, output_size=output_size)
+        self.input_size = input_size
+        self.hidden_size = hidden_size
+        self.backend = None if backend is None else check_name(backend, "backend")
+        both = input_size + hidden_size
+        self.i2h = nn.Linear(both, hidden_size, device=device, dtype=dtype)
+        self.i2o = nn.Linear(both, output_size, device=device, dtype=dtype)
+
+    def forward(
+        self, input: Tensor, hidden: Tensor | None = None, *, lengths: Lengths = None
+    ) -> tuple[Tensor, Tensor]:
+        """Runs one step or a whole sequence.
+
+        Args:
+            input: one step (B, I), or a sequence (B, T, I).
+            hidden: h_0 (B, H); zeros if None.
+            lengths: integers (B) from 0 to T, or None: how many steps each sequence has.
+
+        Returns:
+            The logarithms of the probabilities of the classes, (B, O) or (B, T, O), zeros beyond a
+            sequence's end; and h (B, H) after its last step.
+
+        Raises:
+            ValueError: the input has another rank, or a length is out of range.
+            RuntimeError: shapes, dtypes or devices do not fit.
+            TypeError: ``lengths`` are no integers.
+        """
+        x = as_batch(self, input, self.input_size)
+        hidden = self.init_hidden(len(x)) if hidden is None else hidden
+        check_state("hidden", hidden, (len(x), self.hidden_size))
+        lengths = as_lengths(x, lengths)
+        x = zero_beyond(x, lengths)  # the output reads it too, and a NaN there would reach i2o
+
+        w_ih, w_hh = self.i2h.weight.split([self.input_size, self.hidden_size], 1)
+        weights = [w_ih, w_hh, self.i2h.bias, torch.zeros_like(self.i2h.bias)]
+        h, final = functional.rnn(
+            x, hidden.unsqueeze(0), weights, batch_first=True, lengths=lengths, backend=self.backend
+        )
+        former = torch.cat([hidden.unsqueeze(1), h[:, :-1]], 1)
+        output = self.i2o(torch.cat([x, former], 2)).log_softmax(2)
+        output = zero_beyond(output, lengths)
+        return output if input.dim() == 3 else output.squeeze(1), final.squeeze(0)
+
+    def init_hidden(self, batch_size: int) -> Tensor:
+        """The state before the first step: zeros (B, H)."""
+        return self.i2h.weight.new_zeros(batch_size, self.hidden_size)
