@@ -32,11 +32,13 @@ class Case(NamedTuple):
     """Whether the c of every step is looked at, too."""
     proj: int = 0
     """P, if h is projected."""
+    tokens: bool = False
+    """Whether x are tokens, I in number, and w_ih a table (I, G*H)."""
 
     @property
     def is_plain(self) -> bool:
         """Whether every device has kernels for it."""
-        return not self.lengths and not self.resets and not self.proj
+        return not self.lengths and not self.resets and not self.proj and not self.tokens
 
     def __str__(self) -> str:
         options = [self.layout] * (self.layout != "contiguous") + [self.lengths] * bool(
@@ -44,7 +46,7 @@ class Case(NamedTuple):
         )
         options += ["no_bias"] * (not self.bias) + ["reverse"] * self.reverse
         options += ["resets"] * self.resets + ["cells"] * self.cells
-        options += [f"proj{self.proj}"] * bool(self.proj)
+        options += [f"proj{self.proj}"] * bool(self.proj) + ["tokens"] * self.tokens
         return "-".join([self.cell, f"{self.T}x{self.B}x{self.I}x{self.H}", *options])
 
 
@@ -114,6 +116,21 @@ CASES = [
         ]
         for reverse in (False, True)
     ),
+    *(
+        Case(cell, *shape, reverse=reverse, lengths=lengths, tokens=True)
+        for cell in CELLS
+        for shape, lengths in [
+            *((shape, "") for shape in SHAPES if shape[2] > 0),
+            ((9, 13, 20, 65), "padded"),
+            ((9, 13, 20, 65), "packed"),
+            (MANY_BLOCKS, ""),
+            (MANY_BLOCKS, "packed"),
+        ]
+        for reverse in (False, True)
+    ),
+    *(Case(cell, 5, 4, 6, 10, layout="batch_first", tokens=True) for cell in CELLS),
+    *(Case(cell, 5, 4, 6, 10, bias=False, resets=True, tokens=True) for cell in CELLS),
+    Case("lstm", 9, 13, 20, 65, proj=17, tokens=True),
 ]
 
 GRADCHECK_CASES = (
@@ -139,12 +156,17 @@ GRADCHECK_CASES = (
         for lengths in ("", "packed")
         for reverse in (False, True)
     ]
+    + [
+        Case(cell, 4, 3, 3, 4, reverse=reverse, lengths=lengths, tokens=True)
+        for cell in CELLS
+        for lengths, reverse in (("", False), ("packed", True))
+    ]
 )
 
 
 def sample_x(case: Case) -> Tensor:
-    """x (T, B, I), or packed, in float64, laid out in memory as the case says."""
-    T, B, I = case.T, case.B, case.I
+    """x (T, B, I), or packed, in float64, laid out in memory as the case says; or tokens."""
+    T, B, I = case.T, case.B, 1 if case.tokens else case.I
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=torch.float64)
@@ -159,6 +181,8 @@ def sample_x(case: Case) -> Tensor:
         "padded": lambda: normal(T, B, I + 3)[..., :I],
     }
     x = layouts[case.layout]()
+    if case.tokens:
+        x = like_layout(torch.randint(case.I, x.shape), x)
     return pack(case, x) if case.lengths == "packed" else x
 
 
@@ -201,10 +225,11 @@ def sample_inputs(case: Case, dtype: torch.dtype, seed: int = 0) -> list[Tensor 
 
     inputs: list[Tensor | None] = [sample_x(case)]
     inputs += [normal(case.B, size) for size in (P, case.H)[: row.states]]
-    inputs += [normal(rows, case.I) * scale, normal(rows, P) * scale]
+    inputs += [normal(*((case.I, rows) if case.tokens else (rows, case.I))) * scale]
+    inputs += [normal(rows, P) * scale]
     inputs += [normal(rows) * scale, normal(rows) * scale] if case.bias else [None, None]
     inputs += [normal(P, case.H) * case.H**-0.5] if case.proj else []
-    return [None if t is None else like_layout(t.to(dtype).double(), t) for t in inputs]
+    return cast(cast(inputs, dtype, "cpu"), torch.float64, "cpu")
 
 
 def like_layout(values: Tensor, layout: Tensor) -> Tensor:
@@ -222,8 +247,16 @@ def like_layout(values: Tensor, layout: Tensor) -> Tensor:
 
 
 def cast(tensors: list[Tensor | None], dtype: torch.dtype, device: str) -> list[Tensor | None]:
-    """The tensors in another dtype and on another device, in their own layouts."""
-    return [None if t is None else like_layout(t.to(device, dtype), t) for t in tensors]
+    """The tensors in another dtype, if no tokens, and on another device, in their own layouts."""
+    return [
+        None if t is None else like_layout(t.to(device, dtype if is_number(t) else None), t)
+        for t in tensors
+    ]
+
+
+def is_number(tensor: Tensor | None) -> bool:
+    """Whether there is a gradient to it: not to what is not there, and not to tokens."""
+    return tensor is not None and tensor.is_floating_point()
 
 
 def sample_grads(case: Case, dtype: torch.dtype, seed: int = 1) -> list[Tensor]:
@@ -259,7 +292,7 @@ def oracle(
     if dtype in (torch.float16, torch.bfloat16):
         inputs, grad_outputs = cast(inputs, dtype, "cpu"), cast(grad_outputs, dtype, "cpu")
     row = CELLS[case.cell]
-    leaves = [None if t is None else t.detach().clone().requires_grad_() for t in inputs]
+    leaves = [t.detach().clone().requires_grad_() if is_number(t) else t for t in inputs]
     x, states, weights = leaves[0], tuple(leaves[1 : 1 + row.states]), leaves[1 + row.states :]
     extras = lengths_of(case), reset_of(case), *weights[4:]
     y, finals, cells = reference.layer(row, x, states, *weights[:4], case.reverse, *extras)
@@ -272,13 +305,13 @@ def oracle(
     found = iter(
         torch.autograd.grad(
             [output for output, _ in used],
-            [t for t in leaves if t is not None],
+            [t for t in leaves if is_number(t)],
             [grad for _, grad in used],
             materialize_grads=True,
             allow_unused=True,
         )
     )
-    grads = [None if t is None else next(found).double() for t in leaves]
+    grads = [next(found).double() if is_number(t) else None for t in leaves]
     return Expected([output.detach().double() for output in outputs], grads)
 
 
@@ -314,11 +347,11 @@ def run_backward(
     mask: list[bool] | None = None,
 ) -> tuple[Tensor, ...]:
     """The backward operator on what ``run_forward(save=True)`` returned."""
-    mask = [t is not None for t in inputs] if mask is None else mask
+    mask = [is_number(t) for t in inputs] if mask is None else mask
     outputs, count = 1 + CELLS[case.cell].states, 5 + CELLS[case.cell].states
     grads, grad_cells = grad_outputs[:outputs], grad_outputs[outputs:]
     if grad_cells:
-        grad_cells = [grad_cells[0].to(reference.compute_dtype(inputs[0].dtype))]
+        grad_cells = [grad_cells[0].to(reference.compute_dtype(inputs[1].dtype))]
     op = getattr(torch.ops.rnnfast, f"{case.cell}_backward")
     extras = [lengths_of(case), reset_of(case, inputs[0].device.type)]
     if case.cell == "lstm":

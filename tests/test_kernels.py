@@ -19,6 +19,7 @@ from cases import (
     cast,
     distance,
     error,
+    is_number,
     lengths_of,
     oracle,
     outputs_of,
@@ -52,14 +53,14 @@ def has_kernels(case: Case, device: str) -> bool:
 
 
 def assert_refused(case: Case, inputs: list[torch.Tensor | None]) -> None:
-    with pytest.raises(RuntimeError, match="lengths, reset and w_hr have no kernels on"):
+    with pytest.raises(RuntimeError, match="lengths, reset, w_hr and tokens have no kernels on"):
         run_forward(case, inputs, save=True)
 
 
 TORCH_CASES = [
     case
     for case in CASES
-    if case.T * case.B * case.I and not (case.lengths or case.resets or case.cells)
+    if case.T * case.B * case.I and not (case.lengths or case.resets or case.cells or case.tokens)
 ]
 
 
@@ -268,7 +269,7 @@ def test_gradcheck(case: Case, device: str) -> None:
     """First and second derivatives of the autograd Functions over the fused operators."""
     row = CELLS[case.cell]
     inputs = cast(sample_inputs(case, torch.float64), torch.float64, device)
-    given = [t.requires_grad_() for t in inputs if t is not None]
+    given = [t.requires_grad_(is_number(t)) for t in inputs if t is not None]
     absent = [None] * (len(inputs) - len(given))
 
     def layer(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -421,6 +422,7 @@ SPLIT_CASES = [
         for lengths in ("", "padded", "packed")
     ),
     *(Case("lstm", *shape, proj=shape[-1] * 3 // 4) for shape in SPLIT_SHAPES.values()),
+    *(Case(cell, *shape, tokens=True) for cell in CELLS for shape in SPLIT_SHAPES.values()),
 ]
 
 
