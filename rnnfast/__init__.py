@@ -1,6 +1,6 @@
 """Fused CPU and CUDA kernels for recurrent networks, behind drop-in replacements of torch.nn's."""
 
-from . import backend, functional, reference
+from . import backend, explain, functional, reference
 from .acceleration import accelerate, restore
 from .backend import doctor, use_backend
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
@@ -15,6 +15,7 @@ __all__ = [
     "accelerate",
     "backend",
     "doctor",
+    "explain",
     "functional",
     "reference",
     "restore",

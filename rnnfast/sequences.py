@@ -84,7 +84,7 @@ def run_sequence(
         The output and the final states, in the shapes that `rnn` describes, and the c of every step
         where that was asked for.
     """
-    x, states, weights = _autocast(x, states, weights)
+    x, states, weights = autocast(x, states, weights)
     name = _choose_sequence(x, weights[1], requested, extras, options.proj_size > 0)
     packed = x.dim() == 2
     if name == "aten":
@@ -129,7 +129,7 @@ def run_step(
     Returns:
         The next states, each (B, H).
     """
-    x, states, weights = _autocast(x, states, weights)
+    x, states, weights = autocast(x, states, weights)
     if states is None:
         states = (x.new_zeros(x.shape[0], weights[1].shape[1]),) * cell.states
     name = choose(requested, x)
@@ -250,7 +250,7 @@ def is_cast(tensor: Tensor) -> bool:
     )
 
 
-def _autocast(
+def autocast(
     x: Tensor, states: States | None, weights: Sequence[Tensor | None]
 ) -> tuple[Tensor, States | None, Any]:
     """Casts the tensors to the dtype of autocast if it is on."""

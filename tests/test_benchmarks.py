@@ -90,7 +90,7 @@ def test_sequences_compares_before_it_times(tmp_path, capsys, monkeypatch):
     assert sum("projection" in row["ratios"] for row in rows) == 2
     wrong = sequences.pad_packed_sequence
     monkeypatch.setattr(
-        sequences, systems, "pad_packed_sequence", lambda y, **o: (wrong(y, **o)[0] * 1.01, None)
+        sequences, "pad_packed_sequence", lambda y, **o: (wrong(y, **o)[0] * 1.01, None)
     )
     with pytest.raises(AssertionError):
         sequences.main(quick)

@@ -147,6 +147,31 @@ def test_what_onnx_lacks_is_refused(options):
 
 
 @cells
+@pytest.mark.parametrize("embedded", [False, True])
+def test_tokens(cell, embedded):
+    """Tokens become one-hot vectors or rows of the embedding, as ONNX's nodes read vectors."""
+
+    class Reader(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(9, 5) if embedded else None
+            options = {} if embedded else {"tokens": True}
+            self.layers = MODULES[cell](5 if embedded else 9, 7, **options)
+
+        def forward(self, tokens):
+            return self.layers(tokens, embedding=self.embedding)
+
+    torch.manual_seed(0)
+    module = Reader().eval()
+    tokens = torch.randint(9, SIZES[0])
+    program = rnnfast.onnx.export(module, (tokens,), dynamic_shapes=({0: TIME, 1: BATCH},))
+    assert len(recurrent_nodes(program.model_proto)) == 1
+    run = session(program.model_proto)
+    for size in SIZES:
+        assert_same_numbers(run, module, (torch.randint(9, size),))
+
+
+@cells
 @pytest.mark.parametrize("given", [False, True])
 def test_single_cells(cell, given):
     torch.manual_seed(0)

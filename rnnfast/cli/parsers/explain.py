@@ -1,0 +1,140 @@
+"""The arguments of `rnnfast explain`."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+from rnnfast.cli.arguments import (
+    DEFAULT_FOLDER,
+    HelpFormatter,
+    Parser,
+    count,
+    number,
+    positive,
+    prompt,
+)
+
+_CELLS = {  # title, rows of the weights, their order, states
+    "lstm": ("an LSTM cell", "4*H", "those of gate i, then f, g and o", ("h", "c")),
+    "gru": ("a gated recurrent unit", "3*H", "those of gate r, then z and n", ("h",)),
+    "elman": ("an Elman cell with tanh", "H", "one for each unit", ("h",)),
+}
+_FILE_FORMAT = """the file, for I inputs and H units:
+  {{"x": [...], {states}"weight_ih": [[...], ...], "weight_hh": [[...], ...],
+   "bias_ih": [...], "bias_hh": [...]}}
+  x                 the input, I numbers
+  {names:<16}  the state before the step, H numbers{each}
+  weight_ih         {rows} rows of I numbers: {order}
+  weight_hh         {rows} rows of H numbers, in that order
+  bias_ih, bias_hh  {rows} numbers, in that order"""
+_GATES = ("input", "forget", "cell", "output", "cell_state", "hidden")
+
+_index = number(int, "of 0 or more, without fraction", lambda value: value >= 0)
+_seed = number(int, "from 0 to 2**63 - 1, without fraction", lambda value: 0 <= value < 2**63)
+_finite = number(float, "that is finite", math.isfinite)
+
+
+def add(commands: argparse._SubParsersAction[Parser]) -> None:
+    """Add the command to the others."""
+    parser = commands.add_parser(
+        "explain",
+        help="show a step with its numbers, fading gradients, gates at work",
+        description="Show what happens inside recurrent networks.",
+        formatter_class=HelpFormatter,
+    )
+    subjects = parser.add_subparsers(dest="subject", required=True, metavar="SUBJECT")
+    for cell in _CELLS:
+        _add_step(subjects, cell)
+    _add_gradients(subjects)
+    _add_gates(subjects)
+
+
+def _add_step(subjects: argparse._SubParsersAction[Parser], cell: str) -> None:
+    title, rows, order, states = _CELLS[cell]
+    parser = subjects.add_parser(
+        cell,
+        help=f"write out one step of {title}",
+        description=f"Write out one step of {title} as sums of products, in torch.nn's formula.",
+        epilog=_FILE_FORMAT.format(
+            rows=rows,
+            order=order,
+            states="".join(f'"{state}": [...], ' for state in states),
+            names=", ".join(states),
+            each=" each" if len(states) > 1 else "",
+        ),
+        formatter_class=HelpFormatter,
+    )
+    parser.add_argument(
+        "--file",
+        type=Path,
+        metavar="FILE",
+        help="JSON with the numbers, see below; if not given, an example of 3 inputs and 2 units",
+    )
+    _add_plot(parser, "bars of pre-activations, gates and states")
+
+
+def _add_gradients(subjects: argparse._SubParsersAction[Parser]) -> None:
+    parser = subjects.add_parser(
+        "gradients",
+        help="show how gradients fade on their way back through time",
+        description="Show the norm of the gradient of a loss at the end of a sequence by the\n"
+        "states before, for an untrained Elman layer, GRU and LSTM on the same random sequence.",
+        formatter_class=HelpFormatter,
+    )
+    parser.add_argument("--length", type=count, default=100, metavar="T", help="steps")
+    parser.add_argument("--input", type=count, default=8, metavar="I", help="size of an input")
+    parser.add_argument("--hidden", type=count, default=32, metavar="H", help="size of the state")
+    parser.add_argument(
+        "--scale",
+        type=positive,
+        default=1.0,
+        metavar="FACTOR",
+        help="factor on torch's initial weights",
+    )
+    parser.add_argument(
+        "--forget-bias",
+        type=_finite,
+        default=1.0,
+        metavar="B",
+        help="bias of the LSTM's forget gates; the higher, the more is kept",
+    )
+    parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="of weights and input")
+    _add_plot(parser, "the norms as curves")
+
+
+def _add_gates(subjects: argparse._SubParsersAction[Parser]) -> None:
+    parser = subjects.add_parser(
+        "gates",
+        help="show a trained model's gates while it reads a text",
+        description="Draw the gates of a model of rnnfast train over the characters that it reads.",
+        epilog='example:\n  rnnfast explain gates --text "The cat sat." --gate forget --plot f.png',
+        formatter_class=HelpFormatter,
+    )
+    parser.add_argument(
+        "--model",
+        type=Path,
+        default=DEFAULT_FOLDER,
+        metavar="DIR",
+        help="folder that rnnfast train wrote, or a .safetensors file",
+    )
+    parser.add_argument("--text", type=prompt, required=True, help="what the model reads")
+    parser.add_argument("--gate", choices=_GATES, default="forget", help="the gate to draw")
+    parser.add_argument(
+        "--layer", type=_index, default=0, metavar="N", help="the layer, from 0 at the bottom"
+    )
+    parser.add_argument(
+        "--units",
+        type=_index,
+        nargs="+",
+        metavar="N",
+        help="hidden units to draw; if not given, the 24 that vary most",
+    )
+    _add_plot(parser, "the heat map", required=True)
+
+
+def _add_plot(parser: Parser, picture: str, required: bool = False) -> None:
+    parser.add_argument(
+        "--plot", type=Path, required=required, metavar="FILE", help=f"where to draw {picture}"
+    )

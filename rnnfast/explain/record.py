@@ -1,0 +1,158 @@
+"""What the gates of layers and cells do while a model runs.
+
+======  ===========================================================================
+layer   activations
+======  ===========================================================================
+RNN     hidden
+GRU     reset (r), update (z), new (n), hidden
+LSTM    input (i), forget (f), cell (g), output (o), cell_state (c), hidden
+======  ===========================================================================
+
+The letters are those of the formulas in `rnnfast.reference`; ``hidden`` is h.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from rnnfast import backend
+from rnnfast.explain.gates import Activations, Cells, Layers, repeat_sequence, repeat_step
+from rnnfast.modules import RNN, RNNCell
+
+_FORWARDS = (RNN.forward, RNNCell.forward)
+"""The methods that all layers and all cells share."""
+
+
+class GateRecord(Mapping[str, Activations]):
+    """What `record_gates` saw: ``record[key][name]`` are the activations of a layer.
+
+    The key of layer 1 of the module ``encoder`` is "encoder.l1", that of its reverse direction
+    "encoder.l1_reverse", like the endings of parameter names; if the layers themselves were
+    recorded, not a model around them, just "l1". A cell is its own "l0".
+
+    Activations are shaped like a layer's output, (T, B, H), (B, T, H) with ``batch_first``, (T, H)
+    for a single sequence; those of a PackedSequence are padded; zeros are beyond a sequence's end.
+    What several calls did is appended in time, so that a cell, with a step in each call, has
+    (T, B, H), too.
+    """
+
+    def __init__(self) -> None:
+        self._calls: dict[str, list[Activations]] = {}
+        self._time: dict[str, int] = {}
+
+    def __getitem__(self, key: str) -> Activations:
+        calls, time = self.calls(key), self._time[key]
+        try:
+            return {name: torch.cat([call[name] for call in calls], time) for name in calls[0]}
+        except RuntimeError as error:
+            shapes = ", ".join(str(tuple(call["hidden"].shape)) for call in calls)
+            raise ValueError(
+                f"the calls of {key} do not fit together, their shapes are {shapes}; "
+                f"calls({key!r}) has them one by one"
+            ) from error
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._calls)
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    def calls(self, key: str) -> list[Activations]:
+        """The activations of each call by itself, in order.
+
+        Raises:
+            KeyError: No layer of this name was called.
+        """
+        if key not in self._calls:
+            called = ", ".join(self._calls) or "none"
+            raise KeyError(f"no layer {key!r} was called; those that were: {called}")
+        return self._calls[key]
+
+    def _append(self, key: str, activations: Activations, time: int) -> None:
+        self._calls.setdefault(key, []).append(activations)
+        self._time[key] = time
+
+
+@contextmanager
+def record_gates(module: nn.Module) -> Iterator[GateRecord]:
+    """Records the gates of every layer and cell of rnnfast in a module, or of one itself.
+
+    >>> with rnnfast.explain.record_gates(model) as record:
+    ...     model(x)
+    >>> record["encoder.l0"]["forget"]
+
+    The module's results and gradients stay as they are: after each call the layer is run once more,
+    without gradients, by the kernels, which save their gates for the backward; where these do not
+    run, by the formula. So a call takes about twice as long, and the record keeps all activations.
+    They carry no gradients. Subclasses with a ``forward`` of their own are left out.
+
+    Args:
+        module: A layer, a cell, or a model with some inside.
+
+    Yields:
+        The record, which fills with every call.
+
+    Raises:
+        ValueError: There is no layer or cell of rnnfast in the module.
+        RuntimeError: A call cannot be repeated: dropout between layers is active, parametrized
+            weights are in training, or a torch.func transform is running.
+    """
+    record = GateRecord()
+    handles = []
+    try:
+        for name, layer in module.named_modules():
+            if type(layer).forward in _FORWARDS and "forward" not in vars(layer):
+                hook = partial(_record_call, record, name)
+                handles.append(layer.register_forward_hook(hook, with_kwargs=True))
+        if not handles:
+            raise ValueError(
+                f"{type(module).__name__} has no layer or cell of rnnfast to record; "
+                f"rnnfast.accelerate turns torch.nn's into these"
+            )
+        yield record
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _record_call(
+    record: GateRecord,
+    name: str,
+    layer: Layers | Cells,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    output: Any,
+) -> None:
+    """The forward hook: appends the activations of a call that has just ended well."""
+    _check_repeatable(name or type(layer).__name__, layer)
+    with torch.no_grad():
+        if isinstance(layer, Cells):
+            activations, time = repeat_step(layer, *args, **kwargs)
+        else:
+            activations, time = repeat_sequence(layer, *args, **kwargs)
+    for key, own in activations.items():
+        record._append(f"{name}.{key}" if name else key, own, time)
+
+
+def _check_repeatable(name: str, layer: Layers | Cells) -> None:
+    if backend.transforms_active():
+        raise RuntimeError("record_gates cannot look into torch.func transforms")
+    if not layer.training:
+        return
+    if isinstance(layer, Layers) and layer.dropout > 0 and layer.num_layers > 1:
+        raise RuntimeError(
+            f"the gates of {name} cannot be recorded while dropout between its layers is active, "
+            f"as what was dropped is not known; call eval() first"
+        )
+    if parametrize.is_parametrized(layer):
+        raise RuntimeError(
+            f"the gates of {name} cannot be recorded in training, as its parametrized weights may "
+            f"change with every use; call eval() first"
+        )
