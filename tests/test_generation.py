@@ -422,7 +422,7 @@ def test_refusals(prompt, length, options, words):
 @pytest.mark.parametrize("backend", ["fused", "reference"])
 @pytest.mark.parametrize("prompt", [[1, 99], [99], [-1]])
 def test_tokens_that_do_not_exist(backend, prompt):
-    with pytest.raises(IndexError, match=r"range|from 0 to"):
+    with pytest.raises(IndexError, match="index out of range"):
         small(backend=backend).generate(torch.tensor(prompt), 3)
 
 

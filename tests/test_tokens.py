@@ -369,7 +369,7 @@ def test_out_of_range(backend, token, form, many):
         def call(x):
             return module(x, embedding=embedding)
 
-    with pytest.raises(IndexError, match=r"out of range|from 0 to 22, got"):
+    with pytest.raises(IndexError, match="index out of range"):
         call(tokens)
 
 

@@ -73,7 +73,7 @@ class Generation {
                 "expected tokens of shape (", B, "), int64 and on the CPU, got ", tokens.sizes(),
                 " of ", tokens.scalar_type());
     TORCH_CHECK_INDEX((tokens.ge(0) & tokens.lt(V)).all().item<bool>(),
-                      "expected tokens from 0 to ", V - 1);
+                      "index out of range: expected tokens from 0 to ", V - 1);
     const Tensor numbers = uniforms.contiguous();
     Tensor all = at::empty({uniforms.size(0) + 1, B}, tokens.options());
     all[0].copy_(tokens);

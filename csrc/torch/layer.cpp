@@ -56,8 +56,9 @@ void check_tokens(const CellInfo& cell, const LayerInputs& in) {
   if (in.x.numel() == 0) return;
   const auto [low, high] = at::aminmax(in.x);
   const int64_t least = low.item<int64_t>(), most = high.item<int64_t>(), V = in.w_ih.size(0);
-  TORCH_CHECK_INDEX(least >= 0 && most < V, "rnnfast::", cell.name, ": expected tokens from 0 to ",
-                    V - 1, ", got ", least < 0 ? least : most);
+  TORCH_CHECK_INDEX(least >= 0 && most < V, "rnnfast::", cell.name,
+                    ": index out of range: expected tokens from 0 to ", V - 1, ", got ",
+                    least < 0 ? least : most);
 }
 
 void* data_or_null(const at::Tensor& t) { return t.defined() ? t.data_ptr() : nullptr; }

@@ -1,0 +1,280 @@
+"""Sequence to sequence: an LSTM reads the source, another one writes the target from its state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rnnfast import checks
+from rnnfast.models.beam import Decoded, State, beam_search
+from rnnfast.modules import LSTM
+
+
+class Seq2SeqConfig(NamedTuple):
+    """What, with a state_dict, makes a Seq2SeqLSTM."""
+
+    input_vocab_size: int
+    output_vocab_size: int
+    hidden_size: int
+    num_layers: int
+    embedding_size: int
+    dropout: float
+    reverse_source: bool
+    padding_token: int
+    start_token: int
+    end_token: int
+
+
+class Seq2SeqLSTM(nn.Module):
+    """Turns sequences into sequences of another length and vocabulary.
+
+    The encoder reads the source x; its last state (h, c) of every layer is where the decoder starts
+    from (Sutskever et al., 2014; Cho et al., 2014):
+
+        P(y | x) = prod_t P(y_t | y_1, ..., y_{t-1}, x),    y_0 = start, the last y_t = end
+
+    Sizes: B batch, S and T time of source and target, V output vocabulary, H hidden, L layers.
+
+    Args:
+        input_vocab_size: the number of distinct source symbols.
+        output_vocab_size: V, the number of distinct target symbols, the special ones included.
+        hidden_size: H, the size of the recurrent states.
+        num_layers: L, the number of LSTM layers in the encoder, and in the decoder.
+        embedding_size: the size of the vector that stands for a symbol; `hidden_size` if None.
+        dropout: the probability of zeroing an element of what goes into the head and, with more
+            than one layer, of what passes between the layers; in training only.
+        reverse_source: whether the encoder reads backwards, so that the start of the source is
+            freshest when the writing starts (Sutskever et al., 2014).
+        padding_token: the target symbol that fills up short rows; the loss ignores it.
+        start_token: the target symbol that the decoder reads first.
+        end_token: the target symbol that ends a sequence.
+        backend: what runs the LSTM layers, see `rnnfast.LSTM`.
+
+    Raises:
+        ValueError: a size is not positive, the dropout is no probability, or the three special
+            symbols are not distinct symbols of the output vocabulary.
+    """
+
+    def __init__(
+        self,
+        input_vocab_size: int,
+        output_vocab_size: int,
+        hidden_size: int,
+        *,
+        num_layers: int = 1,
+        embedding_size: int | None = None,
+        dropout: float = 0.0,
+        reverse_source: bool = False,
+        padding_token: int = 0,
+        start_token: int = 1,
+        end_token: int = 2,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        if embedding_size is None:
+            embedding_size = hidden_size
+        if min(input_vocab_size, embedding_size) < 1:
+            raise ValueError(
+                f"input_vocab_size and embedding_size must be greater than zero, got "
+                f"{input_vocab_size} and {embedding_size}"
+            )
+        special = {padding_token, start_token, end_token}
+        if len(special) < 3 or not 0 <= min(special) <= max(special) < output_vocab_size:
+            raise ValueError(
+                f"padding_token, start_token and end_token must be distinct and from 0 to "
+                f"{output_vocab_size - 1}, got {padding_token}, {start_token} and {end_token}"
+            )
+        self.config = Seq2SeqConfig(
+            input_vocab_size,
+            output_vocab_size,
+            hidden_size,
+            num_layers,
+            embedding_size,
+            dropout,
+            reverse_source,
+            padding_token,
+            start_token,
+            end_token,
+        )
+
+        def layers() -> LSTM:
+            return LSTM(
+                embedding_size,
+                hidden_size,
+                num_layers,
+                batch_first=True,
+                dropout=dropout if num_layers > 1 else 0.0,
+                device=device,
+                dtype=dtype,
+                backend=backend,
+            )
+
+        self.source_embedding = nn.Embedding(
+            input_vocab_size, embedding_size, device=device, dtype=dtype
+        )
+        self.target_embedding = nn.Embedding(
+            output_vocab_size, embedding_size, device=device, dtype=dtype
+        )
+        self.encoder = layers()
+        self.decoder = layers()
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(hidden_size, output_vocab_size, device=device, dtype=dtype)
+
+    def forward(
+        self,
+        source: Tensor,
+        target: Tensor,
+        source_lengths: Tensor | Sequence[int] | None = None,
+        teacher_forcing: float = 1.0,
+        *,
+        state: State | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Score every possible symbol at each place of the targets.
+
+        Before it writes symbol t, the decoder reads symbol t - 1: the true one with probability
+        `teacher_forcing`, else the one that it scored highest (Bengio et al., 2015; a choice of its
+        own for each step and sequence). No gradient passes through what it chose. With 1 the whole
+        target is one call of the decoder, else each step is.
+
+        Args:
+            source: int64 (B, S).
+            target: int64 (B, T), without the start symbol: each row ends with the end symbol, and
+                with padding after it.
+            source_lengths: integers (B) from 0 to S, how many symbols each source has; what stands
+                beyond does not matter. None: all have S.
+            teacher_forcing: from 0 to 1.
+            state: h and c, each (L, B, H), that the encoder starts from; zeros if None.
+            generator: where the random choices come from, on the model's device; torch's default
+                generator if None.
+
+        Returns:
+            logits (B, T, V); those at [:, t] score `target[:, t]`.
+
+        Raises:
+            ValueError: source or target is not two-dimensional, their batch sizes differ, the
+                targets have no step, the teacher forcing is no probability, or a length is out of
+                range.
+            TypeError, RuntimeError: as `rnnfast.LSTM`, for the lengths and the state.
+        """
+        if target.dim() != 2 or target.size(1) < 1 or target.shape[:1] != source.shape[:1]:
+            raise ValueError(
+                f"Seq2SeqLSTM: expected targets of shape (batch, time), one step or more, for "
+                f"sources of shape {tuple(source.shape)}, got {tuple(target.shape)}"
+            )
+        if not 0 <= teacher_forcing <= 1:
+            raise ValueError(f"teacher_forcing must be from 0 to 1, got {teacher_forcing}")
+        state = self.encode(source, source_lengths, state)
+        start = target.new_full((len(target), 1), self.config.start_token)
+        if teacher_forcing == 1:
+            return self._write(torch.cat([start, target[:, :-1]], 1), state)[0]
+        chances = torch.rand(target.shape, generator=generator, device=target.device)
+        latest, logits = start, []
+        for truth, chance in zip(target.split(1, 1), chances.split(1, 1), strict=True):
+            scores, state = self._write(latest, state)
+            chosen = self._allow(scores).argmax(2)
+            logits.append(scores)
+            latest = truth.where(chance < teacher_forcing, chosen)
+        return torch.cat(logits, 1)
+
+    def loss(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Cross entropy, the mean over all symbols (B, T) that are not padding."""
+        return nn.functional.cross_entropy(
+            logits.flatten(0, 1), target.flatten(), ignore_index=self.config.padding_token
+        )
+
+    def encode(
+        self,
+        source: Tensor,
+        source_lengths: Tensor | Sequence[int] | None = None,
+        state: State | None = None,
+    ) -> State:
+        """The state, h and c, each (L, B, H), after the last symbol of each source.
+
+        Args and errors are those of `forward`.
+        """
+        if source.dim() != 2:
+            raise ValueError(
+                f"Seq2SeqLSTM: expected sources of shape (batch, time), got {tuple(source.shape)}"
+            )
+        lengths = checks.check_extras(source, source_lengths, None, False, True).lengths
+        source = self._arrange(source, lengths)
+        return self.encoder(source, state, lengths=lengths, embedding=self.source_embedding)[1]
+
+    @torch.no_grad()
+    def decode(
+        self,
+        source: Tensor,
+        source_lengths: Tensor | Sequence[int] | None = None,
+        *,
+        max_length: int,
+        beam_size: int = 1,
+        length_penalty: float = 0.0,
+        state: State | None = None,
+    ) -> Decoded:
+        """Write a likely target for each source; nothing is dropped out meanwhile.
+
+        Padding and start symbol are never written. With a beam of 1 each symbol is the likeliest
+        next one (greedy search); a wider beam looks for the likeliest whole, see `beam_search`.
+
+        Args:
+            source: int64 (B, S).
+            source_lengths: integers (B) from 0 to S; None: all have S.
+            max_length: the most symbols to write, the end symbol included.
+            beam_size: how many hypotheses are followed for each source.
+            length_penalty: 0 compares probabilities; larger values favour longer targets.
+            state: h and c, each (L, B, H), that the encoder starts from; zeros if None.
+
+        Returns:
+            The symbols, their numbers and their log-probabilities, see `Decoded`.
+
+        Raises:
+            ValueError: as `beam_search`, and as `forward` for the sources.
+        """
+        was_training = self.training
+        self.eval()
+        try:
+            return beam_search(
+                self._step,
+                self.encode(source, source_lengths, state),
+                start_token=self.config.start_token,
+                end_token=self.config.end_token,
+                padding_token=self.config.padding_token,
+                beam_size=beam_size,
+                max_length=max_length,
+                length_penalty=length_penalty,
+            )
+        finally:
+            self.train(was_training)
+
+    def _arrange(self, source: Tensor, lengths: Tensor | None) -> Tensor:
+        """The sources in reading order, with valid symbols for padding."""
+        if lengths is None:
+            return source.flip(1) if self.config.reverse_source else source
+        lengths = lengths.to(source.device).unsqueeze(1)
+        place = torch.arange(source.size(1), device=source.device)
+        padding = place >= lengths
+        if self.config.reverse_source:
+            source = source.gather(1, (lengths - 1 - place).where(~padding, place))
+        return source.masked_fill(padding, 0)
+
+    def _write(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
+        """The logits (B, T, V) after each of the tokens (B, T) that the decoder reads."""
+        y, state = self.decoder(tokens, state, embedding=self.target_embedding)
+        return self.head(self.dropout(y)), state
+
+    def _step(self, latest: Tensor, state: State) -> tuple[Tensor, State]:
+        """The log-probabilities (N, V) of what follows the latest symbols (N,)."""
+        logits, state = self._write(latest.unsqueeze(1), state)
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        return self._allow(logits.squeeze(1).log_softmax(1, dtype)), state
+
+    def _allow(self, scores: Tensor) -> Tensor:
+        """Scores (..., V) in which the symbols that are never written cannot win."""
+        never = [self.config.padding_token, self.config.start_token]
+        return scores.index_fill(-1, torch.tensor(never, device=scores.device), -torch.inf)
