@@ -1,18 +1,26 @@
 """The command line, in this process and once in its own."""
 
+import json
 import os
+import random
+import re
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
+from training_worker import signal_at
 
 import rnnfast
 from rnnfast.cli import main
 from rnnfast.cli.speed import compare_speed
-from rnnfast.models import CharLSTM, checkpoint
+from rnnfast.models import CharLSTM, checkpoint, run_state
 from rnnfast.models.training import TrainingOptions
+from rnnfast.models.training_log import read_log
 from rnnfast.text import CharVocabulary
 
 TEXT = "the cat sat on the mat; “purr” ° " * 60
@@ -20,6 +28,7 @@ SMALL = [
     *("--hidden", 32, "--embedding", 16, "--dropout", 0),
     *("--batch-size", 8, "--seq-length", 24, "--lr", 0.02),
 ]
+AB = json.dumps(CharVocabulary("ab").state())
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -47,7 +56,8 @@ def train(text_file, out, *more):
 def held_out_bits(output):
     """The three figures that the training prints, by name."""
     lines = output.split("held-out text\n")[1].splitlines()[:3]
-    return {name.strip(): float(bits) for name, bits in (line.rsplit("  ", 1) for line in lines)}
+    matches = [re.match(r"  (\w+ \w+) +([0-9.]+)", line) for line in lines]
+    return {match[1]: float(match[2]) for match in matches}
 
 
 def refusal(arguments, capsys):
@@ -76,7 +86,7 @@ def test_train_then_generate(text_file, tmp_path, capsys):
     assert (tmp_path / "new" / "run" / "loss.png").read_bytes().startswith(PNG)
 
     model = str(tmp_path / "new" / "run")
-    arguments = ["generate", "--model", model, "--prompt", "on the", "--temperature", "0"]
+    arguments = ["generate", "--model", model, "--prompt", "on the", "--greedy"]
     assert main([*arguments, "--length", "33"]) == 0
     assert capsys.readouterr().out == "on the mat; “purr” ° the cat sat on the\n"
 
@@ -97,6 +107,151 @@ def test_train_says_when_its_time_is_over(text_file, tmp_path, capsys):
     assert "the time limit of 0.3 s ended the training" in capsys.readouterr().out
 
 
+def test_train_ends_when_it_runs_out_of_patience(text_file, tmp_path, capsys):
+    assert train(text_file, tmp_path, "--epochs", 99, "--lr", 1e-30, "--patience", 2) == 0
+    output = capsys.readouterr().out
+    assert "2 validations without a better loss ended the training after step 30 of" in output
+    assert re.search(r"after training +\d\.\d+  after step 10, the best\n", output)
+
+
+def test_train_with_tied_weights(text_file, tmp_path, capsys):
+    options = [*("--hidden", 20, "--tied-weights", "--epochs", 2)]
+    text = ["train", "--text", text_file, "--batch-size", 8, "--seq-length", 24, "--out", tmp_path]
+    assert main([str(argument) for argument in text + options]) == 0
+    bits = held_out_bits(capsys.readouterr().out)
+    assert bits["after training"] < bits["before training"]
+    model = checkpoint.load(tmp_path)
+    assert model.head.weight is model.embedding.weight
+    assert model.embedding.weight.shape == (len(CharVocabulary(TEXT)), 20)
+    assert train(text_file, tmp_path / "small", "--epochs", 1, "--greedy", "--embedding", 5) == 0
+    assert "sample from 'the ' without chance" in capsys.readouterr().out
+    arguments = [*text, "--hidden", 20, "--tied-weights", "--embedding", 5]
+    assert "tied_weights needs embedding_size to be hidden_size" in refusal(arguments, capsys)
+
+
+def log_of(folder):
+    """The lines of the log, without the seconds."""
+    return [line.rsplit(",", 1)[0] for line in (folder / "log.csv").read_text().splitlines()]
+
+
+LONG = [
+    *("--layers", 2, "--dropout", 0.2, "--epochs", 60, "--max-seconds", "inf"),
+    *("--checkpoint-every", 7, "--eval-every", 5, "--sample-length", 10),
+]
+
+
+def test_a_training_that_is_killed_again_and_again_ends_the_same(text_file, tmp_path, threads):
+    torch.set_num_threads(1)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train(text_file, whole, *LONG) == 0
+    total = len(log_of(whole)) - 1
+    command = [sys.executable, "-m", "rnnfast", "train", "--text", text_file, "--out", parts]
+    command = [str(part) for part in [*command, *SMALL, *LONG]]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    chance = random.Random(0)
+    kills = sorted(chance.sample(range(20, total - 150), 4))
+    for target in kills:
+        before = (parts / "log.csv").read_bytes() if parts.is_dir() else b""
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment)
+        try:
+            wait_for_rows(parts / "log.csv", target, before, process)
+            time.sleep(chance.uniform(0, 0.005))
+        finally:
+            process.kill()
+        assert process.wait() == -signal.SIGKILL
+        assert target <= len(log_of(parts)) < total
+        command += ["--resume"] * ("--resume" not in command)
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    assert log_of(parts) == log_of(whole)
+    names = [checkpoint.FILE_NAME, run_state.FILE_NAME]
+    assert sorted(os.listdir(parts)) == sorted([*names, "log.csv", "loss.png"])
+    assert (parts / names[0]).read_bytes() == (whole / names[0]).read_bytes()
+    states = [torch.load(folder / names[1], weights_only=True)["run"] for folder in (parts, whole)]
+    for state in states:
+        del state["seconds"]
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+
+
+def wait_for_rows(log, rows, before, process):
+    """Until a process has gone on with a log and taken it to so many rows."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        content = log.read_bytes() if log.exists() else b""
+        if content != before and content.count(b"\n") > rows:
+            return
+        time.sleep(0.001)
+    pytest.fail(f"no {rows} rows; exit code {process.poll()}")
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_an_interrupted_training_says_how_to_go_on(text_file, tmp_path, name, capsys):
+    number = getattr(signal, name)
+    handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    options = ["--epochs", 5, "--dropout", 0.3, "--checkpoint-every", 1000]
+    assert train(text_file, tmp_path / "whole", *options) == 0
+    with pytest.raises(SystemExit) as stop, signal_at(13, number):
+        train(text_file, tmp_path / "parts", *options)
+    assert stop.value.code == 128 + number
+    words = f"stopped by {name} after step 13 of 50; the same command with --resume goes on"
+    assert words in capsys.readouterr().err.splitlines()[-1]
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert len(log_of(tmp_path / "parts")) == 14
+
+    assert train(text_file, tmp_path / "parts", *options, "--resume") == 0
+    assert "resumed after step 13 of 50" in capsys.readouterr().out
+    assert log_of(tmp_path / "parts") == log_of(tmp_path / "whole")
+    columns = read_log(tmp_path / "parts" / "log.csv")
+    assert (columns["seconds"][1:] >= columns["seconds"][:-1]).all()
+    assert train(text_file, tmp_path / "parts", *options, "--resume") == 0
+    assert "resumed after step 50 of 50" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def finished(text_file, tmp_path_factory):
+    """The folder of a finished training."""
+    folder = tmp_path_factory.mktemp("finished")
+    assert train(text_file, folder, "--epochs", 1) == 0
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (["--epochs", 2], "with other settings: --epochs was 1, is 2"),
+        (["--epochs", 1, "--lr", 0.5], "with other settings: --lr was 0.02, is 0.5"),
+        (["--epochs", 1, "--seed", 1, "--clip", 2], "--clip was 1.0, is 2.0; --seed was 0, is 1"),
+        (["--epochs", 1, "--tied-weights", "--embedding", 32], "--tied-weights was False, is True"),
+        (["--epochs", 1, "--backend", "reference"], "--backend was "),
+        (["--epochs", 1, "--text", __file__], "--text was 1,980 characters, 17 distinct"),
+        (["--epochs", 1, "--out", "nowhere"], "no training to resume"),
+    ],
+)
+def test_only_the_same_training_is_resumed(
+    text_file, finished, changes, words, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["train", "--text", text_file, "--out", finished, *SMALL, "--resume", *changes]
+    assert words in refusal(arguments, capsys)
+
+
+@pytest.mark.parametrize("content", [b"", b"the cat sat on the mat", "truncated"])
+def test_damaged_training_states_are_refused(text_file, finished, content, capsys):
+    path = finished / run_state.FILE_NAME
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100] if content == "truncated" else content)
+    arguments = ["train", "--text", text_file, "--out", finished, *SMALL, "--epochs", 1, "--resume"]
+    assert "not an intact training state" in refusal(arguments, capsys)
+    path.write_bytes(whole)
+
+
+def test_train_needs_tensorboard_only_if_asked(text_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    arguments = ["train", "--text", text_file, "--out", tmp_path, *SMALL, "--tensorboard"]
+    assert "pip install 'rnnfast[tensorboard]'" in refusal(arguments, capsys)
+    assert not list(tmp_path.iterdir())
+
+
 def test_generate_follows_its_seed(folder, capsys):
     def generate(*more):
         assert main(["generate", "--model", str(folder), "--prompt", "the", *more]) == 0
@@ -108,7 +263,7 @@ def test_generate_follows_its_seed(folder, capsys):
 
 @pytest.mark.parametrize("backend", ["aten", "reference"])
 def test_backends_agree(folder, backend, capsys):
-    arguments = ["generate", "--model", str(folder), "--prompt", "the", "--temperature", "0"]
+    arguments = ["generate", "--model", str(folder), "--prompt", "the", "--greedy"]
     assert main([*arguments, "--backend", backend]) == 0
     forced = capsys.readouterr().out
     assert main(arguments) == 0
@@ -142,8 +297,8 @@ def test_train_refuses_useless_texts(tmp_path, content, words, capsys):
     [
         ("--prompt", "THE", "lacks 'E', 'H', 'T'"),
         ("--prompt", "", "at least one character"),
-        ("--temperature", "-1", "expected a number zero or more, got '-1'"),
-        ("--temperature", "nan", "zero or more"),
+        ("--temperature", "-1", "expected a number above zero, got '-1'"),
+        ("--temperature", "nan", "above zero"),
         ("--hidden", "0", "1 or more"),
         ("--layers", "1.5", "without fraction"),
         ("--lr", "fast", "above zero, got 'fast'"),
@@ -153,6 +308,13 @@ def test_train_refuses_useless_texts(tmp_path, content, words, capsys):
         ("--device", "abacus", "device 'abacus' cannot be used"),
         ("--backend", "warp", "invalid choice"),
         ("--out", __file__, "exists"),
+        ("--out", __file__ + "/model", "Not a directory"),
+        ("--out", "/proc", "/proc"),
+        ("--schedule", "up", "invalid choice: 'up'"),
+        ("--patience", "0", "1 or more"),
+        ("--max-seconds", "0", "above zero, or inf"),
+        ("--embedding", "0", "1 or more"),
+        ("--checkpoint-every", "0", "1 or more"),
         ("--nonsense", "1", "unrecognized arguments"),
     ],
 )
@@ -161,9 +323,10 @@ def test_train_refuses_useless_options(text_file, tmp_path, option, value, words
     assert words in refusal(arguments, capsys)
 
 
-def test_train_says_when_it_diverges(text_file, tmp_path, capsys):
+@pytest.mark.parametrize("rate", ["1e37", "1e38", "1e300"])
+def test_train_says_when_it_diverges(text_file, tmp_path, rate, capsys):
     with pytest.raises(SystemExit) as stop:
-        train(text_file, tmp_path, "--epochs", 1, "--lr", "1e37")
+        train(text_file, tmp_path, "--epochs", 1, "--lr", rate)
     assert stop.value.code == 2
     assert "a lower learning rate may help" in capsys.readouterr().err.splitlines()[-1]
 
@@ -173,7 +336,7 @@ def test_train_says_when_it_diverges(text_file, tmp_path, capsys):
     [
         ("--prompt", "THE", "lacks 'E', 'H', 'T'"),
         ("--prompt", "", "at least one character"),
-        ("--temperature", "-0.5", "zero or more"),
+        ("--temperature", "-0.5", "above zero"),
         ("--length", "-3", "1 or more"),
         ("--model", "nowhere", "nowhere does not exist"),
     ],
@@ -197,13 +360,16 @@ def test_generate_refuses_damaged_files(folder, content, capsys):
         (None, "was not written by rnnfast"),
         ("{", "Expecting property name"),
         ("[]", "does not hold a whole CharLSTM"),
-        ("{}", "characters"),
-        ('{"characters": "ab", "config": {}}', "missing"),
-        ('{"characters": "ab", "config": {"vocab_size": 3, "hidden_size": 8}}', "2 characters"),
-        ('{"characters": null, "config": {"vocab_size": 3, "hidden_size": 8}}', "size mismatch"),
-        ('{"characters": null, "config": {"vocab_size": 3, "hidden_size": -8}}', "zero"),
-        ('{"characters": null, "config": {"vocab_size": "3", "hidden_size": 8}}', "whole"),
-        ('{"characters": null, "config": {"flavour": "sweet"}}', "flavour"),
+        ("{}", "vocabulary"),
+        (f'{{"vocabulary": {AB}, "config": {{}}}}', "missing"),
+        (
+            f'{{"vocabulary": {AB}, "config": {{"vocab_size": 3, "hidden_size": 8}}}}',
+            "2 characters",
+        ),
+        ('{"vocabulary": null, "config": {"vocab_size": 3, "hidden_size": 8}}', "size mismatch"),
+        ('{"vocabulary": null, "config": {"vocab_size": 3, "hidden_size": -8}}', "zero"),
+        ('{"vocabulary": null, "config": {"vocab_size": "3", "hidden_size": 8}}', "whole"),
+        ('{"vocabulary": null, "config": {"flavour": "sweet"}}', "flavour"),
     ],
 )
 def test_generate_refuses_foreign_files(folder, description, words, capsys):
@@ -220,7 +386,9 @@ def test_a_missing_extra_is_named_with_its_remedy(folder, monkeypatch, capsys):
     assert words == "rnnfast: error: this command needs tqdm: pip install 'rnnfast[cli]'\n"
 
 
-@pytest.mark.parametrize("command", ["train", "generate", "doctor"])
+@pytest.mark.parametrize(
+    "command", ["train", "generate", "translate", "explain", "bench", "doctor"]
+)
 def test_every_command_explains_itself(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
@@ -258,6 +426,74 @@ def test_the_speed_is_measured_on_copies(folder):
     assert min(speeds.values()) > 0
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
+
+
+def test_bench_prints_and_writes_its_times(tmp_path, capsys):
+    path = tmp_path / "times.json"
+    options = ["--size", "3,2,4,5", "--size", "1,1,2,2", "--seconds", "0.01", "--json", path]
+    assert main(["bench", *map(str, options)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    content = json.loads(path.read_text())
+    results = content["results"]
+    expected = [
+        (size, layer, mode)
+        for size in ("3,2,4,5", "1,1,2,2")
+        for layer in ("RNN", "GRU", "LSTM")
+        for mode in ("inference", "training")
+    ]
+    assert [tuple(line.split()[:3]) for line in lines[2:-2]] == expected
+    for line, result, case in zip(lines[2:-2], results, expected, strict=True):
+        size = ",".join(str(result[name]) for name in "TBIH")
+        assert (size, result["layer"], result["mode"]) == case
+        for name in ("rnnfast", "torch.nn"):
+            assert 0 < result[name]["min"] <= result[name]["median"] < 1
+        speed_up = result["torch.nn"]["min"] / result["rnnfast"]["min"]
+        assert result["speed_up"] == speed_up
+        assert float(line.split()[-1]) == pytest.approx(speed_up, abs=0.006)
+    assert lines[-2].startswith("geometric mean of the speed-ups: ")
+    assert lines[-1] == f"wrote {path}"
+
+
+def test_bench_compares_the_numbers_first(monkeypatch, capsys):
+    class Wrong(rnnfast.GRU):
+        def forward(self, *arguments):
+            output, state = super().forward(*arguments)
+            return output * 1.01, state
+
+    monkeypatch.setattr(rnnfast, "GRU", Wrong)
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", "--size", "3,2,4,5", "--layer", "GRU"])
+    assert stop.value.code == 2
+    assert "GRU 3,2,4,5, inference: rnnfast and torch.nn differ by" in capsys.readouterr().err
+
+
+def test_bench_runs_what_it_says(monkeypatch, capsys):
+    made = []
+
+    def gru(*arguments, backend, device):
+        made.append(backend)
+        return nn.GRU(*arguments)
+
+    monkeypatch.setattr(rnnfast, "GRU", gru)
+    options = ["--size", "1,1,1,1", "--layer", "GRU", "--seconds", "0.01"]
+    assert main(["bench", "--backend", "reference", *options]) == 0
+    assert made == ["reference"] * 2
+    assert "backend reference" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("--size", "1,2,3", "four whole numbers of 1 or more, such as 100,16,128,128; got '1,2,3'"),
+        ("--size", "1,2,3,x", "four whole numbers"),
+        ("--size", "1,2,3,0", "four whole numbers"),
+        ("--layer", "MLP", "invalid choice: 'MLP'"),
+        ("--seconds", "0", "above zero"),
+        ("--json", "/proc/x", "/proc/x"),
+    ],
+)
+def test_bench_refuses_useless_options(option, value, words, capsys):
+    assert words in refusal(["bench", option, value], capsys)
 
 
 def test_an_interruption_ends_without_a_traceback(monkeypatch, capsys):

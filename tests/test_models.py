@@ -1,6 +1,5 @@
 """CharLSTM: shapes, generation, training and checkpoints."""
 
-import itertools
 import math
 
 import pytest
@@ -9,14 +8,7 @@ from torch import nn
 
 import rnnfast
 from rnnfast.models import CharLSTM, checkpoint
-from rnnfast.models.training import (
-    Trainer,
-    TrainingOptions,
-    evaluate,
-    one_cycle,
-    progress,
-    train,
-)
+from rnnfast.models.training import Run, Trainer, TrainingOptions, evaluate
 from rnnfast.text import CharVocabulary, TextError
 
 TEXT = "the cat sat on the mat; " * 60
@@ -36,7 +28,7 @@ def small(**options):
 def trained():
     """A model that has learnt TEXT, with its losses on the way."""
     model = small()
-    losses = [step.bits_per_char for step in train(model, VOCABULARY.encode(TEXT), QUICK)]
+    losses = [step.bits_per_char for step in Run(model, VOCABULARY.encode(TEXT), QUICK)]
     return model, losses
 
 
@@ -54,13 +46,13 @@ def test_a_trained_model_recites_what_it_learnt(trained):
 
 def test_training_is_repeatable():
     options = TrainingOptions(24, 4, epochs=1, max_seconds=60, learning_rate=1e-2, clip=1.0)
-    runs = [list(train(small(dropout=0.2), VOCABULARY.encode(TEXT), options)) for _ in range(2)]
+    runs = [list(Run(small(dropout=0.2), VOCABULARY.encode(TEXT), options)) for _ in range(2)]
     assert runs[0] == runs[1]
 
 
 def test_training_ends_when_its_time_is_over():
     options = TrainingOptions(8, 2, epochs=10**6, max_seconds=0.3, learning_rate=1e-2, clip=1.0)
-    assert len(list(train(small(), VOCABULARY.encode(TEXT), options))) > 1
+    assert len(list(Run(small(), VOCABULARY.encode(TEXT), options))) > 1
 
 
 def test_training_stops_at_a_loss_that_is_not_finite():
@@ -68,28 +60,12 @@ def test_training_stops_at_a_loss_that_is_not_finite():
     with torch.no_grad():
         model.head.bias[0] = math.nan
     with pytest.raises(ArithmeticError, match="lower learning rate"):
-        next(train(model, VOCABULARY.encode(TEXT), QUICK))
+        next(iter(Run(model, VOCABULARY.encode(TEXT), QUICK)))
 
 
 def test_training_refuses_a_short_text():
     with pytest.raises(TextError, match="too short"):
-        next(train(small(), VOCABULARY.encode(TEXT[:100]), QUICK))
-
-
-def test_the_learning_rate_rises_once_and_falls_to_zero():
-    rates = [one_cycle(step / 100) for step in range(101)]
-    top = rates.index(max(rates))
-    assert rates[top] == pytest.approx(1)
-    assert rates[-1] == pytest.approx(0)
-    assert rates[0] > 0
-    assert all(a < b for a, b in itertools.pairwise(rates[: top + 1]))
-    assert all(a > b for a, b in itertools.pairwise(rates[top:]))
-
-
-def test_the_clock_counts_only_for_a_slow_training():
-    assert progress(0.3, 0.6) == 0.3
-    assert progress(0.3, 0.9) == pytest.approx(0.8)
-    assert progress(0.3, 1.0) == 1.0
+        Run(small(), VOCABULARY.encode(TEXT[:100]), QUICK)
 
 
 def test_evaluation_of_an_undecided_model_is_the_size_of_the_vocabulary():
@@ -182,7 +158,7 @@ def test_a_model_survives_its_file(tmp_path, dtype, vocabulary):
 def test_a_loaded_model_can_be_trained_further(tmp_path):
     checkpoint.save(small(), tmp_path / "file")
     model = checkpoint.load(tmp_path / "file")
-    assert next(train(model, VOCABULARY.encode(TEXT), QUICK)).bits_per_char > 1
+    assert next(iter(Run(model, VOCABULARY.encode(TEXT), QUICK))).bits_per_char > 1
 
 
 def test_a_step_clips_the_gradient_and_carries_the_state_without_it():

@@ -1,4 +1,4 @@
-"""The command line: `rnnfast train`, `rnnfast generate`, `rnnfast doctor`."""
+"""The command line: `rnnfast train`, `generate`, `translate`, `explain`, `bench` and `doctor`."""
 
 from rnnfast.cli.main import main
 

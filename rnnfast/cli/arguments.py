@@ -24,7 +24,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Shows defaults other than None, and keeps the line breaks of descriptions and examples."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
+        plain = action.default is None or action.default is False
+        return action.help if plain else super()._get_help_string(action)
 
 
 def add_temperature(parser: argparse._ActionsContainer) -> None:
@@ -46,7 +47,7 @@ def add_placement(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--backend",
         choices=("fused", "aten", "reference"),
-        help="what runs the LSTM; if not given, the best that can (see rnnfast doctor)",
+        help="what runs the layers; if not given, the best that can (see rnnfast doctor)",
     )
 
 

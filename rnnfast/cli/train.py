@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
+from types import FrameType, TracebackType
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
 from rnnfast.cli.speed import compare_speed
-from rnnfast.models import CharLSTM, checkpoint
-from rnnfast.models.training import TrainingOptions, evaluate, train
+from rnnfast.models import CharLSTM, checkpoint, run_state
+from rnnfast.models.processes import Processes, join
+from rnnfast.models.training import Run, TrainingOptions, evaluate
+from rnnfast.models.training_log import FILE_NAME as LOG_NAME
+from rnnfast.models.training_log import TrainingLog, read_log, summary_writer_class
 from rnnfast.text import (
     CharVocabulary,
     bigram_bits_per_char,
@@ -25,7 +34,9 @@ from rnnfast.text import (
     streams,
 )
 
+PLOT_NAME = "loss.png"
 _PROMPT_LENGTH = 4  # "The ", in the default text
+_UNTIED_EMBEDDING = 128
 
 
 class _Data(NamedTuple):
@@ -40,58 +51,20 @@ class _Data(NamedTuple):
 def run(options: argparse.Namespace) -> None:
     """Train on a text, judge the result, sample from it, time it, and write it down."""
     start = time.monotonic()
-    data = _read(options)
-    torch.manual_seed(options.seed)
-    model = CharLSTM(
-        len(data.vocabulary),
-        options.hidden,
-        options.layers,
-        embedding_size=options.embedding,
-        dropout=options.dropout,
-        device=options.device,
-        backend=options.backend,
-        vocabulary=data.vocabulary,
-    )
-    settings = TrainingOptions(
-        seq_length=options.seq_length,
-        batch_size=options.batch_size,
-        epochs=options.epochs,
-        max_seconds=options.max_seconds,
-        learning_rate=options.lr,
-        clip=options.clip,
-    )
-    print(
-        f"text   {options.text or 'the manual that comes with Python'}: {len(data.text):,} "
-        f"characters, {len(data.vocabulary)} distinct, the last {len(data.held_out):,} held out\n"
-        f"model  {options.layers} x {options.hidden} LSTM units, "
-        f"{sum(weight.numel() for weight in model.parameters()):,} parameters, "
-        f"backend {options.backend}"
-    )
-
-    before = evaluate(model, data.held_out, settings.batch_size, settings.seq_length)
-    curve = _train(model, data.tokens, settings)
-    after = evaluate(model, data.held_out, settings.batch_size, settings.seq_length)
-    bigram = bigram_bits_per_char(data.tokens.cpu(), data.held_out.cpu(), len(data.vocabulary))
-    print(
-        "\nbits per character of the held-out text\n"
-        f"  before training  {before:.3f}\n"
-        f"  bigram model     {bigram:.3f}\n"
-        f"  after training   {after:.3f}"
-    )
-
-    weights, plot = options.out / checkpoint.FILE_NAME, options.out / "loss.png"
-    checkpoint.save(model, weights)
-    _plot(curve, {"bigram model, held-out": bigram, "this model, held-out": after}, plot)
-
-    prompt = data.text[:_PROMPT_LENGTH] if options.prompt is None else options.prompt
-    generator = torch.Generator(options.device).manual_seed(options.seed)
-    sample = model.generate(prompt, options.sample_length, options.temperature, generator=generator)
-    print(f"\nsample from {prompt!r} at temperature {options.temperature:g}\n{prompt}{sample}")
-
-    print("\ntraining speed of this model, characters per second")
-    for name, speed in compare_speed(model, data.tokens, settings, options.backend).items():
-        print(f"  {name:<23}  {speed:>9,.0f}")
-    print(f"\nwrote {weights} and {plot}; {time.monotonic() - start:.0f} s in all")
+    with join(options.device) as processes:
+        options.device = processes.device
+        try:
+            data = _read(options)
+            training = _prepare(options, data, processes)
+            before = _train(training, options, data)
+        except (ArithmeticError, OSError, ValueError) as error:
+            if not processes.is_first:  # which says it for all
+                raise SystemExit(2) from error
+            raise
+    if processes.is_first:
+        _report(training, options, data, before)
+        files = ", ".join((checkpoint.FILE_NAME, LOG_NAME, PLOT_NAME, run_state.FILE_NAME))
+        print(f"\nwrote {files} to {options.out}; {time.monotonic() - start:.0f} s in all")
 
 
 def _read(options: argparse.Namespace) -> _Data:
@@ -102,41 +75,229 @@ def _read(options: argparse.Namespace) -> _Data:
     streams(tokens, options.batch_size, options.seq_length)
     streams(held_out, 1, 1)
     vocabulary.encode(options.prompt or "")
+    if options.tensorboard:
+        summary_writer_class()
     options.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=options.out):
+        pass  # the folder can be written to
     return _Data(text, vocabulary, tokens, held_out)
 
 
-def _train(
-    model: CharLSTM, tokens: Tensor, settings: TrainingOptions
-) -> tuple[list[int], list[float]]:
-    """Train behind a progress bar; returns characters read so far, and loss, for each step."""
-    characters, losses = [0], []
-    deadline = time.monotonic() + settings.max_seconds
-    with tqdm(
-        total=settings.epochs * len(tokens),
+def _prepare(options: argparse.Namespace, data: _Data, processes: Processes) -> Run:
+    """A run that has taken no step yet."""
+    torch.manual_seed(options.seed)
+    if options.embedding is None:
+        options.embedding = options.hidden if options.tied_weights else _UNTIED_EMBEDDING
+    model = CharLSTM(
+        len(data.vocabulary),
+        options.hidden,
+        options.layers,
+        embedding_size=options.embedding,
+        dropout=options.dropout,
+        tied_weights=options.tied_weights,
+        device=options.device,
+        backend=options.backend,
+        vocabulary=data.vocabulary,
+    )
+    if not processes.is_first:
+        torch.manual_seed(options.seed + processes.rank)  # same weights, but dropout of its own
+    settings = TrainingOptions(
+        seq_length=options.seq_length,
+        batch_size=options.batch_size,
+        epochs=options.epochs,
+        max_seconds=options.max_seconds,
+        learning_rate=options.lr,
+        clip=options.clip,
+        schedule=options.schedule,
+        eval_every=options.eval_every,
+        patience=options.patience,
+    )
+    return Run(model, data.tokens, settings, data.held_out, processes)
+
+
+def _train(run: Run, options: argparse.Namespace, data: _Data) -> float:
+    """Take the steps that remain; returns the bits per character before the first one."""
+    settings = _settings(options, data, run.processes)
+    state_path = options.out / run_state.FILE_NAME
+    state = run_state.load(settings, state_path) if options.resume else None
+    if run.processes.is_first:
+        _introduce(run, options, data)
+    before = evaluate(
+        run.model, data.held_out, options.batch_size, options.seq_length, run.processes
+    )
+    if state is None:
+        run_state.save(run, settings, state_path)  # first, for the log has no step any more
+    else:
+        run_state.restore(run, state)
+    if not run.processes.is_first:
+        _take_steps(run, options, settings, None)
+        return before
+    if options.resume:
+        print(f"resumed after step {run.steps:,} of {run.total:,}")
+    tensorboard = options.out / "tensorboard" if options.tensorboard else None
+    with TrainingLog(options.out / LOG_NAME, run.steps, tensorboard) as log:
+        _take_steps(run, options, settings, log)
+    return before
+
+
+def _introduce(run: Run, options: argparse.Namespace, data: _Data) -> None:
+    """Print what is learnt by what."""
+    parameters = sum(weight.numel() for weight in run.model.parameters())
+    print(
+        f"text   {options.text or 'the manual that comes with Python'}: {len(data.text):,} "
+        f"characters, {len(data.vocabulary)} distinct, the last {len(data.held_out):,} held out\n"
+        f"model  {options.layers} x {options.hidden} LSTM units, {parameters:,} parameters, "
+        f"backend {options.backend}"
+    )
+
+
+def _settings(options: argparse.Namespace, data: _Data, processes: Processes) -> run_state.Settings:
+    """All that the result of a training depends on, by the name that the user gave it."""
+    digest = hashlib.sha256(data.text.encode(errors="surrogatepass")).hexdigest()
+    names = (
+        *("validation", "hidden", "layers", "embedding", "dropout", "tied_weights"),
+        *("seq_length", "batch_size", "epochs", "max_seconds", "lr", "clip", "schedule"),
+        *("eval_every", "patience", "seed", "backend"),
+    )
+    return {
+        "--text": f"{len(data.text):,} characters, {len(data.vocabulary)} distinct, "
+        f"SHA-256 {digest[:16]}",
+        **{f"--{name.replace('_', '-')}": getattr(options, name) for name in names},
+        "--device": options.device.type,
+        "the number of processes": processes.size,
+    }
+
+
+def _take_steps(
+    run: Run,
+    options: argparse.Namespace,
+    settings: run_state.Settings,
+    log: TrainingLog | None,
+) -> None:
+    """Train behind a progress bar, with checkpoints, and with a log in the first process.
+
+    Raises:
+        SystemExit: with 128 + the signal's number, after an interruption and a checkpoint.
+    """
+    with _Interruption() as interruption, _progress_bar(run) as bar:
+        for record in run:
+            bar.set_postfix_str(f"loss {record.bits_per_char:.2f} bits/char", refresh=False)
+            bar.update(record.characters - bar.n)
+            if log is not None:
+                log.write(record, run.seconds)
+                if run.best_step == record.step:
+                    checkpoint.save(run.model, options.out / checkpoint.FILE_NAME)
+            (stop,) = run.processes.highest(interruption.signal)
+            if stop or run.ended or record.step % options.checkpoint_every == 0:
+                if log is not None:
+                    log.sync()
+                run_state.save(run, settings, options.out / run_state.FILE_NAME)
+            if stop:
+                break
+        else:
+            return
+    if run.processes.is_first:
+        print(
+            f"rnnfast train: stopped by {signal.Signals(int(stop)).name} after step {run.steps:,} "
+            f"of {run.total:,}; the same command with --resume goes on from there",
+            file=sys.stderr,
+        )
+    raise SystemExit(128 + int(stop))
+
+
+class _Interruption:
+    """Takes note of SIGINT and SIGTERM, so that the step under way is finished first.
+
+    A second one changes nothing: torchrun passes on what the terminal has sent to all already.
+    """
+
+    def __init__(self) -> None:
+        self.signal = 0
+
+    def __enter__(self) -> _Interruption:
+        self._before = {
+            number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+
+
+def _progress_bar(run: Run) -> tqdm[None]:
+    return tqdm(
+        total=run.total_characters,
+        initial=run.characters,
         desc="training",
         unit="char",
         unit_scale=True,
         smoothing=0.05,
         mininterval=0.1 if sys.stderr.isatty() else 10,  # seconds; a log needs no animation
-    ) as bar:
-        for step in train(model, tokens, settings):
-            characters.append(characters[-1] + step.characters)
-            losses.append(step.bits_per_char)
-            bar.set_postfix_str(f"loss {step.bits_per_char:.2f} bits/char", refresh=False)
-            bar.update(step.characters)
-    if time.monotonic() > deadline:
-        print(f"the time limit of {settings.max_seconds:g} s ended the training")
-    return characters[1:], losses
+        disable=not run.processes.is_first,
+    )
 
 
-def _plot(curve: tuple[list[int], list[float]], levels: dict[str, float], path: Path) -> None:
-    """Draw the training loss, and single figures as level lines."""
+def _report(run: Run, options: argparse.Namespace, data: _Data, before: float) -> None:
+    """Print and write what came of a training."""
+    limits = {
+        f"the time limit of {options.max_seconds:g} s": run.out_of_time,
+        f"{options.patience} validations without a better loss": run.out_of_patience,
+    }
+    for reason, applies in limits.items():
+        if applies and run.steps < run.total:
+            print(f"{reason} ended the training after step {run.steps:,} of {run.total:,}")
+    run.restore_best()
+    checkpoint.save(run.model, options.out / checkpoint.FILE_NAME)
+    bigram = bigram_bits_per_char(data.tokens.cpu(), data.held_out.cpu(), len(data.vocabulary))
+    best = f"after step {run.best_step:,}, the best" if run.best_step < run.steps else ""
+    print(
+        "\nbits per character of the held-out text\n"
+        f"  before training  {before:.3f}\n"
+        f"  bigram model     {bigram:.3f}\n"
+        f"  after training   {run.best_bits:.3f}  {best}".rstrip()
+    )
+    _plot(read_log(options.out / LOG_NAME), bigram, options.out / PLOT_NAME)
+
+    prompt = data.text[:_PROMPT_LENGTH] if options.prompt is None else options.prompt
+    sample = run.model.generate(
+        prompt,
+        options.sample_length,
+        options.temperature,
+        greedy=options.greedy,
+        seed=options.seed,
+    )
+    choice = "without chance" if options.greedy else f"at temperature {options.temperature:g}"
+    print(f"\nsample from {prompt!r} {choice}\n{prompt}{sample}")
+
+    print("\ntraining speed of this model, characters per second")
+    for name, speed in compare_speed(run.model, data.tokens, run.options, options.backend).items():
+        print(f"  {name:<23}  {speed:>9,.0f}")
+
+
+def _plot(log: dict[str, NDArray[np.float64]], bigram: float, path: Path) -> None:
+    """Draw the training loss, the validation loss, and the bigram model's as a level line."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    axes.plot(*curve, linewidth=0.8, label="training")
-    for number, (name, level) in enumerate(levels.items(), start=1):
-        axes.axhline(level, color=f"C{number}", linestyle="--", label=f"{name} ({level:.2f})")
+    axes.plot(log["characters"], log["bits_per_char"], linewidth=0.8, label="training")
+    validation = log["validation_bits_per_char"]
+    seen = ~np.isnan(validation)
+    axes.plot(
+        log["characters"][seen],
+        validation[seen],
+        marker="o",
+        markersize=4,
+        label=f"held-out (best {validation[seen].min():.2f})",
+    )
+    axes.axhline(bigram, color="C2", linestyle="--", label=f"bigram, held-out ({bigram:.2f})")
     axes.set(xlabel="characters read", ylabel="loss, bits per character", ylim=(0, None))
     axes.legend()
     figure.savefig(path, dpi=120)

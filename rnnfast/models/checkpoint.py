@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from safetensors.torch import save as serialise
+from torch import Tensor, nn
 
+from rnnfast.models.atomic import write_atomically
 from rnnfast.models.char_lstm import CharLSTM
 from rnnfast.text import CharVocabulary
 
@@ -19,21 +20,22 @@ _KEY = "rnnfast.CharLSTM"
 
 
 class CheckpointError(ValueError):
-    """A file that is not a CharLSTM, or only a part of one."""
+    """A file that is not the model asked for, or only a part of one."""
 
 
 def save(model: CharLSTM, path: str | Path) -> None:
     """Write a model to a safetensors file, its sizes and vocabulary in the file's metadata.
 
+    A parameter that the model uses twice is written once. A file that is there already is replaced
+    at the end, by the whole new one.
+
     Raises:
         OSError: the file cannot be written.
     """
-    characters = model.vocabulary.characters if model.vocabulary else None
-    description = {"config": model.config._asdict(), "characters": characters}
-    try:
-        save_file(model.state_dict(), path, {_KEY: json.dumps(description)})
-    except SafetensorError as error:
-        raise OSError(f"{path} cannot be written: {error}") from error
+    vocabulary = model.vocabulary.state() if model.vocabulary else None
+    description = {"config": model.config._asdict(), "vocabulary": vocabulary}
+    weights = {name: weight.detach() for name, weight in model.named_parameters()}
+    write_atomically(Path(path), serialise(weights, {_KEY: json.dumps(description)}))
 
 
 def load(path: str | Path, device: torch.device | str | None = None, **options: Any) -> CharLSTM:
@@ -53,27 +55,42 @@ def load(path: str | Path, device: torch.device | str | None = None, **options: 
         path = path / FILE_NAME
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; rnnfast train writes such a file")
-    tensors, metadata = _read(path)
+    tensors, metadata = read(path)
     if _KEY not in metadata:
         raise CheckpointError(f"{path} was not written by rnnfast: it does not name {_KEY}")
     try:
         description = json.loads(metadata[_KEY])
-        characters = description["characters"]
+        vocabulary = description["vocabulary"]
         model = CharLSTM(
             **description["config"],
-            vocabulary=None if characters is None else CharVocabulary(characters),
+            vocabulary=None if vocabulary is None else CharVocabulary.from_state(vocabulary),
             device="meta",  # the weights come from the file: neither allocate nor draw them
             **options,
         )
-        model.load_state_dict(tensors, assign=True)
+        model.load_state_dict(_parameters(model, tensors), assign=True)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise CheckpointError(f"{path} does not hold a whole CharLSTM: {reason}") from error
     return model.to(device)
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a safetensors file."""
+def _parameters(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as parameters for a model, each under every name that the model has for it."""
+    parameters: dict[str, Tensor] = {name: nn.Parameter(value) for name, value in tensors.items()}
+    names: dict[nn.Parameter, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        first = names.setdefault(parameter, name)
+        if first in parameters:
+            parameters[name] = parameters[first]
+    return parameters
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a safetensors file.
+
+    Raises:
+        CheckpointError: it is not one, or damaged.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             # Copies, for the tensors as read lie unaligned in a mapping of the file itself.

@@ -6,15 +6,18 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from rnnfast.models.char_lstm import CharLSTM, State
-from rnnfast.text import batches, streams
+from rnnfast.models.char_lstm import CharLSTM
+from rnnfast.models.processes import Processes
+from rnnfast.models.schedule import Schedule, progress
+from rnnfast.models.trainer import Trainer, evaluate
+from rnnfast.text import streams
 
-_WARM_UP = 0.05  # the part of the training in which the learning rate rises
+__all__ = ["Record", "Run", "Trainer", "TrainingOptions", "evaluate"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,12 @@ class TrainingOptions:
         max_seconds: ends the training earlier, with the learning rate brought down in time.
         learning_rate: Adam's step size at its highest.
         clip: the largest norm of the gradient; longer ones are scaled down to it.
+        schedule: how the learning rate changes, see `rnnfast.models.schedule.Schedule`.
+        eval_every: steps between validations, besides the one after each epoch; None is no others.
+        patience: ends the training after so many validations without a better loss; None never.
+
+    Raises:
+        ValueError: a number is not above zero.
     """
 
     seq_length: int
@@ -36,103 +45,233 @@ class TrainingOptions:
     max_seconds: float
     learning_rate: float
     clip: float
+    schedule: str = "one-cycle"
+    eval_every: int | None = None
+    patience: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not (value is None or isinstance(value, str) or value > 0):
+                raise ValueError(f"{name} must be greater than zero, got {value}")
 
 
-class Step(NamedTuple):
-    """What one training step did."""
+class Record(NamedTuple):
+    """What is known after a step.
 
-    bits_per_char: float
+    Attributes:
+        step: how many steps have been taken.
+        epoch: which reading of the text it was in, from 1.
+        characters: how many have been read.
+        learning_rate: of this step.
+        bits_per_char: the loss of this step's batch, before the step.
+        gradient_norm: before clipping.
+        validation_bits_per_char: of the held-out text after the step, if it was looked at.
+    """
+
+    step: int
+    epoch: int
     characters: int
+    learning_rate: float
+    bits_per_char: float
+    gradient_norm: float
+    validation_bits_per_char: float | None
 
 
-class Trainer:
-    """A model with its optimiser, and the recurrent state it carries along the text."""
+class Run:
+    """A training from its first to its last step; iterate over it to take the steps.
 
-    def __init__(self, model: CharLSTM, learning_rate: float, clip: float) -> None:
-        self.model = model
-        self.optimiser = torch.optim.Adam(model.parameters(), learning_rate)
-        self.clip = clip
-        self.state: State | None = None
+    `state_dict` between two steps holds all that the rest depends on. A run that goes on from it
+    computes the same numbers as one that was never interrupted, bit for bit on the same kind of
+    processor with the same number of threads, unless the clock interferes: `max_seconds` counts
+    from half-time on, see `rnnfast.models.schedule.progress`.
 
-    def step(self, inputs: Tensor, targets: Tensor, learning_rate: float | None = None) -> Step:
-        """Learn from one batch (B, T): forward, backward, clipping, Adam.
+    Args:
+        model: what learns.
+        tokens: int64 (N,), the text to learn.
+        options: how.
+        held_out: int64 (M,), the text to judge by; None for a training without validation.
+        processes: share the streams of a batch evenly, and agree in all else.
 
-        Raises:
-            ArithmeticError: the loss is not finite.
-        """
-        if learning_rate is not None:
-            self.optimiser.param_groups[0]["lr"] = learning_rate
-        logits, state = self.model(inputs, self.state)
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        self.optimiser.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
-        self.optimiser.step()
-        self.state = (state[0].detach(), state[1].detach())
-        bits = loss.item() / math.log(2)
-        if not math.isfinite(bits):
-            raise ArithmeticError(f"the loss became {bits}; a lower learning rate may help")
-        return Step(bits, inputs.numel())
-
-
-def train(model: CharLSTM, tokens: Tensor, options: TrainingOptions) -> Iterator[Step]:
-    """Train a model on tokens (N,), yielding after every step.
+    Attributes:
+        total: how many steps there will be, if nothing ends the training earlier.
+        steps: how many have been taken.
+        seconds: the time they took, with the validations, over all resumptions.
+        characters: how many they have read.
+        best_bits, best_step: the lowest validation loss in bits per character, infinite before the
+            first, and the step it came after.
 
     Raises:
         TextError: the text is too short for the batch size and sequence length.
-        ArithmeticError: the loss is not finite.
+        ValueError: the processes cannot share the batch evenly, or the schedule is unknown.
+        OverflowError: the learning rate is beyond the range of the weights' dtype.
     """
-    seq_length, batch_size = options.seq_length, options.batch_size
-    length = streams(tokens, batch_size, seq_length)[0].size(1)
-    total = options.epochs * math.ceil(length / seq_length)
-    trainer = Trainer(model, options.learning_rate, options.clip)
-    model.train()
-    done, start = 0, time.monotonic()
-    for _ in range(options.epochs):
-        trainer.state = None
-        for inputs, targets in batches(tokens, batch_size, seq_length):
-            elapsed = (time.monotonic() - start) / options.max_seconds
-            if elapsed >= 1:
-                return
-            factor = one_cycle(progress(done / total, elapsed))
-            yield trainer.step(inputs, targets, factor * options.learning_rate)
-            done += 1
 
+    def __init__(
+        self,
+        model: CharLSTM,
+        tokens: Tensor,
+        options: TrainingOptions,
+        held_out: Tensor | None = None,
+        processes: Processes = Processes(),  # noqa: B008, it is immutable
+    ) -> None:
+        if options.batch_size % processes.size:
+            raise ValueError(
+                f"{processes.size} processes cannot share a batch size of {options.batch_size} "
+                f"evenly; expected a multiple of {processes.size}"
+            )
+        self.model, self.options, self.processes = model, options, processes
+        self._held_out = held_out
+        inputs, targets = streams(tokens, options.batch_size, options.seq_length)
+        self._characters_per_epoch = inputs.numel()
+        self._inputs, self._targets = processes.share(inputs), processes.share(targets)
+        self._trainer = Trainer(model, options.learning_rate, options.clip, processes)
+        self._schedule = Schedule(options.schedule, self._trainer.optimiser)
+        self._steps_per_epoch = math.ceil(inputs.size(1) / options.seq_length)
+        self.total = options.epochs * self._steps_per_epoch
+        self.steps, self.seconds = 0, 0.0
+        self.best_bits, self.best_step = math.inf, 0
+        self._best_weights: dict[str, Tensor] = {}
+        self._validations_since_best = 0
 
-def progress(steps: float, seconds: float) -> float:
-    """How far the training is, from the fractions of steps and of seconds that are used up.
+    @property
+    def characters(self) -> int:
+        """How many have been read."""
+        epochs, position = divmod(self.steps, self._steps_per_epoch)
+        in_epoch = position * self.options.seq_length * self.options.batch_size
+        return epochs * self._characters_per_epoch + in_epoch
 
-    The clock counts from half-time on only, so that a training that ends by its steps well in
-    time does not depend on the speed of the machine; it always arrives at 1 in time.
-    """
-    return max(steps, 2 * seconds - 1)
+    @property
+    def total_characters(self) -> int:
+        """How many will have been read after `total` steps."""
+        return self.options.epochs * self._characters_per_epoch
 
+    @property
+    def out_of_time(self) -> bool:
+        """Whether `max_seconds` have passed."""
+        return self.seconds >= self.options.max_seconds
 
-def one_cycle(progress: float) -> float:
-    """The learning rate, relative to its highest: a short rise, then half a cosine down to 0."""
-    if progress < _WARM_UP:
-        return (progress + 0.01) / (_WARM_UP + 0.01)
-    return 0.5 + 0.5 * math.cos(math.pi * (progress - _WARM_UP) / (1 - _WARM_UP))
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether the last `patience` validations brought no better loss."""
+        patience = self.options.patience
+        return patience is not None and self._validations_since_best >= patience
 
+    @property
+    def ended(self) -> bool:
+        """Whether there will be no more steps."""
+        return self.steps >= self.total or self.out_of_time or self.out_of_patience
 
-@torch.inference_mode()
-def evaluate(model: CharLSTM, tokens: Tensor, batch_size: int, seq_length: int) -> float:
-    """Mean bits per character that a model needs for tokens (N,), without dropout.
+    def __iter__(self) -> Iterator[Record]:
+        """Take the remaining steps.
 
-    The text is read as in training, in `batch_size` streams or as many as it is long enough
-    for; each starts from a state of zeros.
+        Raises:
+            ArithmeticError: a loss is not finite.
+        """
+        start = time.monotonic() - self.seconds
+        self.model.train()
+        while not self.ended:
+            yield self._advance(start)
 
-    Raises:
-        TextError: the text has fewer than two characters.
-    """
-    batch_size = max(1, min(batch_size, (len(tokens) - 1) // seq_length))
-    was_training = model.training
-    model.eval()
-    nats, characters, state = 0.0, 0, None
-    for inputs, targets in batches(tokens, batch_size, min(seq_length, max(1, len(tokens) - 1))):
-        logits, state = model(inputs, state)
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
-        nats += loss.item()
-        characters += targets.numel()
-    model.train(was_training)
-    return nats / characters / math.log(2)
+    def _advance(self, start: float) -> Record:
+        """One step; `start` is when the clock read 0."""
+        options = self.options
+        epoch, position = divmod(self.steps, self._steps_per_epoch)
+        if position == 0:
+            self._trainer.state = None
+        self._schedule.before_step(
+            progress(self.steps / self.total, self.seconds / options.max_seconds)
+        )
+        learning_rate = self._trainer.optimiser.param_groups[0]["lr"]
+        columns = slice(position * options.seq_length, (position + 1) * options.seq_length)
+        step = self._trainer.step(self._inputs[:, columns], self._targets[:, columns])
+        self.steps += 1
+        (self.seconds,) = self.processes.highest(time.monotonic() - start)
+        return Record(
+            self.steps,
+            epoch + 1,
+            self.characters,
+            learning_rate,
+            step.bits_per_char,
+            step.gradient_norm,
+            self._validate() if self._validation_is_due() else None,
+        )
+
+    def _validation_is_due(self) -> bool:
+        """After every epoch and every `eval_every` steps, and when the time is over."""
+        if self._held_out is None:
+            return False
+        every = self.options.eval_every
+        return (
+            self.steps % self._steps_per_epoch == 0
+            or (every is not None and self.steps % every == 0)
+            or self.out_of_time
+        )
+
+    def _validate(self) -> float:
+        """Look at the held-out text, and remember the weights if they are the best so far."""
+        assert self._held_out is not None
+        options = self.options
+        bits = evaluate(
+            self.model, self._held_out, options.batch_size, options.seq_length, self.processes
+        )
+        if not math.isfinite(bits):
+            raise ArithmeticError(
+                f"the validation loss became {bits}; a lower learning rate may help"
+            )
+        self._schedule.after_validation(bits)
+        self._validations_since_best += 1
+        if bits < self.best_bits:
+            self.best_bits, self.best_step = bits, self.steps
+            self._best_weights = {k: v.clone() for k, v in self.model.state_dict().items()}
+            self._validations_since_best = 0
+        return bits
+
+    def restore_best(self) -> None:
+        """Give the model the weights of the best validation, if there was one."""
+        if self._best_weights:
+            self.model.load_state_dict(self._best_weights)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the rest of the run depends on; every process must ask for it."""
+        device = self.processes.device
+        hidden = self._trainer.state
+        own = {
+            "random": torch.get_rng_state(),
+            "cuda_random": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+            "hidden": None if hidden is None else [tensor.cpu() for tensor in hidden],
+        }
+        return {
+            "steps": self.steps,
+            "seconds": self.seconds,
+            "best_bits": self.best_bits,
+            "best_step": self.best_step,
+            "best_weights": self._best_weights,
+            "validations_since_best": self._validations_since_best,
+            "model": self.model.state_dict(),
+            "optimiser": self._trainer.optimiser.state_dict(),
+            "schedule": self._schedule.state_dict(),
+            "processes": self.processes.gather(own),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` returned; this also sets torch's random states.
+
+        Raises:
+            KeyError, RuntimeError, TypeError, ValueError: it is the state of something else.
+        """
+        device = self.processes.device
+        own = state["processes"][self.processes.rank]
+        self.model.load_state_dict(state["model"])
+        self._trainer.optimiser.load_state_dict(state["optimiser"])
+        self._schedule.load_state_dict(state["schedule"])
+        self._trainer.state = None
+        if own["hidden"] is not None:
+            h, c = own["hidden"]
+            self._trainer.state = (h.to(device), c.to(device))
+        self.steps, self.seconds = state["steps"], state["seconds"]
+        self.best_bits, self.best_step = state["best_bits"], state["best_step"]
+        self._best_weights = state["best_weights"]
+        self._validations_since_best = state["validations_since_best"]
+        torch.set_rng_state(own["random"])
+        if own["cuda_random"] is not None:
+            torch.cuda.set_rng_state(own["cuda_random"], device)

@@ -181,7 +181,7 @@ class Translator:
             path = path / checkpoint.FILE_NAME
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist; rnnfast translate writes such a file")
-        tensors, metadata = checkpoint._read(path)
+        tensors, metadata = checkpoint.read(path)
         if _KEY not in metadata:
             raise checkpoint.CheckpointError(f"{path} is no translator: it does not name {_KEY}")
         try:

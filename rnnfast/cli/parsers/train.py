@@ -16,6 +16,31 @@ from rnnfast.cli.arguments import (
     positive,
     prompt,
 )
+from rnnfast.models.schedule import SCHEDULES
+
+_DESCRIPTION = """\
+Train an LSTM to predict a text character by character, and show what it learnt:
+bits per character of a held-out part of the text beside a bigram model's, a sample,
+and the speed beside torch.nn.LSTM. The folder --out then has
+
+  model.safetensors  the weights of the best validation, for rnnfast generate
+  log.csv            a row for every step
+  loss.png           the losses, drawn
+  training.pt        all that --resume needs
+
+Ctrl-C, SIGTERM, or the end of the machine: the same command with --resume goes on from
+the last checkpoint, and ends with the weights and the log of a training that was never
+interrupted, bit for bit on a CPU with as many threads. Only where the clock decides,
+that is once half of --max-seconds is used up, no two trainings are quite alike.
+"""
+_EPILOG = """\
+examples:
+  rnnfast train
+  rnnfast train --text book.txt --hidden 512 --layers 2 --dropout 0.2 --max-seconds 1800
+  rnnfast train --text book.txt --epochs 50 --max-seconds inf --patience 5
+  rnnfast train --text book.txt --epochs 50 --max-seconds inf --patience 5 --resume
+  torchrun --nproc-per-node 2 -m rnnfast train --text book.txt --batch-size 64
+"""
 
 
 def add(commands: argparse._SubParsersAction[Parser]) -> None:
@@ -23,81 +48,140 @@ def add(commands: argparse._SubParsersAction[Parser]) -> None:
     parser = commands.add_parser(
         "train",
         help="train a character model on a text",
-        description="Train an LSTM to predict a text character by character, and show what it\n"
-        "learnt: validation loss beside a bigram model's, a sample, the speed beside\n"
-        "torch.nn.LSTM, a plot of the loss, and the weights for rnnfast generate.",
-        epilog="examples:\n"
-        "  rnnfast train\n"
-        "  rnnfast train --text book.txt --hidden 512 --layers 2 --dropout 0.2 --max-seconds 1800",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
         formatter_class=HelpFormatter,
     )
-    data = parser.add_argument_group("text")
-    data.add_argument(
+    _add_text(parser.add_argument_group("text"))
+    _add_model(parser.add_argument_group("model"))
+    _add_training(parser.add_argument_group("training"))
+    _add_ending(parser.add_argument_group("validation, and when to end"))
+    _add_output(parser.add_argument_group("output"))
+    add_placement(parser)
+
+
+def _add_text(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--text",
         type=Path,
         metavar="FILE",
         help="UTF-8 text to learn; if not given, the manual that comes with Python",
     )
-    data.add_argument(
+    group.add_argument(
         "--validation",
         type=number(float, "between 0 and 1", lambda value: 0 < value < 1),
         default=0.1,
         metavar="FRACTION",
-        help="how much of the text, at its end, is kept to judge the model by",
+        help="how much of the text, at its end, is held out to judge the model by",
     )
-    model = parser.add_argument_group("model")
-    model.add_argument("--hidden", type=count, default=256, metavar="N", help="size of the state")
-    model.add_argument("--layers", type=count, default=1, metavar="N", help="LSTM layers")
-    model.add_argument(
-        "--embedding", type=count, default=128, metavar="N", help="size of a character's vector"
+
+
+def _add_model(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--hidden", type=count, default=256, metavar="N", help="size of the state")
+    group.add_argument("--layers", type=count, default=1, metavar="N", help="LSTM layers")
+    group.add_argument(
+        "--embedding",
+        type=count,
+        metavar="N",
+        help="size of a character's vector; if not given, 128, or that of the state if tied",
     )
-    model.add_argument(
+    group.add_argument(
+        "--tied-weights",
+        action="store_true",
+        help="score a character with the vector that stands for it: fewer parameters",
+    )
+    group.add_argument(
         "--dropout",
         type=number(float, "at least 0 and below 1", lambda value: 0 <= value < 1),
         default=0.1,
         metavar="P",
         help="fraction of the activations zeroed in training",
     )
-    training = parser.add_argument_group("training")
-    training.add_argument(
+
+
+def _add_training(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--seq-length", type=count, default=64, metavar="N", help="characters a gradient spans"
     )
-    training.add_argument(
-        "--batch-size", type=count, default=32, metavar="N", help="places read in parallel"
+    group.add_argument(
+        "--batch-size",
+        type=count,
+        default=32,
+        metavar="N",
+        help="places read in parallel, by all processes together",
     )
-    training.add_argument(
-        "--epochs", type=count, default=6, metavar="N", help="times the text is read"
-    )
-    training.add_argument(
-        "--max-seconds",
-        type=positive,
-        default=110.0,
-        metavar="S",
-        help="end the training by then, whatever the epochs",
-    )
-    training.add_argument(
+    group.add_argument(
         "--lr", type=positive, default=4e-3, metavar="RATE", help="highest learning rate of Adam"
     )
-    training.add_argument(
+    group.add_argument(
+        "--schedule",
+        choices=SCHEDULES,
+        default=SCHEDULES[0],
+        help="of the learning rate: a short rise and half a cosine down to 0, the latter alone, "
+        "no change, or half of it whenever two validations in a row brought nothing",
+    )
+    group.add_argument(
         "--clip", type=positive, default=1.0, metavar="NORM", help="longest gradient allowed"
     )
-    training.add_argument("--seed", type=int, default=0, metavar="N", help="makes a run repeatable")
-    output = parser.add_argument_group("output")
-    output.add_argument(
-        "--out",
-        type=Path,
-        default=DEFAULT_FOLDER,
-        metavar="DIR",
-        help="folder for model.safetensors and loss.png",
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="makes a run repeatable")
+
+
+def _add_ending(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--epochs", type=count, default=6, metavar="N", help="times the text is read"
     )
-    output.add_argument(
+    group.add_argument(
+        "--max-seconds",
+        type=number(float, "above zero, or inf", lambda value: value > 0),
+        default=110.0,
+        metavar="S",
+        help="end the training by then, whatever the epochs; what was used before --resume "
+        "counts, up to its checkpoint",
+    )
+    group.add_argument(
+        "--eval-every",
+        type=count,
+        metavar="STEPS",
+        help="look at the held-out text every so many steps, besides once after each epoch",
+    )
+    group.add_argument(
+        "--patience",
+        type=count,
+        metavar="N",
+        help="end the training after N such looks without a better loss; if not given, never",
+    )
+
+
+def _add_output(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--out", type=Path, default=DEFAULT_FOLDER, metavar="DIR", help="folder for all files"
+    )
+    group.add_argument(
+        "--checkpoint-every",
+        type=count,
+        default=200,
+        metavar="STEPS",
+        help="write training.pt every so many steps, and at the end",
+    )
+    group.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from training.pt in DIR, with the options and the text it was begun with "
+        "(with constant and plateau there may be more --epochs or --max-seconds); without this "
+        "a new training takes its place",
+    )
+    group.add_argument(
+        "--tensorboard",
+        action="store_true",
+        help="also log to DIR/tensorboard (needs the package tensorboard)",
+    )
+    group.add_argument(
         "--prompt",
         type=prompt,
         metavar="TEXT",
         help="what the sample continues; if not given, the first four characters of the text",
     )
-    output.add_argument(
+    group.add_argument(
         "--sample-length", type=count, default=400, metavar="N", help="characters to sample"
     )
-    add_temperature(output)
-    add_placement(parser)
+    add_temperature(group)
