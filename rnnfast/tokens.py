@@ -19,6 +19,8 @@ from .sequences import Options
 
 # Below, in tokens, finding out which ones occur takes longer than it saves.
 _LEAST_TOKENS = 256
+# So many tell whether it is worth while.
+_SAMPLE = 256
 
 
 def check(tokens: Tensor, steps: Tensor | None) -> Tensor:
@@ -70,17 +72,24 @@ def embedded_input(
     plain = embedding.max_norm is None and not embedding.scale_grad_by_freq and not embedding.sparse
     if not plain or count < _LEAST_TOKENS or not _runs_here(weights[0], requested):
         return embedding(tokens), list(weights)
-    rows = torch.arange(weight.shape[0], device=weight.device)
-    if len(rows) > count // 2:
-        if torch.compiler.is_compiling():  # which wants to know sizes in advance
+    if weight.shape[0] <= count // 2:
+        rows = torch.arange(weight.shape[0], device=weight.device)
+    elif torch.compiler.is_compiling() or not _repeats(tokens):  # the former asks for known sizes
+        return embedding(tokens), list(weights)
+    else:
+        rows, numbers = torch.unique(tokens, return_inverse=True)
+        if len(rows) > count // 2:
             return embedding(tokens), list(weights)
-        occurring, numbers = torch.unique(tokens, return_inverse=True)
-        if len(occurring) > count // 2:
-            return embedding(tokens), list(weights)
-        rows, tokens = occurring, numbers
+        tokens = numbers
     vectors = F.embedding(rows, weight, embedding.padding_idx)
     tables = [F.linear(vectors, weights[i]) for i in _first(options)]
     return _with_tables(tokens, tables, weights, options)
+
+
+def _repeats(tokens: Tensor) -> bool:
+    """Whether it is worth while to find out which tokens occur, by the first ones of them."""
+    first = tokens.flatten()[:_SAMPLE]
+    return len(torch.unique(first)) <= len(first) * 15 // 16
 
 
 def _runs_here(weight: Tensor, requested: str | None) -> bool:
