@@ -82,8 +82,6 @@ class Forward {
       const A* projected = block.projected;
       for (int64_t step = steps.begin; step < steps.end; ++step) {
         const Span active = batch_.active(time(step), rows);
-        if (args_.tokens && step + 1 < T)
-          fetch_tokens(step + 1, batch_.active(time(step + 1), rows), panels);
         advance(step, active, panels, projected);
         if (projects()) {
           const bool shared = plan_.split == Split::kUnits;
@@ -128,18 +126,6 @@ class Forward {
   const S* token_row(int64_t step, int64_t b) const {
     const int64_t at = batch_.offset(time(step), b, args_.x_stride_t, args_.x_stride_b);
     return static_cast<const S*>(args_.w_ih) + args_.tokens[at] * Cell::kGates * args_.size.H;
-  }
-
-  // Asks for the rows of a step's tokens, which lie anywhere in a table that may be large.
-  void fetch_tokens(int64_t step, Span rows, Span panels) const {
-    constexpr int64_t kLine = 64 / sizeof(S);
-    const int64_t H = args_.size.H, end = std::min(H, panels.end * Panels::kUnits);
-    for (int64_t b = rows.begin; b < rows.end; ++b) {
-      const S* row = token_row(step, b);
-      for (int g = 0; g < Cell::kGates; ++g)
-        for (int64_t unit = panels.begin * Panels::kUnits; unit < end; unit += kLine)
-          __builtin_prefetch(row + g * H + unit);
-    }
   }
 
   void pack(Span panels, Span projection_panels) {
