@@ -2,7 +2,7 @@
 
 from . import backend, explain, functional, reference
 from .acceleration import accelerate, restore
-from .backend import doctor, use_backend
+from .backend import doctor, release_memory, use_backend
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "explain",
     "functional",
     "reference",
+    "release_memory",
     "restore",
     "use_backend",
 ]

@@ -140,6 +140,19 @@ def short_way(requested: str | None) -> ModuleType | None:
     return None
 
 
+def release_memory() -> int:
+    """Gives memory that the kernels keep for the next call back to the system.
+
+    On the CPU large results and workspaces, once they are free, stay with this package, up to
+    256 MiB, as new memory takes the system as long as small kernels take. See
+    torch.cuda.empty_cache for the like on CUDA.
+
+    Returns:
+        How many bytes were given back.
+    """
+    return 0 if EXTENSION is None else EXTENSION.release_memory()
+
+
 def refuse(name: str, cause: str, remedy: str = "Use backend='aten' or leave it to 'auto'") -> None:
     """Raises the RuntimeError of a forced backend that cannot run."""
     raise RuntimeError(f"rnnfast: backend {name!r} cannot run: {cause}. {remedy}.")

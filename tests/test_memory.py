@@ -1,5 +1,11 @@
-"""Training memory beside torch.nn's."""
+"""Training memory beside torch.nn's, and memory that is kept from call to call."""
 
+import os
+import threading
+
+import torch
+
+import rnnfast
 from benchmarks.memory import measure
 
 
@@ -16,3 +22,77 @@ def test_training_takes_at_most_six_tenths_of_torchs_memory() -> None:
 def test_recomputing_gates_takes_at_most_three_tenths_of_torchs_memory() -> None:
     size = (200, 64, 512)
     assert 0 < least("rnnfast recompute", size) <= 0.3 * least("torch", size)
+
+
+LAYER = rnnfast.RNN(8, 64, backend="fused")
+
+
+def large(steps: int = 100) -> torch.Tensor:
+    """An output of 100 KiB a step."""
+    with torch.no_grad():
+        return LAYER(torch.ones(steps, 400, 8))[0]
+
+
+def test_memory_serves_again() -> None:
+    rnnfast.release_memory()
+    first = large()
+    page = first.data_ptr() // 4096
+    del first
+    assert large().data_ptr() // 4096 == page
+    y = large()
+    size = y.untyped_storage().nbytes()
+    assert rnnfast.release_memory() >= 0
+    del y
+    assert rnnfast.release_memory() >= size
+    assert rnnfast.release_memory() == 0
+
+
+def test_memory_in_use_is_left_alone() -> None:
+    outputs = [large(steps) for steps in (100, 30, 100, 60)]
+    copies = [y.clone() for y in outputs]
+    del outputs[1]
+    rnnfast.release_memory()
+    for _ in range(3):
+        large(30)
+        large(100)
+    del copies[1]
+    assert all(torch.equal(*each) for each in zip(outputs, copies, strict=True))
+
+
+def test_idle_memory_is_bounded() -> None:
+    rnnfast.release_memory()
+    outputs = [large() for _ in range(40)]
+    total = sum(y.untyped_storage().nbytes() for y in outputs)
+    assert total > 300 << 20
+    outputs.clear()
+    assert 100 << 20 < rnnfast.release_memory() <= 256 << 20
+
+
+def test_results_are_ordinary_tensors() -> None:
+    y = large().clone()
+    z = large()
+    assert torch.equal(y, z)
+    z.resize_(z.numel() * 2)
+    assert torch.equal(z[: y.numel()], y.flatten())
+    assert large().share_memory_().is_shared()
+    assert torch.equal(torch.from_numpy(large().numpy()), y)
+
+
+def test_threads_and_forks_share_the_memory() -> None:
+    expected = large()
+
+    def work() -> None:
+        for _ in range(20):
+            results.append(torch.equal(large(), expected))
+
+    results: list[bool] = []
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [True] * 80
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if rnnfast.release_memory() > 0 and rnnfast.release_memory() == 0 else 1)
+    assert os.waitpid(child, 0)[1] == 0

@@ -228,7 +228,7 @@ class Forward {
 
   // One step of the recurrence: the product with W_hh and, on each tile, the gate maths.
   void advance(int64_t step, Span rows, Span panels, const A* projected) {
-    alignas(64) A from_h[kMaxTileRows * Panels::kWidth];
+    alignas(64) A from_h[kMaxTileRows * Panels::kWidth], from_token[Panels::kWidth];
     for (int64_t p = panels.begin; p < panels.end; ++p) {
       const A* packed = w_hh_ ? w_hh_ + p * Panels::kWidth * words<Op>(args_.h_size) : nullptr;
       for_row_tiles(rows.size(), Panels::kRows, [&](int64_t r, int n) {
@@ -239,6 +239,11 @@ class Forward {
         for (int i = 0; i < n; ++i) {
           const A* from_x =
               projected + ((r + i) * panels.size() + p - panels.begin) * Panels::kWidth;
+          if (args_.tokens) {
+            panels_.look_up(token_row(step, rows.begin + r + i), b_ih_ + p * Panels::kWidth, p,
+                            from_token);
+            from_x = from_token;
+          }
           apply_cell(step, rows.begin + r + i, p, from_x, from_h + i * Panels::kWidth);
         }
       });
@@ -249,8 +254,6 @@ class Forward {
     const int64_t H = args_.size.H;
     const int64_t row = batch_.row(time(step), b);
     const Element* h_before = state_before(step, b);
-    const S* from_token = args_.tokens ? token_row(step, b) : nullptr;
-    const A* b_ih = b_ih_ + panel * Panels::kWidth;
     constexpr int kSaved = Cell::kSaved;
     for (int v = 0; v < Panels::kUnitVectors; ++v) {
       const int64_t unit = panel * Panels::kUnits + v * kLanesA;
@@ -258,10 +261,8 @@ class Forward {
       if (left <= 0) break;
       V px[Cell::kGates], ph[Cell::kGates], saved[kSaved + 1], h;
       for (int g = 0; g < Cell::kGates; ++g) {
-        const int64_t at = (g * Panels::kUnitVectors + v) * kLanesA;
-        px[g] = from_token ? load(from_token + g * H + unit, left) + load(b_ih + at)
-                           : load(from_x + at);
-        ph[g] = load(from_h + at);
+        px[g] = load(from_x + (g * Panels::kUnitVectors + v) * kLanesA);
+        ph[g] = load(from_h + (g * Panels::kUnitVectors + v) * kLanesA);
       }
       const V h_prev = projects() ? V{} : load(h_before + unit);  // the LSTM does without
       V c = Cell::kHasCell && h_before != zeros_ ? load(c_ + b * pitch_ + unit) : V{};

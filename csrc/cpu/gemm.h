@@ -239,6 +239,16 @@ struct GatePanels {
     }
   }
 
+  // row + bias for one panel, of a row that has been multiplied with W already: of a table [G][H]
+  template <class S>
+  void look_up(const S* row, const A* bias, int64_t panel, A* out) const {
+    for (int j = 0; j < kVectors; ++j, bias += kLanesA, out += kLanesA) {
+      const int64_t at = weight_row(panel, j, 0);
+      const int64_t n = H - panel * kUnits - (j % kUnitVectors) * kLanesA;
+      store(out, at < 0 ? load(bias) : load(row + at, n) + load(bias));
+    }
+  }
+
   // W a + bias for the rows of a tile and one panel of W, packed or (null) as it lies in w
   template <class S>
   RNNFAST_HD void multiply(const S* w, const A* packed, const A* bias, int64_t K, int64_t panel,

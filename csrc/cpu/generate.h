@@ -94,6 +94,7 @@ class Generate {
   // one layer, from the states of one parity to those of the other
   void advance(int64_t layer, int64_t parity, const int64_t* tokens, Span panels) {
     const int64_t H = args_.H, depth = words<Op>(H);
+    const S* table = static_cast<const S*>(args_.layer[0].w_ih);
     alignas(64) A from_x[kMaxTileRows * Panels::kWidth], from_h[kMaxTileRows * Panels::kWidth];
     for (int64_t p = panels.begin; p < panels.end; ++p) {
       const int64_t at = layer * width_ + p * Panels::kWidth;
@@ -110,22 +111,11 @@ class Generate {
                                      from_h, Panels::kWidth);
         for (int i = 0; i < n; ++i) {
           A* own_x = from_x + i * Panels::kWidth;
-          if (layer == 0) look_up(tokens[first + i], p, own_x);
+          if (layer == 0)
+            panels_.look_up(table + tokens[first + i] * Cell::kGates * H, b_ih_ + at, p, own_x);
           apply_cell(layer, parity, first + i, p, own_x, from_h + i * Panels::kWidth);
         }
       });
-    }
-  }
-
-  // W_ih x + b_ih of a token
-  void look_up(int64_t token, int64_t panel, A* out) const {
-    const int64_t H = args_.H;
-    const S* row = static_cast<const S*>(args_.layer[0].w_ih) + token * Cell::kGates * H;
-    for (int j = 0; j < Panels::kVectors; ++j) {
-      const int64_t at = panels_.weight_row(panel, j, 0);
-      const int64_t left = H - panel * Panels::kUnits - (j % Panels::kUnitVectors) * kLanesA;
-      const V bias = load(b_ih_ + panel * Panels::kWidth + j * kLanesA);
-      store(out + j * kLanesA, at < 0 ? bias : load(row + at, left) + bias);
     }
   }
 

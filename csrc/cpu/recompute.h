@@ -72,8 +72,14 @@ class Recompute {
                          Panels::kWidth);
         panels_.multiply(static_cast<const S*>(args_.w_hh), w_hh, b_hh_ + at, P, p, b, n, from_h,
                          Panels::kWidth);
-        for (int i = 0; i < n; ++i)
-          apply_cell(rows[first + i], p, from_x + i * Panels::kWidth, from_h + i * Panels::kWidth);
+        for (int i = 0; i < n; ++i) {
+          const Row row = rows[first + i];
+          A* own_x = from_x + i * Panels::kWidth;
+          if (args_.tokens)
+            panels_.look_up(history_.token_row(static_cast<const S*>(args_.w_ih), row.step, row.b),
+                            b_ih_ + at, p, own_x);
+          apply_cell(row, p, own_x, from_h + i * Panels::kWidth);
+        }
       });
     }
   }
@@ -104,20 +110,14 @@ class Recompute {
   void apply_cell(Row row, int64_t panel, const A* from_x, const A* from_h) const {
     const int64_t H = args_.size.H;
     const S* h_before = history_.h_before(row.step, row.b);
-    const S* from_token =
-        args_.tokens ? history_.token_row(static_cast<const S*>(args_.w_ih), row.step, row.b)
-                     : nullptr;
-    const A* b_ih = b_ih_ + panel * Panels::kWidth;
     S* to = const_cast<S*>(gates(row.step, row.b));
     for (int v = 0; v < Panels::kUnitVectors; ++v) {
       const int64_t unit = panel * Panels::kUnits + v * kLanesA, left = H - unit;
       if (left <= 0) break;
       V px[Cell::kGates], ph[Cell::kGates], saved[Cell::kSaved + 1], h, c{};
       for (int g = 0; g < Cell::kGates; ++g) {
-        const int64_t at = (g * Panels::kUnitVectors + v) * kLanesA;
-        px[g] = from_token ? load(from_token + g * H + unit, left) + load(b_ih + at)
-                           : load(from_x + at);
-        ph[g] = load(from_h + at);
+        px[g] = load(from_x + (g * Panels::kUnitVectors + v) * kLanesA);
+        ph[g] = load(from_h + (g * Panels::kUnitVectors + v) * kLanesA);
       }
       if (Cell::kHasCell) c = load(history_.c_before(row.step, row.b) + unit, left);
       const V h_prev = args_.w_hr ? V{} : load(h_before + unit, left);  // the LSTM does without

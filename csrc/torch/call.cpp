@@ -4,7 +4,6 @@
 //
 // Only plain calls are taken: anything unusual (wrong shapes, other devices, tensor subclasses,
 // modes, autocast) is declined by returning None, for the general path to serve or refuse.
-#include <ATen/EmptyTensor.h>
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/record_function.h>
@@ -16,6 +15,7 @@
 #include <cstring>
 
 #include "torch/layer.h"
+#include "torch/memory.h"
 
 namespace rnnfast {
 namespace {
@@ -24,7 +24,7 @@ namespace py = pybind11;
 using at::Tensor;
 
 at::Tensor empty(at::IntArrayRef shape, const Tensor& like) {
-  return at::detail::empty_cpu(shape, like.scalar_type());
+  return new_on_cpu(shape, like.scalar_type());
 }
 
 Tensor zeros(at::IntArrayRef shape, const Tensor& like) {
@@ -136,7 +136,7 @@ LayerOutputs allocate(const Call& call, const LayerInputs& in, bool save) {
                     ? empty({0}, in.x)
                     : empty(in.shape(cell.saved * hidden), in.x);
   if (save && cell.has_cell)
-    out.cells = at::detail::empty_cpu(in.shape(hidden), compute_type(in.x.scalar_type()));
+    out.cells = new_on_cpu(in.shape(hidden), compute_type(in.x.scalar_type()));
   return out;
 }
 
@@ -246,7 +246,7 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
     std::vector<LayerBackward> layers;
     for (const auto& [_, reverse, grads, saved, wanted] : directions) {
       const auto allocate = [&](size_t i, at::ScalarType as) {
-        return wanted[i] ? at::detail::empty_cpu(saved[i].sizes(), as) : Tensor();
+        return wanted[i] ? new_on_cpu(saved[i].sizes(), as) : Tensor();
       };
       const auto parameters = compute_type(type);
       LayerBackward layer{

@@ -1,12 +1,12 @@
 // The CPU kernels behind the ops.
 #include <ATen/Parallel.h>
-#include <sys/mman.h>
 #include <unistd.h>
 
 #include <vector>
 
 #include "cpu/kernels.h"
 #include "torch/layer.h"
+#include "torch/memory.h"
 
 namespace rnnfast {
 
@@ -19,25 +19,6 @@ cpu::Machine this_machine() {
 }
 
 namespace {
-
-// Asks for huge pages in freshly allocated memory. Large buffers come from the kernel anew in every
-// call, and what it does for 4 KiB pages one by one can take as long as the forward itself.
-void prefer_huge_pages(const at::Tensor& t) {
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t kHugePage = 2 << 20, kLeast = 2 * kHugePage;
-  if (!t.defined() || t.nbytes() < kLeast) return;
-  const auto begin = reinterpret_cast<uintptr_t>(t.data_ptr());
-  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t last = (begin + t.nbytes()) / kHugePage * kHugePage;
-  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a hint: may be refused
-#endif
-}
-
-at::Tensor workspace(size_t bytes) {
-  at::Tensor memory = at::empty({int64_t(bytes)}, at::TensorOptions().dtype(at::kByte));
-  prefer_huge_pages(memory);
-  return memory;
-}
 
 Ragged arrange(const LayerInputs& in, const cpu::Plan& plan, cpu::Arrangement& memory) {
   if (!in.lengths.defined()) return {};
@@ -72,12 +53,11 @@ void CpuDevice::forward(const CellInfo& cell, std::span<LayerForward> layers, bo
     for (size_t i = 0; i < group.size(); ++i) {
       auto& [in, out] = group[i];
       if (!table.strided) in.x = in.x.contiguous();
-      for (const at::Tensor* result : {&out.y, &out.gates, &out.cells}) prefer_huge_pages(*result);
       cpu::ForwardJob& job = jobs[i];
       job.args = forward_args(in, out);
       job.plan = kernels.plan_forward(job.args.size, part, most_steps);
       job.args.ragged = arrange(in, job.plan, job.arrangement);
-      memory.push_back(workspace(kernels.forward_workspace(job.args, job.plan)));
+      memory.push_back(new_workspace(kernels.forward_workspace(job.args, job.plan)));
       job.workspace = memory.back().data_ptr();
       if (waiting && i > 0) job.upstream = &jobs[i - 1].progress;
     }
@@ -108,13 +88,11 @@ void CpuDevice::backward(const CellInfo& cell, std::span<LayerBackward> layers) 
         in.x = in.x.contiguous();
         if (grad_out.y.defined()) grad_out.y = grad_out.y.contiguous();
       }
-      for (const at::Tensor* result : {&grads.x, &grads.w_ih, &grads.w_hh})
-        prefer_huge_pages(*result);
       cpu::BackwardJob& job = jobs[i];
       job.args = backward_args(grad_out, in, out, grads);
       job.plan = kernels.plan_backward(job.args.size, part);
       job.args.ragged = arrange(in, job.plan, job.arrangement);
-      memory.push_back(workspace(kernels.backward_workspace(job.args, job.plan)));
+      memory.push_back(new_workspace(kernels.backward_workspace(job.args, job.plan)));
       job.workspace = memory.back().data_ptr();
     }
     kernels.backward(jobs);

@@ -3,6 +3,7 @@
 
 #include "cpu/kernels.h"
 #include "torch/layer.h"
+#include "torch/memory.h"
 
 namespace rnnfast {
 
@@ -55,7 +56,7 @@ class Generation {
     const int64_t many = 1000;  // steps, of which the plan should not think as few
     job_.plan = kernels_.plan_forward({many, B, H, H}, this_machine(), many);
     job_.samplers.resize(size_t(job_.plan.threads));
-    workspace_ = at::empty({int64_t(kernels_.generate_workspace(job_.args))}, at::kByte);
+    workspace_ = new_on_cpu({int64_t(kernels_.generate_workspace(job_.args))}, at::kByte);
     job_.workspace = workspace_.data_ptr();
     const py::gil_scoped_release release;
     kernels_.start_generating(job_);

@@ -3,6 +3,7 @@
 #include <string>
 
 #include "cells/all.h"
+#include "torch/memory.h"
 
 namespace rnnfast {
 namespace {
@@ -211,12 +212,12 @@ LayerOutputs allocate_outputs(const CellInfo& cell, const LayerInputs& in, bool 
   const auto options = in.h0.options();
   const auto compute = options.dtype(compute_type(in.dtype()));
   LayerOutputs out;
-  out.y = at::empty(in.shape(in.h0.size(-1)), options);
+  out.y = new_tensor(in.shape(in.h0.size(-1)), options);
   out.h_n = at::empty(in.h0.sizes(), options);
-  out.gates = save_gates ? at::empty(in.shape(cell.saved * H), options) : at::empty({0}, options);
+  out.gates = save_gates ? new_tensor(in.shape(cell.saved * H), options) : at::empty({0}, options);
   if (cell.has_cell) {
     out.c_n = at::empty({B, H}, options);
-    out.cells = save_cells ? at::empty(in.shape(H), compute) : at::empty({0}, compute);
+    out.cells = save_cells ? new_tensor(in.shape(H), compute) : at::empty({0}, compute);
   }
   return out;
 }
@@ -230,7 +231,7 @@ LayerGrads allocate_grads(const CellInfo& cell, const LayerInputs& in, at::Array
   size_t next = 0;
   const auto allocate = [&](const at::Tensor& like, const at::TensorOptions& opts) {
     const bool wanted = mask[next++] && like.defined();
-    return wanted ? at::empty(like.sizes(), opts) : at::Tensor();
+    return wanted ? new_tensor(like.sizes(), opts) : at::Tensor();
   };
   LayerGrads grads;
   grads.x = allocate(in.has_tokens() ? at::Tensor() : in.x, options);

@@ -3,6 +3,7 @@
 
 #include "cpu/kernels.h"
 #include "torch/layer.h"
+#include "torch/memory.h"
 
 namespace rnnfast {
 
@@ -101,6 +102,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("get_cpu_capability", &cpu::capability);
   m.def("set_cpu_capability", &cpu::set_capability, py::arg("name"));
   m.def("cell_kinds", &cell_kinds);
+  m.def("release_memory", &release_memory);
   m.def("run_layers", &run_layers);
   m.def("run_step", &run_step);
   m.def("set_python_backward", &set_python_backward);

@@ -1,0 +1,165 @@
+#include "torch/memory.h"
+
+#include <ATen/Context.h>
+#include <ATen/EmptyTensor.h>
+#include <c10/core/Allocator.h>
+#include <pthread.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <iterator>
+#include <map>
+#include <mutex>
+#include <unordered_map>
+
+namespace rnnfast {
+namespace {
+
+constexpr size_t kHugePage = 2 << 20;
+constexpr size_t kLeast = 64 << 10;  // smaller tensors are malloc's
+constexpr size_t kMostIdle = 256 << 20;
+constexpr size_t kPage = 4096, kLine = 64;
+
+// Blocks in use and idle ones. An idle block serves again where it is not much too large. Where
+// none does, as many bytes of idle blocks go back to the system as the new one takes, so that the
+// pool does not grow beyond what has been in use at one time.
+class Pool {
+ public:
+  void* take(size_t bytes, bool for_short) {
+    const size_t granule = bytes < kHugePage ? kLeast : kHugePage;
+    const size_t size = (bytes + granule - 1) / granule * granule;
+    const std::lock_guard lock(mutex_);
+    auto fit = idle_.lower_bound(size);
+    if (fit != idle_.end() && !for_short && fit->first > size + size / 4) fit = idle_.end();
+    if (fit != idle_.end()) {
+      const Block block = fit->second;
+      idle_bytes_ -= fit->first;
+      idle_.erase(fit);
+      return use(block, bytes);
+    }
+    release_idle(size);
+    Block block{std::aligned_alloc(granule, size), size};
+    if (!block.base && release_idle(idle_bytes_)) block.base = std::aligned_alloc(granule, size);
+    TORCH_CHECK_WITH(OutOfMemoryError, block.base, "rnnfast: could not allocate ", size, " bytes");
+#ifdef MADV_HUGEPAGE
+    if (granule == kHugePage) madvise(block.base, size, MADV_HUGEPAGE);  // a hint: may be refused
+#endif
+    return use(block, bytes);
+  }
+
+  void give_back(void* data) {
+    const std::lock_guard lock(mutex_);
+    const auto used = in_use_.find(data);
+    idle_.emplace(used->second.size, used->second);
+    idle_bytes_ += used->second.size;
+    in_use_.erase(used);
+    if (idle_bytes_ > kMostIdle) release_idle(idle_bytes_ - kMostIdle);
+  }
+
+  size_t release() {
+    const std::lock_guard lock(mutex_);
+    return release_idle(idle_bytes_);
+  }
+
+  std::mutex& mutex() { return mutex_; }
+
+ private:
+  struct Block {
+    void* base;
+    size_t size;
+  };
+
+  // Data begin at different lines of a page where the block has room, else those of all tensors
+  // would compete for the same sets of L1.
+  void* use(const Block& block, size_t bytes) {
+    lines_ += 5;
+    const size_t room = (block.size - bytes) / kLine * kLine;
+    void* data = static_cast<char*>(block.base) + std::min(room, lines_ * kLine % kPage);
+    in_use_.emplace(data, block);
+    return data;
+  }
+
+  // the largest blocks, until there were so many bytes
+  size_t release_idle(size_t bytes) {
+    size_t released = 0;
+    while (released < bytes && !idle_.empty()) {
+      const auto largest = std::prev(idle_.end());
+      released += largest->first;
+      std::free(largest->second.base);
+      idle_.erase(largest);
+    }
+    idle_bytes_ -= released;
+    return released;
+  }
+
+  std::mutex mutex_;
+  std::multimap<size_t, Block> idle_;  // by size
+  std::unordered_map<void*, Block> in_use_;  // by where data begin
+  size_t idle_bytes_ = 0, lines_ = 0;
+};
+
+// Outlives every tensor, and is whole in a process that was forked off.
+Pool& pool() {
+  static Pool& one = [] -> Pool& {
+    pthread_atfork([] { pool().mutex().lock(); }, [] { pool().mutex().unlock(); },
+                   [] { pool().mutex().unlock(); });
+    return *new Pool();
+  }();
+  return one;
+}
+
+template <bool kForShort>
+class PoolAllocator final : public c10::Allocator {
+ public:
+  c10::DataPtr allocate(size_t bytes) override {
+    void* block = pool().take(std::max<size_t>(bytes, 1), kForShort);
+    c10::reportMemoryUsageToProfiler(block, int64_t(bytes), 0, 0, c10::Device(c10::kCPU));
+    return {block, block, &give_back, c10::Device(c10::kCPU)};
+  }
+  c10::DeleterFnPtr raw_deleter() const override { return &give_back; }
+  void copy_data(void* to, const void* from, size_t bytes) const override {
+    default_copy_data(to, from, bytes);
+  }
+
+ private:
+  static void give_back(void* block) { pool().give_back(block); }
+};
+
+template <bool kForShort>
+at::Tensor pooled(at::IntArrayRef shape, at::ScalarType type) {
+  static auto& allocator = *new PoolAllocator<kForShort>();
+  at::Tensor result = at::detail::empty_generic(
+      shape, &allocator, c10::DispatchKeySet(c10::DispatchKey::CPU), type, std::nullopt);
+  const at::Context& context = at::globalContext();
+  if (context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory())
+    at::isFloatingType(type) ? result.fill_(NAN) : result.fill_(255);
+  return result;
+}
+
+bool is_large(at::IntArrayRef shape, at::ScalarType type) {
+  return at::detail::computeStorageNbytesContiguous(shape, c10::elementSize(type)) >= kLeast;
+}
+
+}  // namespace
+
+at::Tensor new_on_cpu(at::IntArrayRef shape, at::ScalarType type) {
+  return is_large(shape, type) ? pooled<false>(shape, type) : at::detail::empty_cpu(shape, type);
+}
+
+at::Tensor new_tensor(at::IntArrayRef shape, const at::TensorOptions& options) {
+  const auto type = c10::typeMetaToScalarType(options.dtype());
+  return options.device().is_cpu() && is_large(shape, type) ? pooled<false>(shape, type)
+                                                            : at::empty(shape, options);
+}
+
+at::Tensor new_workspace(size_t bytes) {
+  const int64_t count = int64_t(bytes);
+  return bytes >= kLeast ? pooled<true>({count}, at::kByte)
+                         : at::empty({count}, at::TensorOptions().dtype(at::kByte));
+}
+
+size_t release_memory() { return pool().release(); }
+
+}  // namespace rnnfast
