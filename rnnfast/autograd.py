@@ -293,7 +293,7 @@ def _register_fakes(cell: Cell) -> None:
             tensors, mask = (*tensors, *(w_hr or (None,))), (*mask, False)[: inputs + 1]
         return tuple(
             tensor.new_empty(tensor.shape)
-            if needed and tensor is not None
+            if needed and tensor is not None and tensor.is_floating_point()
             else tensors[1].new_empty((0,))
             for tensor, needed in zip(tensors, mask, strict=True)
         )

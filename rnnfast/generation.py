@@ -10,6 +10,7 @@ Sizes: B batch, V vocabulary, N tokens sampled.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -19,6 +20,10 @@ from torch import Tensor, nn
 
 from . import backend as _backend
 from .modules import _CELL_OF_MODE, _Layers
+from .tokens import has_hooks, is_plain
+
+# For so many tokens of the vocabulary a fused run is set up in the time of a step of the loop.
+_SETTING_UP = 512
 
 
 class Sampling(NamedTuple):
@@ -49,14 +54,18 @@ class Sampling(NamedTuple):
 
         Raises:
             ValueError: One is out of range, or ``greedy`` is asked for together with another.
+            TypeError: ``top_k`` is no integer.
         """
         if not 0 < temperature < float("inf"):
             raise ValueError(
-                f"temperature must be greater than zero, got {temperature}; to always take the "
-                f"likeliest token, ask for greedy"
+                f"temperature must be greater than zero and finite, got {temperature}; to always "
+                f"take the likeliest token, ask for greedy"
             )
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k must be at least 1, got {top_k}")
+        if top_k is not None:
+            top_k = operator.index(top_k)
+            if top_k < 1:
+                raise ValueError(f"top_k must be at least 1, got {top_k}")
+            top_k = min(top_k, 2**31)  # no vocabulary is larger
         if top_p is not None and not 0 < top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
         if greedy:
@@ -132,7 +141,8 @@ def continue_tokens(
     states = _read_prompts(layers, embedding, prompts)
     latest = torch.stack([prompt[-1] for prompt in prompts])
     run: _Loop | _Fused
-    if isinstance(layers, _Layers) and _fuses(layers, head, embedding):
+    few = sum(chunks) * len(prompts) * _SETTING_UP < head.out_features
+    if isinstance(layers, _Layers) and not few and _fuses(layers, head, embedding):
         run = _Fused(layers, head, embedding, states, sampling)
     else:
         run = _Loop(layers, head, embedding, states, sampling)
@@ -159,7 +169,7 @@ def _read_prompts(
         tokens = torch.stack([prompts[row][:-1] for row in rows])
         _, after = _step(layers, embedding, tokens, tuple(state[:, rows] for state in states))
         for state, part in zip(states, after, strict=True):
-            state[:, rows] = part
+            state[:, rows] = part.to(state.dtype)  # autocast may have changed it
     return states
 
 
@@ -223,10 +233,7 @@ class _Fused:
         ).run
 
     def __call__(self, latest: Tensor, uniforms: Tensor) -> Tensor:
-        try:
-            tokens: Tensor = self.run(latest, uniforms.cpu())
-        except RuntimeError as error:
-            raise ValueError(str(error).splitlines()[0]) from None
+        tokens: Tensor = self.run(latest, uniforms.cpu())
         return tokens.t()
 
 
@@ -239,5 +246,6 @@ def _fuses(layers: _Layers, head: nn.Linear, embedding: nn.Embedding | None) -> 
         and _backend.EXTENSION.get_cpu_capability() in _backend.EXTENSION.cpu_capabilities()
         and not torch.is_autocast_enabled("cpu")
         and type(head) is nn.Linear
-        and (embedding is None or (type(embedding) is nn.Embedding and embedding.max_norm is None))
+        and not (has_hooks(head) or has_hooks(layers))
+        and (embedding is None or is_plain(embedding))
     )

@@ -121,7 +121,7 @@ class _Layers(_Backed, nn.RNNBase):
             return_cells: Whether to return the c of every step, too; only LSTM has them.
             embedding: If not None, what ``input`` are tokens of: the same as ``embedding(input)``
                 in place of ``input``, but W_ih is multiplied with each vector once, however often
-                its token occurs. Forward hooks of ``embedding`` may not run.
+                its token occurs.
 
         Returns:
             output (T, B, D*H), arranged like ``input``, and the final state, shaped like ``hx``;
@@ -322,7 +322,8 @@ class RNN(_Layers):
             memory for more time. The fused kernels on the CPU do; elsewhere it changes nothing.
         tokens: Whether inputs are integers (T, B) from 0 to I - 1, each standing for a one-hot
             vector, which is not written out. ``weight_ih_l0`` has its usual shape but lies column
-            by column in memory.
+            by column in memory: what asks for contiguous parameters (safetensors,
+            ``parameters_to_vector``, ``torch.optim.LBFGS``) needs a ``contiguous()`` copy of it.
         backend: None, or the backend to force; see `rnnfast.backend`.
 
     Raises:

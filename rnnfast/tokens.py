@@ -56,6 +56,13 @@ def one_hot_input(
     """
     if _runs_here(weights[0], requested):
         return _with_tables(tokens, [weights[i].t() for i in _first(options)], weights, options)
+    if tokens.numel() and not (torch.compiler.is_compiling() or _backend.transforms_active()):
+        low, high = (int(limit) for limit in tokens.aminmax())
+        if low < 0 or high >= weights[0].shape[1]:
+            raise IndexError(
+                f"index out of range: expected tokens from 0 to {weights[0].shape[1] - 1}, got "
+                f"{low if low < 0 else high}"
+            )
     return F.one_hot(tokens, weights[0].shape[1]).to(weights[0].dtype), list(weights)
 
 
@@ -67,14 +74,15 @@ def embedded_input(
     requested: str | None,
 ) -> tuple[Tensor, list[Tensor]]:
     """As `one_hot_input`, where the first layer reads the rows of an embedding (V, I)."""
-    weight = embedding.weight
-    count = tokens.numel()
-    plain = embedding.max_norm is None and not embedding.scale_grad_by_freq and not embedding.sparse
-    if not plain or count < _LEAST_TOKENS or not _runs_here(weights[0], requested):
+    # export may leave sizes open, so it has to be asked for before they are
+    if not is_plain(embedding) or not _runs_here(weights[0], requested):
+        return embedding(tokens), list(weights)
+    weight, count = embedding.weight, tokens.numel()
+    if count < _LEAST_TOKENS:
         return embedding(tokens), list(weights)
     if weight.shape[0] <= count // 2:
         rows = torch.arange(weight.shape[0], device=weight.device)
-    elif torch.compiler.is_compiling() or not _repeats(tokens):  # the former asks for known sizes
+    elif _hides_values() or not _repeats(tokens):
         return embedding(tokens), list(weights)
     else:
         rows, numbers = torch.unique(tokens, return_inverse=True)
@@ -84,6 +92,37 @@ def embedded_input(
     vectors = F.embedding(rows, weight, embedding.padding_idx)
     tables = [F.linear(vectors, weights[i]) for i in _first(options)]
     return _with_tables(tokens, tables, weights, options)
+
+
+def is_plain(embedding: nn.Embedding) -> bool:
+    """Whether a call of the embedding is nothing but a look into its weight."""
+    return (
+        getattr(type(embedding), "forward", None) is nn.Embedding.forward
+        and "forward" not in vars(embedding)
+        and not has_hooks(embedding)
+        and embedding.max_norm is None
+        and not embedding.scale_grad_by_freq
+        and not embedding.sparse
+    )
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of the module runs more than its ``forward``."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def _hides_values() -> bool:
+    """Whether how many tokens there are must not depend on which they are."""
+    return (
+        torch.compiler.is_compiling()
+        or _backend.transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
 
 
 def _repeats(tokens: Tensor) -> bool:

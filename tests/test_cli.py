@@ -357,10 +357,10 @@ def test_generate_refuses_damaged_files(folder, content, capsys):
 @pytest.mark.parametrize(
     ("description", "words"),
     [
-        (None, "was not written by rnnfast"),
+        (None, "holds no model of rnnfast train"),
         ("{", "Expecting property name"),
         ("[]", "does not hold a whole CharLSTM"),
-        ("{}", "vocabulary"),
+        ("{}", "config"),
         (f'{{"vocabulary": {AB}, "config": {{}}}}', "missing"),
         (
             f'{{"vocabulary": {AB}, "config": {{"vocab_size": 3, "hidden_size": 8}}}}',
@@ -503,3 +503,54 @@ def test_an_interruption_ends_without_a_traceback(monkeypatch, capsys):
     monkeypatch.setattr("rnnfast.cli.doctor.run", interrupt)
     assert main(["doctor"]) == 130
     assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "--hidden", 10**8], "too large|memory"),
+        (["train", "--hidden", 10**20], "1 or more"),
+        (["train", "--layers", 10**20], "from 1 to 1000"),
+        (["train", "--seed", 10**20], "from 0 to"),
+        (["train", "--device", "meta"], "expected cpu or cuda"),
+        (["translate", "--hidden", 10**8], "too large|memory"),
+        (["translate", "--lr", 1e300], "lower learning rate"),
+        (["generate", "--prompt", "a", "--top-k", 10**30], "1 or more"),
+    ],
+    ids=str,
+)
+def test_absurd_numbers(arguments, words, text_file, tmp_path, capsys):
+    if arguments[0] == "train":
+        arguments = [arguments[0], "--text", text_file, *SMALL, *arguments[1:]]
+    if arguments[0] != "generate":
+        arguments = [*arguments, "--out", tmp_path]
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    assert stop.value.code == 2
+    assert re.search(words, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("command", ["train", "translate"])
+def test_outputs_that_cannot_be_written_are_found_at_once(command, text_file, tmp_path, capsys):
+    (tmp_path / checkpoint.FILE_NAME).mkdir()
+    arguments = [command, "--out", tmp_path]
+    arguments += ["--text", text_file, *SMALL] if command == "train" else []
+    assert "is a folder" in refusal(arguments, capsys)
+
+
+def test_weights_of_several_dtypes_are_refused(folder, capsys):
+    path = folder / checkpoint.FILE_NAME
+    model = checkpoint.load(path)
+    model.lstm.half()
+    checkpoint.save(model, path)
+    arguments = ["generate", "--model", path, "--prompt", "the"]
+    assert "several dtypes" in refusal(arguments, capsys)
+
+
+def test_layers_that_are_not_there_are_refused(folder, capsys):
+    path = folder / checkpoint.FILE_NAME
+    model = checkpoint.load(path)
+    model.config = model.config._replace(num_layers=10**9)
+    checkpoint.save(model, path)
+    arguments = ["generate", "--model", path, "--prompt", "the"]
+    assert "has 1 layers, but 1000000000 are announced" in refusal(arguments, capsys)

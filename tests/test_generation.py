@@ -1,6 +1,7 @@
 """Sampling: the choice of a token, the fused run, and CharLSTM.generate."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import rnnfast
-from rnnfast import backend
+from rnnfast import backend, generation
 from rnnfast.generation import Sampling, continue_tokens, sample
 from rnnfast.models import CharLSTM
 from rnnfast.text import CharVocabulary, TextError
@@ -22,6 +23,7 @@ CHOICES = {
     "top p": Sampling(0.9, 0, 0.7),
     "both": Sampling(1.3, 6, 0.8),
 }
+FIFTH = torch.tensor(4)
 choices = pytest.mark.parametrize("choice", CHOICES.values(), ids=CHOICES.keys())
 
 
@@ -234,6 +236,37 @@ def test_the_fused_run_is_one_call(monkeypatch):
     assert torch.equal(model.run(prompt, Sampling(), [30]), expected)
 
 
+def test_hooks_are_obeyed():
+    model = Model("LSTM", 20, 16, dtype=torch.float32)
+    model.head.register_forward_hook(lambda module, arguments, y: y.index_fill(1, FIFTH, 1e4))
+    assert (model.run([torch.tensor([1])], Sampling(), [9]) == FIFTH).all()
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_large_vocabulary_and_few_tokens(ours, monkeypatch):
+    """Where setting up a fused run takes longer than the loop, there is none."""
+    monkeypatch.setattr(generation, "_SETTING_UP", 1 if ours else 10**6)
+    model = Model("GRU", 600, 16, dtype=torch.float64)
+    prompts = [torch.tensor([1, 5]), torch.tensor([2])]
+    expected = model.plain_loop(prompts, Sampling(), 7)
+    assert torch.equal(model.run(prompts, Sampling(), [7]), expected)
+
+
+def test_threads_of_one_run_take_turns():
+    model = Model("GRU", 20, 16, dtype=torch.float32)
+    weights = list(model.layers._flat_weights)
+    weights[0] = (model.embedding.weight @ model.layers.weight_ih_l0.t()).detach()
+    states = [torch.zeros(1, 2, 16)]
+    head = model.head
+    run = backend.EXTENSION.Generation(
+        backend.CELL_KINDS["gru"], weights, True, states, head.weight, head.bias, 1.0, 0, 1.0
+    ).run
+    uniforms = torch.rand(30, 2, dtype=torch.float64)
+    with ThreadPoolExecutor(4) as threads:
+        each = [threads.submit(run, torch.zeros(2, dtype=torch.int64), uniforms) for _ in range(40)]
+    assert all(0 <= found.result().min() <= found.result().max() < 20 for found in each)
+
+
 @pytest.mark.parametrize("backend", ["fused", "reference"])
 def test_a_run_refuses_scores_that_are_not_finite(backend):
     model = Model("GRU", 20, 16, dtype=torch.float32, backend=backend)
@@ -340,7 +373,8 @@ def test_stop(at, size):
 def test_a_stop_that_does_not_come_or_only_begins_to():
     model = small()
     whole = model.generate("the", 50, seed=4)
-    for stop in ("\0", whole[-3:] + "\0"):
+    for stop in ("mmmmm", whole[-3:] + "mmmmm"):
+        assert stop not in whole
         pieces = []
         assert model.generate("the", 50, seed=4, stop=stop, callback=pieces.append) == whole
         assert "".join(pieces) == whole
@@ -367,6 +401,20 @@ def test_the_mode_is_restored_and_nothing_is_dropped(training):
     with pytest.raises(KeyError):
         model.generate("the", 20, callback=fail)
     assert model.training is model.lstm.training is training
+
+
+def test_parts_keep_their_own_mode():
+    model = small(dropout=0.5)
+    model.embedding.eval()
+    model.generate("the", 3)
+    assert model.training
+    assert not model.embedding.training
+
+
+def test_autocast():
+    model = small()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert len(model.generate(["the cat", "o"], 9, seed=1)[0]) == 9
 
 
 def test_generated_tokens_can_be_trained_on():
@@ -399,7 +447,7 @@ def test_tied_weights():
         (torch.zeros(1, 1, 1, dtype=torch.int64), 1, {}, "shape"),
         (torch.tensor(3), 1, {}, "shape"),
         ("the", -1, {}, "length must not be negative"),
-        ("the", 1, {"temperature": 0.0}, "greater than zero, got 0.0; .*greedy"),
+        ("the", 1, {"temperature": 0.0}, "greater than zero and finite, got 0.0; .*greedy"),
         ("the", 1, {"temperature": -0.1}, "greater than zero"),
         ("the", 1, {"temperature": math.nan}, "greater than zero"),
         ("the", 1, {"temperature": math.inf}, "greater than zero"),
@@ -410,13 +458,26 @@ def test_tied_weights():
         ("the", 1, {"seed": 1, "generator": torch.Generator()}, "expected one of them"),
         ("the", 1, {"stop": ""}, "at least one character"),
         (torch.tensor([1]), 1, {"stop": "a"}, "stop must be a text"),
+        ("the", 1, {"stop": "A"}, "lacks 'A'"),
         ("THE", 1, {}, "lacks 'E', 'H', 'T'"),
     ],
 )
 def test_refusals(prompt, length, options, words):
     with pytest.raises(ValueError, match=words) as refusal:
         small().generate(prompt, length, **options)
-    assert isinstance(refusal.value, TextError) is (prompt == "THE")
+    assert isinstance(refusal.value, TextError) is ("lacks" in words)
+
+
+def test_numbers_that_are_no_integers():
+    with pytest.raises(TypeError):
+        small().generate("the", 1, top_k=2.5)
+    with pytest.raises(TypeError, match=r"integers, got torch\.float32"):
+        small().generate(torch.tensor([1.0]), 1)
+    model, tokens = small(), torch.tensor([1, 2])
+    assert torch.equal(
+        model.generate(tokens.int(), 5, greedy=True), model.generate(tokens, 5, greedy=True)
+    )
+    small().generate("the", 1, top_k=10**30)
 
 
 @pytest.mark.parametrize("backend", ["fused", "reference"])

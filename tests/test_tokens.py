@@ -162,6 +162,40 @@ def test_embeddings_of_other_kinds(options, many):
     )
 
 
+class Tripled(nn.Embedding):
+    def forward(self, tokens):
+        return 3 * super().forward(tokens)
+
+
+def hooked(embedding):
+    embedding.register_forward_hook(lambda module, arguments, y: y.cos())
+    return embedding
+
+
+def normalised(embedding):
+    return nn.utils.parametrizations.weight_norm(embedding)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda *sizes, **options: Tripled(*sizes, **options),
+        lambda *sizes, **options: hooked(nn.Embedding(*sizes, **options)),
+        lambda *sizes, **options: normalised(nn.Embedding(*sizes, **options)),
+        lambda *sizes, **options: nn.utils.spectral_norm(nn.Embedding(*sizes, **options)).eval(),
+    ],
+    ids=["subclass", "hook", "parametrization", "pre-hook"],
+)
+def test_embeddings_that_do_more(build, many):
+    module, embedding = layer("GRU", I), build(5, I, dtype=torch.float64)
+    tokens = drawn(module, 5)
+    parameters = [*module.parameters(), *embedding.parameters()]
+    assert_same(
+        outcome(module(tokens, embedding=embedding), parameters),
+        outcome(module(embedding(tokens)), parameters),
+    )
+
+
 @kinds
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_dtypes(kind, dtype, many):
@@ -315,6 +349,29 @@ def test_autocast(many):
     torch.testing.assert_close(y, z, rtol=0.05, atol=0.02)
 
 
+@pytest.mark.parametrize("steps", [5, 300])
+def test_export_with_open_sizes(steps):
+    model = _Embedded(layer("LSTM", I)).eval()
+    sizes = ({0: torch.export.Dim("time", min=2), 1: torch.export.Dim("batch", min=2)},)
+    with torch.no_grad():
+        tokens = torch.randint(V, (steps, 3))
+        program = torch.export.export(model, (tokens,), dynamic_shapes=sizes)
+        for shape in ((4, 2), (400, 7)):
+            tokens = torch.randint(V, shape)
+            torch.testing.assert_close(program.module()(tokens), model(tokens))
+
+
+def test_vmap_over_tokens(many):
+    module, embedding = embedded("LSTM", 5000)
+    tokens = torch.randint(20, (3, T, B))
+
+    def run(tokens):
+        return module(tokens, embedding=embedding)[0]
+
+    expected = torch.stack([run(each) for each in tokens])
+    torch.testing.assert_close(torch.vmap(run)(tokens), expected)
+
+
 def test_fx():
     graph = torch.fx.symbolic_trace(_Embedded(layer("LSTM", I)))
     tokens = torch.randint(V, (T, B))
@@ -351,7 +408,7 @@ def test_initial_values_are_torch_nns():
         assert torch.equal(getattr(ours, name), weight), name
 
 
-@pytest.mark.parametrize("backend", ["fused", "reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("token", [-1, V])
 @pytest.mark.parametrize("form", ["tokens", "all occur", "few occur"])
 def test_out_of_range(backend, token, form, many):

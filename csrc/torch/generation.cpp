@@ -1,6 +1,8 @@
 // Sampling from a language model without a return to Python for each token: rnnfast._C.Generation.
 #include <torch/extension.h>
 
+#include <mutex>
+
 #include "cpu/kernels.h"
 #include "torch/layer.h"
 #include "torch/memory.h"
@@ -69,6 +71,9 @@ class Generation {
                     uniforms.scalar_type() == at::kDouble && uniforms.device().is_cpu(),
                 "expected uniforms of shape (N, ", B, "), float64 and on the CPU, got ",
                 uniforms.sizes(), " of ", uniforms.scalar_type());
+    const py::gil_scoped_release release;
+    const std::lock_guard lock(mutex_);
+    TORCH_CHECK_VALUE(!failed_, "the model's scores were not finite");
     TORCH_CHECK(tokens.sizes() == at::IntArrayRef({B}) && tokens.scalar_type() == at::kLong &&
                     tokens.device().is_cpu(),
                 "expected tokens of shape (", B, "), int64 and on the CPU, got ", tokens.sizes(),
@@ -81,20 +86,19 @@ class Generation {
     job_.steps.count = uniforms.size(0);
     job_.steps.uniforms = numbers.const_data_ptr<double>();
     job_.steps.tokens = all.data_ptr<int64_t>();
-    {
-      const py::gil_scoped_release release;
-      kernels_.generate(job_);
-    }
+    kernels_.generate(job_);
     job_.steps.done += job_.steps.count;
     const Tensor result = all.slice(0, 1);
     for (int64_t i = B; i < all.numel(); ++i)
-      TORCH_CHECK(all.data_ptr<int64_t>()[i] >= 0, "the model's scores are not finite");
+      failed_ = failed_ || all.data_ptr<int64_t>()[i] < 0;
+    TORCH_CHECK_VALUE(!failed_, "the model's scores are not finite");
     return result;
   }
 
  private:
   static const cpu::Kernels& kernels(int kind, const Tensor& like) {
     const cpu::KernelTable& table = cpu::kernel_table();
+    TORCH_CHECK(0 <= kind && kind < kCells, "rnnfast: there is no cell ", kind);
     TORCH_CHECK(table.complete, "rnnfast: there are no kernels here that generate");
     return table.kernels[int(cell_info(CellKind(kind)).kind)][int(dtype_of(like))];
   }
@@ -113,12 +117,14 @@ class Generation {
   std::vector<cpu::GenerateArgs::Layer> layers_;
   Tensor workspace_;
   cpu::GenerateJob job_;
+  std::mutex mutex_;  // of the job, from the first run on
+  bool failed_ = false;
 };
 
 // scores (B, V) and uniforms (B) -> tokens (B), as `Generation` samples them
 Tensor sample(const Tensor& scores, const Tensor& uniforms, double temperature, int64_t top_k,
               double top_p) {
-  TORCH_CHECK(scores.dim() == 2 && scores.size(1) > 0 && uniforms.numel() == scores.size(0),
+  TORCH_CHECK(scores.device().is_cpu() && scores.dim() == 2 && scores.size(1) > 0 && uniforms.numel() == scores.size(0),
               "expected scores (B, V) and uniforms (B), got ", scores.sizes(), " and ",
               uniforms.sizes());
   const Tensor from = scores.to(at::kDouble).contiguous(),
@@ -129,7 +135,7 @@ Tensor sample(const Tensor& scores, const Tensor& uniforms, double temperature, 
     const int64_t token = sampler(cpu::Sampling{temperature, top_k, top_p},
                                   from.const_data_ptr<double>() + b * scores.size(1),
                                   scores.size(1), numbers.const_data_ptr<double>()[b]);
-    TORCH_CHECK(token >= 0, "the model's scores are not finite");
+    TORCH_CHECK_VALUE(token >= 0, "the model's scores are not finite");
     tokens.data_ptr<int64_t>()[b] = token;
   }
   return tokens;

@@ -68,7 +68,9 @@ def number(
     return parse
 
 
-count = number(int, "of 1 or more, without fraction", lambda value: value >= 1)
+count = number(int, "of 1 or more, without fraction", lambda value: 1 <= value < 2**31)
+layers = number(int, "from 1 to 1000, without fraction", lambda value: 1 <= value <= 1000)
+seed = number(int, "from 0 to 2**63 - 1, without fraction", lambda value: 0 <= value < 2**63)
 positive = number(float, "above zero", lambda value: 0 < value < float("inf"))
 
 
@@ -82,7 +84,10 @@ def prompt(text: str) -> str:
 def device(text: str) -> torch.device:
     """An argument type: a device that this machine and this torch have."""
     try:
-        return torch.empty(0, device=text).device
+        found = torch.empty(0, device=text).device
+        if found.type not in ("cpu", "cuda"):
+            raise RuntimeError(f"expected cpu or cuda, got {found.type}")
+        return found
     except (AssertionError, NotImplementedError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise argparse.ArgumentTypeError(f"device {text!r} cannot be used: {reason}") from None

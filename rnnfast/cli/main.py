@@ -13,6 +13,11 @@ import torch
 from rnnfast import backend
 from rnnfast.cli.parsers import build_parser
 
+# of what torch says to sizes beyond memory, or beyond its integers
+_TOO_LARGE = (
+    *("allocate memory", "not enough memory", "out of memory", "could not allocate"),
+    *("overflow", "Overflow", "too large"),
+)
 _EXTRAS = ("matplotlib", "safetensors", "tqdm")
 
 
@@ -45,6 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.name not in _EXTRAS:
             raise
         parser.error(f"this command needs {error.name}: pip install 'rnnfast[cli]'")
-    except (ArithmeticError, OSError, ValueError) as error:
-        parser.error(str(error))
+    except (ArithmeticError, MemoryError, OSError, ValueError) as error:
+        parser.error(str(error) or "not enough memory")
+    except RuntimeError as error:
+        if not any(words in str(error) for words in _TOO_LARGE):
+            raise
+        parser.error(f"too large for this machine: {str(error).splitlines()[0]}")
     return 0

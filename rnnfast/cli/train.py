@@ -6,7 +6,6 @@ import argparse
 import hashlib
 import signal
 import sys
-import tempfile
 import time
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from rnnfast.cli.output import prepare_folder
 from rnnfast.cli.speed import compare_speed
 from rnnfast.models import CharLSTM, checkpoint, run_state
 from rnnfast.models.processes import Processes, join
@@ -77,9 +77,8 @@ def _read(options: argparse.Namespace) -> _Data:
     vocabulary.encode(options.prompt or "")
     if options.tensorboard:
         summary_writer_class()
-    options.out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=options.out):
-        pass  # the folder can be written to
+    names = (checkpoint.FILE_NAME, LOG_NAME, PLOT_NAME, run_state.FILE_NAME)
+    prepare_folder(options.out, *names)
     return _Data(text, vocabulary, tokens, held_out)
 
 
@@ -127,6 +126,8 @@ def _train(run: Run, options: argparse.Namespace, data: _Data) -> float:
     )
     if state is None:
         run_state.save(run, settings, state_path)  # first, for the log has no step any more
+        if run.processes.is_first:
+            (options.out / checkpoint.FILE_NAME).unlink(missing_ok=True)  # of another training
     else:
         run_state.restore(run, state)
     if not run.processes.is_first:

@@ -9,6 +9,7 @@ import time
 import torch
 from tqdm import tqdm
 
+from rnnfast.cli.output import prepare_folder
 from rnnfast.models.checkpoint import FILE_NAME
 from rnnfast.models.translation import (
     Pair,
@@ -51,7 +52,7 @@ def _train(options: argparse.Namespace) -> None:
     """Train on pairs, judge the result by others, show some, and write it down."""
     start = time.monotonic()
     pairs, held_out = _read(options)
-    options.out.mkdir(parents=True, exist_ok=True)
+    prepare_folder(options.out, FILE_NAME)
     torch.manual_seed(options.seed)
     translator = Translator.for_pairs(
         [*pairs, *held_out],

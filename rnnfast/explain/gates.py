@@ -91,7 +91,7 @@ def _look_up(layer: Layers, tokens: Tensor | PackedSequence, embedding: nn.Embed
     tokens = tokens.long().clamp(0, count - 1)  # anything may be beyond the end of a sequence
     if embedding is None:
         return F.one_hot(tokens, count).to(next(layer.parameters()).dtype)
-    return F.embedding(tokens, embedding.weight)
+    return embedding(tokens)
 
 
 def _cell_of(layer: Layers | Cells) -> Cell:

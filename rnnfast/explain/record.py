@@ -58,6 +58,9 @@ class GateRecord(Mapping[str, Activations]):
                 f"calls({key!r}) has them one by one"
             ) from error
 
+    def __contains__(self, key: object) -> bool:
+        return key in self._calls
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._calls)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from rnnfast import tokens
 from rnnfast.generation import Sampling, continue_tokens
 from rnnfast.modules import LSTM
 
@@ -174,7 +175,8 @@ class CharLSTM(nn.Module):
             `stop`, fewer; a list of such; or int64 tokens (length,) or (B, length).
 
         Raises:
-            TextError: the prompt has characters that the vocabulary lacks.
+            TextError: prompt or stop have characters that the vocabulary lacks.
+            TypeError: the prompt's tokens, or `top_k`, are no integers.
             IndexError: the prompt has tokens that the vocabulary lacks.
             ValueError: an empty prompt, a wrong rank, a negative length, an argument of the choice
                 out of range, text for a model without a vocabulary, a stop for tokens or an empty
@@ -190,12 +192,14 @@ class CharLSTM(nn.Module):
         prompts = self._prompts(prompt)
         if stop is not None and (isinstance(prompt, Tensor) or not stop):
             raise ValueError("stop must be a text of at least one character, and so the prompt")
+        if stop is not None and self.vocabulary is not None:
+            self.vocabulary.encode(stop)  # else it could not come
         pieces = self._continue(prompts, length, sampling, generator, bool(callback or stop))
         if isinstance(prompt, Tensor):
             shape = prompt.shape[:-1]
             found = [prompts[0].new_empty(*shape, 0)]
-            for tokens in pieces:
-                found.append(tokens.reshape(*shape, tokens.shape[1]))
+            for piece in pieces:
+                found.append(piece.reshape(*shape, piece.shape[1]))
                 if callback is not None:
                     callback(found[-1])
             return torch.cat(found, -1)
@@ -208,8 +212,8 @@ class CharLSTM(nn.Module):
     def _grow(self, texts: list[_Text], pieces: Iterator[Tensor]) -> Iterator[list[str]]:
         """Adds to the texts until all have stopped; yields what has become certain of each."""
         assert self.vocabulary is not None
-        for tokens in pieces:
-            new = [self.vocabulary.decode(row) for row in tokens]
+        for rows in pieces:
+            new = [self.vocabulary.decode(row) for row in rows]
             yield [text.add(piece) for text, piece in zip(texts, new, strict=True)]
             if all(text.stopped for text in texts):
                 break
@@ -225,7 +229,7 @@ class CharLSTM(nn.Module):
                 raise ValueError(
                     f"prompt must have shape (time,) or (batch, time), got {tuple(prompt.shape)}"
                 )
-            prompts = list(torch.atleast_2d(prompt).to(device))
+            prompts = list(tokens.check(torch.atleast_2d(prompt).to(device), None))
         elif self.vocabulary is None:
             raise ValueError(
                 "a model without a vocabulary continues tokens, not text; give CharLSTM a "
@@ -234,7 +238,7 @@ class CharLSTM(nn.Module):
         else:
             texts = [prompt] if isinstance(prompt, str) else prompt
             prompts = [self.vocabulary.encode(text).to(device) for text in texts]
-        if not prompts or any(len(tokens) == 0 for tokens in prompts):
+        if not prompts or any(len(one) == 0 for one in prompts):
             raise ValueError("prompt must have at least one token, got an empty one")
         return prompts
 
@@ -253,16 +257,18 @@ class CharLSTM(nn.Module):
             self.lstm, self.head, self.embedding, prompts, sampling, generator, chunks
         )
         while True:
-            was_training = self.training
-            self.eval()
+            training = [module for module in self.modules() if module.training]
+            for module in training:
+                module.training = False
             try:
                 with torch.inference_mode():
-                    tokens = next(pieces, None)
+                    piece = next(pieces, None)
             finally:
-                self.train(was_training)
-            if tokens is None:
+                for module in training:
+                    module.training = True
+            if piece is None:
                 return
-            yield tokens.clone()
+            yield piece.clone()
 
 
 class _Text:

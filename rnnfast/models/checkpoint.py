@@ -57,9 +57,10 @@ def load(path: str | Path, device: torch.device | str | None = None, **options: 
         raise FileNotFoundError(f"{path} does not exist; rnnfast train writes such a file")
     tensors, metadata = read(path)
     if _KEY not in metadata:
-        raise CheckpointError(f"{path} was not written by rnnfast: it does not name {_KEY}")
+        raise CheckpointError(f"{path} holds no model of rnnfast train: it does not name {_KEY}")
     try:
         description = json.loads(metadata[_KEY])
+        check_tensors(tensors, description["config"])
         vocabulary = description["vocabulary"]
         model = CharLSTM(
             **description["config"],
@@ -83,6 +84,21 @@ def _parameters(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tenso
         if first in parameters:
             parameters[name] = parameters[first]
     return parameters
+
+
+def check_tensors(tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+    """Refuse what a model of the config would take long to refuse, or would not.
+
+    Raises:
+        ValueError: the tensors differ in dtype, or have not as many layers as the config says.
+    """
+    dtypes = {tensor.dtype for tensor in tensors.values()}
+    if len(dtypes) > 1:
+        raise ValueError(f"its weights are of several dtypes, {', '.join(map(str, dtypes))}")
+    names = [name.rpartition(".")[2] for name in tensors]
+    layers = len({name for name in names if name.startswith("weight_ih_l")})
+    if layers != config.get("num_layers", layers):
+        raise ValueError(f"it has {layers} layers, but {config['num_layers']} are announced")
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -182,6 +182,12 @@ class Seq2SeqLSTM(nn.Module):
             latest = truth.where(chance < teacher_forcing, chosen)
         return torch.cat(logits, 1)
 
+    def init_hidden(self, batch_size: int) -> State:
+        """The state before any symbol: zeros h and c, each (L, B, H)."""
+        weight = self.head.weight
+        shape = (self.config.num_layers, batch_size, self.config.hidden_size)
+        return weight.new_zeros(shape), weight.new_zeros(shape)
+
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
         """Cross entropy, the mean over all symbols (B, T) that are not padding."""
         return nn.functional.cross_entropy(

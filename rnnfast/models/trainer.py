@@ -43,18 +43,10 @@ class Trainer:
         processes: Processes = Processes(),  # noqa: B008, it is immutable
     ) -> None:
         self.model = model
-        self.optimiser = torch.optim.Adam(model.parameters(), learning_rate)
+        self.optimiser = adam(model, learning_rate)
         self.clip = clip
         self.state: State | None = None
         self._processes = processes
-        # Adam's first step is the learning rate over 1 - beta1.
-        largest_step = learning_rate / (1 - self.optimiser.defaults["betas"][0])
-        dtype = model.head.weight.dtype
-        if largest_step > torch.finfo(dtype).max:
-            raise OverflowError(
-                f"Adam's steps overflow {dtype} at a learning rate of {learning_rate:g}; "
-                f"a lower learning rate may help"
-            )
 
     def step(self, inputs: Tensor, targets: Tensor) -> Step:
         """Learn from one batch, or this process' part (B, T): forward, backward, clipping, Adam.
@@ -76,6 +68,24 @@ class Trainer:
         self.optimiser.step()
         self.state = (state[0].detach(), state[1].detach())
         return Step(nats / math.log(2), round(characters), norm)
+
+
+def adam(model: nn.Module, learning_rate: float) -> torch.optim.Adam:
+    """Adam for all parameters of a model.
+
+    Raises:
+        OverflowError: the learning rate is beyond the range of the weights' dtype.
+    """
+    optimiser = torch.optim.Adam(model.parameters(), learning_rate)
+    # Adam's first step is the learning rate over 1 - beta1.
+    largest_step = learning_rate / (1 - optimiser.defaults["betas"][0])
+    dtype = next(model.parameters()).dtype
+    if largest_step > torch.finfo(dtype).max:
+        raise OverflowError(
+            f"Adam's steps overflow {dtype} at a learning rate of {learning_rate:g}; "
+            f"a lower learning rate may help"
+        )
+    return optimiser
 
 
 @torch.inference_mode()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from rnnfast.models.atomic import write_atomically
 from rnnfast.models.schedule import one_cycle, progress
 from rnnfast.models.seq2seq import Seq2SeqLSTM
+from rnnfast.models.trainer import adam
 from rnnfast.text import CharVocabulary, TextError, load_text
 
 Pair = tuple[str, str]
@@ -186,6 +187,7 @@ class Translator:
             raise checkpoint.CheckpointError(f"{path} is no translator: it does not name {_KEY}")
         try:
             description = json.loads(metadata[_KEY])
+            checkpoint.check_tensors(tensors, description["config"])
             source = CharVocabulary.from_state(description["source"])
             target = CharVocabulary.from_state(description["target"])
             # The weights come from the file: neither allocate nor draw them.
@@ -209,7 +211,7 @@ def load_pairs(path: str | Path) -> list[Pair]:
         TextError: the file is not UTF-8, or a line is not such a pair.
     """
     pairs = []
-    for number, line in enumerate(load_text(path).splitlines(), start=1):
+    for number, line in enumerate(load_text(path).removesuffix("\n").split("\n"), start=1):
         source, _, target = line.partition("\t")
         if not (source and target) or "\t" in target:
             raise TextError(f"{path}, line {number}: expected source, tab, target, got {line!r}")
@@ -260,12 +262,12 @@ def train(
     Raises:
         TextError: there are no pairs, a text has characters that the vocabularies lack, or a source
             is empty.
-        ArithmeticError: the loss is not finite.
+        ArithmeticError: the loss is not finite, or the learning rate too large for the weights.
     """
     model = translator.model
     sources, lengths = translator.encode_sources([source for source, _ in pairs])
     targets = translator.encode_targets([target for _, target in pairs])
-    optimiser = torch.optim.Adam(model.parameters(), options.learning_rate)
+    optimiser = adam(model, options.learning_rate)
     total = options.epochs * math.ceil(len(pairs) / options.batch_size)
     done, start = 0, time.monotonic()
     model.train()

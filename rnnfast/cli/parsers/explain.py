@@ -14,6 +14,7 @@ from rnnfast.cli.arguments import (
     number,
     positive,
     prompt,
+    seed,
 )
 
 _CELLS = {  # title, rows of the weights, their order, states
@@ -32,7 +33,6 @@ _FILE_FORMAT = """the file, for I inputs and H units:
 _GATES = ("input", "forget", "cell", "output", "cell_state", "hidden")
 
 _index = number(int, "of 0 or more, without fraction", lambda value: value >= 0)
-_seed = number(int, "from 0 to 2**63 - 1, without fraction", lambda value: 0 <= value < 2**63)
 _finite = number(float, "that is finite", math.isfinite)
 
 
@@ -100,7 +100,7 @@ def _add_gradients(subjects: argparse._SubParsersAction[Parser]) -> None:
         metavar="B",
         help="bias of the LSTM's forget gates; the higher, the more is kept",
     )
-    parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="of weights and input")
+    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of weights and input")
     _add_plot(parser, "the norms as curves")
 
 

@@ -14,6 +14,7 @@ from rnnfast.cli.arguments import (
     count,
     number,
     prompt,
+    seed,
 )
 
 
@@ -61,6 +62,9 @@ def add(commands: argparse._SubParsersAction[Parser]) -> None:
         "--stop", type=prompt, metavar="TEXT", help="end before this would be written"
     )
     parser.add_argument(
-        "--seed", type=int, metavar="N", help="makes the choice repeatable; if not given, it varies"
+        "--seed",
+        type=seed,
+        metavar="N",
+        help="makes the choice repeatable; if not given, it varies",
     )
     add_placement(parser)

@@ -12,9 +12,11 @@ from rnnfast.cli.arguments import (
     add_placement,
     add_temperature,
     count,
+    layers,
     number,
     positive,
     prompt,
+    seed,
 )
 from rnnfast.models.schedule import SCHEDULES
 
@@ -78,7 +80,7 @@ def _add_text(group: argparse._ArgumentGroup) -> None:
 
 def _add_model(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--hidden", type=count, default=256, metavar="N", help="size of the state")
-    group.add_argument("--layers", type=count, default=1, metavar="N", help="LSTM layers")
+    group.add_argument("--layers", type=layers, default=1, metavar="N", help="LSTM layers")
     group.add_argument(
         "--embedding",
         type=count,
@@ -123,7 +125,7 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--clip", type=positive, default=1.0, metavar="NORM", help="longest gradient allowed"
     )
-    group.add_argument("--seed", type=int, default=0, metavar="N", help="makes a run repeatable")
+    group.add_argument("--seed", type=seed, default=0, metavar="N", help="makes a run repeatable")
 
 
 def _add_ending(group: argparse._ArgumentGroup) -> None:

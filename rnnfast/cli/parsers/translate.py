@@ -5,7 +5,16 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from rnnfast.cli.arguments import HelpFormatter, Parser, add_placement, count, number, positive
+from rnnfast.cli.arguments import (
+    HelpFormatter,
+    Parser,
+    add_placement,
+    count,
+    layers,
+    number,
+    positive,
+    seed,
+)
 
 
 def add(commands: argparse._SubParsersAction[Parser]) -> None:
@@ -69,7 +78,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("training: model")
     model.add_argument("--hidden", type=count, default=128, metavar="N", help="size of the state")
     model.add_argument(
-        "--layers", type=count, default=1, metavar="N", help="LSTM layers of encoder and decoder"
+        "--layers", type=layers, default=1, metavar="N", help="LSTM layers of encoder and decoder"
     )
     model.add_argument(
         "--embedding", type=count, default=32, metavar="N", help="size of a character's vector"
@@ -109,7 +118,9 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         metavar="P",
         help="how often the decoder reads the true character rather than its own; below 1 slower",
     )
-    training.add_argument("--seed", type=int, default=0, metavar="N", help="makes a run repeatable")
+    training.add_argument(
+        "--seed", type=seed, default=0, metavar="N", help="makes a run repeatable"
+    )
     training.add_argument(
         "--out",
         type=Path,
