@@ -89,8 +89,7 @@ class Generation {
     kernels_.generate(job_);
     job_.steps.done += job_.steps.count;
     const Tensor result = all.slice(0, 1);
-    for (int64_t i = B; i < all.numel(); ++i)
-      failed_ = failed_ || all.data_ptr<int64_t>()[i] < 0;
+    for (int64_t i = B; i < all.numel(); ++i) failed_ = failed_ || all.data_ptr<int64_t>()[i] < 0;
     TORCH_CHECK_VALUE(!failed_, "the model's scores are not finite");
     return result;
   }
@@ -124,7 +123,8 @@ class Generation {
 // scores (B, V) and uniforms (B) -> tokens (B), as `Generation` samples them
 Tensor sample(const Tensor& scores, const Tensor& uniforms, double temperature, int64_t top_k,
               double top_p) {
-  TORCH_CHECK(scores.device().is_cpu() && scores.dim() == 2 && scores.size(1) > 0 && uniforms.numel() == scores.size(0),
+  TORCH_CHECK(scores.device().is_cpu() && scores.dim() == 2 && scores.size(1) > 0 &&
+                  uniforms.numel() == scores.size(0),
               "expected scores (B, V) and uniforms (B), got ", scores.sizes(), " and ",
               uniforms.sizes());
   const Tensor from = scores.to(at::kDouble).contiguous(),
