@@ -16,7 +16,7 @@ struct ElmanTraits {
   RNNFAST_HD static constexpr int input_gate(int j) { return j; }
 };
 
-// M supplies sigmoid, tanh and relu for V, which is a scalar or a SIMD vector.
+// M supplies sigmoid, tanh and select(condition, yes, no) for V, which is a scalar or SIMD vectors.
 template <class M>
 struct TanhActivation {
   template <class V>
@@ -33,11 +33,11 @@ template <class M>
 struct ReluActivation {
   template <class V>
   RNNFAST_HD static V forward(V x) {
-    return x < V{} ? V{} : x;  // NaN passes, as in torch.relu
+    return M::select(x < V{}, V{}, x);  // NaN passes, as in torch.relu
   }
   template <class V>
   RNNFAST_HD static V backward(V h, V d_h) {
-    return h <= V{} ? V{} : d_h;
+    return M::select(h <= V{}, V{}, d_h);
   }
 };
 

@@ -252,30 +252,45 @@ class Backward {
     const A* grad_c = history_.template at<A>(args_.grad_cells, step, b, H);
     const bool cut = history_.cut(step, b);
     Element* d_gates_row = d_gates_(step, b);
-    for (int v = 0; v < Columns::kVectors; ++v) {
-      const int64_t unit = panel * Columns::kWidth + v * kLanesA;
-      const int64_t left = H - unit;
-      if (left <= 0) break;
-      V saved[Cell::kSaved + 1], d_gates[D];
-      for (int k = 0; k < Cell::kSaved; ++k) saved[k] = load(saved_row + k * H + unit, left);
-      const V h = projects() ? V{} : load(h_row + unit, left);  // the LSTM does without
-      const V h_prev = projects() ? V{} : load(h_before + unit, left);
-      V c{}, c_prev{}, d_c{};
-      if (Cell::kHasCell) {
-        c = load(c_row + unit, left);
-        c_prev = load(c_before + unit, left);
-        d_c = load(d_c_ + b * pitch_ + unit);
-        if (grad_c) d_c += load(grad_c + unit, left);
-      }
-      V d_h_direct{};
-      Cell::template backward<Math>(saved, h, h_prev, c, c_prev, d_output(unit, v, left), d_c,
-                                    d_h_direct, d_gates);
+    constexpr int N = 2;  // vectors of units side by side
+    for (int v = 0; v < Columns::kVectors; v += N) {
+      const int64_t first = panel * Columns::kWidth + v * kLanesA;
+      if (first >= H) break;
+      Wide<V, N> saved[Cell::kSaved + 1], d_gates[D], h{}, h_prev{}, c{}, c_prev{}, d_h{}, d_c{},
+          d_h_direct{};
+      unrolled<N>([&](auto i) __attribute__((always_inline)) {
+        const int64_t unit = first + i * kLanesA, left = H - unit;
+        if (i > 0 && left <= 0) return;
+        unrolled<Cell::kSaved>([&](auto k) __attribute__((always_inline)) {
+          saved[k].v[i] = load(saved_row + k * H + unit, left);
+        });
+        if (!projects()) {  // the LSTM does without
+          h.v[i] = load(h_row + unit, left);
+          h_prev.v[i] = load(h_before + unit, left);
+        }
+        if (Cell::kHasCell) {
+          c.v[i] = load(c_row + unit, left);
+          c_prev.v[i] = load(c_before + unit, left);
+          d_c.v[i] = load(d_c_ + b * pitch_ + unit);
+          if (grad_c) d_c.v[i] += load(grad_c + unit, left);
+        }
+        d_h.v[i] = d_output(unit, v + i, left);
+      });
+      Cell::template backward<Math>(saved, h, h_prev, c, c_prev, d_h, d_c, d_h_direct, d_gates);
+      Wide<V, N> output;
       if constexpr (Cell::kHasCell)
-        if (args_.grad_w_hr)
-          store(unprojected_(step, b) + unit, Cell::template output<Math>(saved, c), left);
-      for (int k = 0; k < D; ++k) store(d_gates_row + k * H + unit, d_gates[k], left);
-      if (Cell::kHasCell) store(d_c_ + b * pitch_ + unit, cut ? V{} : d_c);
-      if (Cell::kDirect) store(d_h_ + b * h_pitch_ + unit, cut ? V{} : d_h_direct);
+        if (args_.grad_w_hr) output = Cell::template output<Math>(saved, c);
+      unrolled<N>([&](auto i) __attribute__((always_inline)) {
+        const int64_t unit = first + i * kLanesA, left = H - unit;
+        if (i > 0 && left <= 0) return;
+        if (Cell::kHasCell && args_.grad_w_hr)
+          store(unprojected_(step, b) + unit, output.v[i], left);
+        unrolled<D>([&](auto k) __attribute__((always_inline)) {
+          store(d_gates_row + k * H + unit, d_gates[k].v[i], left);
+        });
+        if (Cell::kHasCell) store(d_c_ + b * pitch_ + unit, cut ? V{} : d_c.v[i]);
+        if (Cell::kDirect) store(d_h_ + b * h_pitch_ + unit, cut ? V{} : d_h_direct.v[i]);
+      });
     }
   }
 

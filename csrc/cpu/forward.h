@@ -3,11 +3,11 @@
 template <class Cell, class S>
 class Forward {
   using A = Compute<S>;
-  using V = Vec<A>;
   using Op = Operand<S>;
   using Element = typename Op::Element;
   using Panels = GatePanels<Op, Cell::kGates>;
   using ProjectionPanels = GatePanels<Op, 1>;
+  using Tile = CellTile<Cell, S>;
   static constexpr int kLanesA = kLanes<A>;
 
  public:
@@ -33,13 +33,13 @@ class Forward {
     }
     b_ih_ = arena.take<A>(count * Panels::kWidth);
     b_hh_ = arena.take<A>(count * Panels::kWidth);
-    h_[0] = arena.take<Element>(B * h_pitch_);
-    h_[1] = arena.take<Element>(B * h_pitch_);
+    for (Element*& h : h_) h = arena.take<Element>(B * h_pitch_ + plan.threads * kApart);
     if (args.w_hr) {
       unprojected_ = arena.take<Element>(B * pitch_);
       no_bias_ = arena.take<A>(ProjectionPanels::kWidth);
     }
-    if (Cell::kHasCell) c_ = arena.take<A>(B * pitch_);
+    rows_ = arena.take<typename Tile::Row>(plan.threads * B);
+    if (Cell::kHasCell) c_ = arena.take<A>(plan.threads * (B * pitch_ + kApart));
     block_rows_ = plan.block_steps * (plan.split == Split::kRows ? ceil_div(B, plan.threads) : B);
     block_panels_ = plan.split == Split::kUnits ? ceil_div(count, plan.threads) : count;
     projected_ = arena.take<A>(plan.threads * block_rows_ * block_panels_ * Panels::kWidth);
@@ -62,16 +62,18 @@ class Forward {
   // Waits for the steps of `upstream`, if any, before it reads them; `done` tells of its own.
   void run(const Team& team, const Progress* upstream, Progress& done) {
     const auto [T, B, I, H] = args_.size;
+    const bool by_units = plan_.split == Split::kUnits;
+    const Span rows = plan_.split == Split::kRows ? team.share(B) : Span{0, B};
+    const Span panels = by_units ? team.share(panels_.count()) : Span{0, panels_.count()};
+    take_own(team.index());
     pack(team.share(panels_.count()), team.share(projection_.count()));
-    load_state(team.share(B));
+    load_h(team.share(B));
+    load_c(rows, panels);
     if (zeros_ && team.index() == 0)
       __builtin_memset(zeros_, 0, size_t(h_pitch_) * sizeof(Element));
     if (no_bias_ && team.index() == 0)
       __builtin_memset(no_bias_, 0, sizeof(A) * ProjectionPanels::kWidth);
     team.barrier();
-    const Span rows = plan_.split == Split::kRows ? team.share(B) : Span{0, B};
-    const Span panels =
-        plan_.split == Split::kUnits ? team.share(panels_.count()) : Span{0, panels_.count()};
     const int64_t first = team.index() * block_rows_;
     const Block block{inputs_ + first, copy_x_ ? x_ + first * x_pitch_ : nullptr,
                       projected_ + first * block_panels_ * Panels::kWidth};
@@ -84,19 +86,24 @@ class Forward {
         const Span active = batch_.active(time(step), rows);
         advance(step, active, panels, projected);
         if (projects()) {
-          const bool shared = plan_.split == Split::kUnits;
-          if (shared) team.barrier();
+          if (by_units) team.barrier();
           const int64_t count = projection_.count();
-          project_state(step, active, shared ? team.share(count) : Span{0, count});
+          project_state(step, active, by_units ? team.share(count) : Span{0, count});
         }
         projected += active.size() * panels.size() * Panels::kWidth;
-        if (active.end < rows.end) clear(step, {active.end, rows.end}, team);
-        if (plan_.split == Split::kUnits) team.barrier();
+        if (by_units) team.barrier();
+        const auto part = [&](Span of) {  // of rows that are complete now
+          const Span own = by_units ? team.share(of.size()) : Span{0, of.size()};
+          return Span{of.begin + own.begin, of.begin + own.end};
+        };
+        write(step, part(active));
+        clear(step, part({active.end, rows.end}));
       }
-      if (plan_.split == Split::kRows) team.barrier();
+      team.barrier();
       if (team.index() == 0) done.reach(steps.end);
     }
-    store_state(plan_.split == Split::kRows ? rows : team.share(B));
+    store_h(by_units ? team.share(B) : rows);
+    store_c(rows, panels);
   }
 
  private:
@@ -109,6 +116,20 @@ class Forward {
   };
 
   bool projects() const { return Cell::kHasCell && args_.w_hr; }
+
+  // What threads write at the same time lies so many elements apart. Nearer by, the hardware's
+  // prefetching for one thread's rows, which runs ahead, takes lines away from another's.
+  static constexpr int64_t kApart = 4096;
+
+  // From here on h_ and c_ stand for this thread's part of memory. With units dealt to threads h is
+  // common to all.
+  void take_own(int index) {
+    const bool by_rows = plan_.split == Split::kRows;
+    for (Element*& h : h_) h += by_rows ? index * kApart : 0;
+    rows_ += by_rows ? 0 : index * args_.size.B;
+    if (Cell::kHasCell) c_ += index * (by_rows ? kApart : args_.size.B * pitch_ + kApart);
+  }
+  Element* h_after(int64_t step, int64_t b) const { return h_[(step + 1) & 1] + b * h_pitch_; }
 
   // Elements of a row of state: whole vectors, and one more, as rows at multiples of 4 KiB would
   // compete for the same lines of L1.
@@ -146,37 +167,58 @@ class Forward {
                        w_hr_ + p * ProjectionPanels::kWidth * words<Op>(H));
   }
 
-  void load_state(Span rows) {
+  void load_h(Span rows) {
     const int64_t H = args_.size.H, P = args_.h_size;
     for (int64_t b = rows.begin; b < rows.end; ++b) {
-      const int64_t from = batch_.place(b);
-      convert(h_[0] + b * h_pitch_, static_cast<const S*>(args_.h0) + from * P, P);
+      convert(h_[0] + b * h_pitch_, static_cast<const S*>(args_.h0) + batch_.place(b) * P, P);
       // what completes the last word of an odd number of elements
       if (P % Op::kPerWord) h_[0][b * h_pitch_ + P] = h_[1][b * h_pitch_ + P] = Element{};
       if (projects() && H % Op::kPerWord) unprojected_[b * pitch_ + H] = Element{};
       // a sequence that starts late may start at an odd step
       if (batch_.is_ragged())
         __builtin_memcpy(h_[1] + b * h_pitch_, h_[0] + b * h_pitch_, size_t(P) * sizeof(Element));
-      if (Cell::kHasCell) convert(c_ + b * pitch_, static_cast<const S*>(args_.c0) + from * H, H);
+    }
+  }
+  void store_h(Span rows) const {
+    const int64_t P = args_.h_size;
+    for (int64_t b = rows.begin; b < rows.end; ++b) {
+      const int64_t steps = args_.reverse ? args_.size.T : batch_.length(b);
+      convert(static_cast<S*>(args_.h_n) + batch_.place(b) * P, h_[steps & 1] + b * h_pitch_, P);
     }
   }
 
-  void store_state(Span rows) {
-    const int64_t H = args_.size.H, P = args_.h_size;
-    for (int64_t b = rows.begin; b < rows.end; ++b) {
-      const int64_t to = batch_.place(b), steps = args_.reverse ? args_.size.T : batch_.length(b);
-      convert(static_cast<S*>(args_.h_n) + to * P, h_[steps & 1] + b * h_pitch_, P);
-      if (Cell::kHasCell) convert(static_cast<S*>(args_.c_n) + to * H, c_ + b * pitch_, H);
-    }
+  // f(row, first unit, units) for a thread's part of c
+  template <class F>
+  void for_c(Span rows, Span panels, F&& f) const {
+    const int64_t begin = panels.begin * Panels::kUnits;
+    const int64_t count = std::min(args_.size.H, panels.end * Panels::kUnits) - begin;
+    for (int64_t b = rows.begin; Cell::kHasCell && count > 0 && b < rows.end; ++b)
+      f(b, begin, count);
+  }
+  void load_c(Span rows, Span panels) {
+    for_c(rows, panels, [&](int64_t b, int64_t unit, int64_t count) {
+      const int64_t from = batch_.place(b) * args_.size.H + unit;
+      convert(c_ + b * pitch_ + unit, static_cast<const S*>(args_.c0) + from, count);
+    });
+  }
+  void store_c(Span rows, Span panels) const {
+    for_c(rows, panels, [&](int64_t b, int64_t unit, int64_t count) {
+      const int64_t to = batch_.place(b) * args_.size.H + unit;
+      convert(static_cast<S*>(args_.c_n) + to, c_ + b * pitch_ + unit, count);
+    });
+  }
+
+  // y after a step, row by row: written unit by unit, it would have threads meet at the borders of
+  // their parts (see kApart)
+  void write(int64_t step, Span rows) const {
+    const int64_t P = args_.h_size;
+    for (int64_t b = rows.begin; b < rows.end; ++b)
+      convert(static_cast<S*>(args_.y) + batch_.row(time(step), b) * P, h_after(step, b), P);
   }
 
   // zeros as the outputs of sequences that have no such step
-  void clear(int64_t step, Span rows, const Team& team) const {
+  void clear(int64_t step, Span rows) const {
     if (batch_.is_packed()) return;
-    if (plan_.split == Split::kUnits) {
-      const Span own = team.share(rows.size());
-      rows = {rows.begin + own.begin, rows.begin + own.end};
-    }
     const int64_t H = args_.size.H, P = args_.h_size;
     for (int64_t b = rows.begin; b < rows.end; ++b) {
       const int64_t at = batch_.row(time(step), b);
@@ -228,64 +270,38 @@ class Forward {
 
   // One step of the recurrence: the product with W_hh and, on each tile, the gate maths.
   void advance(int64_t step, Span rows, Span panels, const A* projected) {
-    alignas(64) A from_h[kMaxTileRows * Panels::kWidth], from_token[Panels::kWidth];
+    alignas(64) A from_h[kMaxTileRows * Panels::kWidth], from_tokens[kMaxTileRows * Panels::kWidth];
+    for (int64_t b = rows.begin; b < rows.end; ++b) set_row(rows_[b], step, b);
+    const int64_t x_stride = panels.size() * Panels::kWidth;
     for (int64_t p = panels.begin; p < panels.end; ++p) {
       const A* packed = w_hh_ ? w_hh_ + p * Panels::kWidth * words<Op>(args_.h_size) : nullptr;
+      const A* from_x = projected + (p - panels.begin) * Panels::kWidth;
       for_row_tiles(rows.size(), Panels::kRows, [&](int64_t r, int n) {
+        const typename Tile::Row* tile = rows_ + rows.begin + r;
         const Element* a[kMaxTileRows];
-        for (int i = 0; i < n; ++i) a[i] = state_before(step, rows.begin + r + i);
+        for (int i = 0; i < n; ++i) a[i] = tile[i].h_prev;
         panels_.multiply(static_cast<const S*>(args_.w_hh), packed, b_hh_ + p * Panels::kWidth,
                          args_.h_size, p, a, n, from_h, Panels::kWidth);
-        for (int i = 0; i < n; ++i) {
-          const A* from_x =
-              projected + ((r + i) * panels.size() + p - panels.begin) * Panels::kWidth;
-          if (args_.tokens) {
+        if (args_.tokens) {
+          for (int i = 0; i < n; ++i)
             panels_.look_up(token_row(step, rows.begin + r + i), b_ih_ + p * Panels::kWidth, p,
-                            from_token);
-            from_x = from_token;
-          }
-          apply_cell(step, rows.begin + r + i, p, from_x, from_h + i * Panels::kWidth);
+                            from_tokens + i * Panels::kWidth);
+          Tile::forward(args_.size.H, p, tile, n, from_tokens, Panels::kWidth, from_h);
+        } else {
+          Tile::forward(args_.size.H, p, tile, n, from_x + r * x_stride, x_stride, from_h);
         }
       });
     }
   }
 
-  void apply_cell(int64_t step, int64_t b, int64_t panel, const A* from_x, const A* from_h) {
-    const int64_t H = args_.size.H;
-    const int64_t row = batch_.row(time(step), b);
-    const Element* h_before = state_before(step, b);
-    constexpr int kSaved = Cell::kSaved;
-    for (int v = 0; v < Panels::kUnitVectors; ++v) {
-      const int64_t unit = panel * Panels::kUnits + v * kLanesA;
-      const int64_t left = H - unit;
-      if (left <= 0) break;
-      V px[Cell::kGates], ph[Cell::kGates], saved[kSaved + 1], h;
-      for (int g = 0; g < Cell::kGates; ++g) {
-        px[g] = load(from_x + (g * Panels::kUnitVectors + v) * kLanesA);
-        ph[g] = load(from_h + (g * Panels::kUnitVectors + v) * kLanesA);
-      }
-      const V h_prev = projects() ? V{} : load(h_before + unit);  // the LSTM does without
-      V c = Cell::kHasCell && h_before != zeros_ ? load(c_ + b * pitch_ + unit) : V{};
-      Cell::template forward<Math>(px, ph, h_prev, c, h, saved);
-      if (projects())
-        store(unprojected_ + b * pitch_ + unit, h, Op::kPerWord == 1 ? kLanesA : left);
-      else
-        store_h(step, b, row, unit, h);
-      if (Cell::kHasCell) store(c_ + b * pitch_ + unit, c);
-      if (args_.gates)
-        for (int k = 0; k < kSaved; ++k)
-          store(static_cast<S*>(args_.gates) + (row * kSaved + k) * H + unit, saved[k], left);
-      if (Cell::kHasCell && args_.cells)
-        store(static_cast<A*>(args_.cells) + row * H + unit, c, left);
-    }
-  }
-
-  RNNFAST_HD void store_h(int64_t step, int64_t b, int64_t row, int64_t unit, V h) {
-    const int64_t left = args_.h_size - unit;
-    S* y = static_cast<S*>(args_.y) + row * args_.h_size + unit;
-    store(y, h, left);
-    if constexpr (!std::is_same_v<S, A>) h = load(y, left);  // the next step sees it as stored
-    store(h_[(step + 1) & 1] + b * h_pitch_ + unit, h, Op::kPerWord == 1 ? kLanesA : left);
+  void set_row(typename Tile::Row& to, int64_t step, int64_t b) const {
+    const int64_t H = args_.size.H, row = batch_.row(time(step), b);
+    to.h_prev = state_before(step, b);
+    to.h = projects() ? unprojected_ + b * pitch_ : h_after(step, b);
+    to.c = Cell::kHasCell ? c_ + b * pitch_ : nullptr;
+    to.c_prev = to.h_prev == zeros_ ? nullptr : to.c;
+    to.cells = args_.cells ? static_cast<A*>(args_.cells) + row * H : nullptr;
+    to.saved = args_.gates ? static_cast<S*>(args_.gates) + row * Cell::kSaved * H : nullptr;
   }
 
   // h = W_hr times what the cells have put out
@@ -300,11 +316,10 @@ class Forward {
         for (int i = 0; i < n; ++i) a[i] = unprojected_ + (rows.begin + r + i) * pitch_;
         projection_.multiply(static_cast<const S*>(args_.w_hr), packed, no_bias_, H, p, a, n, h,
                              width);
-        for (int i = 0; i < n; ++i) {
-          const int64_t b = rows.begin + r + i, row = batch_.row(time(step), b);
-          for (int64_t at = 0; at < width && p * width + at < P; at += kLanesA)
-            store_h(step, b, row, p * width + at, load(h + i * width + at));
-        }
+        for (int i = 0; i < n; ++i)
+          for (int64_t at = 0, unit = p * width; at < width && unit < P; at += kLanesA, unit += kLanesA)
+            store_rounded<S>(h_after(step, rows.begin + r + i) + unit, load(h + i * width + at),
+                             P - unit);
       });
     }
   }
@@ -324,7 +339,8 @@ class Forward {
   A* no_bias_ = nullptr;  // zeros for a panel of the projection
   Element* h_[2];  // state before even and odd steps [B][h_pitch]
   Element* unprojected_ = nullptr;  // [B][pitch], where h is projected
-  A* c_ = nullptr;  // [B][pitch]
+  typename Tile::Row* rows_;  // of a step [B]
+  A* c_ = nullptr;  // [B][pitch], of each thread where units are dealt
   A* projected_;  // per thread [block_rows][block_panels][kWidth]
   const S** inputs_;  // per thread [block_rows]
   Element* x_ = nullptr;  // per thread [block_rows][x_pitch], a copy of x where needed

@@ -68,6 +68,19 @@ RNNFAST_HD typename Op::Word load_word(const typename Op::Element* from) {
   return word;
 }
 
+// Stores values that products read as a left side and that are no more exact than S holds: a state,
+// which the next step sees as it is given out. May write whole vectors.
+template <class S>
+RNNFAST_HD void store_rounded(typename Operand<S>::Element* to, Vec<Compute<S>> v, int64_t n) {
+  if constexpr (std::is_same_v<S, typename Operand<S>::Element>) {
+    store(to, v, Operand<S>::kPerWord == 1 ? kLanes<Compute<S>> : n);
+  } else {
+    S rounded[kLanes<Compute<S>>];
+    store(rounded, v);
+    store(to, load(rounded));
+  }
+}
+
 // Accumulators, one right-hand vector and one broadcast must fit the register file.
 template <int NR>
 inline constexpr int kTileRows = NR == 4   ? (RNNFAST_REGISTERS == 32 ? 6 : 3)

@@ -5,10 +5,10 @@
 template <class Cell, class S>
 class Generate {
   using A = Compute<S>;
-  using V = Vec<A>;
   using Op = Operand<S>;
   using Element = typename Op::Element;
   using Panels = GatePanels<Op, Cell::kGates>;
+  using Tile = CellTile<Cell, S>;
   using HeadPanels = GatePanels<Op, 1>;
   static constexpr int kLanesA = kLanes<A>;
 
@@ -109,37 +109,20 @@ class Generate {
                                        below, n, from_x, Panels::kWidth);
         panels_.template multiply<S>(nullptr, w_hh_ + at * depth, b_hh_ + at, H, p, before, n,
                                      from_h, Panels::kWidth);
+        typename Tile::Row tile[kMaxTileRows];
         for (int i = 0; i < n; ++i) {
-          A* own_x = from_x + i * Panels::kWidth;
           if (layer == 0)
-            panels_.look_up(table + tokens[first + i] * Cell::kGates * H, b_ih_ + at, p, own_x);
-          apply_cell(layer, parity, first + i, p, own_x, from_h + i * Panels::kWidth);
+            panels_.look_up(table + tokens[first + i] * Cell::kGates * H, b_ih_ + at, p,
+                            from_x + i * Panels::kWidth);
+          A* c = Cell::kHasCell ? c_ + (layer * args_.B + first + i) * pitch_ : nullptr;
+          tile[i].h_prev = before[i];
+          tile[i].h = h(layer, parity ^ 1, first + i);
+          tile[i].c_prev = tile[i].c = c;
+          tile[i].saved = nullptr;
+          tile[i].cells = nullptr;
         }
+        Tile::forward(H, p, tile, n, from_x, Panels::kWidth, from_h);
       });
-    }
-  }
-
-  void apply_cell(int64_t layer, int64_t parity, int64_t b, int64_t panel, const A* from_x,
-                  const A* from_h) {
-    Element *before = h(layer, parity, b), *after = h(layer, parity ^ 1, b);
-    A* c_row = c_ + (layer * args_.B + b) * pitch_;
-    for (int v = 0; v < Panels::kUnitVectors; ++v) {
-      const int64_t unit = panel * Panels::kUnits + v * kLanesA, left = args_.H - unit;
-      if (left <= 0) break;
-      V px[Cell::kGates], ph[Cell::kGates], saved[Cell::kSaved + 1], h, c{};
-      for (int g = 0; g < Cell::kGates; ++g) {
-        px[g] = load(from_x + (g * Panels::kUnitVectors + v) * kLanesA);
-        ph[g] = load(from_h + (g * Panels::kUnitVectors + v) * kLanesA);
-      }
-      if (Cell::kHasCell) c = load(c_row + unit);
-      Cell::template forward<Math>(px, ph, load(before + unit), c, h, saved);
-      if constexpr (!std::is_same_v<S, A>) {  // the next step sees it as a layer stores it
-        S stored[kLanesA];
-        store(stored, h);
-        h = load(stored);
-      }
-      store(after + unit, h, Op::kPerWord == 1 ? kLanesA : left);
-      if (Cell::kHasCell) store(c_row + unit, c);
     }
   }
 

@@ -17,6 +17,8 @@ namespace rnnfast::cpu::RNNFAST_ISA {
 //
 #include "cpu/gemm.h"
 //
+#include "cpu/cell_tile.h"
+//
 #include "cpu/batch.h"
 //
 #include "cpu/history.h"

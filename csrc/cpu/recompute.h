@@ -5,10 +5,10 @@
 template <class Cell, class S>
 class Recompute {
   using A = Compute<S>;
-  using V = Vec<A>;
   using Op = Operand<S>;
   using Element = typename Op::Element;
   using Panels = GatePanels<Op, Cell::kGates>;
+  using Tile = CellTile<Cell, S>;
   static constexpr int kLanesA = kLanes<A>;
 
  public:
@@ -72,14 +72,19 @@ class Recompute {
                          Panels::kWidth);
         panels_.multiply(static_cast<const S*>(args_.w_hh), w_hh, b_hh_ + at, P, p, b, n, from_h,
                          Panels::kWidth);
+        typename Tile::Row tile[kMaxTileRows];
         for (int i = 0; i < n; ++i) {
           const Row row = rows[first + i];
-          A* own_x = from_x + i * Panels::kWidth;
           if (args_.tokens)
             panels_.look_up(history_.token_row(static_cast<const S*>(args_.w_ih), row.step, row.b),
-                            b_ih_ + at, p, own_x);
-          apply_cell(row, p, own_x, from_h + i * Panels::kWidth);
+                            b_ih_ + at, p, from_x + i * Panels::kWidth);
+          tile[i].h_prev = b[i];
+          tile[i].c_prev = Cell::kHasCell ? history_.c_before(row.step, row.b) : nullptr;
+          tile[i].saved = const_cast<S*>(gates(row.step, row.b));
+          tile[i].h = nullptr;
+          tile[i].c = tile[i].cells = nullptr;
         }
+        Tile::forward(args_.size.H, p, tile, n, from_x, Panels::kWidth, from_h);
       });
     }
   }
@@ -105,25 +110,6 @@ class Recompute {
   static void copy_row(const S* row, int64_t elements, Element* to) {
     convert(to, row, elements);
     for (int64_t i = elements; i < whole_words(elements); ++i) to[i] = Element{};
-  }
-
-  void apply_cell(Row row, int64_t panel, const A* from_x, const A* from_h) const {
-    const int64_t H = args_.size.H;
-    const S* h_before = history_.h_before(row.step, row.b);
-    S* to = const_cast<S*>(gates(row.step, row.b));
-    for (int v = 0; v < Panels::kUnitVectors; ++v) {
-      const int64_t unit = panel * Panels::kUnits + v * kLanesA, left = H - unit;
-      if (left <= 0) break;
-      V px[Cell::kGates], ph[Cell::kGates], saved[Cell::kSaved + 1], h, c{};
-      for (int g = 0; g < Cell::kGates; ++g) {
-        px[g] = load(from_x + (g * Panels::kUnitVectors + v) * kLanesA);
-        ph[g] = load(from_h + (g * Panels::kUnitVectors + v) * kLanesA);
-      }
-      if (Cell::kHasCell) c = load(history_.c_before(row.step, row.b) + unit, left);
-      const V h_prev = args_.w_hr ? V{} : load(h_before + unit, left);  // the LSTM does without
-      Cell::template forward<Math>(px, ph, h_prev, c, h, saved);
-      for (int k = 0; k < Cell::kSaved; ++k) store(to + k * H + unit, saved[k], left);
-    }
   }
 
   const BackwardArgs& args_;

@@ -136,6 +136,56 @@ RNNFAST_HD Vec<A> lane_sums(Vec<A> (&v)[kLanes<A>]) {
   return v[0];
 }
 
+// ---- several vectors side by side ----
+
+// N vectors that take the same operations. Their instructions alternate, so that the latencies of
+// one pass behind the others' work: gate maths is one long chain for each vector.
+template <class V, int N>
+struct Wide {
+  V v[N];
+};
+
+// f(0), f(1), ... f(N - 1), the index being a constant: as a loop it would keep vectors in memory.
+template <int N, class F>
+RNNFAST_HD void unrolled(F&& f) {
+  [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
+    (f(std::integral_constant<int, I>{}), ...);
+  }(std::make_integer_sequence<int, N>());
+}
+template <class F, class V, int N, class... More>
+RNNFAST_HD auto each(F&& f, const Wide<V, N>& first, const Wide<More, N>&... more) {
+  Wide<std::decay_t<decltype(f(first.v[0], more.v[0]...))>, N> result;
+  unrolled<N>([&](auto i) __attribute__((always_inline)) {
+    result.v[i] = f(first.v[i], more.v[i]...);
+  });
+  return result;
+}
+
+template <class V>
+using ElementOf = std::decay_t<decltype(V{}[0])>;
+
+#define RNNFAST_FOR_WIDE(op)                                           \
+  template <class V, int N>                                            \
+  RNNFAST_HD auto operator op(const Wide<V, N>& a, const Wide<V, N>& b) { \
+    return each([](V x, V y) { return x op y; }, a, b);                \
+  }                                                                    \
+  template <class V, int N>                                            \
+  RNNFAST_HD auto operator op(const Wide<V, N>& a, ElementOf<V> b) {   \
+    return each([b](V x) { return x op b; }, a);                       \
+  }                                                                    \
+  template <class V, int N>                                            \
+  RNNFAST_HD auto operator op(ElementOf<V> a, const Wide<V, N>& b) {   \
+    return each([a](V x) { return a op x; }, b);                       \
+  }
+RNNFAST_FOR_WIDE(+)
+RNNFAST_FOR_WIDE(-)
+RNNFAST_FOR_WIDE(*)
+RNNFAST_FOR_WIDE(/)
+RNNFAST_FOR_WIDE(<)
+RNNFAST_FOR_WIDE(<=)
+RNNFAST_FOR_WIDE(>)
+#undef RNNFAST_FOR_WIDE
+
 // ---- activation functions, a few ulp over the whole range ----
 
 template <class A>
@@ -174,62 +224,76 @@ struct ExpConstants<double> {
 
 // For x <= 0: exp(x) = scale + scale * rest with scale a power of two, 0 at the limit, and
 // rest = expm1(x - log(scale)).
-template <class A>
+template <class V, int N>
 struct ExpParts {
-  Vec<A> scale, rest;
+  Wide<V, N> scale, rest;
 };
 
-template <class A>
-RNNFAST_HD ExpParts<A> exp_parts(Vec<A> x) {
+template <class V, int N>
+RNNFAST_HD ExpParts<V, N> exp_parts(Wide<V, N> x) {
+  using A = ElementOf<V>;
   using C = ExpConstants<A>;
   using Integer = typename VectorOf<A>::integer;
-  const Vec<A> limit = Vec<A>{} - C::kLimit;
-  x = limit > x ? limit : x;
-  const Vec<A> shifted = x * C::kLog2E + C::kRound;
-  const Vec<A> n = shifted - C::kRound;
-  const Vec<A> r = (x - n * C::kLn2High) - n * C::kLn2Low;  // |r| <= ln(2) / 2
-  const Integer exponent = bit_cast<Integer>(shifted) + C::kBias;
+  const V limit = V{} - C::kLimit;
+  x = each([limit](V one) { return limit > one ? limit : one; }, x);
+  const auto shifted = x * C::kLog2E + C::kRound;
+  const auto n = shifted - C::kRound;
+  const auto r = (x - n * C::kLn2High) - n * C::kLn2Low;  // |r| <= ln(2) / 2
+  const auto scale = each(
+      [](V one) { return bit_cast<V>((bit_cast<Integer>(one) + C::kBias) << C::kMantissa); },
+      shifted);
   constexpr int terms = int(std::size(C::kSeries));
-  Vec<A> p = Vec<A>{} + C::kSeries[terms - 1];
+  Wide<V, N> p = Wide<V, N>{} + C::kSeries[terms - 1];
 #pragma GCC unroll 16
   for (int k = terms - 2; k >= 0; --k) p = p * r + C::kSeries[k];
-  return {bit_cast<Vec<A>>(exponent << C::kMantissa), p * r};
+  return {scale, p * r};
 }
 
 // Both end in q or 1 - q with a small q, so that a result near 1 is rounded once: backward formulas
 // take differences from 1.
 struct Math {
-  template <class V, class A = std::decay_t<decltype(V{}[0])>>
-  RNNFAST_HD static V sigmoid(V x) {
-    const auto [scale, rest] = exp_parts<A>(minus_magnitude<A>(x));
-    const V e = scale + scale * rest;
-    const V q = e / (1 + e);
-    return x < V{} ? q : 1 - q;
+  template <class V, int N>
+  RNNFAST_HD static Wide<V, N> sigmoid(const Wide<V, N>& x) {
+    const auto [scale, rest] = exp_parts(minus_magnitude(x));
+    const auto e = scale + scale * rest;
+    const auto q = e / (1 + e);
+    return select(x < Wide<V, N>{}, q, 1 - q);
   }
 
   // With e = exp(-2 |x|): tanh |x| = (1 - e) / (1 + e), the numerator as -expm1(-2 |x|) where x is
   // small.
-  template <class V, class A = std::decay_t<decltype(V{}[0])>>
-  RNNFAST_HD static V tanh(V x) {
-    using Integer = typename VectorOf<A>::integer;
-    const auto [scale, rest] = exp_parts<A>(2 * minus_magnitude<A>(x));
-    const V e = scale + scale * rest;
-    const V minus_expm1 = (1 - scale) - scale * rest;
-    const auto small = e > V{} + A(0.25);
-    const V q = (small ? minus_expm1 : 2 * e) / (1 + e);
-    const V result = small ? q : 1 - q;
-    return bit_cast<V>(bit_cast<Integer>(result) | (bit_cast<Integer>(x) & sign_bit<A>()));
+  template <class V, int N>
+  RNNFAST_HD static Wide<V, N> tanh(const Wide<V, N>& x) {
+    const auto [scale, rest] = exp_parts(2 * minus_magnitude(x));
+    const auto e = scale + scale * rest;
+    const auto minus_expm1 = (1 - scale) - scale * rest;
+    const auto small = e > ElementOf<V>(0.25);
+    const auto q = select(small, minus_expm1, 2 * e) / (1 + e);
+    return each(
+        [](V magnitude, V one) {
+          return bit_cast<V>(bit_cast<Integer<V>>(magnitude) |
+                             (bit_cast<Integer<V>>(one) & sign_bit<V>()));
+        },
+        select(small, q, 1 - q), x);
+  }
+
+  // yes where the condition holds, else no
+  template <class Mask, class V, int N>
+  RNNFAST_HD static Wide<V, N> select(const Wide<Mask, N>& condition, const Wide<V, N>& yes,
+                                      const Wide<V, N>& no) {
+    return each([](Mask c, V a, V b) { return V(c ? a : b); }, condition, yes, no);
   }
 
  private:
-  template <class A>
-  RNNFAST_HD static auto sign_bit() {
-    using Integer = typename VectorOf<A>::integer;
-    return Integer{} + (std::decay_t<decltype(Integer{}[0])>(1) << (sizeof(A) * 8 - 1));
+  template <class V>
+  using Integer = typename VectorOf<ElementOf<V>>::integer;
+  template <class V>
+  RNNFAST_HD static Integer<V> sign_bit() {
+    using Element = ElementOf<Integer<V>>;
+    return Integer<V>{} + (Element(1) << (sizeof(Element) * 8 - 1));
   }
-  template <class A>
-  RNNFAST_HD static Vec<A> minus_magnitude(Vec<A> x) {
-    using Integer = typename VectorOf<A>::integer;
-    return bit_cast<Vec<A>>(bit_cast<Integer>(x) | sign_bit<A>());
+  template <class V, int N>
+  RNNFAST_HD static Wide<V, N> minus_magnitude(const Wide<V, N>& x) {
+    return each([](V one) { return bit_cast<V>(bit_cast<Integer<V>>(one) | sign_bit<V>()); }, x);
   }
 };

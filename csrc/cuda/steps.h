@@ -42,6 +42,10 @@ struct ScalarMath {
   RNNFAST_HD static double sigmoid(double x) { return 1 / (1 + ::exp(-x)); }
   RNNFAST_HD static float tanh(float x) { return ::tanhf(x); }
   RNNFAST_HD static double tanh(double x) { return ::tanh(x); }
+  template <class T>
+  RNNFAST_HD static T select(bool condition, T yes, T no) {
+    return condition ? yes : no;
+  }
 };
 
 // to[i] = from[i] across number types; zeros where from is null
