@@ -33,13 +33,14 @@ class Forward {
     }
     b_ih_ = arena.take<A>(count * Panels::kWidth);
     b_hh_ = arena.take<A>(count * Panels::kWidth);
-    for (Element*& h : h_) h = arena.take<Element>(B * h_pitch_ + plan.threads * kApart);
+    const int64_t others = plan.threads - 1, copies = plan.split == Split::kUnits ? others + 1 : 1;
+    for (Element*& h : h_) h = arena.take<Element>(B * h_pitch_ + others * kApart<Element>);
     if (args.w_hr) {
-      unprojected_ = arena.take<Element>(B * pitch_);
+      unprojected_ = arena.take<Element>(B * pitch_ + others * kApart<Element>);
       no_bias_ = arena.take<A>(ProjectionPanels::kWidth);
     }
-    rows_ = arena.take<typename Tile::Row>(plan.threads * B);
-    if (Cell::kHasCell) c_ = arena.take<A>(plan.threads * (B * pitch_ + kApart));
+    rows_ = arena.take<typename Tile::Row>(copies * B + others * kApart<typename Tile::Row>);
+    if (Cell::kHasCell) c_ = arena.take<A>(copies * B * pitch_ + others * kApart<A>);
     block_rows_ = plan.block_steps * (plan.split == Split::kRows ? ceil_div(B, plan.threads) : B);
     block_panels_ = plan.split == Split::kUnits ? ceil_div(count, plan.threads) : count;
     projected_ = arena.take<A>(plan.threads * block_rows_ * block_panels_ * Panels::kWidth);
@@ -117,17 +118,22 @@ class Forward {
 
   bool projects() const { return Cell::kHasCell && args_.w_hr; }
 
-  // What threads write at the same time lies so many elements apart. Nearer by, the hardware's
-  // prefetching for one thread's rows, which runs ahead, takes lines away from another's.
-  static constexpr int64_t kApart = 4096;
+  // What threads write at the same time lies so far apart. Nearer by, the hardware's prefetching
+  // for one thread's rows, which runs ahead, takes lines away from another's.
+  template <class T>
+  static constexpr int64_t kApart = 16384 / sizeof(T);
 
-  // From here on h_ and c_ stand for this thread's part of memory. With units dealt to threads h is
-  // common to all.
+  // From here on these stand for this thread's part of memory. With units dealt to threads h is
+  // common to all, and rows of the others are a thread's own copies.
   void take_own(int index) {
     const bool by_rows = plan_.split == Split::kRows;
-    for (Element*& h : h_) h += by_rows ? index * kApart : 0;
-    rows_ += by_rows ? 0 : index * args_.size.B;
-    if (Cell::kHasCell) c_ += index * (by_rows ? kApart : args_.size.B * pitch_ + kApart);
+    const int64_t B = args_.size.B;
+    if (by_rows) {
+      for (Element*& h : h_) h += index * kApart<Element>;
+      if (unprojected_) unprojected_ += index * kApart<Element>;
+    }
+    rows_ += index * ((by_rows ? 0 : B) + kApart<typename Tile::Row>);
+    if (c_) c_ += index * ((by_rows ? 0 : B * pitch_) + kApart<A>);
   }
   Element* h_after(int64_t step, int64_t b) const { return h_[(step + 1) & 1] + b * h_pitch_; }
 
