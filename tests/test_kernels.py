@@ -472,6 +472,13 @@ def test_more_threads_where_there_is_more_work() -> None:
     assert plan("lstm", 100, 32, 64, 64, "float32", 2)["split"] == "rows"
 
 
+def test_steps_are_dealt_where_waiting_for_each_other_is_cheap() -> None:
+    plan = backend.EXTENSION.plan
+    for barrier_cycles, split in ((200, "units"), (1700, "none")):
+        facts = plan("lstm", 100, 1, 64, 64, "float32", 2, barrier_cycles=barrier_cycles)
+        assert facts["split"] == split
+
+
 BAD = {
     "x rank": lambda t: [t[0][0], *t[1:]],
     "h0 rank": lambda t: [t[0], t[1][0], *t[2:]],

@@ -48,7 +48,9 @@ class CellTile {
   RNNFAST_HD static void some_rows(int64_t H, int64_t unit, const Row* rows, const A* from_x,
                                    int64_t x_stride, const A* from_h) {
     constexpr int N = R * kUnitVectors;
-    const auto left = [&](int i) { return kWhole ? kLanesA : H - unit - i % kUnitVectors * kLanesA; };
+    const auto left = [&](int i) {
+      return kWhole ? kLanesA : H - unit - i % kUnitVectors * kLanesA;
+    };
     Wide<V, N> px[G], ph[G], h_prev{}, h, c{}, saved[Cell::kSaved + 1];
     unrolled<N>([&](auto i) __attribute__((always_inline)) {
       const Row& row = rows[i / kUnitVectors];

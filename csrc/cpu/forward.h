@@ -323,7 +323,8 @@ class Forward {
         projection_.multiply(static_cast<const S*>(args_.w_hr), packed, no_bias_, H, p, a, n, h,
                              width);
         for (int i = 0; i < n; ++i)
-          for (int64_t at = 0, unit = p * width; at < width && unit < P; at += kLanesA, unit += kLanesA)
+          for (int64_t at = 0, unit = p * width; at < width && unit < P;
+               at += kLanesA, unit += kLanesA)
             store_rounded<S>(h_after(step, rows.begin + r + i) + unit, load(h + i * width + at),
                              P - unit);
       });

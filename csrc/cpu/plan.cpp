@@ -7,9 +7,9 @@ namespace rnnfast::cpu {
 namespace {
 
 // Rough costs in cycles; only their ratios matter. Measured on Zen 4, see csrc/README.md.
-constexpr double kBarrier = 1500;
 constexpr double kRegion = 5000;
-constexpr double kL1Vector = 1, kL2Vector = 1.6, kL3Vector = 2.2;  // to load one vector of weights
+constexpr double kExchange = 2.5;  // barriers: a step waits, then fetches what others have written
+constexpr double kL1Vector = 1, kL2Vector = 2.1, kL3Vector = 2.9;  // to load one vector of weights
 constexpr int64_t kL1Bytes = 24 * 1024;
 
 // Weights used fewer times than this are read as they lie.
@@ -43,10 +43,11 @@ Choice choose_split(const Sizes& size, const StepShape& s, const Machine& machin
     const double by_rows =
         kRegion + double(size.T) * step_cycles(s, ceil_div(s.rows, n), s.panels, machine);
     if (n <= s.rows && by_rows < best.cycles) best = {n, Split::kRows, by_rows};
-    const double by_units =
-        kRegion +
-        double(size.T) * (kBarrier + step_cycles(s, s.rows, ceil_div(s.panels, n), machine));
-    if (n <= s.panels && by_units < best.cycles) best = {n, Split::kUnits, by_units};
+    double by_units =
+        kRegion + double(size.T) * step_cycles(s, s.rows, ceil_div(s.panels, n), machine);
+    if (n > s.panels || by_units >= best.cycles) continue;
+    by_units += double(size.T) * kExchange * machine.barrier_cycles(n);
+    if (by_units < best.cycles) best = {n, Split::kUnits, by_units};
   }
   return best;
 }

@@ -13,7 +13,16 @@ namespace rnnfast::cpu {
 struct Machine {
   int threads;
   int64_t l2_bytes;  // per core
+  std::function<double(int threads)> barrier_cycles;  // asked for only where it matters
+
+  Machine with(int other_threads) const { return {other_threads, l2_bytes, barrier_cycles}; }
 };
+
+// What a barrier of so many threads takes now, in cycles, roughly: between two cores 200 or 1700,
+// as they share a cache or not, which changes in a virtual machine. Measured again, in some
+// microseconds, where the last measurement is old.
+double measured_barrier(int threads);
+inline constexpr double kTypicalBarrier = 300;
 
 // How the recurrence is dealt to threads.
 enum class Split {

@@ -155,27 +155,26 @@ RNNFAST_HD void unrolled(F&& f) {
 template <class F, class V, int N, class... More>
 RNNFAST_HD auto each(F&& f, const Wide<V, N>& first, const Wide<More, N>&... more) {
   Wide<std::decay_t<decltype(f(first.v[0], more.v[0]...))>, N> result;
-  unrolled<N>([&](auto i) __attribute__((always_inline)) {
-    result.v[i] = f(first.v[i], more.v[i]...);
-  });
+  unrolled<N>([&](auto i)
+                  __attribute__((always_inline)) { result.v[i] = f(first.v[i], more.v[i]...); });
   return result;
 }
 
 template <class V>
 using ElementOf = std::decay_t<decltype(V{}[0])>;
 
-#define RNNFAST_FOR_WIDE(op)                                           \
-  template <class V, int N>                                            \
+#define RNNFAST_FOR_WIDE(op)                                              \
+  template <class V, int N>                                               \
   RNNFAST_HD auto operator op(const Wide<V, N>& a, const Wide<V, N>& b) { \
-    return each([](V x, V y) { return x op y; }, a, b);                \
-  }                                                                    \
-  template <class V, int N>                                            \
-  RNNFAST_HD auto operator op(const Wide<V, N>& a, ElementOf<V> b) {   \
-    return each([b](V x) { return x op b; }, a);                       \
-  }                                                                    \
-  template <class V, int N>                                            \
-  RNNFAST_HD auto operator op(ElementOf<V> a, const Wide<V, N>& b) {   \
-    return each([a](V x) { return a op x; }, b);                       \
+    return each([](V x, V y) { return x op y; }, a, b);                   \
+  }                                                                       \
+  template <class V, int N>                                               \
+  RNNFAST_HD auto operator op(const Wide<V, N>& a, ElementOf<V> b) {      \
+    return each([b](V x) { return x op b; }, a);                          \
+  }                                                                       \
+  template <class V, int N>                                               \
+  RNNFAST_HD auto operator op(ElementOf<V> a, const Wide<V, N>& b) {      \
+    return each([a](V x) { return a op x; }, b);                          \
   }
 RNNFAST_FOR_WIDE(+)
 RNNFAST_FOR_WIDE(-)
@@ -239,9 +238,9 @@ RNNFAST_HD ExpParts<V, N> exp_parts(Wide<V, N> x) {
   const auto shifted = x * C::kLog2E + C::kRound;
   const auto n = shifted - C::kRound;
   const auto r = (x - n * C::kLn2High) - n * C::kLn2Low;  // |r| <= ln(2) / 2
-  const auto scale = each(
-      [](V one) { return bit_cast<V>((bit_cast<Integer>(one) + C::kBias) << C::kMantissa); },
-      shifted);
+  const auto scale =
+      each([](V one) { return bit_cast<V>((bit_cast<Integer>(one) + C::kBias) << C::kMantissa); },
+           shifted);
   constexpr int terms = int(std::size(C::kSeries));
   Wide<V, N> p = Wide<V, N>{} + C::kSeries[terms - 1];
 #pragma GCC unroll 16

@@ -15,7 +15,7 @@ cpu::Machine this_machine() {
     const long bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
     return bytes > 0 ? int64_t(bytes) : int64_t(1) << 20;
   }();
-  return {at::get_num_threads(), l2};
+  return {at::get_num_threads(), l2, cpu::measured_barrier};
 }
 
 namespace {
@@ -40,12 +40,12 @@ void CpuDevice::forward(const CellInfo& cell, std::span<LayerForward> layers, bo
       layers.size() == 1
           ? 1
           : cpu::side_by_side(int(layers.size()), machine.threads, stacked, [&](int n) {
-              return kernels.plan_forward(size, {n, machine.l2_bytes}, size.T).cycles;
+              return kernels.plan_forward(size, machine.with(n), size.T).cycles;
             });
 
   for (size_t begin = 0; begin < layers.size(); begin += size_t(count)) {
     const auto group = layers.subspan(begin, std::min(size_t(count), layers.size() - begin));
-    const cpu::Machine part{machine.threads / int(group.size()), machine.l2_bytes};
+    const cpu::Machine part = machine.with(machine.threads / int(group.size()));
     const bool waiting = stacked && group.size() > 1;
     const int64_t most_steps = waiting ? ceil_div(size.T, cpu::kStackBlocks) : size.T;
     std::vector<cpu::ForwardJob> jobs(group.size());
@@ -74,11 +74,11 @@ void CpuDevice::backward(const CellInfo& cell, std::span<LayerBackward> layers) 
   const int count = layers.size() == 1
                         ? 1
                         : cpu::side_by_side(int(layers.size()), machine.threads, false, [&](int n) {
-                            return kernels.plan_backward(size, {n, machine.l2_bytes}).cycles;
+                            return kernels.plan_backward(size, machine.with(n)).cycles;
                           });
   for (size_t begin = 0; begin < layers.size(); begin += size_t(count)) {
     const auto group = layers.subspan(begin, std::min(size_t(count), layers.size() - begin));
-    const cpu::Machine part{machine.threads / int(group.size()), machine.l2_bytes};
+    const cpu::Machine part = machine.with(machine.threads / int(group.size()));
     std::vector<cpu::BackwardJob> jobs(group.size());
     std::vector<at::Tensor> memory;
     for (size_t i = 0; i < group.size(); ++i) {

@@ -50,14 +50,13 @@ Dtype dtype_named(const std::string& name) {
 }
 
 py::dict plan(const std::string& cell, int64_t T, int64_t B, int64_t I, int64_t H,
-              const std::string& dtype, int threads, bool backward) {
+              const std::string& dtype, int threads, bool backward, double barrier_cycles) {
   if (T < 1 || B < 1 || I < 0 || H < 1 || threads < 1)
     throw py::value_error("expected positive sizes and threads");
   const int row = int(cell_info(cell).kind), column = int(dtype_named(dtype));
   const cpu::Kernels& kernels = cpu::kernel_table().kernels[row][column];
   const Sizes size{T, B, I, H};
-  cpu::Machine machine = this_machine();
-  machine.threads = threads;
+  const cpu::Machine machine{threads, this_machine().l2_bytes, [=](int) { return barrier_cycles; }};
   const cpu::Plan plan =
       backward ? kernels.plan_backward(size, machine) : kernels.plan_forward(size, machine, T);
   const char* splits[] = {"none", "rows", "units"};
@@ -86,10 +85,11 @@ int layers_at_once(const std::string& cell, int64_t T, int64_t B, int64_t I, int
   const cpu::Kernels& kernels =
       cpu::kernel_table().kernels[int(cell_info(cell).kind)][int(Dtype::kFloat32)];
   const Sizes size{T, B, I, H};
-  const int64_t l2 = this_machine().l2_bytes;
+  const cpu::Machine machine{threads, this_machine().l2_bytes,
+                             [](int) { return cpu::kTypicalBarrier; }};
   return cpu::side_by_side(count, threads, stacked, [&](int n) {
-    return backward ? kernels.plan_backward(size, {n, l2}).cycles
-                    : kernels.plan_forward(size, {n, l2}, T).cycles;
+    return backward ? kernels.plan_backward(size, machine.with(n)).cycles
+                    : kernels.plan_forward(size, machine.with(n), T).cycles;
   });
 }
 
@@ -111,7 +111,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("I"), py::arg("H"), py::arg("count"), py::arg("stacked"), py::arg("threads"),
         py::arg("backward") = false);
   m.def("plan", &plan, py::arg("cell"), py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"),
-        py::arg("dtype") = "float32", py::arg("threads") = 1, py::arg("backward") = false);
+        py::arg("dtype") = "float32", py::arg("threads") = 1, py::arg("backward") = false,
+        py::arg("barrier_cycles") = cpu::kTypicalBarrier);
 }
 
 }  // namespace rnnfast
