@@ -83,9 +83,10 @@ class Forward {
       if (upstream) upstream->wait_for(steps.end);
       project(steps, rows, panels, block, team.index());
       const A* projected = block.projected;
+      Outputs before{steps.begin, {0, 0}};
       for (int64_t step = steps.begin; step < steps.end; ++step) {
         const Span active = batch_.active(time(step), rows);
-        advance(step, active, panels, projected);
+        advance(step, active, panels, projected, before);
         if (projects()) {
           if (by_units) team.barrier();
           const int64_t count = projection_.count();
@@ -97,9 +98,10 @@ class Forward {
           const Span own = by_units ? team.share(of.size()) : Span{0, of.size()};
           return Span{of.begin + own.begin, of.begin + own.end};
         };
-        write(step, part(active));
+        before = {step, part(active)};
         clear(step, part({active.end, rows.end}));
       }
+      write(before);
       team.barrier();
       if (team.index() == 0) done.reach(steps.end);
     }
@@ -114,6 +116,12 @@ class Forward {
     const S** inputs;
     Element* x;  // copies of the inputs, where needed
     A* projected;
+  };
+
+  // Rows of y after a step that this thread has to write.
+  struct Outputs {
+    int64_t step;
+    Span rows;
   };
 
   bool projects() const { return Cell::kHasCell && args_.w_hr; }
@@ -214,11 +222,11 @@ class Forward {
     });
   }
 
-  // y after a step, row by row: written unit by unit, it would have threads meet at the borders of
-  // their parts (see kApart)
-  void write(int64_t step, Span rows) const {
-    const int64_t P = args_.h_size;
-    for (int64_t b = rows.begin; b < rows.end; ++b)
+  // Copies y from h row by row: written unit by unit, it would have threads meet at the borders of
+  // their parts (see kApart).
+  void write(const Outputs& outputs) const {
+    const int64_t P = args_.h_size, step = outputs.step;
+    for (int64_t b = outputs.rows.begin; b < outputs.rows.end; ++b)
       convert(static_cast<S*>(args_.y) + batch_.row(time(step), b) * P, h_after(step, b), P);
   }
 
@@ -274,8 +282,17 @@ class Forward {
     return batch_.resets(time(step), b) ? zeros_ : h_[step & 1] + b * h_pitch_;
   }
 
-  // One step of the recurrence: the product with W_hh and, on each tile, the gate maths.
-  void advance(int64_t step, Span rows, Span panels, const A* projected) {
+  // One step of the recurrence: the product with W_hh and, on each tile, the gate maths. Meanwhile
+  // writes the outputs of the step before, a few rows after each tile: at once, they would wait for
+  // memory.
+  void advance(int64_t step, Span rows, Span panels, const A* projected, Outputs before) {
+    const int64_t tiles = panels.size() * ceil_div(rows.size(), Panels::kRows);
+    const int64_t at_once = tiles > 0 ? ceil_div(before.rows.size(), tiles) : before.rows.size();
+    const auto write_some = [&] {
+      const int64_t end = std::min(before.rows.begin + at_once, before.rows.end);
+      write({before.step, {before.rows.begin, end}});
+      before.rows.begin = end;
+    };
     alignas(64) A from_h[kMaxTileRows * Panels::kWidth], from_tokens[kMaxTileRows * Panels::kWidth];
     for (int64_t b = rows.begin; b < rows.end; ++b) set_row(rows_[b], step, b);
     const int64_t x_stride = panels.size() * Panels::kWidth;
@@ -296,8 +313,10 @@ class Forward {
         } else {
           Tile::forward(args_.size.H, p, tile, n, from_x + r * x_stride, x_stride, from_h);
         }
+        write_some();
       });
     }
+    if (tiles == 0) write_some();
   }
 
   void set_row(typename Tile::Row& to, int64_t step, int64_t b) const {
