@@ -16,7 +16,7 @@ constexpr double kCyclesPerNanosecond = 3.5;
 
 // the fastest of a few rounds, in nanoseconds; 0 if OpenMP does not give so many threads
 double measure(int threads) {
-  constexpr int kRounds = 6, kWaits = 4;
+  constexpr int kRounds = 3, kWaits = 4;
   Barrier barrier;
   double least = 0;
 #pragma omp parallel num_threads(threads)
@@ -36,23 +36,24 @@ double measure(int threads) {
 struct Measurement {
   std::atomic<int> threads{0};
   std::atomic<double> cycles{0};
-  std::atomic<Clock::rep> at{0};
+  std::atomic<Clock::rep> until{0};  // when it is to be repeated
 };
 
 }  // namespace
 
 double measured_barrier(int threads) {
-  constexpr auto kFresh = std::chrono::milliseconds(20);
+  // Where threads outnumber cores, measuring takes long, and happens the less often.
+  constexpr Clock::duration kFresh = std::chrono::milliseconds(20);
+  constexpr int kShare = 200;
   static Measurement last;
   const Clock::time_point now = Clock::now();
-  const bool fresh = now - Clock::time_point(Clock::duration(last.at)) < kFresh;
-  if (last.threads == threads && fresh) return last.cycles;
+  if (last.threads == threads && now.time_since_epoch().count() < last.until) return last.cycles;
   if (omp_in_parallel()) return kTypicalBarrier;
   const double nanoseconds = measure(threads);
-  if (nanoseconds == 0) return kTypicalBarrier;
-  last.cycles = nanoseconds * kCyclesPerNanosecond;
+  last.cycles = nanoseconds > 0 ? nanoseconds * kCyclesPerNanosecond : kTypicalBarrier;
   last.threads = threads;
-  last.at = now.time_since_epoch().count();
+  const Clock::time_point end = Clock::now();
+  last.until = (end + std::max(kFresh, kShare * (end - now))).time_since_epoch().count();
   return last.cycles;
 }
 
