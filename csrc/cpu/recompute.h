@@ -9,7 +9,6 @@ class Recompute {
   using Element = typename Op::Element;
   using Panels = GatePanels<Op, Cell::kGates>;
   using Tile = CellTile<Cell, S>;
-  static constexpr int kLanesA = kLanes<A>;
 
  public:
   static bool wanted(const BackwardArgs& args) { return Cell::kSaved > 0 && !args.gates; }
