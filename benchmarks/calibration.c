@@ -7,6 +7,11 @@
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
 #endif
+#if defined(__AMX_BF16__)
+#include <stdint.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #if defined(__AVX512F__)
 enum { kVectorBytes = 64 };
@@ -54,8 +59,44 @@ double fma_float32(double start, double seconds) {
   return steps * kChains * kLanes * 2 / (end - start);
 }
 
+#if defined(__AMX_BF16__)
+// Linux lends the registers of the matrix unit to processes that ask for them.
+static int may_use_matrix_unit(void) {
+  enum { kRequestPermission = 0x1023, kTileData = 18 };  // ARCH_REQ_XCOMP_PERM
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+static double dot_in_matrix_unit(double start, double seconds) {
+  struct {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+  } __attribute__((aligned(64))) shapes = {.palette = 1};
+  for (int k = 0; k < 8; ++k) shapes.row_bytes[k] = 64, shapes.rows[k] = 16;
+  _tile_loadconfig(&shapes);
+  enum { kSums = 4, kOperations = 2 * 16 * 16 * 32 };
+  wait_for(start);
+  double steps = 0, end;
+  do {
+    for (int i = 0; i < 1000; ++i) {
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+    steps += 1000;
+    end = now();
+  } while (end < start + seconds);
+  _tile_release();
+  return steps * kSums * kOperations / (end - start);
+}
+#endif
+
 // The same for pairs of bfloat16 added to float32; 0 without such instructions.
 double dot_bfloat16(double start, double seconds) {
+#if defined(__AMX_BF16__)
+  if (may_use_matrix_unit()) return dot_in_matrix_unit(start, seconds);
+#endif
 #if defined(__AVX512BF16__)
   __m512 sums[kChains];
   for (int k = 0; k < kChains; ++k) sums[k] = _mm512_setzero_ps();

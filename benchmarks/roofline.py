@@ -6,8 +6,8 @@ machine at its start (`calibrate`):
 - FMA: the products' multiply-adds. Forward x W_ih and h W_hh, for every step (a zero initial state
   counts as any other). Training adds d_gates W_hh (all steps but the first, as nobody asks for
   the gradient of h0), d_gates^T h and d_gates^T x, and d_gates W_ih only for `--input-grad`. The
-  gate maths is not counted. bfloat16 counts at the rate of the chip's dot instructions, if any;
-  float16 at that of float32.
+  gate maths is not counted. bfloat16 counts at the rate of the chip's matrix unit, else of its dot
+  instructions, if any; float16 at that of float32.
 - Traffic: the bytes that must be moved. W_hh is read in every step, and again in every step of the
   backward; no core reads what another one reads. W_ih, x, y, saved gates (LSTM: 4 gates and c;
   GRU: 3 gates and the recurrent candidate term; Elman: y is enough), grad_y and gradients move
@@ -119,9 +119,11 @@ def calibrate(
     library = native()
     l1, l2, l3 = cache_bytes()
     dram = dram_bytes or 4 * l3
-    # Half of a level, so that nothing else pushes it out; L3 beyond what the L2s hold.
+    # Half of a level, so that nothing else pushes it out. L3 beyond what the L2s hold, but little
+    # of it: a virtual machine sees all and has a part.
     private = {"L1": l1 // 2, "L2": l2 // 2}
-    shared = {"L3": max(l3 // 2, 2 * threads * l2), "DRAM": dram}
+    beyond = 2 * threads * l2
+    shared = {"L3": max(beyond, min(l3 // 2, 2 * beyond)), "DRAM": dram}
     sizes = private | {name: size // threads for name, size in shared.items()}
     sizes = {name: size // 1024 * 1024 for name, size in sizes.items()}
     stride = max(sizes.values())

@@ -48,6 +48,7 @@ class Backward {
             Columns::kRows,
             int(sizeof(A)),
             kLanesA,
+            kRowCycles,
             Columns::kVectors * 30.0 * Cell::kGates};
   }
 
@@ -149,12 +150,13 @@ class Backward {
 
   // d loss / d h that reaches the state before `step` through W_hh, for the rows of a tile and one
   // panel
-  void through_weights(int64_t step, int64_t panel, int64_t b, int rows, A* out) const {
+  void through_weights(int64_t step, int64_t panel, int64_t b, int rows, A* out,
+                       Ahead ahead = {}) const {
     const int64_t H = args_.size.H;
     const Element* a[kMaxTileRows];
     for (int i = 0; i < rows; ++i) a[i] = d_gates_(step, b + i) + (D - G) * H;
     any_tile<Op, false>(hidden_.vectors(panel), rows, words<Op>(G * H), a,
-                        hidden_.at(w_hh_, G * H, panel), out, Columns::kWidth);
+                        hidden_.at(w_hh_, G * H, panel), out, Columns::kWidth, ahead);
   }
 
   // d loss / d h after a step, of one row: what comes from y, through W_hh (null where the row had
@@ -189,11 +191,14 @@ class Backward {
     const Span rows = own.rows, now = history_.active(step, rows);
     // the rows that were at work in the step before; others begin here, or have just ended
     const Span before = step > 0 ? history_.active(step - 1, rows) : Span{rows.begin, rows.begin};
+    const int64_t depth = words<Op>(G * args_.size.H);
+    const int64_t panel_bytes = Columns::kWidth * depth * int64_t(sizeof(A));
     alignas(64) A from_weights[kMaxTileRows * Columns::kWidth];
-    const auto step_rows = [&](int64_t p, Span part, bool begin) {
+    const auto step_rows = [&](int64_t p, Span part, bool begin, const A* next) {
       for_row_tiles(part.size(), Columns::kRows, [&](int64_t r, int n) {
         const int64_t first = part.begin + r;
-        if (!begin) through_weights(step - 1, p, first, n, from_weights);
+        const Ahead ahead = Ahead::part_of(next, panel_bytes, depth, r, n, part.size());
+        if (!begin) through_weights(step - 1, p, first, n, from_weights, ahead);
         for (int i = 0; i < n; ++i) {
           const int64_t b = first + i;
           const GradH d_h(*this, step, b, begin ? nullptr : from_weights + i * Columns::kWidth);
@@ -202,9 +207,15 @@ class Backward {
       });
     };
     const int64_t both = std::min(now.end, before.end);
-    for (int64_t p = own.panels.begin; p < own.panels.end; ++p) {
-      step_rows(p, {rows.begin, both}, false);
-      step_rows(p, {both, now.end}, true);
+    // To and fro, as in the forward.
+    const Span panels = own.panels;
+    const int64_t way = step % 2 ? -1 : 1, first = way > 0 ? panels.begin : panels.end - 1;
+    for (int64_t i = 0; i < panels.size(); ++i) {
+      const int64_t p = first + way * i;
+      const bool last = i + 1 == panels.size();
+      step_rows(p, {rows.begin, both}, false,
+                last ? nullptr : hidden_.at(w_hh_, G * args_.size.H, p + way));
+      step_rows(p, {both, now.end}, true, nullptr);
     }
     if (projects()) {
       if (plan_.split == Split::kUnits) team.barrier();

@@ -234,7 +234,10 @@ class BlockProducts {
       A* target = to + m * columns.N;
       if (whole) {
         const auto product = add ? any_tile<Op, true, kLongChain> : any_tile<Op, false, kLongChain>;
-        return product(vectors, n, words<Op>(depth), a, panel, target, columns.N);
+        const auto next_rows =
+            Ahead::of(left + (m + n) * left_pitch_, n * left_pitch_ * int64_t(sizeof(Element)),
+                      words<Op>(depth));
+        return product(vectors, n, words<Op>(depth), a, panel, target, columns.N, next_rows);
       }
       any_tile<Op, false, kLongChain>(vectors, n, words<Op>(depth), a, panel, edge,
                                       Columns::kWidth);

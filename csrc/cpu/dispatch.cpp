@@ -4,6 +4,11 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "cpu/kernels.h"
 
 namespace rnnfast {
@@ -26,6 +31,9 @@ const KernelTable& kernel_table();
 namespace avx512_bf16 {
 const KernelTable& kernel_table();
 }
+namespace avx512_amx {
+const KernelTable& kernel_table();
+}
 #endif
 
 namespace {
@@ -34,6 +42,18 @@ struct Capability {
   const char* name;
   const KernelTable& table;
 };
+
+#if defined(__x86_64__)
+// Linux lends the matrix unit's registers to processes that ask for them.
+bool may_use_amx() {
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 const std::vector<Capability>& usable() {
   static const std::vector<Capability> list = [] {
@@ -46,6 +66,9 @@ const std::vector<Capability>& usable() {
       found.push_back({"avx512", avx512::kernel_table()});
     if (found.back().name == std::string("avx512") && __builtin_cpu_supports("avx512bf16"))
       found.push_back({"avx512_bf16", avx512_bf16::kernel_table()});
+    if (found.back().name == std::string("avx512_bf16") && __builtin_cpu_supports("amx-bf16") &&
+        may_use_amx())
+      found.push_back({"avx512_amx", avx512_amx::kernel_table()});
 #endif
     return found;
   }();

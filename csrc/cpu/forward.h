@@ -57,6 +57,7 @@ class Forward {
             Panels::kRows,
             int(sizeof(A)),
             kLanesA,
+            kRowCycles,
             Panels::kUnitVectors * 30.0 * Cell::kGates};
   }
 
@@ -265,6 +266,8 @@ class Forward {
         packed = w_ih_ + thread * Panels::kWidth * words<Op>(I);
         panels_.pack(w, I, p, packed);
       }
+      const bool last = plan_.input != Packing::kOnce || p + 1 == panels.end;
+      const A* next = last ? nullptr : packed + Panels::kWidth * words<Op>(I);
       for_row_tiles(count, Panels::kRows, [&](int64_t r, int n) {
         const Element* a[kMaxTileRows];
         for (int i = 0; i < n; ++i) {
@@ -273,9 +276,14 @@ class Forward {
         }
         panels_.multiply(w, packed, b_ih_ + p * Panels::kWidth, I, p, a, n,
                          block.projected + r * row_stride + (p - panels.begin) * Panels::kWidth,
-                         row_stride);
+                         row_stride, next_part(next, I, r, n, count));
       });
     }
+  }
+
+  static Ahead next_part(const A* panel, int64_t K, int64_t first, int count, int64_t rows) {
+    return Ahead::part_of(panel, Panels::kWidth * words<Op>(K) * int64_t(sizeof(A)), words<Op>(K),
+                          first, count, rows);
   }
 
   const Element* state_before(int64_t step, int64_t b) const {
@@ -296,15 +304,21 @@ class Forward {
     alignas(64) A from_h[kMaxTileRows * Panels::kWidth], from_tokens[kMaxTileRows * Panels::kWidth];
     for (int64_t b = rows.begin; b < rows.end; ++b) set_row(rows_[b], step, b);
     const int64_t x_stride = panels.size() * Panels::kWidth;
-    for (int64_t p = panels.begin; p < panels.end; ++p) {
-      const A* packed = w_hh_ ? w_hh_ + p * Panels::kWidth * words<Op>(args_.h_size) : nullptr;
+    const int64_t panel_size = Panels::kWidth * words<Op>(args_.h_size);
+    // To and fro: a step begins with the panels that the last one left in cache.
+    const int64_t way = step % 2 ? -1 : 1, first = way > 0 ? panels.begin : panels.end - 1;
+    for (int64_t i = 0; i < panels.size(); ++i) {
+      const int64_t p = first + way * i;
+      const A* packed = w_hh_ ? w_hh_ + p * panel_size : nullptr;
+      const A* next = packed && i + 1 < panels.size() ? packed + way * panel_size : nullptr;
       const A* from_x = projected + (p - panels.begin) * Panels::kWidth;
       for_row_tiles(rows.size(), Panels::kRows, [&](int64_t r, int n) {
         const typename Tile::Row* tile = rows_ + rows.begin + r;
         const Element* a[kMaxTileRows];
         for (int i = 0; i < n; ++i) a[i] = tile[i].h_prev;
         panels_.multiply(static_cast<const S*>(args_.w_hh), packed, b_hh_ + p * Panels::kWidth,
-                         args_.h_size, p, a, n, from_h, Panels::kWidth);
+                         args_.h_size, p, a, n, from_h, Panels::kWidth,
+                         next_part(next, args_.h_size, r, n, rows.size()));
         if (args_.tokens) {
           for (int i = 0; i < n; ++i)
             panels_.look_up(token_row(step, rows.begin + r + i), b_ih_ + p * Panels::kWidth, p,

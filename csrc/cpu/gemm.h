@@ -83,23 +83,55 @@ RNNFAST_HD void store_rounded(typename Operand<S>::Element* to, Vec<Compute<S>> 
 
 // Accumulators, one right-hand vector and one broadcast must fit the register file.
 template <int NR>
-inline constexpr int kTileRows = NR == 4   ? (RNNFAST_REGISTERS == 32 ? 6 : 3)
-                                 : NR == 3 ? (RNNFAST_REGISTERS == 32 ? 8 : 4)
-                                           : (RNNFAST_REGISTERS == 32 ? 8 : 6);
+inline constexpr int kRegisterRows = NR == 4   ? (RNNFAST_REGISTERS == 32 ? 6 : 3)
+                                     : NR == 3 ? (RNNFAST_REGISTERS == 32 ? 8 : 4)
+                                               : (RNNFAST_REGISTERS == 32 ? 8 : 6);
+#if defined(RNNFAST_AMX)
+template <int NR>
+inline constexpr int kTileRows = 32;
+inline constexpr int kMaxTileRows = 32;
+inline constexpr double kRowCycles = 1. / 16;
+#else
+template <int NR>
+inline constexpr int kTileRows = kRegisterRows<NR>;
 inline constexpr int kMaxTileRows = 8;
+inline constexpr double kRowCycles = 1;  // for a vector of columns and a word of k
+#endif
 
 // One chain of more words than this would lose more bits than torch's products do; a longer product
 // is summed in parts: of kChain terms in products with weights, of kLongChain in those over many
 // rows.
 inline constexpr int64_t kChain = 256, kLongChain = 64;
 
+// Memory that a tile fetches into L2 while it is computed, `step` bytes with each word of k: what
+// is needed soon and lies in L3, where the hardware's own prefetching comes too late.
+struct Ahead {
+  const char* from = nullptr;
+  int64_t step = 0;
+
+  // so much of it as one line with each of so many words can fetch
+  static Ahead of(const void* memory, int64_t bytes, int64_t words) {
+    constexpr int64_t kLine = 64;
+    return {static_cast<const char*>(memory),
+            std::min(kLine, ceil_div(bytes, std::max<int64_t>(words, 1)))};
+  }
+  // the part of the next panel, null if there is none, that falls to a tile of some of the rows
+  static Ahead part_of(const void* panel, int64_t bytes, int64_t words, int64_t first, int count,
+                       int64_t rows) {
+    if (!panel) return {};
+    return of(static_cast<const char*>(panel) + bytes * first / rows, bytes * count / rows, words);
+  }
+};
+
 // out[i * row_stride + j * lanes + lane] (=, or += if kAdd) bias[j][lane] + sum_k a[i][k]
 // panel[k][j][lane], k counting words
 template <class Op, int NR, int MR, bool kAdd, int64_t kPart>
 void tile(int64_t K, const typename Op::Element* const* a, const typename Op::A* panel,
-          const typename Op::A* bias, typename Op::A* out, int64_t row_stride) {
+          const typename Op::A* bias, typename Op::A* out, int64_t row_stride, Ahead ahead) {
   using A = typename Op::A;
   constexpr int lanes = kLanes<A>;
+  constexpr bool kFetches = MR > 2;  // lower tiles wait for their own panel anyway
+  if (!ahead.from) ahead.from = reinterpret_cast<const char*>(panel);
   const typename Op::Element* row[MR];
 #pragma GCC unroll 8
   for (int i = 0; i < MR; ++i) row[i] = a[i];
@@ -110,6 +142,10 @@ void tile(int64_t K, const typename Op::Element* const* a, const typename Op::A*
       Vec<A> b[NR];
 #pragma GCC unroll 4
       for (int j = 0; j < NR; ++j) b[j] = load(panel + j * lanes);
+      if (kFetches) {
+        __builtin_prefetch(ahead.from, 0, 2);
+        ahead.from += ahead.step;
+      }
 #pragma GCC unroll 8
       for (int i = 0; i < MR; ++i) {
         const auto value = load_word<Op>(row[i] + k * Op::kPerWord);
@@ -134,7 +170,7 @@ void tile(int64_t K, const typename Op::Element* const* a, const typename Op::A*
 
 template <class Op>
 using TileFunction = void (*)(int64_t, const typename Op::Element* const*, const typename Op::A*,
-                              const typename Op::A*, typename Op::A*, int64_t);
+                              const typename Op::A*, typename Op::A*, int64_t, Ahead);
 
 template <class Op, int NR, bool kAdd, int64_t kPart, int... MR>
 constexpr std::array<TileFunction<Op>, sizeof...(MR)> tile_table(
@@ -143,17 +179,7 @@ constexpr std::array<TileFunction<Op>, sizeof...(MR)> tile_table(
 }
 template <class Op, int NR, bool kAdd = false, int64_t kPart = kChain>
 inline constexpr auto kTiles =
-    tile_table<Op, NR, kAdd, kPart>(std::make_integer_sequence<int, kTileRows<NR>>());
-
-template <class Op, bool kAdd, int64_t kPart = kChain>
-RNNFAST_HD void any_tile(int vectors, int rows, int64_t K, const typename Op::Element* const* a,
-                         const typename Op::A* panel, typename Op::A* out, int64_t row_stride) {
-  const auto* table = vectors == 4   ? kTiles<Op, 4, kAdd, kPart>.data()
-                      : vectors == 3 ? kTiles<Op, 3, kAdd, kPart>.data()
-                      : vectors == 2 ? kTiles<Op, 2, kAdd, kPart>.data()
-                                     : kTiles<Op, 1, kAdd, kPart>.data();
-  table[rows - 1](K, a, panel, nullptr, out, row_stride);
-}
+    tile_table<Op, NR, kAdd, kPart>(std::make_integer_sequence<int, kRegisterRows<NR>>());
 
 // Calls f(first row, number of rows) for tiles of nearly equal height.
 template <class F>
@@ -163,6 +189,35 @@ RNNFAST_HD void for_row_tiles(int64_t rows, int tile_rows, F&& f) {
     const int64_t begin = rows * i / tiles, end = rows * (i + 1) / tiles;
     f(begin, int(end - begin));
   }
+}
+
+#if defined(RNNFAST_AMX)
+#include "cpu/amx.h"
+#endif
+
+// A tile of up to kTileRows rows.
+template <class Op, int NR, bool kAdd = false, int64_t kPart = kChain>
+RNNFAST_HD void multiply_tile(int rows, int64_t K, const typename Op::Element* const* a,
+                              const typename Op::A* panel, const typename Op::A* bias,
+                              typename Op::A* out, int64_t row_stride, Ahead ahead) {
+#if defined(RNNFAST_AMX)
+  matrix_unit::product<NR, kAdd>(rows, K, a, panel, bias, out, row_stride, ahead);
+#else
+  kTiles<Op, NR, kAdd, kPart>[rows - 1](K, a, panel, bias, out, row_stride, ahead);
+#endif
+}
+
+template <class Op, bool kAdd, int64_t kPart = kChain>
+RNNFAST_HD void any_tile(int vectors, int rows, int64_t K, const typename Op::Element* const* a,
+                         const typename Op::A* panel, typename Op::A* out, int64_t row_stride,
+                         Ahead ahead = {}) {
+  const auto multiply = [&]<int NR>() __attribute__((always_inline)) {
+    multiply_tile<Op, NR, kAdd, kPart>(rows, K, a, panel, nullptr, out, row_stride, ahead);
+  };
+  vectors == 4   ? multiply.template operator()<4>()
+  : vectors == 3 ? multiply.template operator()<3>()
+  : vectors == 2 ? multiply.template operator()<2>()
+                 : multiply.template operator()<1>();
 }
 
 // ---- packing ----
@@ -265,9 +320,11 @@ struct GatePanels {
   // W a + bias for the rows of a tile and one panel of W, packed or (null) as it lies in w
   template <class S>
   RNNFAST_HD void multiply(const S* w, const A* packed, const A* bias, int64_t K, int64_t panel,
-                           const Element* const* a, int rows, A* out, int64_t row_stride) const {
+                           const Element* const* a, int rows, A* out, int64_t row_stride,
+                           Ahead ahead = {}) const {
     if (packed)
-      return kTiles<Op, kVectors>[rows - 1](words<Op>(K), a, packed, bias, out, row_stride);
+      return multiply_tile<Op, kVectors>(rows, words<Op>(K), a, packed, bias, out, row_stride,
+                                         ahead);
     for (int i = 0; i < rows; ++i) dot(w, K, panel, a[i], bias, out + i * row_stride);
   }
 

@@ -24,8 +24,9 @@ double step_cycles(const StepShape& s, int64_t rows, int64_t panels, const Machi
                       : bytes <= machine.l2_bytes * 3 / 4 ? kL2Vector
                                                           : kL3Vector;
   const int64_t tiles = ceil_div(rows, s.tile_rows);
-  const double first = std::max(double(ceil_div(rows, tiles)), load);  // brings in the panel
-  const double rest = std::max(double(ceil_div(rows, tiles)), kL1Vector) * double(tiles - 1);
+  const double products = s.row_cycles * double(ceil_div(rows, tiles));
+  const double first = std::max(products, load);  // brings in the panel
+  const double rest = std::max(products, kL1Vector) * double(tiles - 1);
   return double(panels) *
          (double(s.depth) * s.vectors * (first + rest) + s.cell_cycles * double(rows));
 }

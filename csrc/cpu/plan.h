@@ -56,6 +56,7 @@ struct StepShape {
   int tile_rows;  // rows of the register tile
   int element_bytes;  // of the compute type
   int lanes;  // elements of a vector
+  double row_cycles;  // of a tile, for one row, a vector of columns and one element of the sum
   double cell_cycles;  // gate maths for one row of one panel
 };
 
