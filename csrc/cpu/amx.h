@@ -69,6 +69,25 @@ constexpr std::array<Shapes, sizeof...(I)> all_shapes(std::integer_sequence<int,
 }
 inline constexpr auto kShapes = all_shapes(std::make_integer_sequence<int, 2 * kRows>());
 
+// While it lives a thread's registers are its own, so that shapes need only be set where they
+// change: that takes as long as a dozen products.
+class Use {
+ public:
+  Use() { rows_ = 0; }
+  ~Use() { asm volatile("tilerelease"); }
+  Use(const Use&) = delete;
+  Use& operator=(const Use&) = delete;
+
+  static void take_shapes(int rows) {
+    if (rows == rows_) return;
+    asm volatile("ldtilecfg %0" ::"m"(kShapes[rows - 1]));
+    rows_ = rows;
+  }
+
+ private:
+  static inline thread_local int rows_ = 0;  // of the left side that the shapes are for
+};
+
 // The left side: rows at equal distances.
 struct Left {
   const char* rows;
@@ -80,7 +99,7 @@ struct Left {
 template <int R, int C, int NR, bool kAdd>
 RNNFAST_HD void block(int64_t steps, const Left& left, const float* panel, const float* bias,
                       float* out, int64_t row_stride, Ahead& ahead) {
-  using Use = Registers<R>;
+  using In = Registers<R>;
   constexpr int kLanesA = kLanes<float>;
   constexpr int64_t kPanelStride = NR * kLineBytes;
   const int64_t out_stride = row_stride * int64_t(sizeof(float));
@@ -93,28 +112,28 @@ RNNFAST_HD void block(int64_t steps, const Left& left, const float* panel, const
   };
   sums([&](auto r, auto c, float* at) __attribute__((always_inline)) {
     if constexpr (kAdd)
-      load<Use::sums(r, c)>(at, out_stride);
+      load<In::sums(r, c)>(at, out_stride);
     else if (bias)
-      load<Use::sums(r, c)>(bias + c * kLanesA, 0);
+      load<In::sums(r, c)>(bias + c * kLanesA, 0);
     else
-      clear<Use::sums(r, c)>();
+      clear<In::sums(r, c)>();
   });
   const char* from = left.rows;
   for (int64_t step = 0; step < steps; ++step, from += kLineBytes, panel += kWords * NR * kLanesA) {
     unrolled<R>([&](auto r) __attribute__((always_inline)) {
-      load<Use::left(r)>(from + r * kRows * left.stride, left.stride);
+      load<In::left(r)>(from + r * kRows * left.stride, left.stride);
     });
     unrolled<C>([&](auto c) __attribute__((always_inline)) {
-      load<Use::right(c)>(panel + c * kLanesA, kPanelStride);
+      load<In::right(c)>(panel + c * kLanesA, kPanelStride);
       unrolled<R>([&](auto r) __attribute__((always_inline)) {
-        multiply_add<Use::sums(r, c), Use::left(r), Use::right(c)>();
+        multiply_add<In::sums(r, c), In::left(r), In::right(c)>();
       });
     });
     for (int i = 0; i < kWords * C / NR; ++i, ahead.from += ahead.step)
       __builtin_prefetch(ahead.from, 0, 2);
   }
   sums([&](auto r, auto c, float* at)
-           __attribute__((always_inline)) { store<Use::sums(r, c)>(at, out_stride); });
+           __attribute__((always_inline)) { store<In::sums(r, c)>(at, out_stride); });
 }
 
 template <int R, int NR, bool kAdd>
@@ -134,10 +153,9 @@ template <int NR, bool kAdd>
 void tile(int rows, int64_t steps, const Left& left, const float* panel, const float* bias,
           float* out, int64_t row_stride, Ahead ahead) {
   if (!ahead.from) ahead.from = left.rows;
-  asm volatile("ldtilecfg %0" ::"m"(kShapes[rows - 1]));
+  Use::take_shapes(rows);
   rows > kRows ? columns<2, NR, kAdd>(steps, left, panel, bias, out, row_stride, ahead)
                : columns<1, NR, kAdd>(steps, left, panel, bias, out, row_stride, ahead);
-  asm volatile("tilerelease");
 }
 
 inline bool at_equal_distances(const bf16* const* rows, int count) {

@@ -193,6 +193,9 @@ RNNFAST_HD void for_row_tiles(int64_t rows, int tile_rows, F&& f) {
 
 #if defined(RNNFAST_AMX)
 #include "cpu/amx.h"
+using ProductUnit = matrix_unit::Use;
+#else
+struct ProductUnit {};
 #endif
 
 // A tile of up to kTileRows rows.

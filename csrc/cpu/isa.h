@@ -31,6 +31,15 @@ namespace rnnfast::cpu::RNNFAST_ISA {
 #include "cpu/forward.h"
 #include "cpu/generate.h"
 
+// Runs f(job, team) as parallel() does; products may be computed in it.
+template <class Job, class F>
+void run(std::span<Job> jobs, F&& f) {
+  parallel(jobs, [&](Job& job, const Team& team) {
+    [[maybe_unused]] const ProductUnit unit;
+    f(job, team);
+  });
+}
+
 template <class Cell, class S>
 constexpr Kernels make_kernels() {
   return {
@@ -46,7 +55,7 @@ constexpr Kernels make_kernels() {
         return arena.used();
       },
       [](std::span<ForwardJob> jobs) {
-        parallel(jobs, [](ForwardJob& job, const Team& team) {
+        run(jobs, [](ForwardJob& job, const Team& team) {
           Arena arena(job.workspace);
           Forward<Cell, S>(job.args, job.plan, arena).run(team, job.upstream, job.progress);
         });
@@ -57,7 +66,7 @@ constexpr Kernels make_kernels() {
         return arena.used();
       },
       [](std::span<BackwardJob> jobs) {
-        parallel(jobs, [](BackwardJob& job, const Team& team) {
+        run(jobs, [](BackwardJob& job, const Team& team) {
           Arena arena(job.workspace);
           Backward<Cell, S>(job.args, job.plan, arena).run(team);
         });
@@ -68,13 +77,13 @@ constexpr Kernels make_kernels() {
         return arena.used();
       },
       [](GenerateJob& only) {
-        parallel(std::span(&only, 1), [](GenerateJob& job, const Team& team) {
+        run(std::span(&only, 1), [](GenerateJob& job, const Team& team) {
           Arena arena(job.workspace);
           Generate<Cell, S>(job.args, arena).start(team);
         });
       },
       [](GenerateJob& only) {
-        parallel(std::span(&only, 1), [](GenerateJob& job, const Team& team) {
+        run(std::span(&only, 1), [](GenerateJob& job, const Team& team) {
           Arena arena(job.workspace);
           Generate<Cell, S>(job.args, arena).run(job.steps, job.samplers.data(), team);
         });
