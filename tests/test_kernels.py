@@ -479,6 +479,17 @@ def test_steps_are_dealt_where_waiting_for_each_other_is_cheap() -> None:
         assert facts["split"] == split
 
 
+@pytest.mark.skipif(
+    not set(backend.EXTENSION.cpu_capabilities()) >= {"avx512"}, reason="sizes are AVX-512's"
+)
+def test_units_are_dealt_where_l3_is_slow() -> None:
+    # each thread reads half of 16 MB of weights in every step, or all for half of the rows
+    plan = backend.EXTENSION.plan
+    for l3_line_cycles, split in ((3, "rows"), (8, "units")):
+        facts = plan("lstm", 100, 12, 1024, 1024, "float32", 2, l3_line_cycles=l3_line_cycles)
+        assert facts["split"] == split
+
+
 BAD = {
     "x rank": lambda t: [t[0][0], *t[1:]],
     "h0 rank": lambda t: [t[0], t[1][0], *t[2:]],

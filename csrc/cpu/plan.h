@@ -13,9 +13,15 @@ namespace rnnfast::cpu {
 struct Machine {
   int threads;
   int64_t l2_bytes;  // per core
-  std::function<double(int threads)> barrier_cycles;  // asked for only where it matters
+  // asked for only where they matter
+  std::function<double(int threads)> barrier_cycles;
+  std::function<double(int64_t l2_bytes)> l3_line_cycles;  // to load a line that lies beyond L2
 
-  Machine with(int other_threads) const { return {other_threads, l2_bytes, barrier_cycles}; }
+  Machine with(int other_threads) const {
+    Machine part = *this;
+    part.threads = other_threads;
+    return part;
+  }
 };
 
 // What a barrier of so many threads takes now, in cycles, roughly: between two cores 200 or 1700,
@@ -23,6 +29,12 @@ struct Machine {
 // microseconds, where the last measurement is old.
 double measured_barrier(int threads);
 inline constexpr double kTypicalBarrier = 300;
+
+// What a line from L3 takes one thread, in cycles, roughly: 3 on Zen 4, 7 on a Xeon with many
+// cores. Measured once, in a millisecond or two.
+double measured_l3_line(int64_t l2_bytes);
+inline constexpr double kTypicalL3Line = 2.9;
+inline constexpr int64_t kLineBytes = 64;
 
 // How the recurrence is dealt to threads.
 enum class Split {

@@ -15,7 +15,7 @@ cpu::Machine this_machine() {
     const long bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
     return bytes > 0 ? int64_t(bytes) : int64_t(1) << 20;
   }();
-  return {at::get_num_threads(), l2, cpu::measured_barrier};
+  return {at::get_num_threads(), l2, cpu::measured_barrier, cpu::measured_l3_line};
 }
 
 namespace {

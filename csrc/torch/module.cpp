@@ -49,14 +49,21 @@ Dtype dtype_named(const std::string& name) {
   throw py::value_error("expected dtype float64, float32, bfloat16 or float16, got '" + name + "'");
 }
 
+cpu::Machine assumed_machine(int threads, double barrier_cycles = cpu::kTypicalBarrier,
+                             double l3_line_cycles = cpu::kTypicalL3Line) {
+  return {threads, this_machine().l2_bytes, [=](int) { return barrier_cycles; },
+          [=](int64_t) { return l3_line_cycles; }};
+}
+
 py::dict plan(const std::string& cell, int64_t T, int64_t B, int64_t I, int64_t H,
-              const std::string& dtype, int threads, bool backward, double barrier_cycles) {
+              const std::string& dtype, int threads, bool backward, double barrier_cycles,
+              double l3_line_cycles) {
   if (T < 1 || B < 1 || I < 0 || H < 1 || threads < 1)
     throw py::value_error("expected positive sizes and threads");
   const int row = int(cell_info(cell).kind), column = int(dtype_named(dtype));
   const cpu::Kernels& kernels = cpu::kernel_table().kernels[row][column];
   const Sizes size{T, B, I, H};
-  const cpu::Machine machine{threads, this_machine().l2_bytes, [=](int) { return barrier_cycles; }};
+  const cpu::Machine machine = assumed_machine(threads, barrier_cycles, l3_line_cycles);
   const cpu::Plan plan =
       backward ? kernels.plan_backward(size, machine) : kernels.plan_forward(size, machine, T);
   const char* splits[] = {"none", "rows", "units"};
@@ -85,8 +92,7 @@ int layers_at_once(const std::string& cell, int64_t T, int64_t B, int64_t I, int
   const cpu::Kernels& kernels =
       cpu::kernel_table().kernels[int(cell_info(cell).kind)][int(Dtype::kFloat32)];
   const Sizes size{T, B, I, H};
-  const cpu::Machine machine{threads, this_machine().l2_bytes,
-                             [](int) { return cpu::kTypicalBarrier; }};
+  const cpu::Machine machine = assumed_machine(threads);
   return cpu::side_by_side(count, threads, stacked, [&](int n) {
     return backward ? kernels.plan_backward(size, machine.with(n)).cycles
                     : kernels.plan_forward(size, machine.with(n), T).cycles;
@@ -112,7 +118,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("backward") = false);
   m.def("plan", &plan, py::arg("cell"), py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"),
         py::arg("dtype") = "float32", py::arg("threads") = 1, py::arg("backward") = false,
-        py::arg("barrier_cycles") = cpu::kTypicalBarrier);
+        py::arg("barrier_cycles") = cpu::kTypicalBarrier,
+        py::arg("l3_line_cycles") = cpu::kTypicalL3Line);
 }
 
 }  // namespace rnnfast

@@ -1,9 +1,11 @@
+// What planning needs to know of this machine, measured where it matters.
 #include <omp.h>
 
 #include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <limits>
+#include <vector>
 
 #include "cpu/parallel.h"
 #include "cpu/plan.h"
@@ -14,8 +16,12 @@ namespace {
 using Clock = std::chrono::steady_clock;
 constexpr double kCyclesPerNanosecond = 3.5;
 
+double nanoseconds_since(Clock::time_point start) {
+  return std::chrono::duration<double, std::nano>(Clock::now() - start).count();
+}
+
 // the fastest of a few rounds, in nanoseconds; 0 if OpenMP does not give so many threads
-double measure(int threads) {
+double wait_together(int threads) {
   constexpr int kRounds = 3, kWaits = 4;
   Barrier barrier;
   double least = 0;
@@ -25,12 +31,28 @@ double measure(int threads) {
     for (int round = 0; round < kRounds; ++round) {
       const auto start = Clock::now();
       for (int i = 0; i < kWaits; ++i) barrier.wait(threads);
-      const std::chrono::duration<double, std::nano> taken = Clock::now() - start;
-      best = std::min(best, taken.count() / kWaits);
+      best = std::min(best, nanoseconds_since(start) / kWaits);
     }
     if (omp_get_thread_num() == 0) least = best;
   }
   return least;
+}
+
+// to read one line of so many bytes of memory, over and over, in nanoseconds
+double read_line(int64_t bytes) {
+  constexpr int kRounds = 4;
+  constexpr int64_t kWords = kLineBytes / int64_t(sizeof(uint64_t));
+  const std::vector<uint64_t> memory(bytes / int64_t(sizeof(uint64_t)), 1);
+  double best = std::numeric_limits<double>::infinity();
+  uint64_t sum = 0;
+  for (int round = 0; round < kRounds; ++round) {
+    const auto start = Clock::now();
+    for (size_t i = 0; i < memory.size(); i += kWords) sum += memory[i];
+    best = std::min(best, nanoseconds_since(start));
+  }
+  static volatile uint64_t sink;  // keeps the reads from being optimised away
+  sink = sum;
+  return best * kLineBytes / double(bytes);
 }
 
 struct Measurement {
@@ -49,12 +71,17 @@ double measured_barrier(int threads) {
   const Clock::time_point now = Clock::now();
   if (last.threads == threads && now.time_since_epoch().count() < last.until) return last.cycles;
   if (omp_in_parallel()) return kTypicalBarrier;
-  const double nanoseconds = measure(threads);
+  const double nanoseconds = wait_together(threads);
   last.cycles = nanoseconds > 0 ? nanoseconds * kCyclesPerNanosecond : kTypicalBarrier;
   last.threads = threads;
   const Clock::time_point end = Clock::now();
   last.until = (end + std::max(kFresh, kShare * (end - now))).time_since_epoch().count();
   return last.cycles;
+}
+
+double measured_l3_line(int64_t l2_bytes) {
+  static const double cycles = read_line(2 * l2_bytes) * kCyclesPerNanosecond;
+  return cycles;
 }
 
 }  // namespace rnnfast::cpu
