@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 CUDA_BIN := .venv-cuda/bin
 CSRC := $(shell find csrc -type f -not -name '*.md')
+# make bench RESULTS=benchmarks/results/<name of the machine>
+RESULTS ?= benchmarks/results/cpu
 FORMATTED := $(filter %.h %.cpp %.cu %.cuh,$(CSRC))
 
 .PHONY: help build test demo lint format bench cuda-build gpu-check clean
@@ -57,11 +59,12 @@ bench: build
 		|| echo "peers that are not installed are left out"
 	$(BIN)/python -m pytest benchmarks --benchmark-columns=min,median,rounds
 	$(BIN)/python -m benchmarks.compare --peers torch onnxruntime openvino jax torch_int8 \
-		--json benchmarks/results/cpu.json --csv benchmarks/results/cpu.csv
+		--json $(RESULTS).json --csv $(RESULTS).csv
+	$(BIN)/python -m benchmarks.compare --dtype bfloat16 --peers torch \
+		--json $(RESULTS)-bfloat16.json --csv $(RESULTS)-bfloat16.csv
 	$(BIN)/python -m benchmarks.sequences --json benchmarks/results/sequences.json
 	$(BIN)/python -m benchmarks.systems --json benchmarks/results/systems.json
-	$(BIN)/python -m benchmarks.plot benchmarks/results/cpu.json --markdown \
-		--png benchmarks/results/cpu.png
+	$(BIN)/python -m benchmarks.plot $(RESULTS).json --markdown --png $(RESULTS).png
 
 .venv-cuda/requirements.done: .ci/requirements-cuda.txt
 	$(PYTHON) -m venv .venv-cuda
