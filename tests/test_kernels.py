@@ -190,6 +190,26 @@ def test_values_and_gradients(
             assert error(actual, value) < 5 * bound(dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
+@pytest.mark.parametrize("cell", CELLS)
+def test_same_bits_whatever_the_distances_of_rows(
+    cell: str, dtype: torch.dtype, device: str
+) -> None:
+    """Of x, batch first: tiles cross borders of steps; rows are longer than is copied at once."""
+    case = Case(cell, 3, 40, 600, 34)
+    x, *others = cast(sample_inputs(case, dtype), dtype, device)
+    grads = cast(sample_grads(case, dtype), dtype, device)
+    assert x is not None
+    batch_first = x.transpose(0, 1).contiguous().transpose(0, 1)
+    assert batch_first.stride() != x.stride()
+    results = []
+    for rows in (x, batch_first):
+        forward = run_forward(case, [rows, *others], save=True)
+        results.append([*forward, *run_backward(case, [rows, *others], grads, forward)])
+    for actual, expected in zip(*results, strict=True):
+        assert torch.equal(actual, expected)
+
+
 @pytest.mark.parametrize("cell", CELLS)
 def test_saved_tensors(cell: str, device: str) -> None:
     """The gates that are kept are those of the formulas, in the documented shapes."""
@@ -426,12 +446,15 @@ SPLIT_CASES = [
 ]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
 @pytest.mark.parametrize("case", SPLIT_CASES, ids=str)
-def test_same_bits_for_every_run_and_thread_count(case: Case, device: str, threads: None) -> None:
-    inputs = cast(sample_inputs(case, torch.float32), torch.float32, device)
+def test_same_bits_for_every_run_and_thread_count(
+    case: Case, dtype: torch.dtype, device: str, threads: None
+) -> None:
+    inputs = cast(sample_inputs(case, dtype), dtype, device)
     if not has_kernels(case, device):
         return assert_refused(case, inputs)
-    grads = cast(sample_grads(case, torch.float32), torch.float32, device)
+    grads = cast(sample_grads(case, dtype), dtype, device)
 
     def run() -> list[torch.Tensor]:
         forward = run_forward(case, inputs, save=True)
