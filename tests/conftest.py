@@ -38,6 +38,18 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture
+def avx512() -> Iterator[None]:
+    """For decisions that depend on the width of vectors."""
+    extension = backend.EXTENSION
+    if extension is None or "avx512" not in extension.cpu_capabilities():
+        pytest.skip("this machine has no AVX-512, or the extension was not built")
+    before = extension.get_cpu_capability()
+    extension.set_cpu_capability("avx512")
+    yield
+    extension.set_cpu_capability(before)
+
+
+@pytest.fixture
 def poisoned_memory() -> Iterator[None]:
     """Whatever torch allocates without a value is NaN, workspaces and results included."""
     torch.use_deterministic_algorithms(True)  # with fill_uninitialized_memory, its default

@@ -488,28 +488,26 @@ def test_plan(cell: str, threads_planned: int, device: str) -> None:
         plan("no_such_cell", 1, 1, 1, 1)
 
 
-def test_more_threads_where_there_is_more_work() -> None:
+def test_more_threads_where_there_is_more_work(avx512: None) -> None:
     plan = backend.EXTENSION.plan
     assert plan("lstm", 1, 1, 8, 8, "float32", 2)["threads"] == 1
     assert plan("lstm", 100, 1, 1024, 1024, "float32", 2)["split"] == "units"
     assert plan("lstm", 100, 32, 64, 64, "float32", 2)["split"] == "rows"
 
 
-def test_steps_are_dealt_where_waiting_for_each_other_is_cheap() -> None:
+def test_steps_are_dealt_where_waiting_for_each_other_is_cheap(avx512: None) -> None:
     plan = backend.EXTENSION.plan
     for barrier_cycles, split in ((200, "units"), (1700, "none")):
         facts = plan("lstm", 100, 1, 64, 64, "float32", 2, barrier_cycles=barrier_cycles)
         assert facts["split"] == split
 
 
-@pytest.mark.skipif(
-    not set(backend.EXTENSION.cpu_capabilities()) >= {"avx512"}, reason="sizes are AVX-512's"
-)
-def test_units_are_dealt_where_l3_is_slow() -> None:
+def test_units_are_dealt_where_l3_is_slow(avx512: None) -> None:
     # each thread reads half of 16 MB of weights in every step, or all for half of the rows
     plan = backend.EXTENSION.plan
-    for l3_line_cycles, split in ((3, "rows"), (8, "units")):
-        facts = plan("lstm", 100, 12, 1024, 1024, "float32", 2, l3_line_cycles=l3_line_cycles)
+    for l3_line_cycles, split in ((3, "rows"), (12, "units")):
+        machine = {"l2_bytes": 1 << 20, "l3_line_cycles": l3_line_cycles}
+        facts = plan("lstm", 100, 12, 1024, 1024, "float32", 2, **machine)
         assert facts["split"] == split
 
 

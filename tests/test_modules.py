@@ -487,12 +487,11 @@ def test_overlapping_layers_give_the_same_bits(
             assert torch.equal(actual, value)
 
 
-@pytest.mark.skipif(not EXPECT_FUSED, reason="a build without the extension has no plans")
 @pytest.mark.parametrize("backward", [False, True])
-def test_where_layers_overlap(backward: bool) -> None:
+def test_where_layers_overlap(backward: bool, avx512: None) -> None:
     def at_once(shape: str, stacked: bool, threads: int) -> int:
         sizes = OVERLAP_SHAPES[shape]
-        return EXTENSION.layers_at_once("lstm", *sizes, 4, stacked, threads, backward)
+        return EXTENSION.layers_at_once("lstm", *sizes, 4, stacked, threads, backward, 1 << 20)
 
     for stacked in (False, True):
         assert [at_once("one row", stacked, n) for n in (1, 2, 4)] == [1, 2, 4]

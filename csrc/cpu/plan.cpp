@@ -9,7 +9,7 @@ namespace {
 // Rough costs in cycles; only their ratios matter. Measured on Zen 4, see csrc/README.md.
 constexpr double kRegion = 5000;
 constexpr double kExchange = 2.5;  // barriers: a step waits, then fetches what others have written
-constexpr double kL1Vector = 1, kL2Vector = 2.1;  // to load one vector of weights
+constexpr double kL1Vector = 1, kL2Vector = 2.1;  // to load one vector of weights, up to a line
 constexpr int64_t kL1Bytes = 24 * 1024;
 
 // Weights used fewer times than this are read as they lie.
@@ -20,13 +20,10 @@ constexpr int64_t kWholeProjectionBytes = 4 << 20;
 
 double step_cycles(const StepShape& s, int64_t rows, int64_t panels, const Machine& machine) {
   const int64_t bytes = panels * s.vectors * s.lanes * s.depth * s.element_bytes;
-  const auto from_l3 = [&] {
-    const double lines = double(s.lanes * s.element_bytes) / kLineBytes;
-    return std::max(kL2Vector, lines * machine.l3_line_cycles(machine.l2_bytes));
-  };
-  const double load = bytes <= kL1Bytes                   ? kL1Vector
-                      : bytes <= machine.l2_bytes * 3 / 4 ? kL2Vector
-                                                          : from_l3();
+  const double load = bytes <= kL1Bytes ? kL1Vector
+                      : bytes <= machine.l2_bytes * 3 / 4
+                          ? kL2Vector
+                          : machine.l3_line_cycles(machine.l2_bytes);
   const int64_t tiles = ceil_div(rows, s.tile_rows);
   const double products = s.row_cycles * double(ceil_div(rows, tiles));
   const double first = std::max(products, load);  // brings in the panel

@@ -49,21 +49,23 @@ Dtype dtype_named(const std::string& name) {
   throw py::value_error("expected dtype float64, float32, bfloat16 or float16, got '" + name + "'");
 }
 
-cpu::Machine assumed_machine(int threads, double barrier_cycles = cpu::kTypicalBarrier,
+// A machine with so much L2 a core, or as much as this one has where l2_bytes is 0.
+cpu::Machine assumed_machine(int threads, int64_t l2_bytes,
+                             double barrier_cycles = cpu::kTypicalBarrier,
                              double l3_line_cycles = cpu::kTypicalL3Line) {
-  return {threads, this_machine().l2_bytes, [=](int) { return barrier_cycles; },
-          [=](int64_t) { return l3_line_cycles; }};
+  return {threads, l2_bytes > 0 ? l2_bytes : this_machine().l2_bytes,
+          [=](int) { return barrier_cycles; }, [=](int64_t) { return l3_line_cycles; }};
 }
 
 py::dict plan(const std::string& cell, int64_t T, int64_t B, int64_t I, int64_t H,
-              const std::string& dtype, int threads, bool backward, double barrier_cycles,
-              double l3_line_cycles) {
+              const std::string& dtype, int threads, bool backward, int64_t l2_bytes,
+              double barrier_cycles, double l3_line_cycles) {
   if (T < 1 || B < 1 || I < 0 || H < 1 || threads < 1)
     throw py::value_error("expected positive sizes and threads");
   const int row = int(cell_info(cell).kind), column = int(dtype_named(dtype));
   const cpu::Kernels& kernels = cpu::kernel_table().kernels[row][column];
   const Sizes size{T, B, I, H};
-  const cpu::Machine machine = assumed_machine(threads, barrier_cycles, l3_line_cycles);
+  const cpu::Machine machine = assumed_machine(threads, l2_bytes, barrier_cycles, l3_line_cycles);
   const cpu::Plan plan =
       backward ? kernels.plan_backward(size, machine) : kernels.plan_forward(size, machine, T);
   const char* splits[] = {"none", "rows", "units"};
@@ -88,11 +90,11 @@ py::dict plan(const std::string& cell, int64_t T, int64_t B, int64_t I, int64_t 
 
 // How many of `count` layers of a module run at once, each on its part of the threads.
 int layers_at_once(const std::string& cell, int64_t T, int64_t B, int64_t I, int64_t H, int count,
-                   bool stacked, int threads, bool backward) {
+                   bool stacked, int threads, bool backward, int64_t l2_bytes) {
   const cpu::Kernels& kernels =
       cpu::kernel_table().kernels[int(cell_info(cell).kind)][int(Dtype::kFloat32)];
   const Sizes size{T, B, I, H};
-  const cpu::Machine machine = assumed_machine(threads);
+  const cpu::Machine machine = assumed_machine(threads, l2_bytes);
   return cpu::side_by_side(count, threads, stacked, [&](int n) {
     return backward ? kernels.plan_backward(size, machine.with(n)).cycles
                     : kernels.plan_forward(size, machine.with(n), T).cycles;
@@ -115,10 +117,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   bind_generation(m);
   m.def("layers_at_once", &layers_at_once, py::arg("cell"), py::arg("T"), py::arg("B"),
         py::arg("I"), py::arg("H"), py::arg("count"), py::arg("stacked"), py::arg("threads"),
-        py::arg("backward") = false);
+        py::arg("backward") = false, py::arg("l2_bytes") = 0);
   m.def("plan", &plan, py::arg("cell"), py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"),
         py::arg("dtype") = "float32", py::arg("threads") = 1, py::arg("backward") = false,
-        py::arg("barrier_cycles") = cpu::kTypicalBarrier,
+        py::arg("l2_bytes") = 0, py::arg("barrier_cycles") = cpu::kTypicalBarrier,
         py::arg("l3_line_cycles") = cpu::kTypicalL3Line);
 }
 
