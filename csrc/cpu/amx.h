@@ -7,7 +7,7 @@
 // hence the assembler.
 namespace matrix_unit {
 
-inline constexpr int kRows = 16, kWords = 16, kLineBytes = 64;
+inline constexpr int kRows = 16, kWords = 16;
 
 template <int kRegister>
 RNNFAST_HD void load(const void* from, int64_t stride) {

@@ -111,9 +111,8 @@ struct Ahead {
 
   // so much of it as one line with each of so many words can fetch
   static Ahead of(const void* memory, int64_t bytes, int64_t words) {
-    constexpr int64_t kLine = 64;
     return {static_cast<const char*>(memory),
-            std::min(kLine, ceil_div(bytes, std::max<int64_t>(words, 1)))};
+            std::min(kLineBytes, ceil_div(bytes, std::max<int64_t>(words, 1)))};
   }
   // the part of the next panel, null if there is none, that falls to a tile of some of the rows
   static Ahead part_of(const void* panel, int64_t bytes, int64_t words, int64_t first, int count,
