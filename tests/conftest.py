@@ -5,6 +5,7 @@ Every instruction set of this CPU, the emulated CUDA driver and, where there is 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -41,8 +42,12 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
 def avx512() -> Iterator[None]:
     """For decisions that depend on the width of vectors."""
     extension = backend.EXTENSION
-    if extension is None or "avx512" not in extension.cpu_capabilities():
-        pytest.skip("this machine has no AVX-512, or the extension was not built")
+    if extension is None:
+        if os.environ.get("RNNFAST_EXPECT_EXTENSION") == "0":
+            pytest.skip("a build without the extension has no plans")
+        pytest.fail(f"rnnfast._C did not build or load: {backend.IMPORT_ERROR}")
+    if "avx512" not in extension.cpu_capabilities():
+        pytest.skip("this machine has no AVX-512")
     before = extension.get_cpu_capability()
     extension.set_cpu_capability("avx512")
     yield

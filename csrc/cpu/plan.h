@@ -34,7 +34,7 @@ inline constexpr double kTypicalBarrier = 300;
 // cores. Measured once, in a millisecond or two.
 double measured_l3_line(int64_t l2_bytes);
 inline constexpr double kTypicalL3Line = 2.9;
-inline constexpr int64_t kLineBytes = 64;  // of a cache
+inline constexpr int64_t kLineBytes = 64;  // of a line of cache
 
 // How the recurrence is dealt to threads.
 enum class Split {
