@@ -90,7 +90,7 @@ class BlockProducts {
     alignas(64) A out[kMaxTileRows * Columns::kWidth];
     for (int64_t p = 0; p < input_.count(); ++p) {
       const int64_t column = p * Columns::kWidth;
-      for_row_tiles(own.size(), Columns::kRows, [&](int64_t r, int n) {
+      for_row_tiles(own.size(), input_.tile_rows(p), [&](int64_t r, int n) {
         const Row* rows = block.rows + own.begin + r;
         const Element* a[kMaxTileRows];
         for (int i = 0; i < n; ++i) a[i] = d_gates_(rows[i]);
@@ -181,20 +181,26 @@ class BlockProducts {
   void accumulate(const Block& block, const Team& team, const Element* left, int count,
                   int64_t height, const Columns& columns, A* packed, void* grad,
                   Place place) const {
-    const int64_t rows = count * height, depth = block.count;
+    const int64_t rows = count * height, depth = block.count, panels = columns.count();
     const int64_t bands = std::clamp<int64_t>(rows / (4 * Columns::kRows), 1, team.size());
-    const Span own = team.share(bands * columns.count());
-    for (int64_t i = own.begin; i < own.end; ++i) {
-      const int64_t band = i / columns.count(), p = i % columns.count();
+    // As many panels at once as stay in L2 beside what else is there: so that, of a few rows,
+    // whole rows of the gradient are written, and not 256 bytes here and there.
+    constexpr int64_t kGroupBytes = 256 << 10;
+    const int64_t panel_bytes = Columns::kWidth * words<Op>(depth) * int64_t(sizeof(A));
+    const int64_t at_once = std::max<int64_t>(kGroupBytes / std::max<int64_t>(panel_bytes, 1), 1);
+    const Span own = team.share(bands * panels);
+    for (int64_t i = own.begin; i < own.end;) {
+      const int64_t band = i / panels, p = i % panels;
+      const Span group{p, std::min(p + at_once, std::min(panels, p + own.end - i))};
       const int64_t begin = rows * band / bands, end = rows * (band + 1) / bands;
       for (int64_t j = begin / height; j * height < end; ++j) {
         const Span part{std::max(begin, j * height), std::min(end, (j + 1) * height)};
-        A* to = static_cast<A*>(grad) +
-                (place(int(j)) * height + part.begin - j * height) * columns.N +
-                p * Columns::kWidth;
-        outer_product(left + part.begin * left_pitch_, part.size(), depth,
-                      columns.at(packed, depth, p), columns, p, !block.is_first(), to);
+        A* to =
+            static_cast<A*>(grad) + (place(int(j)) * height + part.begin - j * height) * columns.N;
+        outer_product(left + part.begin * left_pitch_, part.size(), depth, packed, columns, group,
+                      !block.is_first(), to);
       }
+      i += group.size();
     }
   }
 
@@ -221,35 +227,48 @@ class BlockProducts {
     }
   }
 
-  // to[m][panel columns] (+)= sum_k left[m][k] panel[k]
-  void outer_product(const Element* left, int64_t rows, int64_t depth, const A* panel,
-                     const Columns& columns, int64_t p, bool add, A* to) const {
-    const int vectors = columns.vectors(p);
-    const int64_t width = columns.N - p * Columns::kWidth;
-    const bool whole = vectors * kLanesA <= width;
-    alignas(64) A edge[kMaxTileRows * Columns::kWidth];
-    for_row_tiles(rows, Columns::kRows, [&](int64_t m, int n) {
+  // to[m][columns of the panels] (+)= sum_k left[m][k] packed[k]
+  void outer_product(const Element* left, int64_t rows, int64_t depth, A* packed,
+                     const Columns& columns, Span panels, bool add, A* to) const {
+    // the first panel is the widest
+    for_row_tiles(rows, columns.tile_rows(panels.begin), [&](int64_t m, int n) {
       const Element* a[kMaxTileRows];
       for (int i = 0; i < n; ++i) a[i] = left + (m + i) * left_pitch_;
-      A* target = to + m * columns.N;
-      if (whole) {
-        const auto product = add ? any_tile<Op, true, kLongChain> : any_tile<Op, false, kLongChain>;
-        const auto next_rows =
-            Ahead::of(left + (m + n) * left_pitch_, n * left_pitch_ * int64_t(sizeof(Element)),
-                      words<Op>(depth));
-        return product(vectors, n, words<Op>(depth), a, panel, target, columns.N, next_rows);
-      }
-      any_tile<Op, false, kLongChain>(vectors, n, words<Op>(depth), a, panel, edge,
-                                      Columns::kWidth);
-      for (int i = 0; i < n; ++i) {
-        for (int v = 0; v < vectors; ++v) {
-          A* cell = target + i * columns.N + v * kLanesA;
-          V value = load(edge + i * Columns::kWidth + v * kLanesA);
-          if (add) value += load(cell, width - v * kLanesA);
-          store(cell, value, width - v * kLanesA);
-        }
+      Ahead ahead = Ahead::of(left + (m + n) * left_pitch_,
+                              n * left_pitch_ * int64_t(sizeof(Element)), words<Op>(depth));
+      for (int64_t p = panels.begin; p < panels.end; ++p, ahead = {}) {
+        A* target = to + m * columns.N + p * Columns::kWidth;
+        // a tile of so few terms would wait for the lines that it writes
+        if (depth <= kLongChain && p + 1 < panels.end)
+          fetch_tile(target + Columns::kWidth, n, columns.N, columns.vectors(p + 1));
+        add_tile(a, n, depth, columns, p, columns.at(packed, depth, p), ahead, add, target);
       }
     });
+  }
+
+  static void fetch_tile(const A* at, int rows, int64_t pitch, int vectors) {
+    for (int i = 0; i < rows; ++i)
+      for (int v = 0; v < vectors; ++v) __builtin_prefetch(at + i * pitch + v * kLanesA, 1, 2);
+  }
+
+  void add_tile(const Element* const* a, int n, int64_t depth, const Columns& columns, int64_t p,
+                const A* panel, Ahead ahead, bool add, A* to) const {
+    const int vectors = columns.vectors(p);
+    const int64_t width = columns.N - p * Columns::kWidth;
+    if (vectors * kLanesA <= width) {
+      const auto product = add ? any_tile<Op, true, kLongChain> : any_tile<Op, false, kLongChain>;
+      return product(vectors, n, words<Op>(depth), a, panel, to, columns.N, ahead);
+    }
+    alignas(64) A edge[kMaxTileRows * Columns::kWidth];
+    any_tile<Op, false, kLongChain>(vectors, n, words<Op>(depth), a, panel, edge, Columns::kWidth);
+    for (int i = 0; i < n; ++i) {
+      for (int v = 0; v < vectors; ++v) {
+        A* cell = to + i * columns.N + v * kLanesA;
+        V value = load(edge + i * Columns::kWidth + v * kLanesA);
+        if (add) value += load(cell, width - v * kLanesA);
+        store(cell, value, width - v * kLanesA);
+      }
+    }
   }
 
   void grad_bias(const Block& block, Span own) const {
