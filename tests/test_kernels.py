@@ -423,27 +423,32 @@ def test_recomputed_gates(
         assert torch.equal(actual, value)
 
 
-SPLIT_SHAPES = {"units": (12, 1, 40, 520), "rows": (5, 48, 16, 64), "none": (4, 2, 3, 5)}
+SPLIT_SHAPES = {
+    (12, 1, 40, 520): "units",
+    (1, 24, 40, 520): "units",  # weights packed panel by panel
+    (50, 48, 16, 64): "rows",
+    (4, 2, 3, 5): "none",
+}
 
 
-@pytest.mark.parametrize("split", SPLIT_SHAPES)
+@pytest.mark.parametrize("shape", SPLIT_SHAPES, ids=str)
 @pytest.mark.parametrize("cell", CELLS)
-def test_planned_split(cell: str, split: str) -> None:
+def test_planned_split(cell: str, shape: tuple[int, ...]) -> None:
     """The shapes that the next test runs are split in every way there is."""
     for backward in (False, True):
-        plan = backend.EXTENSION.plan(cell, *SPLIT_SHAPES[split], "float32", 2, backward)
-        assert plan["split"] == split
+        plan = backend.EXTENSION.plan(cell, *shape, "float32", 2, backward)
+        assert plan["split"] == SPLIT_SHAPES[shape]
 
 
 SPLIT_CASES = [
     *(
         Case(cell, *shape, lengths=lengths)
         for cell in CELLS
-        for shape in SPLIT_SHAPES.values()
+        for shape in SPLIT_SHAPES
         for lengths in ("", "padded", "packed")
     ),
-    *(Case("lstm", *shape, proj=shape[-1] * 3 // 4) for shape in SPLIT_SHAPES.values()),
-    *(Case(cell, *shape, tokens=True) for cell in CELLS for shape in SPLIT_SHAPES.values()),
+    *(Case("lstm", *shape, proj=shape[-1] * 3 // 4) for shape in SPLIT_SHAPES),
+    *(Case(cell, *shape, tokens=True) for cell in CELLS for shape in SPLIT_SHAPES),
 ]
 
 
@@ -508,8 +513,20 @@ def test_units_are_dealt_where_l3_is_slow(avx512: None) -> None:
     plan = backend.EXTENSION.plan
     for l3_line_cycles, split in ((3, "rows"), (12, "units")):
         machine = {"l2_bytes": 1 << 20, "l3_line_cycles": l3_line_cycles}
-        facts = plan("lstm", 100, 12, 1024, 1024, "float32", 2, **machine)
+        facts = plan("lstm", 3000, 12, 1024, 1024, "float32", 2, **machine)
         assert facts["split"] == split
+
+
+def test_weights_are_read_once_in_a_single_step(avx512: None) -> None:
+    """Each thread packs the panels of its own units just before their only use."""
+    machine = {"l2_bytes": 1 << 20, "l3_line_cycles": 3}
+    for T, hidden, split in (
+        (1, "panelwise", "units"),
+        (2, "once", "units"),
+        (900, "once", "rows"),
+    ):
+        facts = backend.EXTENSION.plan("lstm", T, 20, 128, 128, "float32", 2, **machine)
+        assert (facts["hidden_packing"], facts["split"]) == (hidden, split)
 
 
 BAD = {
@@ -577,7 +594,8 @@ FEWER_THREADS = """
 import torch
 from cases import Case, cast, outputs_of, run_backward, run_forward, sample_grads, sample_inputs
 
-CASES = [Case("lstm", 12, 1, 40, 520), Case("lstm", 5, 48, 16, 64)]
+CASES = [Case("lstm", 12, 1, 40, 520), Case("lstm", 50, 48, 16, 64)]
+CASES += [Case("gru", 1, 24, 40, 520)]
 CASES += [Case("lstm", 30, 48, 16, 64, lengths=lengths) for lengths in ("padded", "packed")]
 CASES += [Case("lstm", 12, 3, 40, 520, proj=200)]
 for case in CASES:

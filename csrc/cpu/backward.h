@@ -195,7 +195,7 @@ class Backward {
     const int64_t panel_bytes = Columns::kWidth * depth * int64_t(sizeof(A));
     alignas(64) A from_weights[kMaxTileRows * Columns::kWidth];
     const auto step_rows = [&](int64_t p, Span part, bool begin, const A* next) {
-      for_row_tiles(part.size(), Columns::kRows, [&](int64_t r, int n) {
+      for_row_tiles(part.size(), hidden_.tile_rows(p), [&](int64_t r, int n) {
         const int64_t first = part.begin + r;
         const Ahead ahead = Ahead::part_of(next, panel_bytes, depth, r, n, part.size());
         if (!begin) through_weights(step - 1, p, first, n, from_weights, ahead);
@@ -237,7 +237,7 @@ class Backward {
     const int64_t P = args_.h_size;
     alignas(64) A d_output[kMaxTileRows * Columns::kWidth];
     for (int64_t p = panels.begin; p < panels.end; ++p) {
-      for_row_tiles(rows.size(), Columns::kRows, [&](int64_t r, int n) {
+      for_row_tiles(rows.size(), units_.tile_rows(p), [&](int64_t r, int n) {
         const int64_t first = rows.begin + r;
         const Element* a[kMaxTileRows];
         for (int i = 0; i < n; ++i) a[i] = d_h_rows_(step, first + i);
@@ -312,7 +312,7 @@ class Backward {
     const int64_t H = args_.size.H, P = args_.h_size;
     alignas(64) A d_h[kMaxTileRows * Columns::kWidth];
     for (int64_t p = own.panels.begin; args_.grad_h0 && p < own.panels.end; ++p) {
-      for_row_tiles(rows.size(), Columns::kRows, [&](int64_t r, int n) {
+      for_row_tiles(rows.size(), hidden_.tile_rows(p), [&](int64_t r, int n) {
         const int64_t first = rows.begin + r;
         if (step > 0) through_weights(step - 1, p, first, n, d_h);
         for (int i = 0; i < n; ++i) {

@@ -27,8 +27,9 @@ class Forward {
       const int64_t panels = plan.input == Packing::kOnce ? count : plan.threads;
       w_ih_ = arena.take<A>(panels * Panels::kWidth * words<Op>(I));
     }
-    if (plan.hidden == Packing::kOnce) {
-      w_hh_ = arena.take<A>(count * Panels::kWidth * words<Op>(args.h_size));
+    if (plan.hidden != Packing::kNone) {
+      const int64_t panels = plan.hidden == Packing::kOnce ? count : plan.threads;
+      w_hh_ = arena.take<A>(panels * Panels::kWidth * words<Op>(args.h_size));
       w_hr_ = arena.take<A>(projection_.count() * ProjectionPanels::kWidth * words<Op>(H));
     }
     b_ih_ = arena.take<A>(count * Panels::kWidth);
@@ -53,12 +54,12 @@ class Forward {
     return {size.B,
             Panels{size.H}.count(),
             words<Op>(size.H),
-            Panels::kVectors,
+            Panels{size.H}.vectors(0),
             Panels::kRows,
             int(sizeof(A)),
             kLanesA,
             kRowCycles,
-            Panels::kUnitVectors * 30.0 * Cell::kGates};
+            Panels{size.H}.vectors(0) * 30.0};
   }
 
   // Waits for the steps of `upstream`, if any, before it reads them; `done` tells of its own.
@@ -82,7 +83,7 @@ class Forward {
     for (int64_t s = 0; s < T; s += plan_.block_steps) {
       const Span steps{s, std::min(T, s + plan_.block_steps)};
       if (upstream) upstream->wait_for(steps.end);
-      project(steps, rows, panels, block, team.index());
+      project(steps, rows, panels, block);
       const A* projected = block.projected;
       Outputs before{steps.begin, {0, 0}};
       for (int64_t step = steps.begin; step < steps.end; ++step) {
@@ -93,7 +94,7 @@ class Forward {
           const int64_t count = projection_.count();
           project_state(step, active, by_units ? team.share(count) : Span{0, count});
         }
-        projected += active.size() * panels.size() * Panels::kWidth;
+        projected += active.size() * panels_.width(panels);
         if (by_units) team.barrier();
         const auto part = [&](Span of) {  // of rows that are complete now
           const Span own = by_units ? team.share(of.size()) : Span{0, of.size()};
@@ -141,6 +142,10 @@ class Forward {
       for (Element*& h : h_) h += index * kApart<Element>;
       if (unprojected_) unprojected_ += index * kApart<Element>;
     }
+    if (plan_.input == Packing::kPanelwise)
+      w_ih_ += index * Panels::kWidth * words<Op>(args_.size.I);
+    if (plan_.hidden == Packing::kPanelwise)
+      w_hh_ += index * Panels::kWidth * words<Op>(args_.h_size);
     rows_ += index * ((by_rows ? 0 : B) + kApart<typename Tile::Row>);
     if (c_) c_ += index * ((by_rows ? 0 : B * pitch_) + kApart<A>);
   }
@@ -171,7 +176,7 @@ class Forward {
       if (plan_.input == Packing::kOnce)
         panels_.pack(static_cast<const S*>(args_.w_ih), I, p,
                      w_ih_ + p * Panels::kWidth * words<Op>(I));
-      if (w_hh_)
+      if (plan_.hidden == Packing::kOnce)
         panels_.pack(static_cast<const S*>(args_.w_hh), P, p,
                      w_hh_ + p * Panels::kWidth * words<Op>(P));
       panels_.pack_bias(static_cast<const S*>(args_.b_ih), p, b_ih_ + p * Panels::kWidth);
@@ -244,7 +249,7 @@ class Forward {
   }
 
   // projected[row of the block][panel] = W_ih x + b_ih
-  void project(Span steps, Span rows, Span panels, const Block& block, int thread) const {
+  void project(Span steps, Span rows, Span panels, const Block& block) const {
     if (args_.tokens) return;
     const int64_t I = args_.size.I;
     const S* w = static_cast<const S*>(args_.w_ih);
@@ -258,17 +263,12 @@ class Forward {
       convert(x, block.inputs[r], I);
       for (int64_t i = I; i < x_pitch_; ++i) x[i] = Element{};
     }
-    const int64_t row_stride = panels.size() * Panels::kWidth;
+    const int64_t row_stride = panels_.width(panels);
     for (int64_t p = panels.begin; p < panels.end; ++p) {
-      A* packed = nullptr;
-      if (plan_.input == Packing::kOnce) packed = w_ih_ + p * Panels::kWidth * words<Op>(I);
-      if (plan_.input == Packing::kPanelwise) {
-        packed = w_ih_ + thread * Panels::kWidth * words<Op>(I);
-        panels_.pack(w, I, p, packed);
-      }
+      const A* packed = packed_panel(plan_.input, w, I, w_ih_, p);
       const bool last = plan_.input != Packing::kOnce || p + 1 == panels.end;
       const A* next = last ? nullptr : packed + Panels::kWidth * words<Op>(I);
-      for_row_tiles(count, Panels::kRows, [&](int64_t r, int n) {
+      for_row_tiles(count, panels_.tile_rows(p), [&](int64_t r, int n) {
         const Element* a[kMaxTileRows];
         for (int i = 0; i < n; ++i) {
           if constexpr (std::is_same_v<S, Element>) a[i] = block.inputs[r + i];
@@ -279,6 +279,13 @@ class Forward {
                          row_stride, next_part(next, I, r, n, count));
       });
     }
+  }
+
+  // A panel of w (G * H, K), of which `packed` has all or room for one; null: as it lies.
+  const A* packed_panel(Packing packing, const S* w, int64_t K, A* packed, int64_t panel) const {
+    if (packing == Packing::kOnce) return packed + panel * Panels::kWidth * words<Op>(K);
+    if (packing == Packing::kPanelwise) panels_.pack(w, K, panel, packed);
+    return packed;
   }
 
   static Ahead next_part(const A* panel, int64_t K, int64_t first, int count, int64_t rows) {
@@ -295,7 +302,7 @@ class Forward {
   // memory.
   void advance(int64_t step, Span rows, Span panels, const A* projected, Outputs before) {
     const int64_t tiles = panels.size() * ceil_div(rows.size(), Panels::kRows);
-    const int64_t at_once = tiles > 0 ? ceil_div(before.rows.size(), tiles) : before.rows.size();
+    const int64_t at_once = ceil_div(before.rows.size(), std::max<int64_t>(tiles, 1));
     const auto write_some = [&] {
       const int64_t end = std::min(before.rows.begin + at_once, before.rows.end);
       write({before.step, {before.rows.begin, end}});
@@ -303,22 +310,23 @@ class Forward {
     };
     alignas(64) A from_h[kMaxTileRows * Panels::kWidth], from_tokens[kMaxTileRows * Panels::kWidth];
     for (int64_t b = rows.begin; b < rows.end; ++b) set_row(rows_[b], step, b);
-    const int64_t x_stride = panels.size() * Panels::kWidth;
+    const int64_t x_stride = panels_.width(panels);
+    const S* w_hh = static_cast<const S*>(args_.w_hh);
     const int64_t panel_size = Panels::kWidth * words<Op>(args_.h_size);
     // To and fro: a step begins with the panels that the last one left in cache.
     const int64_t way = step % 2 ? -1 : 1, first = way > 0 ? panels.begin : panels.end - 1;
     for (int64_t i = 0; i < panels.size(); ++i) {
       const int64_t p = first + way * i;
-      const A* packed = w_hh_ ? w_hh_ + p * panel_size : nullptr;
-      const A* next = packed && i + 1 < panels.size() ? packed + way * panel_size : nullptr;
+      const A* packed = packed_panel(plan_.hidden, w_hh, args_.h_size, w_hh_, p);
+      const bool last = plan_.hidden != Packing::kOnce || i + 1 == panels.size();
+      const A* next = last ? nullptr : packed + way * panel_size;
       const A* from_x = projected + (p - panels.begin) * Panels::kWidth;
-      for_row_tiles(rows.size(), Panels::kRows, [&](int64_t r, int n) {
+      for_row_tiles(rows.size(), panels_.tile_rows(p), [&](int64_t r, int n) {
         const typename Tile::Row* tile = rows_ + rows.begin + r;
         const Element* a[kMaxTileRows];
         for (int i = 0; i < n; ++i) a[i] = tile[i].h_prev;
-        panels_.multiply(static_cast<const S*>(args_.w_hh), packed, b_hh_ + p * Panels::kWidth,
-                         args_.h_size, p, a, n, from_h, Panels::kWidth,
-                         next_part(next, args_.h_size, r, n, rows.size()));
+        panels_.multiply(w_hh, packed, b_hh_ + p * Panels::kWidth, args_.h_size, p, a, n, from_h,
+                         Panels::kWidth, next_part(next, args_.h_size, r, n, rows.size()));
         if (args_.tokens) {
           for (int i = 0; i < n; ++i)
             panels_.look_up(token_row(step, rows.begin + r + i), b_ih_ + p * Panels::kWidth, p,
@@ -330,7 +338,7 @@ class Forward {
         write_some();
       });
     }
-    if (tiles == 0) write_some();
+    write(before);
   }
 
   void set_row(typename Tile::Row& to, int64_t step, int64_t b) const {
@@ -350,7 +358,7 @@ class Forward {
     alignas(64) A h[kMaxTileRows * width];
     for (int64_t p = panels.begin; p < panels.end; ++p) {
       const A* packed = w_hr_ ? w_hr_ + p * width * words<Op>(H) : nullptr;
-      for_row_tiles(rows.size(), ProjectionPanels::kRows, [&](int64_t r, int n) {
+      for_row_tiles(rows.size(), projection_.tile_rows(p), [&](int64_t r, int n) {
         const Element* a[kMaxTileRows];
         for (int i = 0; i < n; ++i) a[i] = unprojected_ + (rows.begin + r + i) * pitch_;
         projection_.multiply(static_cast<const S*>(args_.w_hr), packed, no_bias_, H, p, a, n, h,
@@ -372,8 +380,8 @@ class Forward {
   const int64_t pitch_, h_pitch_;
   const int64_t x_pitch_;        // I, rounded up to whole words
   const bool copy_x_;            // x cannot be multiplied as it lies
-  A* w_ih_ = nullptr;  // packed [panel, or thread][words of I][kWidth], null: as it lies
-  A* w_hh_ = nullptr;  // packed [panel][words of P][kWidth], null: as it lies
+  // packed [panel, or thread][words of I or P][kWidth], null: as they lie
+  A *w_ih_ = nullptr, *w_hh_ = nullptr;
   A* w_hr_ = nullptr;  // packed [panel][words of H][kWidth], null: as it lies
   A *b_ih_, *b_hh_;  // [panel][kWidth]
   A* no_bias_ = nullptr;  // zeros for a panel of the projection

@@ -209,17 +209,27 @@ RNNFAST_HD void multiply_tile(int rows, int64_t K, const typename Op::Element* c
 #endif
 }
 
+// f<vectors>(), for one to four of them
+template <class F>
+RNNFAST_HD auto for_width(int vectors, F&& f) {
+  return vectors == 4   ? f.template operator()<4>()
+         : vectors == 3 ? f.template operator()<3>()
+         : vectors == 2 ? f.template operator()<2>()
+                        : f.template operator()<1>();
+}
+
+// of a tile so wide
+RNNFAST_HD int most_tile_rows(int vectors) {
+  return for_width(vectors, []<int NR>() { return kTileRows<NR>; });
+}
+
 template <class Op, bool kAdd, int64_t kPart = kChain>
 RNNFAST_HD void any_tile(int vectors, int rows, int64_t K, const typename Op::Element* const* a,
                          const typename Op::A* panel, typename Op::A* out, int64_t row_stride,
                          Ahead ahead = {}) {
-  const auto multiply = [&]<int NR>() __attribute__((always_inline)) {
+  for_width(vectors, [&]<int NR>() __attribute__((always_inline)) {
     multiply_tile<Op, NR, kAdd, kPart>(rows, K, a, panel, nullptr, out, row_stride, ahead);
-  };
-  vectors == 4   ? multiply.template operator()<4>()
-  : vectors == 3 ? multiply.template operator()<3>()
-  : vectors == 2 ? multiply.template operator()<2>()
-                 : multiply.template operator()<1>();
+  });
 }
 
 // ---- packing ----
@@ -266,7 +276,8 @@ RNNFAST_HD void pack_rows(Source&& source, int64_t K, int64_t column, int64_t co
 // ---- the gate block as panels ----
 
 // A weight matrix (G * H, K) seen as panels of whole units: one panel holds all G gates of
-// `units()` consecutive hidden units, as G * kUnitVectors vectors in the order [gate][unit vector].
+// kUnits consecutive hidden units, as G * kUnitVectors vectors in the order [gate][unit vector].
+// With one gate the last panel has no more vectors than its units need.
 template <class Op, int G>
 struct GatePanels {
   using A = typename Op::A;
@@ -281,6 +292,16 @@ struct GatePanels {
   int64_t H;
 
   int64_t count() const { return ceil_div(H, kUnits); }
+  int vectors(int64_t panel) const {
+    const int64_t left = ceil_div(H - panel * kUnits, kLanesA);
+    return G == 1 && left < kVectors ? int(left) : kVectors;
+  }
+  int tile_rows(int64_t panel) const { return most_tile_rows(vectors(panel)); }
+  // elements of a row of the products with some panels
+  int64_t width(Span panels) const {
+    const int64_t last = panels.end - 1;
+    return panels.size() > 0 ? (panels.size() - 1) * kWidth + vectors(last) * kLanesA : 0;
+  }
 
   // the row of the weight matrix behind column `lane` of vector j of a panel; -1 beyond the last
   // unit
@@ -291,13 +312,14 @@ struct GatePanels {
 
   template <class S>
   void pack(const S* w, int64_t K, int64_t panel, A* to) const {
-    for (int j = 0; j < kVectors; ++j)
+    const int vectors = this->vectors(panel);
+    for (int j = 0; j < vectors; ++j)
       pack_transposed<Op, S>(
           [&](int lane) {
             const int64_t row = weight_row(panel, j, lane);
             return row < 0 ? nullptr : w + row * K;
           },
-          K, to + j * kLanesA, kWidth);
+          K, to + j * kLanesA, vectors * kLanesA);
   }
 
   template <class S>
@@ -312,10 +334,9 @@ struct GatePanels {
   // row + bias for one panel, of a row that has been multiplied with W already: of a table [G][H]
   template <class S>
   void look_up(const S* row, const A* bias, int64_t panel, A* out) const {
-    for (int j = 0; j < kVectors; ++j, bias += kLanesA, out += kLanesA) {
-      const int64_t at = weight_row(panel, j, 0);
+    for (int j = 0; j < vectors(panel); ++j, bias += kLanesA, out += kLanesA) {
       const int64_t n = H - panel * kUnits - (j % kUnitVectors) * kLanesA;
-      store(out, at < 0 ? load(bias) : load(row + at, n) + load(bias));
+      store(out, load(row + weight_row(panel, j, 0), n) + load(bias));
     }
   }
 
@@ -325,8 +346,9 @@ struct GatePanels {
                            const Element* const* a, int rows, A* out, int64_t row_stride,
                            Ahead ahead = {}) const {
     if (packed)
-      return multiply_tile<Op, kVectors>(rows, words<Op>(K), a, packed, bias, out, row_stride,
-                                         ahead);
+      return for_width(vectors(panel), [&]<int NR>() __attribute__((always_inline)) {
+        multiply_tile<Op, NR>(rows, words<Op>(K), a, packed, bias, out, row_stride, ahead);
+      });
     for (int i = 0; i < rows; ++i) dot(w, K, panel, a[i], bias, out + i * row_stride);
   }
 
@@ -337,11 +359,10 @@ struct GatePanels {
   template <class S>
   __attribute__((noinline)) void dot(const S* w, int64_t K, int64_t panel, const Element* a,
                                      const A* bias, A* out) const {
-    for (int j = 0; j < kVectors; ++j) {
+    for (int j = 0; j < vectors(panel); ++j) {
       Vec<A> sum[kLanesA] = {};
-      const int64_t first = weight_row(panel, j, 0);
       const int64_t left = H - panel * kUnits - (j % kUnitVectors) * kLanesA;
-      if (first >= 0) dot_rows(w + first * K, K, left < kLanesA ? int(left) : kLanesA, a, sum);
+      dot_rows(w + weight_row(panel, j, 0) * K, K, left < kLanesA ? int(left) : kLanesA, a, sum);
       store(out + j * kLanesA, lane_sums<A>(sum) + load(bias + j * kLanesA));
     }
   }
@@ -386,6 +407,7 @@ struct ColumnPanels {
     const int64_t left = ceil_div(N - panel * kWidth, kLanes<A>);
     return left < kVectors ? int(left) : kVectors;
   }
+  int tile_rows(int64_t panel) const { return most_tile_rows(vectors(panel)); }
   int64_t size(int64_t K) const { return count() * kWidth * words<Op>(K); }
   A* at(A* packed, int64_t K, int64_t panel) const {
     return packed + panel * kWidth * words<Op>(K);

@@ -98,7 +98,7 @@ class Generate {
     alignas(64) A from_x[kMaxTileRows * Panels::kWidth], from_h[kMaxTileRows * Panels::kWidth];
     for (int64_t p = panels.begin; p < panels.end; ++p) {
       const int64_t at = layer * width_ + p * Panels::kWidth;
-      for_row_tiles(args_.B, Panels::kRows, [&](int64_t first, int n) {
+      for_row_tiles(args_.B, panels_.tile_rows(p), [&](int64_t first, int n) {
         const Element *below[kMaxTileRows], *before[kMaxTileRows];
         for (int i = 0; i < n; ++i) {
           before[i] = h(layer, parity, first + i);
@@ -131,7 +131,7 @@ class Generate {
     const int64_t depth = words<Op>(args_.H);
     for (int64_t p = panels.begin; p < panels.end; ++p) {
       const int64_t at = p * HeadPanels::kWidth;
-      for_row_tiles(args_.B, HeadPanels::kRows, [&](int64_t first, int n) {
+      for_row_tiles(args_.B, head_panels_.tile_rows(p), [&](int64_t first, int n) {
         const Element* from[kMaxTileRows];
         for (int i = 0; i < n; ++i) from[i] = h(args_.layers - 1, parity, first + i);
         head_panels_.template multiply<S>(nullptr, head_ + at * depth, head_bias_ + at, args_.H, p,

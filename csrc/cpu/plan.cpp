@@ -32,6 +32,14 @@ double step_cycles(const StepShape& s, int64_t rows, int64_t panels, const Machi
          (double(s.depth) * s.vectors * (first + rest) + s.cell_cycles * double(rows));
 }
 
+// Where rows are dealt every thread reads all weights, also those that others have packed, and
+// where units are dealt only its own: the difference, once in a sequence, decides short ones.
+double others_weights(const Sizes& size, const StepShape& s, int threads, const Machine& machine) {
+  const double of_h = double(s.panels) * s.vectors * double(s.depth);
+  const double all = of_h * double(size.H + size.I) / double(size.H);
+  return all * (threads - 1) / threads * machine.l3_line_cycles(machine.l2_bytes);
+}
+
 struct Choice {
   int threads;
   Split split;
@@ -42,9 +50,12 @@ Choice choose_split(const Sizes& size, const StepShape& s, const Machine& machin
   Choice best{1, Split::kNone, double(size.T) * step_cycles(s, s.rows, s.panels, machine)};
   for (int n = 2; n <= machine.threads;
        n = n < machine.threads ? std::min(2 * n, machine.threads) : n + 1) {
-    const double by_rows =
+    double by_rows =
         kRegion + double(size.T) * step_cycles(s, ceil_div(s.rows, n), s.panels, machine);
-    if (n <= s.rows && by_rows < best.cycles) best = {n, Split::kRows, by_rows};
+    if (n <= s.rows && by_rows < best.cycles) {
+      by_rows += others_weights(size, s, n, machine);
+      if (by_rows < best.cycles) best = {n, Split::kRows, by_rows};
+    }
     double by_units =
         kRegion + double(size.T) * step_cycles(s, s.rows, ceil_div(s.panels, n), machine);
     if (n > s.panels || by_units >= best.cycles) continue;
@@ -68,13 +79,17 @@ Plan plan_forward(const Sizes& size, const StepShape& step, const Machine& machi
       choice.split == Split::kUnits ? ceil_div(step.panels, choice.threads) : step.panels;
   const int64_t row_bytes = panels * step.vectors * step.lanes * step.element_bytes;
 
-  // With few rows the whole sequence is projected at once, and W_ih need not be kept packed.
-  if (!by_rows && T <= most_steps && T * rows * row_bytes <= kWholeProjectionBytes) {
+  // With few rows the whole sequence is projected at once, and W_ih need not be kept packed; nor
+  // W_hh where there is only one step.
+  const bool few_rows = T == 1 || T * rows * row_bytes <= kWholeProjectionBytes;
+  if (!by_rows && T <= most_steps && few_rows) {
     const bool pack = pays_to_pack(size);
     return {choice.threads,
             choice.split,
             pack ? Packing::kPanelwise : Packing::kNone,
-            pack ? Packing::kOnce : Packing::kNone,
+            !pack    ? Packing::kNone
+            : T == 1 ? Packing::kPanelwise
+                     : Packing::kOnce,
             T,
             choice.cycles};
   }

@@ -60,7 +60,7 @@ class Recompute {
       const int64_t at = p * Panels::kWidth;
       const A* w_ih = w_ih_ ? w_ih_ + at * words<Op>(I) : nullptr;
       const A* w_hh = w_hh_ ? w_hh_ + at * words<Op>(P) : nullptr;
-      for_row_tiles(own.size(), Panels::kRows, [&](int64_t r, int n) {
+      for_row_tiles(own.size(), panels_.tile_rows(p), [&](int64_t r, int n) {
         const int64_t first = own.begin + r;
         const Element *a[kMaxTileRows], *b[kMaxTileRows];
         for (int i = 0; i < n; ++i) {
