@@ -140,7 +140,10 @@ void tile(int64_t K, const typename Op::Element* const* a, const typename Op::A*
     for (int64_t k = begin; k < end; ++k, panel += NR * lanes) {
       Vec<A> b[NR];
 #pragma GCC unroll 4
-      for (int j = 0; j < NR; ++j) b[j] = load(panel + j * lanes);
+      for (int j = 0; j < NR; ++j) {
+        b[j] = load(panel + j * lanes);
+        if (MR > 1) keep_in_register(b[j]);
+      }
       if (kFetches) {
         __builtin_prefetch(ahead.from, 0, 2);
         ahead.from += ahead.step;

@@ -104,6 +104,14 @@ RNNFAST_HD V interleave(V a, V b, int first, std::integer_sequence<int, I...>) {
                : __builtin_shuffle(a, b, Index{(I / 2 + (I & 1) * lanes)...});
 }
 
+// GCC would load a value anew for each of up to three uses, as an operand of the instruction.
+template <class V>
+RNNFAST_HD void keep_in_register([[maybe_unused]] V& value) {
+#if defined(__x86_64__)
+  asm("" : "+v"(value));
+#endif
+}
+
 // rows[i][j] <-> rows[j][i], as log2(lanes) rounds of perfect shuffles
 template <class A>
 RNNFAST_HD void transpose(Vec<A> (&rows)[kLanes<A>]) {
