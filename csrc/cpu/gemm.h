@@ -291,6 +291,7 @@ struct GatePanels {
   static constexpr int kUnits = kUnitVectors * kLanesA;
   static constexpr int kWidth = kVectors * kLanesA;
   static constexpr int kRows = kTileRows<kVectors>;
+  static constexpr int kDotRows = RNNFAST_REGISTERS == 32 ? 3 : 1;
 
   int64_t H;
 
@@ -352,43 +353,58 @@ struct GatePanels {
       return for_width(vectors(panel), [&]<int NR>() __attribute__((always_inline)) {
         multiply_tile<Op, NR>(rows, words<Op>(K), a, packed, bias, out, row_stride, ahead);
       });
-    for (int i = 0; i < rows; ++i) dot(w, K, panel, a[i], bias, out + i * row_stride);
+    for_row_tiles(rows, kDotRows, [&](int64_t first, int n) {
+      const auto dot = n == 1 ? &GatePanels::dots<1, S>
+                              : n == 2 ? &GatePanels::dots < kDotRows < 2 ? 1 : 2,
+                 S > : &GatePanels::dots<kDotRows, S>;
+      (this->*dot)(w, K, panel, a + first, bias, out + first * row_stride, row_stride);
+    });
   }
 
  private:
-  // One row against a panel of unpacked weights: rows of w as dot products. For few rows, where
-  // packing would cost more than it saves. Same arguments as a tile of one row. Out of line, as it
-  // would take registers from the loops over tiles.
-  template <class S>
-  __attribute__((noinline)) void dot(const S* w, int64_t K, int64_t panel, const Element* a,
-                                     const A* bias, A* out) const {
+  // A few rows against a panel of unpacked weights: rows of w as dot products. For few rows, where
+  // packing would cost more than it saves. Same arguments as a tile. Out of line, as it would take
+  // registers from the loops over tiles.
+  template <int R, class S>
+  __attribute__((noinline)) void dots(const S* w, int64_t K, int64_t panel, const Element* const* a,
+                                      const A* bias, A* out, int64_t row_stride) const {
     for (int j = 0; j < vectors(panel); ++j) {
-      Vec<A> sum[kLanesA] = {};
+      Vec<A> sum[R][kLanesA] = {};
       const int64_t left = H - panel * kUnits - (j % kUnitVectors) * kLanesA;
       dot_rows(w + weight_row(panel, j, 0) * K, K, left < kLanesA ? int(left) : kLanesA, a, sum);
-      store(out + j * kLanesA, lane_sums<A>(sum) + load(bias + j * kLanesA));
+      for (int r = 0; r < R; ++r)
+        store(out + r * row_stride + j * kLanesA, lane_sums<A>(sum[r]) + load(bias + j * kLanesA));
     }
   }
 
-  // sum[i] += the products of row i of w and a, eight rows at a time: so many have their addresses
-  // in registers.
-  template <class S>
-  RNNFAST_HD static void dot_rows(const S* w, int64_t K, int rows, const Element* a,
-                                  Vec<A> (&sum)[kLanesA]) {
+  // sum[r][i] += the products of row i of w and a[r], eight rows of w at a time: so many have their
+  // addresses in registers.
+  template <int R, class S>
+  RNNFAST_HD static void dot_rows(const S* w, int64_t K, int rows, const Element* const* a,
+                                  Vec<A> (&sum)[R][kLanesA]) {
     constexpr int kGroup = kLanesA < 8 ? kLanesA : 8;
     const int64_t whole = rows == kLanesA ? K / kLanesA * kLanesA : 0;
 #pragma GCC unroll 2
     for (int first = 0; first < kLanesA && whole > 0; first += kGroup) {
       const S* group = w + first * K;
       for (int64_t k = 0; k < whole; k += kLanesA) {
-        const Vec<A> value = load(a + k);
+        Vec<A> value[R];
+#pragma GCC unroll 3
+        for (int r = 0; r < R; ++r) value[r] = load(a[r] + k);
 #pragma GCC unroll 8
-        for (int i = 0; i < kGroup; ++i) sum[first + i] += value * load(group + i * K + k);
+        for (int i = 0; i < kGroup; ++i) {
+          Vec<A> weights = load(group + i * K + k);
+          if (R > 1) keep_in_register(weights);
+#pragma GCC unroll 3
+          for (int r = 0; r < R; ++r) sum[r][first + i] += value[r] * weights;
+        }
       }
     }
     for (int64_t k = whole; k < K; k += kLanesA) {
-      const Vec<A> value = load(a + k, K - k);
-      for (int i = 0; i < rows; ++i) sum[i] += value * load(w + i * K + k, K - k);
+      for (int r = 0; r < R; ++r) {
+        const Vec<A> value = load(a[r] + k, K - k);
+        for (int i = 0; i < rows; ++i) sum[r][i] += value * load(w + i * K + k, K - k);
+      }
     }
   }
 };
