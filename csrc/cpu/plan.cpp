@@ -13,7 +13,7 @@ constexpr double kL1Vector = 1, kL2Vector = 2.1;  // to load one vector of weigh
 constexpr int64_t kL1Bytes = 24 * 1024;
 
 // Weights used fewer times than this are read as they lie.
-constexpr int64_t kPackUses = 10;
+constexpr int64_t kPackUses = 16;
 // A projection of the whole sequence may take this much memory: read once, it only passes the
 // caches.
 constexpr int64_t kWholeProjectionBytes = 4 << 20;
