@@ -45,7 +45,7 @@ class CellTile {
     if constexpr (Panels::kUnitVectors == 1)
       all_rows.template operator()<1>();
     else
-      for_width(Panels{H}.vectors(panel), all_rows);
+      as_constant(Panels{H}.vectors(panel), all_rows);
   }
 
  private:

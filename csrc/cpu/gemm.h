@@ -212,25 +212,25 @@ RNNFAST_HD void multiply_tile(int rows, int64_t K, const typename Op::Element* c
 #endif
 }
 
-// f<vectors>(), for one to four of them
+// f<n>(), for n from 1 to 4
 template <class F>
-RNNFAST_HD auto for_width(int vectors, F&& f) {
-  return vectors == 4   ? f.template operator()<4>()
-         : vectors == 3 ? f.template operator()<3>()
-         : vectors == 2 ? f.template operator()<2>()
-                        : f.template operator()<1>();
+RNNFAST_HD auto as_constant(int n, F&& f) {
+  return n == 4   ? f.template operator()<4>()
+         : n == 3 ? f.template operator()<3>()
+         : n == 2 ? f.template operator()<2>()
+                  : f.template operator()<1>();
 }
 
-// of a tile so wide
+// of a tile of so many vectors of columns
 RNNFAST_HD int most_tile_rows(int vectors) {
-  return for_width(vectors, []<int NR>() { return kTileRows<NR>; });
+  return as_constant(vectors, []<int NR>() { return kTileRows<NR>; });
 }
 
 template <class Op, bool kAdd, int64_t kPart = kChain>
 RNNFAST_HD void any_tile(int vectors, int rows, int64_t K, const typename Op::Element* const* a,
                          const typename Op::A* panel, typename Op::A* out, int64_t row_stride,
                          Ahead ahead = {}) {
-  for_width(vectors, [&]<int NR>() __attribute__((always_inline)) {
+  as_constant(vectors, [&]<int NR>() __attribute__((always_inline)) {
     multiply_tile<Op, NR, kAdd, kPart>(rows, K, a, panel, nullptr, out, row_stride, ahead);
   });
 }
@@ -350,14 +350,14 @@ struct GatePanels {
                            const Element* const* a, int rows, A* out, int64_t row_stride,
                            Ahead ahead = {}) const {
     if (packed)
-      return for_width(vectors(panel), [&]<int NR>() __attribute__((always_inline)) {
+      return as_constant(vectors(panel), [&]<int NR>() __attribute__((always_inline)) {
         multiply_tile<Op, NR>(rows, words<Op>(K), a, packed, bias, out, row_stride, ahead);
       });
     for_row_tiles(rows, kDotRows, [&](int64_t first, int n) {
-      const auto dot = n == 1 ? &GatePanels::dots<1, S>
-                              : n == 2 ? &GatePanels::dots < kDotRows < 2 ? 1 : 2,
-                 S > : &GatePanels::dots<kDotRows, S>;
-      (this->*dot)(w, K, panel, a + first, bias, out + first * row_stride, row_stride);
+      as_constant(n, [&]<int R>() {
+        if constexpr (R <= kDotRows)
+          dots<R>(w, K, panel, a + first, bias, out + first * row_stride, row_stride);
+      });
     });
   }
 
