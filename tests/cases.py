@@ -63,7 +63,7 @@ SHAPES = (
     (6, 1, 100, 130),
     (70, 9, 4, 12),  # several blocks of steps in the backward
     (1, 20, 9, 70),  # one step of many rows
-    (3, 5, 20, 40),  # weights not packed, by two and three rows at once
+    (1, 5, 20, 40),  # weights not packed, by two and three rows at once
 )
 LAYOUTS = ("batch_first", "strided", "expanded", "same_step", "same_row", "padded")
 PROJECTIONS = (3, 6, 9, 16, 63, 9, 70, 5, 20, 18)  # for the shapes from the fourth on

@@ -44,15 +44,14 @@ struct Operand<bf16> {
         _mm512_dpbf16_ps(__m512(sum), __m512bh(_mm512_set1_epi32(left)), __m512bh(right)));
   }
   RNNFAST_HD static Vec<A> load_words(const bf16* from, int64_t elements) {
-    constexpr int64_t whole = kPerWord * kLanes<A>;
-    Vec<A> words{};
-    __builtin_memcpy(&words, from, size_t(elements < whole ? elements : whole) * sizeof(bf16));
-    return words;
+    if (elements < kPerWord * kLanes<A>) return load_first<Vec<A>>(from, elements);
+    return load(reinterpret_cast<const float*>(from));
   }
   RNNFAST_HD static Vec<A> load_columns(const bf16* const* rows, int64_t columns) {
-    const VecU32 low = rows[0] ? load_bits(rows[0], columns) : VecU32{};
-    const VecU32 high = rows[1] ? load_bits(rows[1], columns) : VecU32{};
-    return bit_cast<Vec<A>>(low | high << 16);
+    const auto bits = [columns](const bf16* row) {
+      return __builtin_convertvector(row ? load_bits(row, columns) : HalfBits{}, VecU32);
+    };
+    return bit_cast<Vec<A>>(bits(rows[0]) | bits(rows[1]) << 16);
   }
 };
 #endif
@@ -307,6 +306,20 @@ struct GatePanels {
     return panels.size() > 0 ? (panels.size() - 1) * kWidth + vectors(last) * kLanesA : 0;
   }
 
+  // Whether the weights of a layer are used often enough for tiles to make up for packing them. A
+  // small matrix is packed within L2, and its rows are too short for dot products; these are slow
+  // where they have to convert, most of all where tiles need not.
+  template <class S>
+  static bool pays_to_pack(const Sizes& size) {
+    const int64_t bytes = G * size.H * size.H * int64_t(sizeof(S));
+    const int64_t uses = Op::kPerWord > 1              ? 3
+                         : !std::is_same_v<S, Element> ? 6
+                         : bytes < (128 << 10)         ? 8
+                         : bytes < (512 << 10)         ? 12
+                                                       : 24;
+    return size.T * size.B >= uses;
+  }
+
   // the row of the weight matrix behind column `lane` of vector j of a panel; -1 beyond the last
   // unit
   int64_t weight_row(int64_t panel, int j, int lane) const {
@@ -378,33 +391,30 @@ struct GatePanels {
   }
 
   // sum[r][i] += the products of row i of w and a[r], eight rows of w at a time: so many have their
-  // addresses in registers.
+  // addresses in registers. In place of rows that w has not, the last one is read again.
   template <int R, class S>
   RNNFAST_HD static void dot_rows(const S* w, int64_t K, int rows, const Element* const* a,
                                   Vec<A> (&sum)[R][kLanesA]) {
     constexpr int kGroup = kLanesA < 8 ? kLanesA : 8;
-    const int64_t whole = rows == kLanesA ? K / kLanesA * kLanesA : 0;
 #pragma GCC unroll 2
-    for (int first = 0; first < kLanesA && whole > 0; first += kGroup) {
-      const S* group = w + first * K;
-      for (int64_t k = 0; k < whole; k += kLanesA) {
+    for (int first = 0; first < kLanesA; first += kGroup) {
+      const S* from[kGroup];
+      for (int i = 0; i < kGroup; ++i) from[i] = w + std::min(first + i, rows - 1) * K;
+      const auto add = [&](int64_t k, auto... left) __attribute__((always_inline)) {
         Vec<A> value[R];
 #pragma GCC unroll 3
-        for (int r = 0; r < R; ++r) value[r] = load(a[r] + k);
+        for (int r = 0; r < R; ++r) value[r] = load(a[r] + k, left...);
 #pragma GCC unroll 8
         for (int i = 0; i < kGroup; ++i) {
-          Vec<A> weights = load(group + i * K + k);
+          Vec<A> weights = load(from[i] + k, left...);
           if (R > 1) keep_in_register(weights);
 #pragma GCC unroll 3
           for (int r = 0; r < R; ++r) sum[r][first + i] += value[r] * weights;
         }
-      }
-    }
-    for (int64_t k = whole; k < K; k += kLanesA) {
-      for (int r = 0; r < R; ++r) {
-        const Vec<A> value = load(a[r] + k, K - k);
-        for (int i = 0; i < rows; ++i) sum[r][i] += value * load(w + i * K + k, K - k);
-      }
+      };
+      int64_t k = 0;
+      for (; k + kLanesA <= K; k += kLanesA) add(k);
+      if (k < K) add(k, K - k);
     }
   }
 };

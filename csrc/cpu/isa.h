@@ -44,7 +44,8 @@ template <class Cell, class S>
 constexpr Kernels make_kernels() {
   return {
       [](const Sizes& size, const Machine& machine, int64_t most_steps) {
-        return plan_forward(size, Forward<Cell, S>::step_shape(size), machine, most_steps);
+        const bool pack = GatePanels<Operand<S>, Cell::kGates>::template pays_to_pack<S>(size);
+        return plan_forward(size, Forward<Cell, S>::step_shape(size), pack, machine, most_steps);
       },
       [](const Sizes& size, const Machine& machine) {
         return plan_backward(size, Backward<Cell, S>::step_shape(size), machine);

@@ -1,8 +1,6 @@
 // AVX-512 with the matrix unit of Intel's server processors (AMX): the kernels of bfloat16 alone,
 // those of the other types are AVX-512's.
 #if defined(__x86_64__)
-#include <immintrin.h>
-
 #include "cpu/isa_prologue.h"
 
 namespace rnnfast::cpu::avx512 {

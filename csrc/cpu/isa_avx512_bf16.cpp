@@ -1,8 +1,6 @@
 // AVX-512 with dot products of bfloat16 pairs: the kernels of bfloat16 alone, those of the other
 // types are AVX-512's.
 #if defined(__x86_64__)
-#include <immintrin.h>
-
 #include "cpu/isa_prologue.h"
 
 namespace rnnfast::cpu::avx512 {

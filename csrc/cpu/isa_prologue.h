@@ -12,6 +12,10 @@
 #include <type_traits>
 #include <utility>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include "arguments.h"
 #include "cells/common.h"
 #include "cpu/kernels.h"

@@ -12,8 +12,6 @@ constexpr double kExchange = 2.5;  // barriers: a step waits, then fetches what 
 constexpr double kL1Vector = 1, kL2Vector = 2.1;  // to load one vector of weights, up to a line
 constexpr int64_t kL1Bytes = 24 * 1024;
 
-// Weights used fewer times than this are read as they lie.
-constexpr int64_t kPackUses = 16;
 // A projection of the whole sequence may take this much memory: read once, it only passes the
 // caches.
 constexpr int64_t kWholeProjectionBytes = 4 << 20;
@@ -67,9 +65,7 @@ Choice choose_split(const Sizes& size, const StepShape& s, const Machine& machin
 
 }  // namespace
 
-bool pays_to_pack(const Sizes& size) { return size.T * size.B >= kPackUses; }
-
-Plan plan_forward(const Sizes& size, const StepShape& step, const Machine& machine,
+Plan plan_forward(const Sizes& size, const StepShape& step, bool pack, const Machine& machine,
                   int64_t most_steps) {
   const Choice choice = choose_split(size, step, machine);
   const bool by_rows = choice.split == Split::kRows;
@@ -83,7 +79,6 @@ Plan plan_forward(const Sizes& size, const StepShape& step, const Machine& machi
   // W_hh where there is only one step.
   const bool few_rows = T == 1 || T * rows * row_bytes <= kWholeProjectionBytes;
   if (!by_rows && T <= most_steps && few_rows) {
-    const bool pack = pays_to_pack(size);
     return {choice.threads,
             choice.split,
             pack ? Packing::kPanelwise : Packing::kNone,
@@ -97,7 +92,7 @@ Plan plan_forward(const Sizes& size, const StepShape& step, const Machine& machi
   const int64_t fitting = machine.l2_bytes / 4 / (rows * row_bytes);
   const int64_t useful = ceil_div(4 * step.tile_rows, rows);
   const int64_t steps = std::clamp<int64_t>(std::max(fitting, useful), 1, std::min(T, most_steps));
-  const Packing packing = pays_to_pack(size) ? Packing::kOnce : Packing::kNone;
+  const Packing packing = pack ? Packing::kOnce : Packing::kNone;
   return {choice.threads, choice.split, packing, packing, steps, choice.cycles};
 }
 

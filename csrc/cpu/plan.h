@@ -73,8 +73,8 @@ struct StepShape {
   double cell_cycles;  // gate maths for one row of one panel
 };
 
-// Blocks take `most_steps` at most.
-Plan plan_forward(const Sizes& size, const StepShape& step, const Machine& machine,
+// `pack`: whether weights are packed, else read as they lie. Blocks take `most_steps` at most.
+Plan plan_forward(const Sizes& size, const StepShape& step, bool pack, const Machine& machine,
                   int64_t most_steps);
 Plan plan_backward(const Sizes& size, const StepShape& step, const Machine& machine);
 
@@ -88,9 +88,6 @@ struct Arrangement {
 };
 // Deals sequences to threads so that each gets long and short ones, the longer ones first.
 Arrangement arrange(std::span<const int64_t> lengths, bool packed, int64_t T, const Plan& plan);
-
-// Whether weights are used often enough to be packed.
-bool pays_to_pack(const Sizes& size);
 
 // How many of `count` equal layers run side by side, each on its part of the threads, where
 // `cycles` has a plan's estimate for a number of threads. In a stack a layer starts when the one

@@ -21,7 +21,8 @@ class Recompute {
     const int64_t block_rows = plan.block_steps * B, width = panels_.count() * Panels::kWidth;
     const int64_t P = args.h_size;
     gates_ = arena.take<S>(block_rows * Cell::kSaved * H);
-    if (pays_to_pack(args.size)) {  // as in the forward, which would sum in another order else
+    if (Panels::template pays_to_pack<S>(
+            args.size)) {  // as in the forward, which would sum in another order else
       w_ih_ = arena.take<A>(width * words<Op>(I));
       w_hh_ = arena.take<A>(width * words<Op>(P));
     }

@@ -22,6 +22,9 @@ using Vec = typename VectorOf<A>::type;
 template <class A>
 inline constexpr int kLanes = RNNFAST_VECTOR_BYTES / int(sizeof(A));
 
+template <class V>
+using ElementOf = std::decay_t<decltype(V{}[0])>;
+
 typedef uint32_t VecU32 __attribute__((vector_size(RNNFAST_VECTOR_BYTES)));
 typedef uint16_t HalfBits __attribute__((vector_size(RNNFAST_VECTOR_BYTES / 2)));
 typedef uint16_t HalfBitsUnaligned
@@ -42,48 +45,106 @@ RNNFAST_HD void store(double* p, Vec<double> v) {
   *reinterpret_cast<VectorOf<double>::unaligned*>(p) = v;
 }
 
-RNNFAST_HD VecU32 load_bits(const void* p) {
-  return __builtin_convertvector(HalfBits(*static_cast<const HalfBitsUnaligned*>(p)), VecU32);
+// The elements of half types as they lie in memory, and as numbers.
+RNNFAST_HD HalfBits load_bits(const void* p) { return *static_cast<const HalfBitsUnaligned*>(p); }
+RNNFAST_HD void store_bits(void* p, HalfBits bits) { *static_cast<HalfBitsUnaligned*>(p) = bits; }
+template <class S>
+RNNFAST_HD Vec<float> decode(HalfBits half) {
+  const VecU32 bits = __builtin_convertvector(half, VecU32);
+  if constexpr (std::is_same_v<S, bf16>)
+    return decode_bf16<Vec<float>>(bits);
+  else
+    return decode_f16<Vec<float>>(bits);
 }
-RNNFAST_HD VecU32 load_bits(const void* p, int64_t n) {
-  constexpr int lanes = kLanes<float>;
-  if (n >= lanes) return load_bits(p);
-  HalfBits part{};
-  __builtin_memcpy(&part, p, size_t(n < 0 ? 0 : n) * sizeof(uint16_t));
-  return __builtin_convertvector(part, VecU32);
-}
-RNNFAST_HD void store_bits(void* p, VecU32 bits) {
-  *static_cast<HalfBitsUnaligned*>(p) = __builtin_convertvector(bits, HalfBits);
-}
-
-RNNFAST_HD Vec<float> load(const bf16* p) { return decode_bf16<Vec<float>>(load_bits(p)); }
-RNNFAST_HD Vec<float> load(const f16* p) { return decode_f16<Vec<float>>(load_bits(p)); }
+template <class S>
+RNNFAST_HD HalfBits encode(Vec<float> v) {
+  if constexpr (std::is_same_v<S, f16>)
+    return __builtin_convertvector(encode_f16<VecU32>(v), HalfBits);
+  else
 #if defined(RNNFAST_BF16_DOT)
-RNNFAST_HD void store(bf16* p, Vec<float> v) {
-  const __m256bh bits = _mm512_cvtneps_pbh(__m512(v));
-  __builtin_memcpy(p, &bits, sizeof(bits));
-}
+    return bit_cast<HalfBits>(_mm512_cvtneps_pbh(__m512(v)));
 #else
-RNNFAST_HD void store(bf16* p, Vec<float> v) { store_bits(p, encode_bf16<VecU32>(v)); }
+    return __builtin_convertvector(encode_bf16<VecU32>(v), HalfBits);
 #endif
-RNNFAST_HD void store(f16* p, Vec<float> v) { store_bits(p, encode_f16<VecU32>(v)); }
+}
 
-// The first n lanes only; lanes beyond are zero, and memory beyond is not touched.
+RNNFAST_HD Vec<float> load(const bf16* p) { return decode<bf16>(load_bits(p)); }
+RNNFAST_HD Vec<float> load(const f16* p) { return decode<f16>(load_bits(p)); }
+RNNFAST_HD void store(bf16* p, Vec<float> v) { store_bits(p, encode<bf16>(v)); }
+RNNFAST_HD void store(f16* p, Vec<float> v) { store_bits(p, encode<f16>(v)); }
+
+// ---- the first n elements only: those beyond are zero, and memory beyond is not touched ----
+
+#if RNNFAST_VECTOR_BYTES == 64
+RNNFAST_HD uint32_t first_lanes(int64_t n) { return n <= 0 ? 0 : (uint32_t(1) << n) - 1; }
+#elif RNNFAST_VECTOR_BYTES == 32
+template <class A>
+RNNFAST_HD __m256i first_lanes(int64_t n) {
+  using Integer = typename VectorOf<A>::integer;
+  return [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
+    return __m256i(Integer{I...} < ElementOf<Integer>(n));
+  }(std::make_integer_sequence<int, kLanes<A>>());
+}
+#endif
+
+// V has more than n elements of type T.
+template <class V, class T>
+RNNFAST_HD V load_first(const T* p, int64_t n) {
+#if RNNFAST_VECTOR_BYTES == 64
+  const uint32_t mask = first_lanes(n);
+  if constexpr (sizeof(T) == 8) return V(_mm512_maskz_loadu_epi64(__mmask8(mask), p));
+  if constexpr (sizeof(T) == 4) return V(_mm512_maskz_loadu_epi32(__mmask16(mask), p));
+  if constexpr (sizeof(T) == 2 && sizeof(V) == 64) return V(_mm512_maskz_loadu_epi16(mask, p));
+  if constexpr (sizeof(T) == 2 && sizeof(V) == 32)
+    return V(_mm256_maskz_loadu_epi16(__mmask16(mask), p));
+#else
+#if RNNFAST_VECTOR_BYTES == 32
+  if constexpr (sizeof(T) == 8) return V(_mm256_maskload_pd(p, first_lanes<double>(n)));
+  if constexpr (sizeof(T) == 4) return V(_mm256_maskload_ps(p, first_lanes<float>(n)));
+#endif
+  T part[sizeof(V) / sizeof(T)] = {};
+  for (int64_t i = 0; i < n; ++i) part[i] = p[i];
+  V v;
+  __builtin_memcpy(&v, part, sizeof(v));
+  return v;
+#endif
+}
+template <class V, class T>
+RNNFAST_HD void store_first(T* p, V v, int64_t n) {
+#if RNNFAST_VECTOR_BYTES == 64
+  const uint32_t mask = first_lanes(n);
+  if constexpr (sizeof(T) == 8) _mm512_mask_storeu_epi64(p, __mmask8(mask), __m512i(v));
+  if constexpr (sizeof(T) == 4) _mm512_mask_storeu_epi32(p, __mmask16(mask), __m512i(v));
+  if constexpr (sizeof(T) == 2) _mm256_mask_storeu_epi16(p, __mmask16(mask), __m256i(v));
+#else
+#if RNNFAST_VECTOR_BYTES == 32
+  if constexpr (sizeof(T) == 8) return _mm256_maskstore_pd(p, first_lanes<double>(n), __m256d(v));
+  if constexpr (sizeof(T) == 4) return _mm256_maskstore_ps(p, first_lanes<float>(n), __m256(v));
+#endif
+  T part[sizeof(V) / sizeof(T)];
+  __builtin_memcpy(part, &v, sizeof(v));
+  for (int64_t i = 0; i < n; ++i) p[i] = part[i];
+#endif
+}
+
+template <class S>
+RNNFAST_HD HalfBits load_bits(const S* p, int64_t n) {
+  return n >= kLanes<float> ? load_bits(p) : load_first<HalfBits>(p, n);
+}
 template <class S>
 RNNFAST_HD Vec<Compute<S>> load(const S* p, int64_t n) {
-  constexpr int lanes = kLanes<Compute<S>>;
-  if (n >= lanes) return load(p);
-  S part[lanes] = {};
-  for (int64_t i = 0; i < n; ++i) part[i] = p[i];
-  return load(part);
+  if constexpr (!std::is_same_v<S, Compute<S>>)
+    return decode<S>(load_bits(p, n));
+  else
+    return n >= kLanes<S> ? load(p) : load_first<Vec<S>>(p, n);
 }
 template <class S>
 RNNFAST_HD void store(S* p, Vec<Compute<S>> v, int64_t n) {
-  constexpr int lanes = kLanes<Compute<S>>;
-  if (n >= lanes) return store(p, v);
-  S part[lanes];
-  store(part, v);
-  for (int64_t i = 0; i < n; ++i) p[i] = part[i];
+  if (n >= kLanes<Compute<S>>) return store(p, v);
+  if constexpr (std::is_same_v<S, Compute<S>>)
+    store_first(p, v, n);
+  else
+    store_first(p, encode<S>(v), n);
 }
 
 // to[0:n] = from[0:n] across number types; a null source stands for zeros
@@ -167,9 +228,6 @@ RNNFAST_HD auto each(F&& f, const Wide<V, N>& first, const Wide<More, N>&... mor
                   __attribute__((always_inline)) { result.v[i] = f(first.v[i], more.v[i]...); });
   return result;
 }
-
-template <class V>
-using ElementOf = std::decay_t<decltype(V{}[0])>;
 
 #define RNNFAST_FOR_WIDE(op)                                              \
   template <class V, int N>                                               \
