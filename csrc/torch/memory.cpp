@@ -9,7 +9,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
-#include <iterator>
 #include <map>
 #include <mutex>
 #include <unordered_map>
@@ -23,8 +22,8 @@ constexpr size_t kMostIdle = 256 << 20;
 constexpr size_t kPage = 4096, kLine = 64;
 
 // Blocks in use and idle ones. An idle block serves again where it is not much too large. Where
-// none does, as many bytes of idle blocks go back to the system as the new one takes, so that the
-// pool does not grow beyond what has been in use at one time.
+// none does and the pool would grow beyond what has been in use at one time and a quarter more,
+// idle blocks go back to the system, those first that have been idle for longest.
 class Pool {
  public:
   void* take(size_t bytes, bool for_short) {
@@ -35,11 +34,12 @@ class Pool {
     if (fit != idle_.end() && !for_short && fit->first > size + size / 4) fit = idle_.end();
     if (fit != idle_.end()) {
       const Block block = fit->second;
-      idle_bytes_ -= fit->first;
-      idle_.erase(fit);
+      forget(fit);
       return use(block, bytes);
     }
-    release_idle(size);
+    most_used_ = std::max(most_used_, used_bytes_ + size);
+    const size_t total = used_bytes_ + size + idle_bytes_, most = most_used_ + most_used_ / 4;
+    if (total > most) release_idle(total - most);
     Block block{std::aligned_alloc(granule, size), size};
     if (!block.base && release_idle(idle_bytes_)) block.base = std::aligned_alloc(granule, size);
     TORCH_CHECK_WITH(OutOfMemoryError, block.base, "rnnfast: could not allocate ", size, " bytes");
@@ -52,14 +52,18 @@ class Pool {
   void give_back(void* data) {
     const std::lock_guard lock(mutex_);
     const auto used = in_use_.find(data);
-    idle_.emplace(used->second.size, used->second);
-    idle_bytes_ += used->second.size;
+    Block block = used->second;
     in_use_.erase(used);
+    used_bytes_ -= block.size;
+    block.idle_since = ++returns_;
+    by_age_.emplace(block.idle_since, idle_.emplace(block.size, block));
+    idle_bytes_ += block.size;
     if (idle_bytes_ > kMostIdle) release_idle(idle_bytes_ - kMostIdle);
   }
 
   size_t release() {
     const std::lock_guard lock(mutex_);
+    most_used_ = used_bytes_;
     return release_idle(idle_bytes_);
   }
 
@@ -69,7 +73,9 @@ class Pool {
   struct Block {
     void* base;
     size_t size;
+    uint64_t idle_since = 0;  // that many blocks had come back
   };
+  using Idle = std::multimap<size_t, Block>;  // by size
 
   // Data begin at different lines of a page where the block has room, else those of all tensors
   // would compete for the same sets of L1.
@@ -78,26 +84,33 @@ class Pool {
     const size_t room = (block.size - bytes) / kLine * kLine;
     void* data = static_cast<char*>(block.base) + std::min(room, lines_ * kLine % kPage);
     in_use_.emplace(data, block);
+    used_bytes_ += block.size;
     return data;
   }
 
-  // the largest blocks, until there were so many bytes
+  // the blocks that have been idle for longest, until there were so many bytes
   size_t release_idle(size_t bytes) {
     size_t released = 0;
-    while (released < bytes && !idle_.empty()) {
-      const auto largest = std::prev(idle_.end());
-      released += largest->first;
-      std::free(largest->second.base);
-      idle_.erase(largest);
+    while (released < bytes && !by_age_.empty()) {
+      const auto oldest = by_age_.begin()->second;
+      released += oldest->first;
+      std::free(oldest->second.base);
+      forget(oldest);
     }
-    idle_bytes_ -= released;
     return released;
+  }
+  void forget(Idle::iterator idle) {
+    idle_bytes_ -= idle->first;
+    by_age_.erase(idle->second.idle_since);
+    idle_.erase(idle);
   }
 
   std::mutex mutex_;
-  std::multimap<size_t, Block> idle_;  // by size
+  Idle idle_;
+  std::map<uint64_t, Idle::iterator> by_age_;
   std::unordered_map<void*, Block> in_use_;  // by where data begin
-  size_t idle_bytes_ = 0, lines_ = 0;
+  size_t idle_bytes_ = 0, used_bytes_ = 0, most_used_ = 0, lines_ = 0;
+  uint64_t returns_ = 0;
 };
 
 // Outlives every tensor, and is whole in a process that was forked off.
