@@ -28,7 +28,8 @@ class Backward {
         pitch_(ceil_div(args.size.H, kLanesA) * kLanesA),
         h_pitch_((ceil_div(args.h_size, kLanesA) + 1) * kLanesA * Op::kPerWord) {
     const int64_t B = args.size.B, H = args.size.H;
-    w_hh_ = arena.take<A>(hidden_.size(G * H));
+    const int64_t panels = packs_at_once() ? hidden_.count() : plan.threads;
+    w_hh_ = arena.take<A>(panels * panel_size());
     d_c_ = arena.take<A>(Cell::kHasCell ? B * pitch_ : 0);
     d_h_ = arena.take<A>(B * h_pitch_);
     d_gates_ = StepRows<Element>::take(arena, plan, B, D * H + kLanesA * Op::kPerWord);
@@ -54,6 +55,7 @@ class Backward {
 
   void run(const Team& team) {
     const auto [T, B, I, H] = args_.size;
+    if (!packs_at_once()) w_hh_ += team.index() * panel_size();
     pack(team);
     history_.load(team);
     load_state(team.share(B));
@@ -115,16 +117,25 @@ class Backward {
                : history_.template at<S>(args_.gates, step, b, Cell::kSaved * args_.size.H);
   }
 
+  // else each thread packs a panel of W_hh just before its only use
+  bool packs_at_once() const { return plan_.hidden == Packing::kOnce; }
+  int64_t panel_size() const { return Columns::kWidth * words<Op>(G * args_.size.H); }
+  A* w_hh_panel(int64_t panel) const {
+    return packs_at_once() ? w_hh_ + panel * panel_size() : w_hh_;
+  }
+  void pack_w_hh(int64_t panel) const {
+    const S* w_hh = static_cast<const S*>(args_.w_hh);
+    const auto row = [&](int64_t k) { return w_hh + k * args_.h_size; };
+    hidden_.template pack<S>(row, G * args_.size.H, panel, w_hh_panel(panel));
+  }
+
   void pack(const Team& team) {
     recompute_.pack(team);
     products_.pack(team);
     const int64_t H = args_.size.H, P = args_.h_size;
-    const S* w_hh = static_cast<const S*>(args_.w_hh);
     const bool needs_w_hh = args_.size.T > 1 || args_.grad_h0;
-    const Span own = team.share(needs_w_hh ? hidden_.count() : 0);
-    for (int64_t p = own.begin; p < own.end; ++p)
-      hidden_.template pack<S>([&](int64_t k) { return w_hh + k * P; }, G * H, p,
-                               hidden_.at(w_hh_, G * H, p));
+    const Span own = team.share(packs_at_once() && needs_w_hh ? hidden_.count() : 0);
+    for (int64_t p = own.begin; p < own.end; ++p) pack_w_hh(p);
     const S* w_hr = static_cast<const S*>(args_.w_hr);
     const Span own_units = team.share(projects() ? units_.count() : 0);
     for (int64_t p = own_units.begin; p < own_units.end; ++p)
@@ -155,8 +166,8 @@ class Backward {
     const int64_t H = args_.size.H;
     const Element* a[kMaxTileRows];
     for (int i = 0; i < rows; ++i) a[i] = d_gates_(step, b + i) + (D - G) * H;
-    any_tile<Op, false>(hidden_.vectors(panel), rows, words<Op>(G * H), a,
-                        hidden_.at(w_hh_, G * H, panel), out, Columns::kWidth, ahead);
+    any_tile<Op, false>(hidden_.vectors(panel), rows, words<Op>(G * H), a, w_hh_panel(panel), out,
+                        Columns::kWidth, ahead);
   }
 
   // d loss / d h after a step, of one row: what comes from y, through W_hh (null where the row had
@@ -192,7 +203,7 @@ class Backward {
     // the rows that were at work in the step before; others begin here, or have just ended
     const Span before = step > 0 ? history_.active(step - 1, rows) : Span{rows.begin, rows.begin};
     const int64_t depth = words<Op>(G * args_.size.H);
-    const int64_t panel_bytes = Columns::kWidth * depth * int64_t(sizeof(A));
+    const int64_t panel_bytes = panel_size() * int64_t(sizeof(A));
     alignas(64) A from_weights[kMaxTileRows * Columns::kWidth];
     const auto step_rows = [&](int64_t p, Span part, bool begin, const A* next) {
       for_row_tiles(part.size(), hidden_.tile_rows(p), [&](int64_t r, int n) {
@@ -213,8 +224,7 @@ class Backward {
     for (int64_t i = 0; i < panels.size(); ++i) {
       const int64_t p = first + way * i;
       const bool last = i + 1 == panels.size();
-      step_rows(p, {rows.begin, both}, false,
-                last ? nullptr : hidden_.at(w_hh_, G * args_.size.H, p + way));
+      step_rows(p, {rows.begin, both}, false, last ? nullptr : w_hh_panel(p + way));
       step_rows(p, {both, now.end}, true, nullptr);
     }
     if (projects()) {
@@ -312,6 +322,7 @@ class Backward {
     const int64_t H = args_.size.H, P = args_.h_size;
     alignas(64) A d_h[kMaxTileRows * Columns::kWidth];
     for (int64_t p = own.panels.begin; args_.grad_h0 && p < own.panels.end; ++p) {
+      if (step > 0 && !packs_at_once()) pack_w_hh(p);
       for_row_tiles(rows.size(), hidden_.tile_rows(p), [&](int64_t r, int n) {
         const int64_t first = rows.begin + r;
         if (step > 0) through_weights(step - 1, p, first, n, d_h);
@@ -342,7 +353,7 @@ class Backward {
   BlockProducts<Cell, S> products_;
   const Columns hidden_, units_;
   const int64_t block_rows_, pitch_, h_pitch_;
-  A* w_hh_;  // packed columns [panel][G*H][width]
+  A* w_hh_;  // packed columns [panel][G*H][width], or this thread's one panel
   A* d_c_;  // [B][pitch]
   A* d_h_;  // [B][h_pitch]: grad_h_n, then what bypasses W_hh
   StepRows<Element> d_gates_;  // rows a vector longer than they need be, see BlockProducts

@@ -48,10 +48,11 @@ class BlockProducts {
         hidden_{args.h_size},
         input_{args.size.I},
         units_{args.size.H},
+        panelwise_(plan.input == Packing::kPanelwise),
         left_pitch_((ceil_div(plan.block_steps * args.size.B, kLanesA * Op::kPerWord) + 1) *
                     kLanesA * Op::kPerWord) {
     const int64_t rows = plan.block_steps * args.size.B, H = args.size.H;
-    w_ih_ = arena.take<A>(input_.size(G * H));
+    w_ih_ = arena.take<A>(panelwise_ ? plan.threads * panel_size() : input_.size(G * H));
     left_ = arena.take<Element>(D * H * left_pitch_);
     x_ = arena.take<A>(input_.size(rows));
     h_ = arena.take<A>(hidden_.size(rows));
@@ -61,14 +62,10 @@ class BlockProducts {
   }
 
   void pack(const Team& team) {
-    if (!args_.grad_x) return;
-    const int64_t I = args_.size.I, H = args_.size.H;
-    const S* w_ih = static_cast<const S*>(args_.w_ih);
+    if (!args_.grad_x || panelwise_) return;
     const Span own = team.share(input_.count());
     for (int64_t p = own.begin; p < own.end; ++p)
-      input_.template pack<S>(
-          [&](int64_t k) { return w_ih + (Cell::input_gate(int(k / H)) * H + k % H) * I; }, G * H,
-          p, input_.at(w_ih_, G * H, p));
+      pack_w_ih(p, input_.at(w_ih_, G * args_.size.H, p));
   }
 
   // With a barrier inside if gradients of weights are wanted.
@@ -78,7 +75,17 @@ class BlockProducts {
   }
 
  private:
-  // grad_x[t] = d_gates[t] W_ih, rows of the block dealt to threads
+  int64_t panel_size() const { return Columns::kWidth * words<Op>(G * args_.size.H); }
+  void pack_w_ih(int64_t panel, A* to) const {
+    const int64_t I = args_.size.I, H = args_.size.H;
+    const S* w_ih = static_cast<const S*>(args_.w_ih);
+    const auto row = [&](int64_t k) {
+      return w_ih + (Cell::input_gate(int(k / H)) * H + k % H) * I;
+    };
+    input_.template pack<S>(row, G * H, panel, to);
+  }
+
+  // grad_x[t] = d_gates[t] W_ih, rows of the block dealt to threads, or panels
   void grad_input(const Block& block, const Team& team) const {
     if (!args_.grad_x) return;
     const auto [T, B, I, H] = args_.size;
@@ -86,16 +93,20 @@ class BlockProducts {
     const auto target = [&](int64_t step, int64_t b) {
       return static_cast<S*>(args_.grad_x) + history_.batch.row(history_.time(step), b) * inputs;
     };
-    const Span own = team.share(block.count);
+    const int64_t count = input_.count();
+    const Span own = panelwise_ ? Span{0, block.count} : team.share(block.count);
+    const Span panels = panelwise_ ? team.share(count) : Span{0, count};
     alignas(64) A out[kMaxTileRows * Columns::kWidth];
-    for (int64_t p = 0; p < input_.count(); ++p) {
+    for (int64_t p = panels.begin; p < panels.end; ++p) {
+      A* packed = panelwise_ ? w_ih_ + team.index() * panel_size() : input_.at(w_ih_, depth, p);
+      if (panelwise_) pack_w_ih(p, packed);
       const int64_t column = p * Columns::kWidth;
       for_row_tiles(own.size(), input_.tile_rows(p), [&](int64_t r, int n) {
         const Row* rows = block.rows + own.begin + r;
         const Element* a[kMaxTileRows];
         for (int i = 0; i < n; ++i) a[i] = d_gates_(rows[i]);
-        any_tile<Op, false, kLongChain>(input_.vectors(p), n, words<Op>(depth), a,
-                                        input_.at(w_ih_, depth, p), out, Columns::kWidth);
+        any_tile<Op, false, kLongChain>(input_.vectors(p), n, words<Op>(depth), a, packed, out,
+                                        Columns::kWidth);
         for (int i = 0; i < n; ++i) {
           S* to = target(rows[i].step, rows[i].b);
           for (int v = 0; v < input_.vectors(p); ++v) {
@@ -309,10 +320,11 @@ class BlockProducts {
   const StepRows<Element>& d_h_;
   const StepRows<S>& unprojected_;
   const Columns hidden_, input_, units_;
+  const bool panelwise_;  // W_ih is packed by each thread, one panel at a time
   // Rows are a vector longer than they need be: at multiples of 4 KiB they would compete for the
   // same lines of L1.
   const int64_t left_pitch_;
-  A* w_ih_;  // packed columns [panel][G*H][width], its rows in the order of d_gates
+  A* w_ih_;  // packed columns [panel, or thread][G*H][width], its rows in the order of d_gates
   Element* left_;  // transposed gate gradients [D*H][left_pitch]
   A *x_, *h_;  // packed columns of the rows of a block
   Element* projection_left_ = nullptr;  // transposed gradient of h [P][left_pitch]

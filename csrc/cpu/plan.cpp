@@ -108,7 +108,13 @@ Plan plan_backward(const Sizes& size, const StepShape& step, const Machine& mach
   const int threads = choice.threads > 1       ? choice.threads
                       : products > 8 * kRegion ? machine.threads
                                                : 1;
-  return {threads, choice.split, Packing::kOnce, Packing::kOnce, steps, choice.cycles};
+  // What has a single use is packed panel by panel for it: W_ih in a single block, W_hh in a single
+  // step.
+  const int64_t panels = ceil_div(size.I, int64_t(step.vectors) * step.lanes);
+  const Packing input = steps >= size.T && panels >= threads ? Packing::kPanelwise : Packing::kOnce;
+  const Packing hidden =
+      size.T == 1 && choice.split != Split::kRows ? Packing::kPanelwise : Packing::kOnce;
+  return {threads, choice.split, input, hidden, steps, choice.cycles};
 }
 
 Ragged Arrangement::view() const {

@@ -53,7 +53,8 @@ enum class Packing {
 struct Plan {
   int threads;
   Split split;
-  // Of W_ih and W_hh in the forward; W_hr is packed once if W_hh is packed. The backward packs all.
+  // Of W_ih and W_hh; W_hr is packed once if W_hh is packed. The backward packs all, for products
+  // with their columns.
   Packing input, hidden;
   int64_t block_steps;  // steps between input projection (forward) or gradient products (backward)
   double cycles;  // of the recurrence, roughly: to compare plans
