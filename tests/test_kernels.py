@@ -508,6 +508,21 @@ def test_steps_are_dealt_where_waiting_for_each_other_is_cheap(avx512: None) -> 
         assert facts["split"] == split
 
 
+def test_weights_of_a_far_core_are_dear_for_a_short_sequence(avx512: None) -> None:
+    # where rows are dealt, each thread reads what the other has packed
+    for barrier_cycles, split in ((200, "rows"), (1700, "none")):
+        machine = {"l3_line_cycles": 3, "barrier_cycles": barrier_cycles}
+        facts = backend.EXTENSION.plan("elman_tanh", 8, 8, 64, 64, "float32", 2, **machine)
+        assert facts["split"] == split
+
+
+def test_a_second_thread_for_the_products_of_a_long_backward(avx512: None) -> None:
+    """Though one alone goes through the steps."""
+    for T, threads in ((30, 1), (400, 2)):
+        facts = backend.EXTENSION.plan("lstm", T, 1, 64, 64, "float32", 2, True, barrier_cycles=1700)
+        assert (facts["threads"], facts["split"]) == (threads, "none")
+
+
 def test_units_are_dealt_where_l3_is_slow(avx512: None) -> None:
     # each thread reads half of 16 MB of weights in every step, or all for half of the rows
     plan = backend.EXTENSION.plan

@@ -9,6 +9,7 @@ namespace {
 // Rough costs in cycles; only their ratios matter. Measured on Zen 4, see csrc/README.md.
 constexpr double kRegion = 5000;
 constexpr double kExchange = 2.5;  // barriers: a step waits, then fetches what others have written
+constexpr double kBarrierOfLine = 0.02;  // a line from another core, one of many, in barriers
 constexpr double kL1Vector = 1, kL2Vector = 2.1;  // to load one vector of weights, up to a line
 constexpr int64_t kL1Bytes = 24 * 1024;
 
@@ -31,11 +32,15 @@ double step_cycles(const StepShape& s, int64_t rows, int64_t panels, const Machi
 }
 
 // Where rows are dealt every thread reads all weights, also those that others have packed, and
-// where units are dealt only its own: the difference, once in a sequence, decides short ones.
+// where units are dealt only its own: the difference, once in a sequence, decides short ones. A
+// line that another core has just written comes from L3 or, where cores are far apart, from further
+// away.
 double others_weights(const Sizes& size, const StepShape& s, int threads, const Machine& machine) {
   const double of_h = double(s.panels) * s.vectors * double(s.depth);
   const double all = of_h * double(size.H + size.I) / double(size.H);
-  return all * (threads - 1) / threads * machine.l3_line_cycles(machine.l2_bytes);
+  return all * (threads - 1) / threads *
+         std::max(machine.l3_line_cycles(machine.l2_bytes),
+                  kBarrierOfLine * machine.barrier_cycles(threads));
 }
 
 struct Choice {
@@ -104,10 +109,11 @@ Plan plan_backward(const Sizes& size, const StepShape& step, const Machine& mach
   const int64_t steps = std::clamp<int64_t>(ceil_div(kBlockRows, std::max<int64_t>(size.B, 1)), 1,
                                             std::max<int64_t>(1, size.T));
   // Products over the whole sequence use every thread even where the recurrence cannot.
-  const double products = 2 * choice.cycles;
-  const int threads = choice.threads > 1       ? choice.threads
-                      : products > 8 * kRegion ? machine.threads
-                                               : 1;
+  const double products = double(size.T) * double(size.B) * double(step.depth) * step.row_cycles *
+                          double(size.H + size.I) / step.lanes;
+  const int threads = choice.threads > 1        ? choice.threads
+                      : products > 40 * kRegion ? machine.threads
+                                                : 1;
   // What has a single use is packed panel by panel for it: W_ih in a single block, W_hh in a single
   // step.
   const int64_t panels = ceil_div(size.I, int64_t(step.vectors) * step.lanes);
