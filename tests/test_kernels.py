@@ -519,7 +519,8 @@ def test_weights_of_a_far_core_are_dear_for_a_short_sequence(avx512: None) -> No
 def test_a_second_thread_for_the_products_of_a_long_backward(avx512: None) -> None:
     """Though one alone goes through the steps."""
     for T, threads in ((30, 1), (400, 2)):
-        facts = backend.EXTENSION.plan("lstm", T, 1, 64, 64, "float32", 2, True, barrier_cycles=1700)
+        sizes = ("lstm", T, 1, 64, 64, "float32", 2, True)
+        facts = backend.EXTENSION.plan(*sizes, barrier_cycles=1700)
         assert (facts["threads"], facts["split"]) == (threads, "none")
 
 
