@@ -425,7 +425,7 @@ def test_recomputed_gates(
 
 SPLIT_SHAPES = {
     (12, 1, 40, 520): "units",
-    (1, 24, 40, 520): "units",  # weights packed panel by panel
+    (1, 24, 200, 520): "units",  # weights packed panel by panel
     (50, 48, 16, 64): "rows",
     (4, 2, 3, 5): "none",
 }
@@ -543,6 +543,30 @@ def test_weights_are_read_once_in_a_single_step(avx512: None) -> None:
     ):
         facts = backend.EXTENSION.plan("lstm", T, 20, 128, 128, "float32", 2, **machine)
         assert (facts["hidden_packing"], facts["split"]) == (hidden, split)
+
+
+def test_the_backward_packs_by_panels_what_it_uses_once(avx512: None) -> None:
+    """W_ih where there is one block of steps, W_hh where there is one step."""
+    for T, threads, expected in (
+        (1, 2, ("panelwise", "panelwise")),
+        (2, 2, ("panelwise", "once")),
+        (2, 16, ("once", "once")),  # more threads than panels of W_ih
+        (900, 2, ("once", "once")),
+    ):
+        facts = backend.EXTENSION.plan("lstm", T, 24, 200, 520, "float32", threads, True)
+        assert (facts["input_packing"], facts["hidden_packing"]) == expected
+
+
+def test_small_weights_and_pairs_are_packed_for_fewer_uses(avx512: None) -> None:
+    for size, dtype, uses in (
+        (64, "float32", 8),
+        (128, "float32", 12),
+        (512, "float32", 24),
+        (512, "float16", 6),
+    ):
+        for T, packing in ((uses - 1, "none"), (uses, "once")):
+            facts = backend.EXTENSION.plan("lstm", T, 1, size, size, dtype, 1)
+            assert facts["hidden_packing"] == packing
 
 
 BAD = {

@@ -68,6 +68,14 @@ def test_idle_memory_is_bounded() -> None:
     assert 100 << 20 < rnnfast.release_memory() <= 256 << 20
 
 
+def test_a_small_block_leaves_a_large_idle_one_alone() -> None:
+    rnnfast.release_memory()
+    size = large().untyped_storage().nbytes()
+    for steps in range(1, 6):  # of sizes that no idle block has
+        large(steps)
+    assert rnnfast.release_memory() >= size
+
+
 def test_results_are_ordinary_tensors() -> None:
     y = large().clone()
     z = large()

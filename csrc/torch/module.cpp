@@ -73,10 +73,8 @@ py::dict plan(const std::string& cell, int64_t T, int64_t B, int64_t I, int64_t 
   py::dict facts;
   facts["threads"] = plan.threads;
   facts["split"] = splits[int(plan.split)];
-  if (!backward) {
-    facts["input_packing"] = packings[int(plan.input)];
-    facts["hidden_packing"] = packings[int(plan.hidden)];
-  }
+  facts["input_packing"] = packings[int(plan.input)];
+  facts["hidden_packing"] = packings[int(plan.hidden)];
   facts["block_steps"] = plan.block_steps;
   ForwardArgs forward_args{};
   BackwardArgs backward_args{};
