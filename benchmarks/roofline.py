@@ -7,7 +7,9 @@ machine at its start (`calibrate`):
   counts as any other). Training adds d_gates W_hh (all steps but the first, as nobody asks for
   the gradient of h0), d_gates^T h and d_gates^T x, and d_gates W_ih only for `--input-grad`. The
   gate maths is not counted. bfloat16 counts at the rate of the chip's matrix unit, else of its dot
-  instructions, if any; float16 at that of float32.
+  instructions, if any. float32 counts at that of multiply-adds or, if that is more, at a sixth of
+  bfloat16's: a float is the sum of three of them, and six of the nine products reach its last bit.
+  float16 counts as float32.
 - Traffic: the bytes that must be moved. W_hh is read in every step, and again in every step of the
   backward; no core reads what another one reads. W_ih, x, y, saved gates (LSTM: 4 gates and c;
   GRU: 3 gates and the recurrent candidate term; Elman: y is enough), grad_y and gradients move
@@ -42,6 +44,7 @@ from .steps import CELLS, MODES, Case
 SOURCE = Path(__file__).with_name("calibration.c")
 GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
 SAVED = {"RNN": 0, "GRU": 4, "LSTM": 5}  # values per unit and step that only the backward reads
+PRODUCTS_OF_PARTS = 6  # of bfloat16 that make up one of float32
 ELEMENT_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -166,10 +169,11 @@ def calibrate(
         best = {name: max(rate[name] for rate in rates) for name in measures}
         meetings = statistics.median(rate["barriers"] for rate in rates)
     capacities = threads * l1, threads * l2, max(l3, threads * l2), float("inf")
-    float32, bfloat16 = best["float32"], best["bfloat16"] or best["float32"]
+    vectors, bfloat16 = best["float32"], best["bfloat16"] or best["float32"]
+    float32 = max(vectors, bfloat16 / PRODUCTS_OF_PARTS)
     return Calibration(
         threads,
-        {"float64": float32 / 2, "float32": float32, "bfloat16": bfloat16, "float16": float32},
+        {"float64": vectors / 2, "float32": float32, "bfloat16": bfloat16, "float16": float32},
         [Level(name, c, best[name]) for name, c in zip(sizes, capacities, strict=True)],
         1 / meetings if threads > 1 else 0.0,
     )
@@ -231,7 +235,7 @@ def format_calibration(machine: Calibration) -> str:
     reads = ", ".join(f"{level.name} {level.bandwidth / 1e9:.0f}" for level in machine.levels)
     return (
         f"{machine.threads} thread{'s'[: machine.threads > 1]}: "
-        f"FMA {machine.fma['float32'] / 1e9:.0f} GFLOP/s, "
+        f"float32 {machine.fma['float32'] / 1e9:.0f} GFLOP/s, "
         f"bfloat16 {machine.fma['bfloat16'] / 1e9:.0f}; "
         f"reads in GB/s: {reads}; barrier {machine.barrier * 1e6:.2f} us"
     )

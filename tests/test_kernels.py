@@ -383,10 +383,13 @@ def test_activations_to_a_few_ulp(dtype: torch.dtype, device: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("shape", [(4, 3, 5, 17), (3, 70, 170, 170)], ids=str)
 @pytest.mark.parametrize("cell", CELLS)
-def test_nan_and_inf_flow_through(cell: str, dtype: torch.dtype, device: str) -> None:
+def test_nan_and_inf_flow_through(
+    cell: str, shape: tuple[int, ...], dtype: torch.dtype, device: str
+) -> None:
     """A NaN or an infinity in one sequence ends as in the reference, and stays in that sequence."""
-    case = Case(cell, 4, 3, 5, 17)
+    case = Case(cell, *shape)
     inputs = sample_inputs(case, dtype)
     inputs[0][1, 0, 0], inputs[0][2, 1, 3] = float("nan"), float("inf")
     expected = oracle(case, inputs, sample_grads(case, dtype)).outputs
@@ -421,6 +424,61 @@ def test_recomputed_gates(
     expected = run_backward(case, inputs, grads, run_forward(case, inputs, True))
     for actual, value in zip(run_backward(case, inputs, grads, forward), expected, strict=True):
         assert torch.equal(actual, value)
+
+
+LARGE = (3, 70, 170, 170)  # float32 goes in parts where there is a matrix unit
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_floats_in_parts(cell: str, backward: bool, device: str) -> None:
+    """Where the matrix unit multiplies floats: in large products, on machines that have one."""
+    amx = backend.EXTENSION.get_cpu_capability() == "avx512_amx"
+
+    def in_parts(*sizes: int, dtype: str = "float32") -> tuple[bool, bool]:
+        plan = backend.EXTENSION.plan(cell, *sizes, dtype, 2, backward)
+        return plan["block_in_parts"], plan["step_in_parts"]
+
+    assert in_parts(*LARGE) == (amx, amx)
+    assert in_parts(100, 2, 256, 256) == (amx, False)
+    assert in_parts(1, 2, 256, 256) == (False, False)
+    assert in_parts(*LARGE, dtype="float64") == (False, False)
+    assert in_parts(*LARGE, dtype="bfloat16") == (False, False)
+
+
+def test_numbers_without_parts(device: str) -> None:
+    """Infinite numbers and those close to the largest are no sums of bfloat16."""
+    case = Case("lstm", *LARGE)
+    largest = torch.finfo(torch.float32).max
+    for where in ("x", "h0", "w_ih", "w_hh"):
+        inputs = sample_inputs(case, torch.float32)
+        spoiled = inputs[["x", "h0", "c0", "w_ih", "w_hh"].index(where)]
+        for value in (float("inf"), -largest):
+            spoiled.view(-1)[spoiled.numel() // 2] = value
+            expected = oracle(case, inputs, sample_grads(case, torch.float32)).outputs
+            found = run_forward(case, cast(inputs, torch.float32, device), save=False)
+            for actual, exact in zip(found, expected, strict=False):
+                actual = actual.cpu().double()
+                assert torch.equal(actual.isnan(), exact.isnan())
+                assert error(actual.nan_to_num(), exact.nan_to_num()) < bound(torch.float32)
+
+
+def test_gates_of_numbers_without_parts_computed_again(device: str) -> None:
+    """An infinite input saturates gates; its weights' gradients are NaN, all others are as ever."""
+    case = Case("lstm", *LARGE)
+    if device == "cuda" or backend.EXTENSION.get_cpu_capability() == "cuda_emulation":
+        return  # no gates are computed again there
+    inputs = cast(sample_inputs(case, torch.float32), torch.float32, device)
+    inputs[0][1, 2, 3] = float("inf")
+    grads = cast(sample_grads(case, torch.float32), torch.float32, device)
+    saved, computed = (
+        run_backward(case, inputs, grads, run_forward(case, inputs, True, recompute=recompute))
+        for recompute in (False, True)
+    )
+    for actual, expected in zip(computed, saved, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4, equal_nan=True)
+    of_w_ih = computed[["x", "h0", "c0", "w_ih"].index("w_ih")]
+    assert of_w_ih[:, 3].isnan().any() and not of_w_ih[:, 4].isnan().any()
 
 
 SPLIT_SHAPES = {

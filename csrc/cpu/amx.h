@@ -26,13 +26,14 @@ RNNFAST_HD void multiply_add() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSums), "i"(kLeft), "i"(kRight));
 }
 
-// What registers are used for, where R is 1 or 2 groups of up to 16 rows.
-template <int R>
+// What registers are used for, where R is 1 or 2 groups of up to 16 rows and L registers have the
+// left side.
+template <int R, int L = R>
 struct Registers {
   static constexpr int kMostColumns = R == 1 ? 4 : 2;
   static constexpr int sums(int group, int column) { return group * kMostColumns + column; }
-  static constexpr int left(int group) { return 4 + group; }
-  static constexpr int right(int column) { return 4 + R + column % (4 - R); }
+  static constexpr int left(int i) { return 4 + i; }
+  static constexpr int right(int column) { return 4 + L + column % (4 - L); }
 };
 
 // The shapes of the registers, as the unit takes them.
@@ -41,15 +42,15 @@ struct alignas(64) Shapes {
   uint16_t row_bytes[16] = {};
   uint8_t rows[16] = {};
 
-  // for a left side of so many rows
-  explicit constexpr Shapes(int of_rows = 2 * kRows) {
+  // for a left side of so many rows; one group of them has `lefts` registers
+  constexpr Shapes(int of_rows, int lefts) {
     for (int i = 0; i < 8; ++i) row_bytes[i] = kLineBytes, rows[i] = kWords;
-    const int first = of_rows < kRows ? of_rows : kRows;
     if (of_rows > kRows) {
-      set<2>(0, first);
+      set<2>(0, kRows);
       set<2>(1, of_rows - kRows);
     } else {
-      set<1>(0, first);
+      set<1>(0, of_rows);
+      for (int i = 1; i < lefts; ++i) rows[Registers<1>::left(i)] = uint8_t(of_rows);
     }
   }
 
@@ -63,29 +64,30 @@ struct alignas(64) Shapes {
 };
 static_assert(sizeof(Shapes) == 64);
 
-template <int... I>
+// for 1, 2, ... rows
+template <int kLefts, int... I>
 constexpr std::array<Shapes, sizeof...(I)> all_shapes(std::integer_sequence<int, I...>) {
-  return {Shapes(I + 1)...};
+  return {Shapes(I + 1, kLefts)...};
 }
-inline constexpr auto kShapes = all_shapes(std::make_integer_sequence<int, 2 * kRows>());
+inline constexpr auto kShapes = all_shapes<1>(std::make_integer_sequence<int, 2 * kRows>());
 
 // While it lives a thread's registers are its own, so that shapes need only be set where they
 // change: that takes as long as a dozen products.
 class Use {
  public:
-  Use() { rows_ = 0; }
+  Use() { shapes_ = nullptr; }
   ~Use() { asm volatile("tilerelease"); }
   Use(const Use&) = delete;
   Use& operator=(const Use&) = delete;
 
-  static void take_shapes(int rows) {
-    if (rows == rows_) return;
-    asm volatile("ldtilecfg %0" ::"m"(kShapes[rows - 1]));
-    rows_ = rows;
+  static void take(const Shapes& shapes) {
+    if (&shapes == shapes_) return;
+    asm volatile("ldtilecfg %0" ::"m"(shapes));
+    shapes_ = &shapes;
   }
 
  private:
-  static inline thread_local int rows_ = 0;  // of the left side that the shapes are for
+  static inline thread_local const Shapes* shapes_ = nullptr;
 };
 
 // The left side: rows at equal distances.
@@ -98,7 +100,7 @@ struct Left {
 // and C vectors of columns out of NR in a panel
 template <int R, int C, int NR, bool kAdd>
 RNNFAST_HD void block(int64_t steps, const Left& left, const float* panel, const float* bias,
-                      float* out, int64_t row_stride, Ahead& ahead) {
+                      float* out, int64_t row_stride, Fetching& fetching) {
   using In = Registers<R>;
   constexpr int kLanesA = kLanes<float>;
   constexpr int64_t kPanelStride = NR * kLineBytes;
@@ -129,8 +131,7 @@ RNNFAST_HD void block(int64_t steps, const Left& left, const float* panel, const
         multiply_add<In::sums(r, c), In::left(r), In::right(c)>();
       });
     });
-    for (int i = 0; i < kWords * C / NR; ++i, ahead.from += ahead.step)
-      __builtin_prefetch(ahead.from, 0, 2);
+    for (int i = 0; i < kWords * C / NR; ++i) fetching.fetch();
   }
   sums([&](auto r, auto c, float* at)
            __attribute__((always_inline)) { store<In::sums(r, c)>(at, out_stride); });
@@ -138,24 +139,24 @@ RNNFAST_HD void block(int64_t steps, const Left& left, const float* panel, const
 
 template <int R, int NR, bool kAdd>
 void columns(int64_t steps, const Left& left, const float* panel, const float* bias, float* out,
-             int64_t row_stride, Ahead& ahead) {
+             int64_t row_stride, Fetching fetching) {
   constexpr int kMost = Registers<R>::kMostColumns;
   unrolled<(NR + kMost - 1) / kMost>([&](auto i) __attribute__((always_inline)) {
     constexpr int first = i * kMost, count = NR - first < kMost ? NR - first : kMost;
     const int64_t at = first * kLanes<float>;
     block<R, count, NR, kAdd>(steps, left, panel + at, bias ? bias + at : nullptr, out + at,
-                              row_stride, ahead);
+                              row_stride, fetching);
   });
 }
 
 // Whole steps of kWords words of k of a tile of up to 2 * kRows rows.
 template <int NR, bool kAdd>
 void tile(int rows, int64_t steps, const Left& left, const float* panel, const float* bias,
-          float* out, int64_t row_stride, Ahead ahead) {
-  if (!ahead.from) ahead.from = left.rows;
-  Use::take_shapes(rows);
-  rows > kRows ? columns<2, NR, kAdd>(steps, left, panel, bias, out, row_stride, ahead)
-               : columns<1, NR, kAdd>(steps, left, panel, bias, out, row_stride, ahead);
+          float* out, int64_t row_stride, const Ahead& ahead) {
+  const Fetching fetching(ahead, steps * kWords, left.rows);
+  Use::take(kShapes[rows - 1]);
+  rows > kRows ? columns<2, NR, kAdd>(steps, left, panel, bias, out, row_stride, fetching)
+               : columns<1, NR, kAdd>(steps, left, panel, bias, out, row_stride, fetching);
 }
 
 inline bool at_equal_distances(const bf16* const* rows, int count) {
@@ -167,7 +168,7 @@ inline bool at_equal_distances(const bf16* const* rows, int count) {
 // The same arguments as kTiles' functions, and the number of rows.
 template <int NR, bool kAdd>
 void product(int rows, int64_t K, const bf16* const* a, const float* panel, const float* bias,
-             float* out, int64_t row_stride, Ahead ahead) {
+             float* out, int64_t row_stride, const Ahead& ahead) {
   using Op = Operand<bf16>;
   const int64_t steps = K / kWords, left_over = K % kWords;
   if (steps > 0 && at_equal_distances(a, rows)) {

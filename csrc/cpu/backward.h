@@ -11,6 +11,7 @@ class Backward {
   using V = Vec<A>;
   static constexpr int kLanesA = kLanes<A>;
   static constexpr int G = Cell::kGates, D = Cell::kGradBlocks;
+  static constexpr int kUnits = 2 * kLanesA;  // to which the cell is applied side by side
   using Op = Operand<S>;
   using Element = typename Op::Element;
   using Columns = ColumnPanels<Op>;
@@ -22,35 +23,43 @@ class Backward {
         history_(args, arena),
         recompute_(args, plan, history_, arena),
         products_(args, plan, history_, d_gates_, d_h_rows_, unprojected_, arena),
-        hidden_{args.h_size},
+        hidden_{args.h_size, {plan.step_in_parts}},
         units_{args.size.H},
         block_rows_(plan.block_steps * args.size.B),
         pitch_(ceil_div(args.size.H, kLanesA) * kLanesA),
-        h_pitch_((ceil_div(args.h_size, kLanesA) + 1) * kLanesA * Op::kPerWord) {
+        h_pitch_((ceil_div(args.h_size, kLanesA) + 1) * kLanesA * Op::kPerWord),
+        depth_(G * (plan.step_in_parts ? ceil_div(args.size.H, kUnits) * kUnits : args.size.H)) {
     const int64_t B = args.size.B, H = args.size.H;
     const int64_t panels = packs_at_once() ? hidden_.count() : plan.threads;
     w_hh_ = arena.take<A>(panels * panel_size());
     d_c_ = arena.take<A>(Cell::kHasCell ? B * pitch_ : 0);
     d_h_ = arena.take<A>(B * h_pitch_);
-    d_gates_ = StepRows<Element>::take(arena, plan, B, D * H + kLanesA * Op::kPerWord);
+    // Of two blocks, which alternate, so that nobody waits for the products of the last one; where
+    // all wait anyway, of one and the step before it.
+    slots_ = recomputes() ? plan.block_steps + 1 : 2 * plan.block_steps;
+    d_gates_ = StepRows<Element>::take(arena, slots_, B, D * H + kLanesA * Op::kPerWord);
     rows_ = arena.take<Row>(2 * block_rows_);
     row_counts_ = arena.take<int64_t>(2);
+    left_pitch_ = hidden_.format.row_size(depth_);
+    for (Element*& left : left_)
+      left = arena.take<Element>(plan.step_in_parts ? B * left_pitch_ : 0);
     if (!projects()) return;
     w_hr_ = arena.take<A>(units_.size(args.h_size));
-    d_h_rows_ = StepRows<Element>::take(arena, plan, B, h_pitch_);
-    unprojected_ = StepRows<S>::take(arena, plan, B, H);
+    d_h_rows_ = StepRows<Element>::take(arena, slots_, B, h_pitch_);
+    unprojected_ = StepRows<S>::take(arena, slots_, B, H);
   }
 
-  static StepShape step_shape(const Sizes& size) {
-    return {size.B,
-            Columns{size.H}.count(),
-            words<Op>(Cell::kGates * size.H),
-            Columns::kVectors,
-            Columns::kRows,
-            int(sizeof(A)),
-            kLanesA,
-            kRowCycles,
-            Columns::kVectors * 30.0 * Cell::kGates};
+  // Whether the products of a step take parts, and those of a block.
+  static bool step_in_parts(const Sizes& size) {
+    return Format<Op>::parts_pay(size.B, G * size.H, size.H);
+  }
+  static bool block_in_parts(const Sizes& size) {
+    return Format<Op>::parts_pay_once(G * size.H, size.T * size.B, size.H + size.I);
+  }
+  static StepShape step_shape(const Sizes& size, bool in_parts) {
+    const Columns columns{size.H, {in_parts}};
+    return columns.format.step_shape(size.B, columns.count(), G * size.H, Columns::kVectors,
+                                     Columns::kVectors * 30.0 * G);
   }
 
   void run(const Team& team) {
@@ -68,13 +77,12 @@ class Backward {
     const Share own{rows, share(hidden_.count()), share(units_.count())};
     for (int64_t n = 0; n < T; n += plan_.block_steps) {
       const Span steps{n, std::min(T, n + plan_.block_steps)};
-      // Rows of steps and rows_ have two halves: the other one takes the next block, so nobody
-      // waits for the products of this one. What these need is written after the next barrier only.
+      // rows_ has two halves, of which the other one takes the next block.
       const int64_t half = n / plan_.block_steps % 2;
       if (team.index() == 0) list_rows(steps, half);
       if (recomputes()) {
         team.barrier();
-        recompute_.run(rows_ + half * block_rows_, team.share(row_counts_[half]));
+        recompute_.run(rows_ + half * block_rows_, row_counts_[half], team);
         team.barrier();
       }
       for (int64_t step = steps.begin; step < steps.end; ++step) {
@@ -119,14 +127,18 @@ class Backward {
 
   // else each thread packs a panel of W_hh just before its only use
   bool packs_at_once() const { return plan_.hidden == Packing::kOnce; }
-  int64_t panel_size() const { return Columns::kWidth * words<Op>(G * args_.size.H); }
+  int64_t panel_size() const { return hidden_.panel_size(depth_); }
   A* w_hh_panel(int64_t panel) const {
     return packs_at_once() ? w_hh_ + panel * panel_size() : w_hh_;
   }
   void pack_w_hh(int64_t panel) const {
     const S* w_hh = static_cast<const S*>(args_.w_hh);
-    const auto row = [&](int64_t k) { return w_hh + k * args_.h_size; };
-    hidden_.template pack<S>(row, G * args_.size.H, panel, w_hh_panel(panel));
+    const int64_t units = depth_ / G;
+    const auto row = [&](int64_t k) {
+      return k % units < args_.size.H ? w_hh + (k / units * args_.size.H + k % units) * args_.h_size
+                                      : nullptr;
+    };
+    hidden_.template pack<S>(row, depth_, panel, w_hh_panel(panel));
   }
 
   void pack(const Team& team) {
@@ -150,9 +162,9 @@ class Backward {
     };
     for (int64_t b = rows.begin; b < rows.end; ++b) {
       // what completes the last word of an odd number of elements
-      for (int64_t step = 0; G * H % Op::kPerWord && step < 2 * plan_.block_steps; ++step)
+      for (int64_t step = 0; G * H % Op::kPerWord && step < slots_; ++step)
         d_gates_(step, b)[D * H] = Element{};
-      for (int64_t step = 0; projects() && P % Op::kPerWord && step < 2 * plan_.block_steps; ++step)
+      for (int64_t step = 0; projects() && P % Op::kPerWord && step < slots_; ++step)
         d_h_rows_(step, b)[P] = Element{};
       convert(d_h_ + b * h_pitch_, at(args_.grad_h_n, b, P), P);
       if (Cell::kHasCell) convert(d_c_ + b * pitch_, at(args_.grad_c_n, b, H), H);
@@ -162,12 +174,14 @@ class Backward {
   // d loss / d h that reaches the state before `step` through W_hh, for the rows of a tile and one
   // panel
   void through_weights(int64_t step, int64_t panel, int64_t b, int rows, A* out,
-                       Ahead ahead = {}) const {
+                       const Ahead& ahead = {}) const {
     const int64_t H = args_.size.H;
     const Element* a[kMaxTileRows];
-    for (int i = 0; i < rows; ++i) a[i] = d_gates_(step, b + i) + (D - G) * H;
-    any_tile<Op, false>(hidden_.vectors(panel), rows, words<Op>(G * H), a, w_hh_panel(panel), out,
-                        Columns::kWidth, ahead);
+    for (int i = 0; i < rows; ++i)
+      a[i] = plan_.step_in_parts ? left_[step & 1] + (b + i) * left_pitch_
+                                 : d_gates_(step, b + i) + (D - G) * H;
+    hidden_.template multiply<false>(panel, rows, depth_, a, w_hh_panel(panel), out,
+                                     Columns::kWidth, ahead);
   }
 
   // d loss / d h after a step, of one row: what comes from y, through W_hh (null where the row had
@@ -202,13 +216,12 @@ class Backward {
     const Span rows = own.rows, now = history_.active(step, rows);
     // the rows that were at work in the step before; others begin here, or have just ended
     const Span before = step > 0 ? history_.active(step - 1, rows) : Span{rows.begin, rows.begin};
-    const int64_t depth = words<Op>(G * args_.size.H);
     const int64_t panel_bytes = panel_size() * int64_t(sizeof(A));
     alignas(64) A from_weights[kMaxTileRows * Columns::kWidth];
     const auto step_rows = [&](int64_t p, Span part, bool begin, const A* next) {
       for_row_tiles(part.size(), hidden_.tile_rows(p), [&](int64_t r, int n) {
         const int64_t first = part.begin + r;
-        const Ahead ahead = Ahead::part_of(next, panel_bytes, depth, r, n, part.size());
+        const Ahead ahead = Ahead::part_of(next, panel_bytes, r, n, part.size());
         if (!begin) through_weights(step - 1, p, first, n, from_weights, ahead);
         for (int i = 0; i < n; ++i) {
           const int64_t b = first + i;
@@ -251,8 +264,8 @@ class Backward {
         const int64_t first = rows.begin + r;
         const Element* a[kMaxTileRows];
         for (int i = 0; i < n; ++i) a[i] = d_h_rows_(step, first + i);
-        any_tile<Op, false>(units_.vectors(p), n, words<Op>(P), a, units_.at(w_hr_, P, p), d_output,
-                            Columns::kWidth);
+        units_.template multiply<false>(p, n, P, a, units_.at(w_hr_, P, p), d_output,
+                                        Columns::kWidth);
         for (int i = 0; i < n; ++i)
           apply_cell(step, first + i, p, [&](int64_t, int v, int64_t) {
             return load(d_output + i * Columns::kWidth + v * kLanesA);
@@ -273,7 +286,7 @@ class Backward {
     const A* grad_c = history_.template at<A>(args_.grad_cells, step, b, H);
     const bool cut = history_.cut(step, b);
     Element* d_gates_row = d_gates_(step, b);
-    constexpr int N = 2;  // vectors of units side by side
+    constexpr int N = kUnits / kLanesA;
     for (int v = 0; v < Columns::kVectors; v += N) {
       const int64_t first = panel * Columns::kWidth + v * kLanesA;
       if (first >= H) break;
@@ -312,6 +325,16 @@ class Backward {
         if (Cell::kHasCell) store(d_c_ + b * pitch_ + unit, cut ? V{} : d_c.v[i]);
         if (Cell::kDirect) store(d_h_ + b * h_pitch_ + unit, cut ? V{} : d_h_direct.v[i]);
       });
+      if constexpr (kHasParts<Op>) {
+        if (!plan_.step_in_parts) continue;
+        unrolled<G>([&](auto g) __attribute__((always_inline)) {
+          const auto& pair = d_gates[D - G + g].v;
+          Parts<Op>::store_words(
+              Parts<Op>::split_first(pair[0], pair[1], H - first),
+              left_[step & 1] + b * left_pitch_ + Parts<Op>::row_offset(g * (depth_ / G) + first),
+              kLanesA);
+        });
+      }
     }
   }
 
@@ -353,6 +376,9 @@ class Backward {
   BlockProducts<Cell, S> products_;
   const Columns hidden_, units_;
   const int64_t block_rows_, pitch_, h_pitch_;
+  const int64_t depth_;  // of the sums with W_hh: the units of each gate, in parts whole kUnits
+  Element* left_[2];  // [B][left_pitch], gate gradients of even and odd steps in parts
+  int64_t left_pitch_, slots_;
   A* w_hh_;  // packed columns [panel][G*H][width], or this thread's one panel
   A* d_c_;  // [B][pitch]
   A* d_h_;  // [B][h_pitch]: grad_h_n, then what bypasses W_hh

@@ -1,14 +1,13 @@
 // The gradients of x, of the weights and of the biases as products over the rows of a block of
 // steps. Included inside an instruction set's namespace.
 
-// A row for each sequence of each step, of two blocks of steps, which alternate.
+// A row for each sequence of the last steps, so many of them.
 template <class T>
 struct StepRows {
   T* data = nullptr;
   int64_t slots = 0, batch = 0, pitch = 0;
 
-  static StepRows take(Arena& arena, const Plan& plan, int64_t batch, int64_t pitch) {
-    const int64_t slots = 2 * plan.block_steps;
+  static StepRows take(Arena& arena, int64_t slots, int64_t batch, int64_t pitch) {
     return {arena.take<T>(slots * batch * pitch), slots, batch, pitch};
   }
   T* operator()(int64_t step, int64_t b) const { return data + (step % slots * batch + b) * pitch; }
@@ -45,19 +44,23 @@ class BlockProducts {
         d_gates_(d_gates),
         d_h_(d_h),
         unprojected_(unprojected),
-        hidden_{args.h_size},
-        input_{args.size.I},
+        in_parts_(plan.block_in_parts),
+        hidden_{args.h_size, {in_parts_}},
+        input_{args.size.I, {in_parts_}},
         units_{args.size.H},
-        panelwise_(plan.input == Packing::kPanelwise),
-        left_pitch_((ceil_div(plan.block_steps * args.size.B, kLanesA * Op::kPerWord) + 1) *
-                    kLanesA * Op::kPerWord) {
+        panelwise_(plan.input == Packing::kPanelwise) {
     const int64_t rows = plan.block_steps * args.size.B, H = args.size.H;
-    w_ih_ = arena.take<A>(panelwise_ ? plan.threads * panel_size() : input_.size(G * H));
-    left_ = arena.take<Element>(D * H * left_pitch_);
+    const int64_t panels = panelwise_ ? plan.threads : input_.count();
+    w_ih_ = arena.take<A>(args.grad_x ? panels * input_.panel_size(G * H) : 0);
+    left_ = Transposed::take(arena, D * H, rows, in_parts_);
+    if (in_parts_ && args.grad_x) {
+      split_pitch_ = input_.format.row_size(G * H);
+      split_ = arena.take<Element>(rows * split_pitch_);
+    }
     x_ = arena.take<A>(input_.size(rows));
     h_ = arena.take<A>(hidden_.size(rows));
     if (!args.grad_w_hr) return;
-    projection_left_ = arena.take<Element>(args.h_size * left_pitch_);
+    projection_left_ = Transposed::take(arena, args.h_size, rows, false);
     packed_unprojected_ = arena.take<A>(units_.size(rows));
   }
 
@@ -75,7 +78,24 @@ class BlockProducts {
   }
 
  private:
-  int64_t panel_size() const { return Columns::kWidth * words<Op>(G * args_.size.H); }
+  // The left side of products over the rows of a block, [element][row of the block].
+  struct Transposed {
+    Element* data = nullptr;
+    int64_t pitch = 0;
+    bool in_parts = false;
+
+    static Transposed take(Arena& arena, int64_t elements, int64_t rows, bool in_parts) {
+      // A vector longer than they need be: at multiples of 4 KiB rows would compete for the same
+      // lines of L1.
+      constexpr int64_t kWhole = kLanesA * Op::kPerWord;
+      const int64_t pitch =
+          in_parts ? Format<Op>{true}.row_size(rows) : (ceil_div(rows, kWhole) + 1) * kWhole;
+      return {arena.take<Element>(elements * pitch), pitch, in_parts};
+    }
+    Element* row(int64_t element) const { return data + element * pitch; }
+    Transposed from(int64_t element) const { return {row(element), pitch, in_parts}; }
+  };
+
   void pack_w_ih(int64_t panel, A* to) const {
     const int64_t I = args_.size.I, H = args_.size.H;
     const S* w_ih = static_cast<const S*>(args_.w_ih);
@@ -96,17 +116,24 @@ class BlockProducts {
     const int64_t count = input_.count();
     const Span own = panelwise_ ? Span{0, block.count} : team.share(block.count);
     const Span panels = panelwise_ ? team.share(count) : Span{0, count};
+    if (in_parts_) {
+      const Span split = panelwise_ ? team.share(block.count) : own;
+      for (int64_t r = split.begin; r < split.end; ++r)
+        input_.format.to_left(split_ + r * split_pitch_, d_gates_(block.rows[r]), depth);
+      if (panelwise_) team.barrier();
+    }
     alignas(64) A out[kMaxTileRows * Columns::kWidth];
     for (int64_t p = panels.begin; p < panels.end; ++p) {
-      A* packed = panelwise_ ? w_ih_ + team.index() * panel_size() : input_.at(w_ih_, depth, p);
+      A* packed = input_.at(w_ih_, depth, panelwise_ ? team.index() : p);
       if (panelwise_) pack_w_ih(p, packed);
       const int64_t column = p * Columns::kWidth;
       for_row_tiles(own.size(), input_.tile_rows(p), [&](int64_t r, int n) {
-        const Row* rows = block.rows + own.begin + r;
+        const int64_t first = own.begin + r;
+        const Row* rows = block.rows + first;
         const Element* a[kMaxTileRows];
-        for (int i = 0; i < n; ++i) a[i] = d_gates_(rows[i]);
-        any_tile<Op, false, kLongChain>(input_.vectors(p), n, words<Op>(depth), a, packed, out,
-                                        Columns::kWidth);
+        for (int i = 0; i < n; ++i)
+          a[i] = in_parts_ ? split_ + (first + i) * split_pitch_ : d_gates_(rows[i]);
+        input_.template multiply<false, kLongChain>(p, n, depth, a, packed, out, Columns::kWidth);
         for (int i = 0; i < n; ++i) {
           S* to = target(rows[i].step, rows[i].b);
           for (int v = 0; v < input_.vectors(p); ++v) {
@@ -146,7 +173,7 @@ class BlockProducts {
     team.barrier();
     if (of_x) accumulate(block, team, left_, G, H, input_, x_, args_.grad_w_ih, Cell::input_gate);
     if (args_.grad_w_hh)
-      accumulate(block, team, left_ + (D - G) * H * left_pitch_, G, H, hidden_, h_, args_.grad_w_hh,
+      accumulate(block, team, left_.from((D - G) * H), G, H, hidden_, h_, args_.grad_w_hh,
                  same_place);
     if (args_.grad_w_hr)
       accumulate(block, team, projection_left_, 1, P, units_, packed_unprojected_, args_.grad_w_hr,
@@ -189,15 +216,16 @@ class BlockProducts {
   // right[n], j < count. Bands of rows times panels of columns are dealt to threads: a band for
   // each thread, unless that would make them too narrow for the tiles.
   template <class Place>
-  void accumulate(const Block& block, const Team& team, const Element* left, int count,
+  void accumulate(const Block& block, const Team& team, const Transposed& left, int count,
                   int64_t height, const Columns& columns, A* packed, void* grad,
                   Place place) const {
     const int64_t rows = count * height, depth = block.count, panels = columns.count();
-    const int64_t bands = std::clamp<int64_t>(rows / (4 * Columns::kRows), 1, team.size());
+    const int64_t bands = std::clamp<int64_t>(
+        rows / (4 * columns.format.tile_rows(Columns::kVectors)), 1, team.size());
     // As many panels at once as stay in L2 beside what else is there: so that, of a few rows,
     // whole rows of the gradient are written, and not 256 bytes here and there.
     constexpr int64_t kGroupBytes = 256 << 10;
-    const int64_t panel_bytes = Columns::kWidth * words<Op>(depth) * int64_t(sizeof(A));
+    const int64_t panel_bytes = columns.panel_size(depth) * int64_t(sizeof(A));
     const int64_t at_once = std::max<int64_t>(kGroupBytes / std::max<int64_t>(panel_bytes, 1), 1);
     const Span own = team.share(bands * panels);
     for (int64_t i = own.begin; i < own.end;) {
@@ -208,7 +236,7 @@ class BlockProducts {
         const Span part{std::max(begin, j * height), std::min(end, (j + 1) * height)};
         A* to =
             static_cast<A*>(grad) + (place(int(j)) * height + part.begin - j * height) * columns.N;
-        outer_product(left + part.begin * left_pitch_, part.size(), depth, packed, columns, group,
+        outer_product(left.from(part.begin), part.size(), depth, packed, columns, group,
                       !block.is_first(), to);
       }
       i += group.size();
@@ -217,8 +245,10 @@ class BlockProducts {
 
   // left[m][k] = element m of row k of the block, with zeros up to a whole vector of words
   template <class Source>
-  void transpose_rows(const Block& block, Span own, Source&& source, Element* left) const {
+  void transpose_rows(const Block& block, Span own, Source&& source, const Transposed& left) const {
     const int64_t depth = block.count;
+    if constexpr (kHasParts<Op>)
+      if (left.in_parts) return transpose_in_parts(block, own, source, left);
     for (int64_t k = 0; k < depth; k += kLanesA * Op::kPerWord) {
       const Element* from[kLanesA][Op::kPerWord];
       for (int64_t i = 0; i < kLanesA * Op::kPerWord; ++i)
@@ -233,20 +263,39 @@ class BlockProducts {
         transpose<A>(square);
         const int64_t n = std::min<int64_t>(kLanesA, own.end - m);
         for (int64_t i = 0; i < n; ++i)
-          __builtin_memcpy(left + (m + i) * left_pitch_ + k, &square[i], sizeof(V));
+          __builtin_memcpy(left.row(m + i) + k, &square[i], sizeof(V));
+      }
+    }
+  }
+  template <class Source>
+  void transpose_in_parts(const Block& block, Span own, Source&& source,
+                          const Transposed& left) const {
+    using InParts = Parts<Op>;
+    for (int64_t k = 0; k < block.count; k += InParts::kStep) {
+      const Element* from[InParts::kStep];
+      for (int64_t i = 0; i < InParts::kStep; ++i)
+        from[i] = k + i < block.count ? source(block.rows[k + i]) : nullptr;
+      for (int64_t m = own.begin; m < own.end; m += kLanesA) {
+        V squares[2][kLanesA];
+        for (int64_t i = 0; i < InParts::kStep; ++i)
+          squares[i / kLanesA][i % kLanesA] = from[i] ? load(from[i] + m, own.end - m) : V{};
+        for (V(&square)[kLanesA] : squares) transpose<A>(square);
+        const int64_t n = std::min<int64_t>(kLanesA, own.end - m);
+        for (int64_t i = 0; i < n; ++i)
+          InParts::store_words(InParts::split(squares[0][i], squares[1][i]),
+                               left.row(m + i) + InParts::row_offset(k), kLanesA);
       }
     }
   }
 
   // to[m][columns of the panels] (+)= sum_k left[m][k] packed[k]
-  void outer_product(const Element* left, int64_t rows, int64_t depth, A* packed,
+  void outer_product(const Transposed& left, int64_t rows, int64_t depth, A* packed,
                      const Columns& columns, Span panels, bool add, A* to) const {
     // the first panel is the widest
     for_row_tiles(rows, columns.tile_rows(panels.begin), [&](int64_t m, int n) {
       const Element* a[kMaxTileRows];
-      for (int i = 0; i < n; ++i) a[i] = left + (m + i) * left_pitch_;
-      Ahead ahead = Ahead::of(left + (m + n) * left_pitch_,
-                              n * left_pitch_ * int64_t(sizeof(Element)), words<Op>(depth));
+      for (int i = 0; i < n; ++i) a[i] = left.row(m + i);
+      Ahead ahead{left.row(m + n), n * left.pitch * int64_t(sizeof(Element))};
       for (int64_t p = panels.begin; p < panels.end; ++p, ahead = {}) {
         A* target = to + m * columns.N + p * Columns::kWidth;
         // a tile of so few terms would wait for the lines that it writes
@@ -263,15 +312,18 @@ class BlockProducts {
   }
 
   void add_tile(const Element* const* a, int n, int64_t depth, const Columns& columns, int64_t p,
-                const A* panel, Ahead ahead, bool add, A* to) const {
+                const A* panel, const Ahead& ahead, bool add, A* to) const {
     const int vectors = columns.vectors(p);
     const int64_t width = columns.N - p * Columns::kWidth;
     if (vectors * kLanesA <= width) {
-      const auto product = add ? any_tile<Op, true, kLongChain> : any_tile<Op, false, kLongChain>;
-      return product(vectors, n, words<Op>(depth), a, panel, to, columns.N, ahead);
+      if (add)
+        columns.template multiply<true, kLongChain>(p, n, depth, a, panel, to, columns.N, ahead);
+      else
+        columns.template multiply<false, kLongChain>(p, n, depth, a, panel, to, columns.N, ahead);
+      return;
     }
     alignas(64) A edge[kMaxTileRows * Columns::kWidth];
-    any_tile<Op, false, kLongChain>(vectors, n, words<Op>(depth), a, panel, edge, Columns::kWidth);
+    columns.template multiply<false, kLongChain>(p, n, depth, a, panel, edge, Columns::kWidth);
     for (int i = 0; i < n; ++i) {
       for (int v = 0; v < vectors; ++v) {
         A* cell = to + i * columns.N + v * kLanesA;
@@ -292,7 +344,7 @@ class BlockProducts {
       V rows[kLanesA] = {};
       for (int i = 0; i < n; ++i)
         for (int64_t k = 0; k < depth; k += kPart * kLanesA)
-          rows[i] += partial_sum<kPart>(left_ + (m + i) * left_pitch_ + k, depth - k);
+          rows[i] += partial_sum<kPart>(left_.row(m + i), k, depth);
       const V sums = lane_sums<A>(rows);
       for (int i = 0; i < n; ++i) {
         const int64_t j = (m + i) / H, unit = (m + i) % H;
@@ -306,10 +358,14 @@ class BlockProducts {
     }
   }
   template <int64_t kVectors>
-  static V partial_sum(const Element* from, int64_t count) {
+  V partial_sum(const Element* row, int64_t k, int64_t depth) const {
     V sum{};
-    const int64_t end = std::min(count, kVectors * kLanesA);
-    for (int64_t k = 0; k < end; k += kLanesA) sum += load(from + k);
+    const int64_t end = std::min(depth, k + kVectors * kLanesA);
+    if constexpr (kHasParts<Op>) {
+      for (; in_parts_ && k < end; k += Parts<Op>::kStep)
+        sum += Parts<Op>::sum_of_step(row + Parts<Op>::row_offset(k));
+    }
+    for (; k < end; k += kLanesA) sum += load(row + k);
     return sum;
   }
   static void add(A* to, A value, bool keep) { *to = keep ? *to + value : value; }
@@ -319,14 +375,14 @@ class BlockProducts {
   const StepRows<Element>& d_gates_;
   const StepRows<Element>& d_h_;
   const StepRows<S>& unprojected_;
+  const bool in_parts_;  // the products take parts, but the one for W_hr
   const Columns hidden_, input_, units_;
   const bool panelwise_;  // W_ih is packed by each thread, one panel at a time
-  // Rows are a vector longer than they need be: at multiples of 4 KiB they would compete for the
-  // same lines of L1.
-  const int64_t left_pitch_;
   A* w_ih_;  // packed columns [panel, or thread][G*H][width], its rows in the order of d_gates
-  Element* left_;  // transposed gate gradients [D*H][left_pitch]
+  Transposed left_;  // gate gradients [D*H]
+  Element* split_ = nullptr;  // gate gradients in parts [row of a block][split_pitch], for grad_x
+  int64_t split_pitch_ = 0;
   A *x_, *h_;  // packed columns of the rows of a block
-  Element* projection_left_ = nullptr;  // transposed gradient of h [P][left_pitch]
+  Transposed projection_left_;  // gradient of h [P]
   A* packed_unprojected_ = nullptr;  // columns of the rows of a block
 };

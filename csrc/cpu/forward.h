@@ -15,21 +15,23 @@ class Forward {
       : args_(args),
         plan_(plan),
         batch_(args),
-        panels_{args.size.H},
+        input_panels_{args.size.H, {plan.block_in_parts}},
+        panels_{args.size.H, {plan.step_in_parts}},
         projection_{args.w_hr ? args.h_size : 0},
         pitch_(padded(args.size.H)),
         h_pitch_(padded(args.h_size)),
-        x_pitch_(words<Op>(args.size.I) * Op::kPerWord),
+        x_pitch_(input_panels_.format.row_size(args.size.I)),
+        left_pitch_(panels_.format.row_size(args.h_size)),
         copy_x_(!std::is_same_v<S, Element> || x_pitch_ != args.size.I) {
     const auto [T, B, I, H] = args.size;
     const int64_t count = panels_.count();
     if (plan.input != Packing::kNone) {
       const int64_t panels = plan.input == Packing::kOnce ? count : plan.threads;
-      w_ih_ = arena.take<A>(panels * Panels::kWidth * words<Op>(I));
+      w_ih_ = arena.take<A>(panels * input_panels_.size(I));
     }
     if (plan.hidden != Packing::kNone) {
       const int64_t panels = plan.hidden == Packing::kOnce ? count : plan.threads;
-      w_hh_ = arena.take<A>(panels * Panels::kWidth * words<Op>(args.h_size));
+      w_hh_ = arena.take<A>(panels * panels_.size(args.h_size));
       w_hr_ = arena.take<A>(projection_.count() * ProjectionPanels::kWidth * words<Op>(H));
     }
     b_ih_ = arena.take<A>(count * Panels::kWidth);
@@ -42,28 +44,26 @@ class Forward {
     }
     rows_ = arena.take<typename Tile::Row>(copies * B + others * kApart<typename Tile::Row>);
     if (Cell::kHasCell) c_ = arena.take<A>(copies * B * pitch_ + others * kApart<A>);
-    block_rows_ = plan.block_steps * (plan.split == Split::kRows ? ceil_div(B, plan.threads) : B);
+    const int64_t most_rows = plan.split == Split::kRows ? ceil_div(B, plan.threads) : B;
+    block_rows_ = plan.block_steps * most_rows;
     block_panels_ = plan.split == Split::kUnits ? ceil_div(count, plan.threads) : count;
     projected_ = arena.take<A>(plan.threads * block_rows_ * block_panels_ * Panels::kWidth);
     inputs_ = arena.take<const S*>(plan.threads * block_rows_);
     if (copy_x_) x_ = arena.take<Element>(plan.threads * block_rows_ * x_pitch_);
+    left_size_ = plan.step_in_parts ? most_rows * left_pitch_ : 0;
+    left_ = arena.take<Element>(plan.threads * left_size_);
     if (batch_.has_resets()) zeros_ = arena.take<Element>(h_pitch_);
   }
 
-  static StepShape step_shape(const Sizes& size) {
-    return {size.B,
-            Panels{size.H}.count(),
-            words<Op>(size.H),
-            Panels{size.H}.vectors(0),
-            Panels::kRows,
-            int(sizeof(A)),
-            kLanesA,
-            kRowCycles,
-            Panels{size.H}.vectors(0) * 30.0};
+  static StepShape step_shape(const Sizes& size, bool in_parts) {
+    const Panels panels{size.H, {in_parts}};
+    const int vectors = panels.vectors(0);
+    return panels.format.step_shape(size.B, panels.count(), size.H, vectors, vectors * 30.0);
   }
 
-  // Waits for the steps of `upstream`, if any, before it reads them; `done` tells of its own.
-  void run(const Team& team, const Progress* upstream, Progress& done) {
+  // Waits for the steps of `upstream`, if any, before it reads them; `done` tells of its own. False
+  // if something that should be split into parts has none: the outputs are wrong then.
+  bool run(const Team& team, const Progress* upstream, Progress& done) {
     const auto [T, B, I, H] = args_.size;
     const bool by_units = plan_.split == Split::kUnits;
     const Span rows = plan_.split == Split::kRows ? team.share(B) : Span{0, B};
@@ -109,6 +109,7 @@ class Forward {
     }
     store_h(by_units ? team.share(B) : rows);
     store_c(rows, panels);
+    return good_;
   }
 
  private:
@@ -142,10 +143,9 @@ class Forward {
       for (Element*& h : h_) h += index * kApart<Element>;
       if (unprojected_) unprojected_ += index * kApart<Element>;
     }
-    if (plan_.input == Packing::kPanelwise)
-      w_ih_ += index * Panels::kWidth * words<Op>(args_.size.I);
-    if (plan_.hidden == Packing::kPanelwise)
-      w_hh_ += index * Panels::kWidth * words<Op>(args_.h_size);
+    if (plan_.input == Packing::kPanelwise) w_ih_ += index * input_panels_.size(args_.size.I);
+    if (plan_.hidden == Packing::kPanelwise) w_hh_ += index * panels_.size(args_.h_size);
+    left_ += index * left_size_;
     rows_ += index * ((by_rows ? 0 : B) + kApart<typename Tile::Row>);
     if (c_) c_ += index * ((by_rows ? 0 : B * pitch_) + kApart<A>);
   }
@@ -174,11 +174,10 @@ class Forward {
     const int64_t P = args_.h_size;
     for (int64_t p = panels.begin; p < panels.end; ++p) {
       if (plan_.input == Packing::kOnce)
-        panels_.pack(static_cast<const S*>(args_.w_ih), I, p,
-                     w_ih_ + p * Panels::kWidth * words<Op>(I));
+        good_ &= input_panels_.pack(static_cast<const S*>(args_.w_ih), I, p,
+                                    w_ih_ + p * input_panels_.size(I));
       if (plan_.hidden == Packing::kOnce)
-        panels_.pack(static_cast<const S*>(args_.w_hh), P, p,
-                     w_hh_ + p * Panels::kWidth * words<Op>(P));
+        good_ &= panels_.pack(static_cast<const S*>(args_.w_hh), P, p, w_hh_ + p * panels_.size(P));
       panels_.pack_bias(static_cast<const S*>(args_.b_ih), p, b_ih_ + p * Panels::kWidth);
       panels_.pack_bias(static_cast<const S*>(args_.b_hh), p, b_hh_ + p * Panels::kWidth);
     }
@@ -249,7 +248,7 @@ class Forward {
   }
 
   // projected[row of the block][panel] = W_ih x + b_ih
-  void project(Span steps, Span rows, Span panels, const Block& block) const {
+  void project(Span steps, Span rows, Span panels, const Block& block) {
     if (args_.tokens) return;
     const int64_t I = args_.size.I;
     const S* w = static_cast<const S*>(args_.w_ih);
@@ -258,39 +257,33 @@ class Forward {
       const Span active = batch_.active(time(step), rows);
       for (int64_t b = active.begin; b < active.end; ++b) block.inputs[count++] = x_row(step, b);
     }
-    for (int64_t r = 0; copy_x_ && r < count; ++r) {
-      Element* x = block.x + r * x_pitch_;
-      convert(x, block.inputs[r], I);
-      for (int64_t i = I; i < x_pitch_; ++i) x[i] = Element{};
-    }
-    const int64_t row_stride = panels_.width(panels);
+    for (int64_t r = 0; copy_x_ && r < count; ++r)
+      good_ &= input_panels_.format.to_left(block.x + r * x_pitch_, block.inputs[r], I);
+    const int64_t row_stride = panels_.width(panels), panel_size = input_panels_.size(I);
     for (int64_t p = panels.begin; p < panels.end; ++p) {
-      const A* packed = packed_panel(plan_.input, w, I, w_ih_, p);
+      const A* packed = packed_panel(input_panels_, plan_.input, w, I, w_ih_, p);
       const bool last = plan_.input != Packing::kOnce || p + 1 == panels.end;
-      const A* next = last ? nullptr : packed + Panels::kWidth * words<Op>(I);
-      for_row_tiles(count, panels_.tile_rows(p), [&](int64_t r, int n) {
+      const A* next = last ? nullptr : packed + panel_size;
+      for_row_tiles(count, input_panels_.tile_rows(p), [&](int64_t r, int n) {
         const Element* a[kMaxTileRows];
         for (int i = 0; i < n; ++i) {
           if constexpr (std::is_same_v<S, Element>) a[i] = block.inputs[r + i];
           if (copy_x_) a[i] = block.x + (r + i) * x_pitch_;
         }
-        panels_.multiply(w, packed, b_ih_ + p * Panels::kWidth, I, p, a, n,
-                         block.projected + r * row_stride + (p - panels.begin) * Panels::kWidth,
-                         row_stride, next_part(next, I, r, n, count));
+        input_panels_.multiply(
+            w, packed, b_ih_ + p * Panels::kWidth, I, p, a, n,
+            block.projected + r * row_stride + (p - panels.begin) * Panels::kWidth, row_stride,
+            Ahead::part_of(next, panel_size * int64_t(sizeof(A)), r, n, count));
       });
     }
   }
 
   // A panel of w (G * H, K), of which `packed` has all or room for one; null: as it lies.
-  const A* packed_panel(Packing packing, const S* w, int64_t K, A* packed, int64_t panel) const {
-    if (packing == Packing::kOnce) return packed + panel * Panels::kWidth * words<Op>(K);
-    if (packing == Packing::kPanelwise) panels_.pack(w, K, panel, packed);
+  const A* packed_panel(const Panels& panels, Packing packing, const S* w, int64_t K, A* packed,
+                        int64_t panel) {
+    if (packing == Packing::kOnce) return packed + panel * panels.size(K);
+    if (packing == Packing::kPanelwise) good_ &= panels.pack(w, K, panel, packed);
     return packed;
-  }
-
-  static Ahead next_part(const A* panel, int64_t K, int64_t first, int count, int64_t rows) {
-    return Ahead::part_of(panel, Panels::kWidth * words<Op>(K) * int64_t(sizeof(A)), words<Op>(K),
-                          first, count, rows);
   }
 
   const Element* state_before(int64_t step, int64_t b) const {
@@ -301,7 +294,8 @@ class Forward {
   // writes the outputs of the step before, a few rows after each tile: at once, they would wait for
   // memory.
   void advance(int64_t step, Span rows, Span panels, const A* projected, Outputs before) {
-    const int64_t tiles = panels.size() * ceil_div(rows.size(), Panels::kRows);
+    const int64_t tiles =
+        panels.size() * ceil_div(rows.size(), panels_.format.tile_rows(Panels::kVectors));
     const int64_t at_once = ceil_div(before.rows.size(), std::max<int64_t>(tiles, 1));
     const auto write_some = [&] {
       const int64_t end = std::min(before.rows.begin + at_once, before.rows.end);
@@ -312,21 +306,26 @@ class Forward {
     for (int64_t b = rows.begin; b < rows.end; ++b) set_row(rows_[b], step, b);
     const int64_t x_stride = panels_.width(panels);
     const S* w_hh = static_cast<const S*>(args_.w_hh);
-    const int64_t panel_size = Panels::kWidth * words<Op>(args_.h_size);
+    const int64_t panel_size = panels_.size(args_.h_size);
+    for (int64_t r = 0; plan_.step_in_parts && r < rows.size(); ++r)
+      good_ &= panels_.format.to_left(left_ + r * left_pitch_, rows_[rows.begin + r].h_prev,
+                                      args_.h_size);
     // To and fro: a step begins with the panels that the last one left in cache.
     const int64_t way = step % 2 ? -1 : 1, first = way > 0 ? panels.begin : panels.end - 1;
     for (int64_t i = 0; i < panels.size(); ++i) {
       const int64_t p = first + way * i;
-      const A* packed = packed_panel(plan_.hidden, w_hh, args_.h_size, w_hh_, p);
+      const A* packed = packed_panel(panels_, plan_.hidden, w_hh, args_.h_size, w_hh_, p);
       const bool last = plan_.hidden != Packing::kOnce || i + 1 == panels.size();
       const A* next = last ? nullptr : packed + way * panel_size;
       const A* from_x = projected + (p - panels.begin) * Panels::kWidth;
       for_row_tiles(rows.size(), panels_.tile_rows(p), [&](int64_t r, int n) {
         const typename Tile::Row* tile = rows_ + rows.begin + r;
         const Element* a[kMaxTileRows];
-        for (int i = 0; i < n; ++i) a[i] = tile[i].h_prev;
+        for (int i = 0; i < n; ++i)
+          a[i] = plan_.step_in_parts ? left_ + (r + i) * left_pitch_ : tile[i].h_prev;
         panels_.multiply(w_hh, packed, b_hh_ + p * Panels::kWidth, args_.h_size, p, a, n, from_h,
-                         Panels::kWidth, next_part(next, args_.h_size, r, n, rows.size()));
+                         Panels::kWidth,
+                         Ahead::part_of(next, panel_size * int64_t(sizeof(A)), r, n, rows.size()));
         if (args_.tokens) {
           for (int i = 0; i < n; ++i)
             panels_.look_up(token_row(step, rows.begin + r + i), b_ih_ + p * Panels::kWidth, p,
@@ -375,12 +374,13 @@ class Forward {
   const ForwardArgs& args_;
   const Plan& plan_;
   const Batch batch_;
-  const Panels panels_;
+  const Panels input_panels_, panels_;  // of W_ih and W_hh
   const ProjectionPanels projection_;
   const int64_t pitch_, h_pitch_;
-  const int64_t x_pitch_;        // I, rounded up to whole words
+  const int64_t x_pitch_, left_pitch_;  // of rows as the left side of products
   const bool copy_x_;            // x cannot be multiplied as it lies
-  // packed [panel, or thread][words of I or P][kWidth], null: as they lie
+  bool good_ = true;  // all that this thread has split has parts
+  // packed panels, all or one for each thread; null: as they lie
   A *w_ih_ = nullptr, *w_hh_ = nullptr;
   A* w_hr_ = nullptr;  // packed [panel][words of H][kWidth], null: as it lies
   A *b_ih_, *b_hh_;  // [panel][kWidth]
@@ -392,6 +392,8 @@ class Forward {
   A* projected_;  // per thread [block_rows][block_panels][kWidth]
   const S** inputs_;  // per thread [block_rows]
   Element* x_ = nullptr;  // per thread [block_rows][x_pitch], a copy of x where needed
+  Element* left_;  // per thread [most rows][left_pitch], h in parts
+  int64_t left_size_;
   Element* zeros_ = nullptr;  // [h_pitch], where states are reset
   int64_t block_rows_, block_panels_;
 };

@@ -86,50 +86,69 @@ inline constexpr int kRegisterRows = NR == 4   ? (RNNFAST_REGISTERS == 32 ? 6 : 
                                      : NR == 3 ? (RNNFAST_REGISTERS == 32 ? 8 : 4)
                                                : (RNNFAST_REGISTERS == 32 ? 8 : 6);
 #if defined(RNNFAST_AMX)
-template <int NR>
-inline constexpr int kTileRows = 32;
+template <class Op>
+inline constexpr bool kInMatrixUnit = Op::kPerWord > 1;
 inline constexpr int kMaxTileRows = 32;
-inline constexpr double kRowCycles = 1. / 16;
 #else
-template <int NR>
-inline constexpr int kTileRows = kRegisterRows<NR>;
+template <class Op>
+inline constexpr bool kInMatrixUnit = false;
 inline constexpr int kMaxTileRows = 8;
-inline constexpr double kRowCycles = 1;  // for a vector of columns and a word of k
 #endif
+template <class Op, int NR>
+inline constexpr int kTileRows = kInMatrixUnit<Op> ? 32 : kRegisterRows<NR>;
+template <class Op>  // for a vector of columns and a word of k
+inline constexpr double kRowCycles = kInMatrixUnit<Op> ? 1. / 16 : 1;
+
+// Whether products may take each number as a sum of several of fewer bits, for the matrix unit, and
+// how (cpu/parts.h).
+template <class Op>
+inline constexpr bool kHasParts = false;
+template <class Op>
+struct Parts;
 
 // One chain of more words than this would lose more bits than torch's products do; a longer product
 // is summed in parts: of kChain terms in products with weights, of kLongChain in those over many
 // rows.
 inline constexpr int64_t kChain = 256, kLongChain = 64;
 
-// Memory that a tile fetches into L2 while it is computed, `step` bytes with each word of k: what
-// is needed soon and lies in L3, where the hardware's own prefetching comes too late.
+// Memory that a tile fetches into L2 while it is computed: what is needed soon and lies in L3,
+// where the hardware's own prefetching comes too late.
 struct Ahead {
-  const char* from = nullptr;
-  int64_t step = 0;
+  const void* from = nullptr;
+  int64_t bytes = 0;
 
-  // so much of it as one line with each of so many words can fetch
-  static Ahead of(const void* memory, int64_t bytes, int64_t words) {
-    return {static_cast<const char*>(memory),
-            std::min(kLineBytes, ceil_div(bytes, std::max<int64_t>(words, 1)))};
-  }
   // the part of the next panel, null if there is none, that falls to a tile of some of the rows
-  static Ahead part_of(const void* panel, int64_t bytes, int64_t words, int64_t first, int count,
-                       int64_t rows) {
+  static Ahead part_of(const void* panel, int64_t bytes, int64_t first, int count, int64_t rows) {
     if (!panel) return {};
-    return of(static_cast<const char*>(panel) + bytes * first / rows, bytes * count / rows, words);
+    return {static_cast<const char*>(panel) + bytes * first / rows, bytes * count / rows};
   }
+};
+// The same line by line, up to one with each of so many words of k; `harmless` where there is
+// nothing to fetch.
+class Fetching {
+ public:
+  Fetching(const Ahead& ahead, int64_t words, const void* harmless)
+      : next_(static_cast<const char*>(ahead.from ? ahead.from : harmless)),
+        step_(std::min(kLineBytes, ceil_div(ahead.bytes, std::max<int64_t>(words, 1)))) {}
+  RNNFAST_HD void fetch() {
+    __builtin_prefetch(next_, 0, 2);
+    next_ += step_;
+  }
+
+ private:
+  const char* next_;
+  int64_t step_;
 };
 
 // out[i * row_stride + j * lanes + lane] (=, or += if kAdd) bias[j][lane] + sum_k a[i][k]
 // panel[k][j][lane], k counting words
 template <class Op, int NR, int MR, bool kAdd, int64_t kPart>
 void tile(int64_t K, const typename Op::Element* const* a, const typename Op::A* panel,
-          const typename Op::A* bias, typename Op::A* out, int64_t row_stride, Ahead ahead) {
+          const typename Op::A* bias, typename Op::A* out, int64_t row_stride, const Ahead& ahead) {
   using A = typename Op::A;
   constexpr int lanes = kLanes<A>;
   constexpr bool kFetches = MR > 2;  // lower tiles wait for their own panel anyway
-  if (!ahead.from) ahead.from = reinterpret_cast<const char*>(panel);
+  Fetching fetching(ahead, K, panel);
   const typename Op::Element* row[MR];
 #pragma GCC unroll 8
   for (int i = 0; i < MR; ++i) row[i] = a[i];
@@ -143,10 +162,7 @@ void tile(int64_t K, const typename Op::Element* const* a, const typename Op::A*
         b[j] = load(panel + j * lanes);
         if (MR > 1) keep_in_register(b[j]);
       }
-      if (kFetches) {
-        __builtin_prefetch(ahead.from, 0, 2);
-        ahead.from += ahead.step;
-      }
+      if (kFetches) fetching.fetch();
 #pragma GCC unroll 8
       for (int i = 0; i < MR; ++i) {
         const auto value = load_word<Op>(row[i] + k * Op::kPerWord);
@@ -171,7 +187,7 @@ void tile(int64_t K, const typename Op::Element* const* a, const typename Op::A*
 
 template <class Op>
 using TileFunction = void (*)(int64_t, const typename Op::Element* const*, const typename Op::A*,
-                              const typename Op::A*, typename Op::A*, int64_t, Ahead);
+                              const typename Op::A*, typename Op::A*, int64_t, const Ahead&);
 
 template <class Op, int NR, bool kAdd, int64_t kPart, int... MR>
 constexpr std::array<TileFunction<Op>, sizeof...(MR)> tile_table(
@@ -194,6 +210,7 @@ RNNFAST_HD void for_row_tiles(int64_t rows, int tile_rows, F&& f) {
 
 #if defined(RNNFAST_AMX)
 #include "cpu/amx.h"
+#include "cpu/parts.h"
 using ProductUnit = matrix_unit::Use;
 #else
 struct ProductUnit {};
@@ -203,12 +220,12 @@ struct ProductUnit {};
 template <class Op, int NR, bool kAdd = false, int64_t kPart = kChain>
 RNNFAST_HD void multiply_tile(int rows, int64_t K, const typename Op::Element* const* a,
                               const typename Op::A* panel, const typename Op::A* bias,
-                              typename Op::A* out, int64_t row_stride, Ahead ahead) {
+                              typename Op::A* out, int64_t row_stride, const Ahead& ahead) {
 #if defined(RNNFAST_AMX)
-  matrix_unit::product<NR, kAdd>(rows, K, a, panel, bias, out, row_stride, ahead);
-#else
-  kTiles<Op, NR, kAdd, kPart>[rows - 1](K, a, panel, bias, out, row_stride, ahead);
+  if constexpr (kInMatrixUnit<Op>)
+    return matrix_unit::product<NR, kAdd>(rows, K, a, panel, bias, out, row_stride, ahead);
 #endif
+  kTiles<Op, NR, kAdd, kPart>[rows - 1](K, a, panel, bias, out, row_stride, ahead);
 }
 
 // f<n>(), for n from 1 to 4
@@ -220,19 +237,90 @@ RNNFAST_HD auto as_constant(int n, F&& f) {
                   : f.template operator()<1>();
 }
 
-// of a tile of so many vectors of columns
-RNNFAST_HD int most_tile_rows(int vectors) {
-  return as_constant(vectors, []<int NR>() { return kTileRows<NR>; });
-}
+// How one product takes its operands: words of elements as they are, or each element in parts, for
+// which rows of the left side are split first.
+template <class Op>
+struct Format {
+  using A = typename Op::A;
+  using Element = typename Op::Element;
 
-template <class Op, bool kAdd, int64_t kPart = kChain>
-RNNFAST_HD void any_tile(int vectors, int rows, int64_t K, const typename Op::Element* const* a,
-                         const typename Op::A* panel, typename Op::A* out, int64_t row_stride,
-                         Ahead ahead = {}) {
-  as_constant(vectors, [&]<int NR>() __attribute__((always_inline)) {
-    multiply_tile<Op, NR, kAdd, kPart>(rows, K, a, panel, nullptr, out, row_stride, ahead);
-  });
-}
+  bool in_parts = false;
+
+  // Whether parts are faster in the products (rows, K) x (K, columns) of each step, and in those of
+  // a sequence.
+  static bool parts_pay([[maybe_unused]] int64_t rows, [[maybe_unused]] int64_t K,
+                        [[maybe_unused]] int64_t columns) {
+    if constexpr (kHasParts<Op>) return Parts<Op>::pay(rows, K, columns);
+    return false;
+  }
+  static bool parts_pay_once([[maybe_unused]] int64_t rows, [[maybe_unused]] int64_t K,
+                             [[maybe_unused]] int64_t columns) {
+    if constexpr (kHasParts<Op>) return Parts<Op>::pay_once(rows, K, columns);
+    return false;
+  }
+
+  // of a tile of so many vectors of columns
+  RNNFAST_HD int tile_rows(int vectors) const {
+    if constexpr (kHasParts<Op>)
+      if (in_parts) return Parts<Op>::kTileRows;
+    return as_constant(vectors, []<int NR>() { return kTileRows<Op, NR>; });
+  }
+  // in memory, of a row of the left side with K elements
+  int64_t row_size(int64_t K) const {
+    if constexpr (kHasParts<Op>)
+      if (in_parts) return Parts<Op>::row_size(K);
+    return words<Op>(K) * Op::kPerWord;
+  }
+  // and of a panel
+  int64_t panel_size(int vectors, int64_t K) const {
+    if constexpr (kHasParts<Op>)
+      if (in_parts) return Parts<Op>::panel_size(vectors, K);
+    return vectors * kLanes<A> * words<Op>(K);
+  }
+  // The recurrent product of one step: `depth` elements of k times panels of so many vectors.
+  StepShape step_shape(int64_t rows, int64_t panels, int64_t depth, int vectors,
+                       double cell_cycles) const {
+    StepShape shape{.rows = rows,
+                    .panels = panels,
+                    .depth = words<Op>(depth),
+                    .vectors = vectors,
+                    .tile_rows = tile_rows(vectors),
+                    .least_rows = 1,
+                    .element_bytes = int(sizeof(A)),
+                    .weight_bytes = int(sizeof(A)),
+                    .lanes = kLanes<A>,
+                    .row_cycles = kRowCycles<Op>,
+                    .cell_cycles = cell_cycles,
+                    .exchange_cycles = 0};
+    if constexpr (kHasParts<Op>)
+      if (in_parts) {
+        shape.least_rows = Parts<Op>::kLeastRows;
+        shape.weight_bytes = Parts<Op>::kWeightBytes;
+        shape.row_cycles = Parts<Op>::kRowCycles;
+        shape.exchange_cycles = Parts<Op>::kExchangeCycles;
+      }
+    return shape;
+  }
+  // A row as the left side has it; false if it has no parts.
+  template <class S>
+  bool to_left(Element* to, const S* from, int64_t K) const {
+    if constexpr (kHasParts<Op>)
+      if (in_parts) return Parts<Op>::split_row(from, K, to);
+    convert(to, from, K);
+    for (int64_t k = K; k < row_size(K); ++k) to[k] = Element{};
+    return true;
+  }
+  // Rows of the left side that have been split must lie at equal distances.
+  template <int NR, bool kAdd = false, int64_t kPart = kChain>
+  RNNFAST_HD void multiply(int rows, int64_t K, const Element* const* a, const A* panel,
+                           const A* bias, A* out, int64_t row_stride, const Ahead& ahead) const {
+    if constexpr (kHasParts<Op>)
+      if (in_parts)
+        return Parts<Op>::template product<NR, kAdd>(rows, K, a, panel, bias, out, row_stride,
+                                                     ahead);
+    multiply_tile<Op, NR, kAdd, kPart>(rows, words<Op>(K), a, panel, bias, out, row_stride, ahead);
+  }
+};
 
 // ---- packing ----
 
@@ -289,17 +377,19 @@ struct GatePanels {
   static constexpr int kVectors = G * kUnitVectors;
   static constexpr int kUnits = kUnitVectors * kLanesA;
   static constexpr int kWidth = kVectors * kLanesA;
-  static constexpr int kRows = kTileRows<kVectors>;
   static constexpr int kDotRows = RNNFAST_REGISTERS == 32 ? 3 : 1;
 
   int64_t H;
+  Format<Op> format = {};
 
   int64_t count() const { return ceil_div(H, kUnits); }
+  // of a packed panel
+  int64_t size(int64_t K) const { return format.panel_size(kVectors, K); }
   int vectors(int64_t panel) const {
     const int64_t left = ceil_div(H - panel * kUnits, kLanesA);
     return G == 1 && left < kVectors ? int(left) : kVectors;
   }
-  int tile_rows(int64_t panel) const { return most_tile_rows(vectors(panel)); }
+  int tile_rows(int64_t panel) const { return format.tile_rows(vectors(panel)); }
   // elements of a row of the products with some panels
   int64_t width(Span panels) const {
     const int64_t last = panels.end - 1;
@@ -320,6 +410,16 @@ struct GatePanels {
     return size.T * size.B >= uses;
   }
 
+  // Whether the products with x and with h take parts.
+  template <class S>
+  static bool x_in_parts(const Sizes& size) {
+    return pays_to_pack<S>(size) && Format<Op>::parts_pay_once(size.T * size.B, size.I, G * size.H);
+  }
+  template <class S>
+  static bool h_in_parts(const Sizes& size) {
+    return pays_to_pack<S>(size) && Format<Op>::parts_pay(size.B, size.H, G * size.H);
+  }
+
   // the row of the weight matrix behind column `lane` of vector j of a panel; -1 beyond the last
   // unit
   int64_t weight_row(int64_t panel, int j, int lane) const {
@@ -327,16 +427,24 @@ struct GatePanels {
     return unit < H ? (j / kUnitVectors) * H + unit : -1;
   }
 
+  // False if the weights have no parts.
   template <class S>
-  void pack(const S* w, int64_t K, int64_t panel, A* to) const {
+  bool pack(const S* w, int64_t K, int64_t panel, A* to) const {
     const int vectors = this->vectors(panel);
-    for (int j = 0; j < vectors; ++j)
-      pack_transposed<Op, S>(
-          [&](int lane) {
-            const int64_t row = weight_row(panel, j, lane);
-            return row < 0 ? nullptr : w + row * K;
-          },
-          K, to + j * kLanesA, vectors * kLanesA);
+    bool good = true;
+    for (int j = 0; j < vectors; ++j) {
+      const auto source = [&](int lane) {
+        const int64_t row = weight_row(panel, j, lane);
+        return row < 0 ? nullptr : w + row * K;
+      };
+      if constexpr (kHasParts<Op>)
+        if (format.in_parts) {
+          good &= Parts<Op>::pack_transposed(source, K, to, j, vectors);
+          continue;
+        }
+      pack_transposed<Op, S>(source, K, to + j * kLanesA, vectors * kLanesA);
+    }
+    return good;
   }
 
   template <class S>
@@ -361,10 +469,10 @@ struct GatePanels {
   template <class S>
   RNNFAST_HD void multiply(const S* w, const A* packed, const A* bias, int64_t K, int64_t panel,
                            const Element* const* a, int rows, A* out, int64_t row_stride,
-                           Ahead ahead = {}) const {
+                           const Ahead& ahead = {}) const {
     if (packed)
       return as_constant(vectors(panel), [&]<int NR>() __attribute__((always_inline)) {
-        multiply_tile<Op, NR>(rows, words<Op>(K), a, packed, bias, out, row_stride, ahead);
+        format.template multiply<NR>(rows, K, a, packed, bias, out, row_stride, ahead);
       });
     for_row_tiles(rows, kDotRows, [&](int64_t first, int n) {
       as_constant(n, [&]<int R>() {
@@ -424,11 +532,12 @@ struct GatePanels {
 template <class Op>
 struct ColumnPanels {
   using A = typename Op::A;
+  using Element = typename Op::Element;
   static constexpr int kVectors = 4;
   static constexpr int kWidth = kVectors * kLanes<A>;
-  static constexpr int kRows = kTileRows<kVectors>;
 
   int64_t N;
+  Format<Op> format = {};
 
   int64_t count() const { return ceil_div(N, kWidth); }
   // a narrow last panel is not padded to four vectors
@@ -436,14 +545,26 @@ struct ColumnPanels {
     const int64_t left = ceil_div(N - panel * kWidth, kLanes<A>);
     return left < kVectors ? int(left) : kVectors;
   }
-  int tile_rows(int64_t panel) const { return most_tile_rows(vectors(panel)); }
-  int64_t size(int64_t K) const { return count() * kWidth * words<Op>(K); }
-  A* at(A* packed, int64_t K, int64_t panel) const {
-    return packed + panel * kWidth * words<Op>(K);
-  }
+  int tile_rows(int64_t panel) const { return format.tile_rows(vectors(panel)); }
+  int64_t panel_size(int64_t K) const { return format.panel_size(kVectors, K); }
+  int64_t size(int64_t K) const { return count() * panel_size(K); }
+  A* at(A* packed, int64_t K, int64_t panel) const { return packed + panel * panel_size(K); }
 
   template <class S, class Source>
   void pack(Source&& source, int64_t K, int64_t panel, A* to) const {
+    if constexpr (kHasParts<Op>)
+      if (format.in_parts)
+        return Parts<Op>::pack_rows(source, K, panel * kWidth, N, vectors(panel), to);
     pack_rows<Op, S>(source, K, panel * kWidth, N, vectors(panel), to);
+  }
+
+  template <bool kAdd, int64_t kPart = kChain>
+  RNNFAST_HD void multiply(int64_t panel, int rows, int64_t K, const Element* const* a,
+                           const A* packed, A* out, int64_t row_stride,
+                           const Ahead& ahead = {}) const {
+    as_constant(vectors(panel), [&]<int NR>() __attribute__((always_inline)) {
+      format.template multiply<NR, kAdd, kPart>(rows, K, a, packed, nullptr, out, row_stride,
+                                                ahead);
+    });
   }
 };

@@ -40,26 +40,53 @@ void run(std::span<Job> jobs, F&& f) {
   });
 }
 
+// Whether all that had to be split into parts has parts: else the outputs are wrong.
+template <class Cell, class S>
+bool run_forward(std::span<ForwardJob> jobs) {
+  std::atomic<bool> all_good{true};
+  run(jobs, [&](ForwardJob& job, const Team& team) {
+    Arena arena(job.workspace);
+    if (!Forward<Cell, S>(job.args, job.plan, arena).run(team, job.upstream, job.progress))
+      all_good = false;
+  });
+  return all_good;
+}
+
 template <class Cell, class S>
 constexpr Kernels make_kernels() {
   return {
       [](const Sizes& size, const Machine& machine, int64_t most_steps) {
-        const bool pack = GatePanels<Operand<S>, Cell::kGates>::template pays_to_pack<S>(size);
-        return plan_forward(size, Forward<Cell, S>::step_shape(size), pack, machine, most_steps);
+        using Panels = GatePanels<Operand<S>, Cell::kGates>;
+        const bool pack = Panels::template pays_to_pack<S>(size);
+        const bool in_parts = Panels::template h_in_parts<S>(size);
+        const StepShape step = Forward<Cell, S>::step_shape(size, in_parts);
+        Plan plan = plan_forward(size, step, pack, machine, most_steps);
+        plan.step_in_parts = in_parts;
+        plan.block_in_parts = Panels::template x_in_parts<S>(size);
+        return plan;
       },
       [](const Sizes& size, const Machine& machine) {
-        return plan_backward(size, Backward<Cell, S>::step_shape(size), machine);
+        const bool in_parts = Backward<Cell, S>::step_in_parts(size);
+        Plan plan = plan_backward(size, Backward<Cell, S>::step_shape(size, in_parts), machine);
+        plan.step_in_parts = in_parts;
+        plan.block_in_parts = Backward<Cell, S>::block_in_parts(size);
+        return plan;
       },
       [](const ForwardArgs& args, const Plan& plan) {
-        Arena arena(nullptr);
-        Forward<Cell, S>(args, plan, arena);
-        return arena.used();
+        const auto workspace = [&](const Plan& one) {
+          Arena arena(nullptr);
+          Forward<Cell, S>(args, one, arena);
+          return arena.used();
+        };
+        return std::max(workspace(plan), workspace(plan.without_parts()));
       },
       [](std::span<ForwardJob> jobs) {
-        run(jobs, [](ForwardJob& job, const Team& team) {
-          Arena arena(job.workspace);
-          Forward<Cell, S>(job.args, job.plan, arena).run(team, job.upstream, job.progress);
-        });
+        if (run_forward<Cell, S>(jobs)) return;
+        for (ForwardJob& job : jobs) {
+          job.plan = job.plan.without_parts();
+          job.progress.reach(0);
+        }
+        run_forward<Cell, S>(jobs);
       },
       [](const BackwardArgs& args, const Plan& plan) {
         Arena arena(nullptr);
@@ -97,8 +124,13 @@ constexpr Kernels make_kernels() {
 const KernelTable& kernel_table() {
   static const KernelTable table = [] {
     KernelTable changed = RNNFAST_BF16_DOT::kernel_table();
-#define RNNFAST_REPLACE(Cell) \
-  changed.kernels[int(CellKind::k##Cell)][int(Dtype::kBFloat16)] = make_kernels<Cell, bf16>();
+    const auto replace = [&]<class Cell>(CellKind kind) {
+      Kernels* kernels = changed.kernels[int(kind)];
+      kernels[int(Dtype::kBFloat16)] = make_kernels<Cell, bf16>();
+      if constexpr (kHasParts<Operand<float>>)
+        kernels[int(Dtype::kFloat32)] = make_kernels<Cell, float>();
+    };
+#define RNNFAST_REPLACE(Cell) replace.template operator()<Cell>(CellKind::k##Cell);
     RNNFAST_FOR_EACH_CELL(RNNFAST_REPLACE)
 #undef RNNFAST_REPLACE
     return changed;

@@ -18,13 +18,16 @@ constexpr int64_t kL1Bytes = 24 * 1024;
 constexpr int64_t kWholeProjectionBytes = 4 << 20;
 
 double step_cycles(const StepShape& s, int64_t rows, int64_t panels, const Machine& machine) {
-  const int64_t bytes = panels * s.vectors * s.lanes * s.depth * s.element_bytes;
-  const double load = bytes <= kL1Bytes ? kL1Vector
+  const int64_t vector_bytes = s.lanes * s.weight_bytes;
+  const int64_t bytes = panels * s.vectors * s.depth * vector_bytes;
+  const double line = bytes <= kL1Bytes ? kL1Vector
                       : bytes <= machine.l2_bytes * 3 / 4
                           ? kL2Vector
                           : machine.l3_line_cycles(machine.l2_bytes);
+  const double load = line * std::max(1.0, double(vector_bytes) / double(kLineBytes));
   const int64_t tiles = ceil_div(rows, s.tile_rows);
-  const double products = s.row_cycles * double(ceil_div(rows, tiles));
+  const double products =
+      s.row_cycles * double(std::max<int64_t>(s.least_rows, ceil_div(rows, tiles)));
   const double first = std::max(products, load);  // brings in the panel
   const double rest = std::max(products, kL1Vector) * double(tiles - 1);
   return double(panels) *
@@ -62,7 +65,9 @@ Choice choose_split(const Sizes& size, const StepShape& s, const Machine& machin
     double by_units =
         kRegion + double(size.T) * step_cycles(s, s.rows, ceil_div(s.panels, n), machine);
     if (n > s.panels || by_units >= best.cycles) continue;
-    by_units += double(size.T) * kExchange * machine.barrier_cycles(n);
+    const double lines = double(s.rows * s.depth * s.weight_bytes) / double(kLineBytes);
+    by_units += double(size.T) *
+                (kExchange * machine.barrier_cycles(n) + s.exchange_cycles * lines * (n - 1) / n);
     if (by_units < best.cycles) best = {n, Split::kUnits, by_units};
   }
   return best;

@@ -58,6 +58,15 @@ struct Plan {
   Packing input, hidden;
   int64_t block_steps;  // steps between input projection (forward) or gradient products (backward)
   double cycles;  // of the recurrence, roughly: to compare plans
+  // Whether each number goes into products as the sum of several parts (cpu/parts.h): into those
+  // with x and of a block of steps, and into those of a single step.
+  bool block_in_parts = false, step_in_parts = false;
+
+  Plan without_parts() const {
+    Plan other = *this;
+    other.block_in_parts = other.step_in_parts = false;
+    return other;
+  }
 };
 
 // The recurrent product of one step as the planner sees it: rows times panels of packed weights.
@@ -68,10 +77,15 @@ struct StepShape {
   int64_t depth;  // length of the sums
   int vectors;  // vectors of columns in a panel
   int tile_rows;  // rows of the register tile
+  int least_rows;  // fewer rows take a tile as long
   int element_bytes;  // of the compute type
+  int weight_bytes;  // of what stands for one in packed weights
   int lanes;  // elements of a vector
   double row_cycles;  // of a tile, for one row, a vector of columns and one element of the sum
   double cell_cycles;  // gate maths for one row of one panel
+  // where units are dealt: to fetch a line of the left side that another thread has written, beyond
+  // what kExchange stands for
+  double exchange_cycles;
 };
 
 // `pack`: whether weights are packed, else read as they lie. Blocks take `most_steps` at most.

@@ -76,6 +76,8 @@ py::dict plan(const std::string& cell, int64_t T, int64_t B, int64_t I, int64_t 
   facts["input_packing"] = packings[int(plan.input)];
   facts["hidden_packing"] = packings[int(plan.hidden)];
   facts["block_steps"] = plan.block_steps;
+  facts["block_in_parts"] = plan.block_in_parts;
+  facts["step_in_parts"] = plan.step_in_parts;
   ForwardArgs forward_args{};
   BackwardArgs backward_args{};
   forward_args.size = backward_args.size = size;
