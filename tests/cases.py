@@ -65,7 +65,7 @@ SHAPES = (
     (1, 20, 9, 70),  # one step of many rows
     (1, 5, 20, 40),  # weights not packed, by two and three rows at once
     (1, 2, 21, 70),  # nor in any type
-    (3, 70, 170, 170),  # all products large enough for the matrix unit, in any type
+    (4, 70, 170, 170),  # all products large enough for the matrix unit, in any type
 )
 LAYOUTS = ("batch_first", "strided", "expanded", "same_step", "same_row", "padded")
 PROJECTIONS = (3, 6, 9, 16, 63, 9, 70, 5, 20, 18, 35, 100)  # for the shapes from the fourth on

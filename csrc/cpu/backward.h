@@ -50,11 +50,15 @@ class Backward {
   }
 
   // Whether the products of a step take parts, and those of a block.
-  static bool step_in_parts(const Sizes& size) {
-    return Format<Op>::parts_pay(size.B, G * size.H, size.H);
+  static bool step_in_parts([[maybe_unused]] const Sizes& size) {
+    if constexpr (kHasParts<Op>)
+      return Parts<Op>::pay_in_steps(size.B, size.T - 1, G * size.H, size.H);
+    return false;
   }
-  static bool block_in_parts(const Sizes& size) {
-    return Format<Op>::parts_pay_once(G * size.H, size.T * size.B, size.H + size.I);
+  static bool block_in_parts([[maybe_unused]] const Sizes& size) {
+    if constexpr (kHasParts<Op>)
+      return Parts<Op>::pay_in_gradients(size.T * size.B, G * size.H, size.H + size.I);
+    return false;
   }
   static StepShape step_shape(const Sizes& size, bool in_parts) {
     const Columns columns{size.H, {in_parts}};

@@ -246,19 +246,6 @@ struct Format {
 
   bool in_parts = false;
 
-  // Whether parts are faster in the products (rows, K) x (K, columns) of each step, and in those of
-  // a sequence.
-  static bool parts_pay([[maybe_unused]] int64_t rows, [[maybe_unused]] int64_t K,
-                        [[maybe_unused]] int64_t columns) {
-    if constexpr (kHasParts<Op>) return Parts<Op>::pay(rows, K, columns);
-    return false;
-  }
-  static bool parts_pay_once([[maybe_unused]] int64_t rows, [[maybe_unused]] int64_t K,
-                             [[maybe_unused]] int64_t columns) {
-    if constexpr (kHasParts<Op>) return Parts<Op>::pay_once(rows, K, columns);
-    return false;
-  }
-
   // of a tile of so many vectors of columns
   RNNFAST_HD int tile_rows(int vectors) const {
     if constexpr (kHasParts<Op>)
@@ -412,12 +399,16 @@ struct GatePanels {
 
   // Whether the products with x and with h take parts.
   template <class S>
-  static bool x_in_parts(const Sizes& size) {
-    return pays_to_pack<S>(size) && Format<Op>::parts_pay_once(size.T * size.B, size.I, G * size.H);
+  static bool x_in_parts([[maybe_unused]] const Sizes& size) {
+    if constexpr (kHasParts<Op>)
+      return Parts<Op>::pay_at_once(size.T * size.B, size.I, G * size.H) && pays_to_pack<S>(size);
+    return false;
   }
   template <class S>
-  static bool h_in_parts(const Sizes& size) {
-    return pays_to_pack<S>(size) && Format<Op>::parts_pay(size.B, size.H, G * size.H);
+  static bool h_in_parts([[maybe_unused]] const Sizes& size) {
+    if constexpr (kHasParts<Op>)
+      return Parts<Op>::pay_in_steps(size.B, size.T, size.H, G * size.H) && pays_to_pack<S>(size);
+    return false;
   }
 
   // the row of the weight matrix behind column `lane` of vector j of a panel; -1 beyond the last

@@ -27,13 +27,17 @@ struct Parts<Operand<float>> {
   static constexpr int kLeastRows = 14;
   static constexpr int kWeightBytes = kParts * 2;
 
-  // Whether parts are worth splitting for, in the products (rows, K) x (K, columns) of each step
-  // and of a block or all of the sequence.
-  static constexpr bool pay(int64_t rows, int64_t K, int64_t columns) {
-    return rows >= 12 && K >= 24 && columns >= 48;
+  // Whether parts are worth splitting for: where weights (K, columns) are multiplied by so many
+  // rows in each step, so many times; by all rows at once; and in sums over rows, which make
+  // gradients of such weights.
+  static constexpr bool pay_in_steps(int64_t rows, int64_t steps, int64_t K, int64_t columns) {
+    return rows >= 12 && steps * rows >= least_uses(K, columns) && K >= 24 && columns >= 48;
   }
-  static constexpr bool pay_once(int64_t rows, int64_t K, int64_t columns) {
-    return pay(rows, K, columns) && rows * K * columns >= 6'000'000;
+  static constexpr bool pay_at_once(int64_t rows, int64_t K, int64_t columns) {
+    return pay_in_steps(rows, 1, K, columns) && rows * K * columns >= kLeastWork;
+  }
+  static constexpr bool pay_in_gradients(int64_t rows, int64_t K, int64_t columns) {
+    return rows >= 96 && rows * K * columns >= kLeastWork;
   }
 
   static constexpr int64_t steps(int64_t K) { return ceil_div(K, kStep); }
@@ -166,6 +170,11 @@ struct Parts<Operand<float>> {
   }
 
  private:
+  static constexpr int64_t kLeastWork = 6'000'000;
+  static constexpr int64_t least_uses(int64_t K, int64_t columns) {
+    return K * columns >= 256 * 256 ? 96 : 192;
+  }
+
   // One chain of more steps would lose bits.
   static constexpr int64_t kChainSteps = 16;
   static constexpr auto kShapes =
