@@ -497,6 +497,10 @@ def test_where_layers_overlap(backward: bool, avx512: None) -> None:
         assert [at_once("one row", stacked, n) for n in (1, 2, 4)] == [1, 2, 4]
         assert at_once("large", stacked, 2) == 1
     assert at_once("rows", False, 2) == 2
+    # a stack of single steps has nothing to overlap, two directions have
+    single_step = ("lstm", 1, 64, 512, 512, 2)
+    assert EXTENSION.layers_at_once(*single_step, True, 2, backward, 1 << 20) == 1
+    assert EXTENSION.layers_at_once(*single_step, False, 2, backward, 1 << 20) == 2
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -173,10 +173,11 @@ Arrangement arrange(std::span<const int64_t> lengths, bool packed, int64_t T, co
   return result;
 }
 
-int side_by_side(int count, int threads, bool stacked,
+int side_by_side(int count, int threads, int64_t stacked_steps,
                  const std::function<double(int threads)>& cycles) {
   const auto group = [&](int layers) {
-    const double waiting = stacked ? double(layers - 1) / kStackBlocks : 0;
+    const double blocks = double(std::min(kStackBlocks, stacked_steps));
+    const double waiting = blocks > 0 ? double(layers - 1) / blocks : 0;
     return (layers > 1 ? kRegion : 0) + cycles(threads / layers) * (1 + waiting);
   };
   int best = 1;

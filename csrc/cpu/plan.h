@@ -106,9 +106,10 @@ Arrangement arrange(std::span<const int64_t> lengths, bool packed, int64_t T, co
 
 // How many of `count` equal layers run side by side, each on its part of the threads, where
 // `cycles` has a plan's estimate for a number of threads. In a stack a layer starts when the one
-// before it has done kStackBlocks-th of its steps.
+// before it has done the first of kStackBlocks blocks of its `stacked_steps`; 0 where layers do not
+// wait for each other.
 inline constexpr int64_t kStackBlocks = 8;
-int side_by_side(int count, int threads, bool stacked,
+int side_by_side(int count, int threads, int64_t stacked_steps,
                  const std::function<double(int threads)>& cycles);
 
 }  // namespace rnnfast::cpu

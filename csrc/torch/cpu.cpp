@@ -39,9 +39,9 @@ void CpuDevice::forward(const CellInfo& cell, std::span<LayerForward> layers, bo
   const int count =
       layers.size() == 1
           ? 1
-          : cpu::side_by_side(int(layers.size()), machine.threads, stacked, [&](int n) {
-              return kernels.plan_forward(size, machine.with(n), size.T).cycles;
-            });
+          : cpu::side_by_side(
+                int(layers.size()), machine.threads, stacked ? size.T : 0,
+                [&](int n) { return kernels.plan_forward(size, machine.with(n), size.T).cycles; });
 
   for (size_t begin = 0; begin < layers.size(); begin += size_t(count)) {
     const auto group = layers.subspan(begin, std::min(size_t(count), layers.size() - begin));
@@ -73,7 +73,7 @@ void CpuDevice::backward(const CellInfo& cell, std::span<LayerBackward> layers) 
   const cpu::Machine machine = this_machine();
   const int count = layers.size() == 1
                         ? 1
-                        : cpu::side_by_side(int(layers.size()), machine.threads, false, [&](int n) {
+                        : cpu::side_by_side(int(layers.size()), machine.threads, 0, [&](int n) {
                             return kernels.plan_backward(size, machine.with(n)).cycles;
                           });
   for (size_t begin = 0; begin < layers.size(); begin += size_t(count)) {

@@ -95,7 +95,7 @@ int layers_at_once(const std::string& cell, int64_t T, int64_t B, int64_t I, int
       cpu::kernel_table().kernels[int(cell_info(cell).kind)][int(Dtype::kFloat32)];
   const Sizes size{T, B, I, H};
   const cpu::Machine machine = assumed_machine(threads, l2_bytes);
-  return cpu::side_by_side(count, threads, stacked, [&](int n) {
+  return cpu::side_by_side(count, threads, stacked ? T : 0, [&](int n) {
     return backward ? kernels.plan_backward(size, machine.with(n)).cycles
                     : kernels.plan_forward(size, machine.with(n), T).cycles;
   });
