@@ -32,6 +32,7 @@ from cases import (
 )
 from torch.nn.utils.rnn import PackedSequence
 
+import rnnfast
 from rnnfast import autograd, backend, reference
 from rnnfast.reference import CELLS
 
@@ -480,6 +481,25 @@ def test_gates_of_numbers_without_parts_computed_again(device: str) -> None:
     of_w_ih = computed[["x", "h0", "c0", "w_ih"].index("w_ih")]
     assert of_w_ih[:, 3].isnan().any()
     assert not of_w_ih[:, 4].isnan().any()
+
+
+def test_blocks_without_rows(device: str) -> None:
+    """Steps beyond the end of every sequence, a whole block of them in the backward and more."""
+    if device == "cuda" or backend.EXTENSION.get_cpu_capability() == "cuda_emulation":
+        return  # no lengths there
+    torch.manual_seed(0)
+    layer = rnnfast.LSTM(64, 64, backend="fused")
+    lengths = torch.randint(1, 9, (70,))
+    x, grad_y = torch.randn(40, 70, 64), torch.randn(40, 70, 64)
+
+    def gradients(T: int) -> list[torch.Tensor]:
+        leaf = x[:T].clone().requires_grad_()
+        y, _ = layer(leaf, lengths=lengths)
+        found = torch.autograd.grad(y, [leaf, *layer.parameters()], grad_y[:T])
+        return [found[0][:8], *found[1:]]
+
+    for actual, expected in zip(gradients(40), gradients(8), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 SPLIT_SHAPES = {

@@ -27,9 +27,10 @@ struct Parts<Operand<float>> {
   static constexpr int kLeastRows = 14;
   static constexpr int kWeightBytes = kParts * 2;
 
-  // Whether parts are worth splitting for: where weights (K, columns) are multiplied by so many
-  // rows in each step, so many times; by all rows at once; and in sums over rows, which make
-  // gradients of such weights.
+  // Whether parts are worth splitting for, as measured: where weights (K, columns) are multiplied
+  // by so many rows in each of the steps; by all rows at once; and in sums over rows, which make
+  // gradients of such weights. By sizes alone, for results must not depend on the number of
+  // threads.
   static constexpr bool pay_in_steps(int64_t rows, int64_t steps, int64_t K, int64_t columns) {
     return rows >= 12 && steps * rows >= least_uses(K, columns) && K >= 24 && columns >= 48;
   }
@@ -41,9 +42,9 @@ struct Parts<Operand<float>> {
   }
 
   static constexpr int64_t steps(int64_t K) { return ceil_div(K, kStep); }
-  // Of a left side's row, [step][part][kStep], and of a panel, [step][vector][part] and then words
-  // of two elements of k, [word][lane]. Zeros complete the last step.
-  // A vector more, as rows at multiples of 4 KiB would compete for the same lines of L1.
+  // In memory, of a left side's row, [step][part][kStep], and of a panel, [step][vector][part] and
+  // then words of two elements of k, [word][lane]. Zeros complete the last step. A row is a vector
+  // longer, as rows at multiples of 4 KiB would compete for the same lines of L1.
   static constexpr int64_t row_size(int64_t K) { return steps(K) * kRowStep + kLanesA; }
   static constexpr int64_t row_offset(int64_t k) { return k / kStep * kRowStep; }  // whole steps
   static constexpr int64_t panel_size(int vectors, int64_t K) {
@@ -75,6 +76,7 @@ struct Parts<Operand<float>> {
     unrolled<kParts>(
         [&](auto p) __attribute__((always_inline)) { store(to + p * distance, words.part[p]); });
   }
+  // whether all have parts
   RNNFAST_HD static bool finite(const Words& words) {
     const __m512i infinite = _mm512_set1_epi16(0x7f80);
     const __m512i exponents = _mm512_and_si512(__m512i(words.part[0]), infinite);
@@ -236,8 +238,9 @@ struct Parts<Operand<float>> {
 
     Lines(const Ahead& ahead, int64_t rounds)
         : next(static_cast<const char*>(ahead.from)),
-          at_once(ceil_div(ahead.bytes, rounds * kLineBytes)) {
-      if (at_once > 8) at_once = 0;
+          at_once(ceil_div(ahead.bytes, std::max<int64_t>(rounds, 1) * kLineBytes)) {
+      constexpr int64_t kMost = 8;
+      if (at_once > kMost) at_once = 0;
     }
     RNNFAST_HD void fetch() {
       for (int64_t i = 0; i < at_once; ++i, next += kLineBytes) __builtin_prefetch(next, 0, 2);
