@@ -316,6 +316,8 @@ class BlockProducts {
     const int vectors = columns.vectors(p);
     const int64_t width = columns.N - p * Columns::kWidth;
     if (vectors * kLanesA <= width) {
+      // the matrix unit would wait for the lines to add to
+      if (add && columns.format.in_parts) fetch_tile(to, n, columns.N, vectors);
       if (add)
         columns.template multiply<true, kLongChain>(p, n, depth, a, panel, to, columns.N, ahead);
       else
