@@ -5,7 +5,7 @@
 //   RNNFAST_REGISTERS     how many there are
 //   RNNFAST_BF16_DOT      only where there are dot products of bfloat16 pairs: the namespace of the
 //                         instruction set to which they are added, and which serves the other types
-//   RNNFAST_AMX           as well, where these products are for the matrix unit
+//   RNNFAST_AMX           as well, where these products are for the matrix unit, and floats' too
 // and includes this file, after isa_prologue.h and the target pragma. Everything that may be
 // compiled for a newer machine than the one that runs it lives in the namespace, so the linker
 // cannot mix them; the cells' functions are always inlined and leave no symbol.

@@ -1,5 +1,5 @@
-// AVX-512 with the matrix unit of Intel's server processors (AMX): the kernels of bfloat16 alone,
-// those of the other types are AVX-512's.
+// AVX-512 with the matrix unit of Intel's server processors (AMX): the kernels of bfloat16 and
+// float32, those of the other types are AVX-512's.
 #if defined(__x86_64__)
 #include "cpu/isa_prologue.h"
 
