@@ -18,6 +18,8 @@ namespace rnnfast::cpu::RNNFAST_ISA {
 //
 #include "cpu/gemm.h"
 //
+#include "cpu/panels.h"
+//
 #include "cpu/cell_tile.h"
 //
 #include "cpu/batch.h"
