@@ -58,24 +58,29 @@ double read_line(int64_t bytes) {
 struct Measurement {
   std::atomic<int> threads{0};
   std::atomic<double> cycles{0};
+  std::atomic<int> patience{0};  // see below
   std::atomic<Clock::rep> until{0};  // when it is to be repeated
 };
 
 }  // namespace
 
 double measured_barrier(int threads) {
-  // Where threads outnumber cores, measuring takes long, and happens the less often.
+  // Threads that share a core wait for each other's time slices, and measuring them takes
+  // milliseconds. They may do so just after they have been woken, or always, where they outnumber
+  // the cores: it is measured again soon, and then less and less often.
   constexpr Clock::duration kFresh = std::chrono::milliseconds(20);
-  constexpr int kShare = 200;
+  constexpr double kShared = 10e3;  // nanoseconds
+  constexpr int kFirst = 4, kMost = 256;  // of the time that measuring takes
   static Measurement last;
   const Clock::time_point now = Clock::now();
   if (last.threads == threads && now.time_since_epoch().count() < last.until) return last.cycles;
   if (omp_in_parallel()) return kTypicalBarrier;
   const double nanoseconds = wait_together(threads);
+  last.patience = nanoseconds < kShared ? 0 : std::clamp(2 * last.patience.load(), kFirst, kMost);
   last.cycles = nanoseconds > 0 ? nanoseconds * kCyclesPerNanosecond : kTypicalBarrier;
   last.threads = threads;
   const Clock::time_point end = Clock::now();
-  last.until = (end + std::max(kFresh, kShare * (end - now))).time_since_epoch().count();
+  last.until = (end + std::max(kFresh, last.patience.load() * (end - now))).time_since_epoch().count();
   return last.cycles;
 }
 
