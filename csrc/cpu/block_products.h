@@ -32,6 +32,7 @@ class BlockProducts {
   using Op = Operand<S>;
   using Element = typename Op::Element;
   using Columns = ColumnPanels<Op>;
+  static constexpr int64_t kFewRows = 4;
 
  public:
   // Of what the steps of the backward leave: gate gradients and, where h is projected, the gradient
@@ -158,12 +159,29 @@ class BlockProducts {
     const bool any_weight = of_x || args_.grad_w_hh || args_.grad_w_hr;
     if (!any_weight && !args_.grad_b_ih && !args_.grad_b_hh) return;
     const int64_t H = args_.size.H, P = args_.h_size;
-    const Span own = share_vectors(team, D * H);
-    transpose_rows(block, own, d_gates_, left_);
-    grad_bias(block, own);
-    if (!any_weight) return;
     const auto x = [&](Row row) { return history_.x(row.step, row.b); };
     const auto h = [&](Row row) { return history_.h_before(row.step, row.b); };
+    const Span own = share_vectors(team, D * H);
+    if (block.count > 0 && block.count <= kFewRows) {
+      const auto d_gates = [&](int64_t first) {
+        return [=, this](Row row) { return d_gates_(row) + first; };
+      };
+      grad_bias(block, own, [&](int64_t m, int64_t n) {
+        V sum{};
+        for (int64_t k = 0; k < block.count; ++k) sum += load(d_gates_(block.rows[k]) + m, n);
+        return sum;
+      });
+      if (of_x)
+        sum_few(block, team, d_gates(0), G, H, x, args_.size.I, args_.grad_w_ih, Cell::input_gate);
+      if (args_.grad_w_hh)
+        sum_few(block, team, d_gates((D - G) * H), G, H, h, P, args_.grad_w_hh, same_place);
+      if (args_.grad_w_hr)
+        sum_few(block, team, d_h_, 1, P, unprojected_, H, args_.grad_w_hr, same_place);
+      return;
+    }
+    transpose_rows(block, own, d_gates_, left_);
+    grad_bias(block, own, [&](int64_t m, int64_t n) { return sums_of_rows(m, n, block.count); });
+    if (!any_weight) return;
     if (of_x) pack_rows_of(block, team, input_, x, x_);
     if (args_.grad_w_hh) pack_rows_of(block, team, hidden_, h, h_);
     if (args_.grad_w_hr) {
@@ -178,6 +196,37 @@ class BlockProducts {
     if (args_.grad_w_hr)
       accumulate(block, team, projection_left_, 1, P, units_, packed_unprojected_, args_.grad_w_hr,
                  same_place);
+  }
+
+  // grad[place(j) * height + i][n] (+)= sum over a few rows left(row)[j * height + i]
+  // right(row)[n], j < count: as the rows lie, for transposing and packing them would take longer.
+  template <class Left, class Right, class Place>
+  void sum_few(const Block& block, const Team& team, Left&& left, int count, int64_t height,
+               Right&& right, int64_t columns, void* grad, Place place) const {
+    const Span own = share_vectors(team, count * height);
+    as_constant(int(block.count), [&]<int R>() {
+      const S* values[R];
+      for (int r = 0; r < R; ++r) values[r] = right(block.rows[r]);
+      for (int64_t m = own.begin; m < own.end; m += kLanesA) {
+        const int64_t n = std::min<int64_t>(kLanesA, own.end - m);
+        alignas(64) A factors[R][kLanesA];
+        for (int r = 0; r < R; ++r) store(factors[r], load(left(block.rows[r]) + m, n));
+        for (int64_t i = 0; i < n; ++i) {
+          const int64_t j = (m + i) / height, row = place(int(j)) * height + (m + i) % height;
+          A* to = static_cast<A*>(grad) + row * columns;
+          const auto add = [&](int64_t at, auto... left) __attribute__((always_inline)) {
+            V sum = block.is_first() ? V{} : load(to + at, left...);
+            unrolled<R>([&](auto r) __attribute__((always_inline)) {
+              sum += factors[r][i] * load(values[r] + at, left...);
+            });
+            store(to + at, sum, left...);
+          };
+          int64_t at = 0;
+          for (; at + kLanesA <= columns; at += kLanesA) add(at);
+          if (at < columns) add(at, columns - at);
+        }
+      }
+    });
   }
   // The rows of tokens; a thread has its part of the columns.
   void grad_table(const Block& block, const Team& team) const {
@@ -214,14 +263,20 @@ class BlockProducts {
 
   // grad[place(j) * height + i][n] (+)= sum over the rows of the block left[j * height + i]
   // right[n], j < count. Bands of rows times panels of columns are dealt to threads: a band for
-  // each thread, unless that would make them too narrow for the tiles.
+  // each thread, unless that would make them too narrow for the tiles, or several, which stay in
+  // L2 while the panels pass.
   template <class Place>
   void accumulate(const Block& block, const Team& team, const Transposed& left, int count,
                   int64_t height, const Columns& columns, A* packed, void* grad,
                   Place place) const {
+    constexpr int64_t kLeastTiles = 4, kBandBytes = 512 << 10;
     const int64_t rows = count * height, depth = block.count, panels = columns.count();
-    const int64_t bands = std::clamp<int64_t>(
-        rows / (4 * columns.format.tile_rows(Columns::kVectors)), 1, team.size());
+    const int64_t tile_rows = columns.format.tile_rows(Columns::kVectors);
+    const int64_t tiles = ceil_div(rows, tile_rows);
+    const int64_t tile_bytes = tile_rows * left.pitch * int64_t(sizeof(Element));
+    const int64_t most_tiles = std::max(kLeastTiles, kBandBytes / tile_bytes);
+    const int64_t threads = std::clamp<int64_t>(tiles / kLeastTiles, 1, team.size());
+    const int64_t bands = ceil_div(tiles, threads * most_tiles) * threads;
     // As many panels at once as stay in L2 beside what else is there: so that, of a few rows,
     // whole rows of the gradient are written, and not 256 bytes here and there.
     constexpr int64_t kGroupBytes = 256 << 10;
@@ -231,7 +286,8 @@ class BlockProducts {
     for (int64_t i = own.begin; i < own.end;) {
       const int64_t band = i / panels, p = i % panels;
       const Span group{p, std::min(p + at_once, std::min(panels, p + own.end - i))};
-      const int64_t begin = rows * band / bands, end = rows * (band + 1) / bands;
+      const int64_t begin = tiles * band / bands * tile_rows;
+      const int64_t end = std::min(rows, tiles * (band + 1) / bands * tile_rows);
       for (int64_t j = begin / height; j * height < end; ++j) {
         const Span part{std::max(begin, j * height), std::min(end, (j + 1) * height)};
         A* to =
@@ -319,9 +375,9 @@ class BlockProducts {
       // the matrix unit would wait for the lines to add to
       if (add && columns.format.in_parts) fetch_tile(to, n, columns.N, vectors);
       if (add)
-        columns.template multiply<true, kLongChain>(p, n, depth, a, panel, to, columns.N, ahead);
+        columns.template multiply<true, kLongChain>(p, n, depth, a, panel, to, columns.N, {ahead});
       else
-        columns.template multiply<false, kLongChain>(p, n, depth, a, panel, to, columns.N, ahead);
+        columns.template multiply<false, kLongChain>(p, n, depth, a, panel, to, columns.N, {ahead});
       return;
     }
     alignas(64) A edge[kMaxTileRows * Columns::kWidth];
@@ -336,28 +392,39 @@ class BlockProducts {
     }
   }
 
-  void grad_bias(const Block& block, Span own) const {
+  // sums(m, n): of n gate gradients from the m-th on, over the rows of the block
+  template <class Sums>
+  void grad_bias(const Block& block, Span own, Sums&& sums) const {
     if (!args_.grad_b_ih && !args_.grad_b_hh) return;
-    constexpr int64_t kPart =
-        16;  // so that rounding errors do not grow with the length of the block
-    const int64_t H = args_.size.H, depth = block.count;
+    const int64_t H = args_.size.H;
     for (int64_t m = own.begin; m < own.end; m += kLanesA) {
-      const int n = int(std::min<int64_t>(kLanesA, own.end - m));
-      V rows[kLanesA] = {};
-      for (int i = 0; i < n; ++i)
-        for (int64_t k = 0; k < depth; k += kPart * kLanesA)
-          rows[i] += partial_sum<kPart>(left_.row(m + i), k, depth);
-      const V sums = lane_sums<A>(rows);
-      for (int i = 0; i < n; ++i) {
-        const int64_t j = (m + i) / H, unit = (m + i) % H;
-        if (args_.grad_b_ih && j < G)
-          add(static_cast<A*>(args_.grad_b_ih) + Cell::input_gate(int(j)) * H + unit, sums[i],
-              !block.is_first());
-        if (args_.grad_b_hh && j >= D - G)
-          add(static_cast<A*>(args_.grad_b_hh) + (j - (D - G)) * H + unit, sums[i],
-              !block.is_first());
+      const int64_t n = std::min<int64_t>(kLanesA, own.end - m);
+      alignas(64) A of_gates[kLanesA];
+      store(of_gates, sums(m, n));
+      // a vector may end in another gate
+      for (int64_t i = 0, j = m / H, unit = m % H; i < n; ++j, unit = 0) {
+        const int64_t count = std::min(n - i, H - unit);
+        const auto add = [&](void* grad, int64_t to) {
+          A* at = static_cast<A*>(grad) + to * H + unit;
+          V sum = load(of_gates + i, count);
+          if (!block.is_first()) sum += load(at, count);
+          store(at, sum, count);
+        };
+        if (args_.grad_b_ih && j < G) add(args_.grad_b_ih, Cell::input_gate(int(j)));
+        if (args_.grad_b_hh && j >= D - G) add(args_.grad_b_hh, j - (D - G));
+        i += count;
       }
     }
+  }
+  // of transposed rows
+  V sums_of_rows(int64_t m, int64_t n, int64_t depth) const {
+    // so that rounding errors do not grow with the length of the block
+    constexpr int64_t kPart = 16;
+    V rows[kLanesA] = {};
+    for (int i = 0; i < n; ++i)
+      for (int64_t k = 0; k < depth; k += kPart * kLanesA)
+        rows[i] += partial_sum<kPart>(left_.row(m + i), k, depth);
+    return lane_sums<A>(rows);
   }
   template <int64_t kVectors>
   V partial_sum(const Element* row, int64_t k, int64_t depth) const {
@@ -370,7 +437,6 @@ class BlockProducts {
     for (; k < end; k += kLanesA) sum += load(row + k);
     return sum;
   }
-  static void add(A* to, A value, bool keep) { *to = keep ? *to + value : value; }
 
   const BackwardArgs& args_;
   const History<Cell, S>& history_;
