@@ -96,11 +96,29 @@ struct Left {
   int64_t stride;
 };
 
+// What is done between the steps of a tile.
+class Between {
+ public:
+  Between(const Meanwhile& meanwhile, int64_t steps, int blocks, const void* harmless)
+      : fetching_(meanwhile.ahead, steps * kWords, harmless),
+        errand_(meanwhile.errand),
+        pieces_(meanwhile.pieces(steps * blocks)) {}
+  RNNFAST_HD void step(int lines) {
+    for (int i = 0; i < lines; ++i) fetching_.fetch();
+    if (pieces_ > 0) errand_->some(pieces_);
+  }
+
+ private:
+  Fetching fetching_;
+  Errand* errand_;
+  int64_t pieces_;
+};
+
 // out (=, or += if kAdd) bias + the sums over `steps` times kWords words of k, for R groups of rows
 // and C vectors of columns out of NR in a panel
 template <int R, int C, int NR, bool kAdd>
 RNNFAST_HD void block(int64_t steps, const Left& left, const float* panel, const float* bias,
-                      float* out, int64_t row_stride, Fetching& fetching) {
+                      float* out, int64_t row_stride, Between& between) {
   using In = Registers<R>;
   constexpr int kLanesA = kLanes<float>;
   constexpr int64_t kPanelStride = NR * kLineBytes;
@@ -131,7 +149,7 @@ RNNFAST_HD void block(int64_t steps, const Left& left, const float* panel, const
         multiply_add<In::sums(r, c), In::left(r), In::right(c)>();
       });
     });
-    for (int i = 0; i < kWords * C / NR; ++i) fetching.fetch();
+    between.step(kWords * C / NR);
   }
   sums([&](auto r, auto c, float* at)
            __attribute__((always_inline)) { store<In::sums(r, c)>(at, out_stride); });
@@ -139,24 +157,25 @@ RNNFAST_HD void block(int64_t steps, const Left& left, const float* panel, const
 
 template <int R, int NR, bool kAdd>
 void columns(int64_t steps, const Left& left, const float* panel, const float* bias, float* out,
-             int64_t row_stride, Fetching fetching) {
+             int64_t row_stride, const Meanwhile& meanwhile) {
   constexpr int kMost = Registers<R>::kMostColumns;
-  unrolled<(NR + kMost - 1) / kMost>([&](auto i) __attribute__((always_inline)) {
+  constexpr int kBlocks = (NR + kMost - 1) / kMost;
+  Between between(meanwhile, steps, kBlocks, left.rows);
+  unrolled<kBlocks>([&](auto i) __attribute__((always_inline)) {
     constexpr int first = i * kMost, count = NR - first < kMost ? NR - first : kMost;
     const int64_t at = first * kLanes<float>;
     block<R, count, NR, kAdd>(steps, left, panel + at, bias ? bias + at : nullptr, out + at,
-                              row_stride, fetching);
+                              row_stride, between);
   });
 }
 
 // Whole steps of kWords words of k of a tile of up to 2 * kRows rows.
 template <int NR, bool kAdd>
 void tile(int rows, int64_t steps, const Left& left, const float* panel, const float* bias,
-          float* out, int64_t row_stride, const Ahead& ahead) {
-  const Fetching fetching(ahead, steps * kWords, left.rows);
+          float* out, int64_t row_stride, const Meanwhile& meanwhile) {
   Use::take(kShapes[rows - 1]);
-  rows > kRows ? columns<2, NR, kAdd>(steps, left, panel, bias, out, row_stride, fetching)
-               : columns<1, NR, kAdd>(steps, left, panel, bias, out, row_stride, fetching);
+  rows > kRows ? columns<2, NR, kAdd>(steps, left, panel, bias, out, row_stride, meanwhile)
+               : columns<1, NR, kAdd>(steps, left, panel, bias, out, row_stride, meanwhile);
 }
 
 inline bool at_equal_distances(const bf16* const* rows, int count) {
@@ -168,13 +187,13 @@ inline bool at_equal_distances(const bf16* const* rows, int count) {
 // The same arguments as kTiles' functions, and the number of rows.
 template <int NR, bool kAdd>
 void product(int rows, int64_t K, const bf16* const* a, const float* panel, const float* bias,
-             float* out, int64_t row_stride, const Ahead& ahead) {
+             float* out, int64_t row_stride, const Meanwhile& meanwhile) {
   using Op = Operand<bf16>;
   const int64_t steps = K / kWords, left_over = K % kWords;
   if (steps > 0 && at_equal_distances(a, rows)) {
     const int64_t stride = rows > 1 ? (a[1] - a[0]) * int64_t(sizeof(bf16)) : 0;
     tile<NR, kAdd>(rows, steps, {reinterpret_cast<const char*>(a[0]), stride}, panel, bias, out,
-                   row_stride, ahead);
+                   row_stride, meanwhile);
   } else {
     constexpr int64_t kSteps = 16;  // copied at once
     alignas(64) char copy[2 * kRows][kSteps * kLineBytes];
@@ -185,9 +204,9 @@ void product(int rows, int64_t K, const bf16* const* a, const float* panel, cons
       const Left left{copy[0], kSteps * kLineBytes};
       const float* words = panel + step * kWords * NR * kLanes<float>;
       if (step == 0)
-        tile<NR, kAdd>(rows, count, left, words, bias, out, row_stride, ahead);
+        tile<NR, kAdd>(rows, count, left, words, bias, out, row_stride, meanwhile);
       else
-        tile<NR, true>(rows, count, left, words, nullptr, out, row_stride, ahead);
+        tile<NR, true>(rows, count, left, words, nullptr, out, row_stride, meanwhile);
     }
   }
   if (left_over == 0 && steps > 0) return;

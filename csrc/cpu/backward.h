@@ -178,14 +178,14 @@ class Backward {
   // d loss / d h that reaches the state before `step` through W_hh, for the rows of a tile and one
   // panel
   void through_weights(int64_t step, int64_t panel, int64_t b, int rows, A* out,
-                       const Ahead& ahead = {}) const {
+                       const Meanwhile& meanwhile = {}) const {
     const int64_t H = args_.size.H;
     const Element* a[kMaxTileRows];
     for (int i = 0; i < rows; ++i)
       a[i] = plan_.step_in_parts ? left_[step & 1] + (b + i) * left_pitch_
                                  : d_gates_(step, b + i) + (D - G) * H;
     hidden_.template multiply<false>(panel, rows, depth_, a, w_hh_panel(panel), out,
-                                     Columns::kWidth, ahead);
+                                     Columns::kWidth, meanwhile);
   }
 
   // d loss / d h after a step, of one row: what comes from y, through W_hh (null where the row had
@@ -221,17 +221,21 @@ class Backward {
     // the rows that were at work in the step before; others begin here, or have just ended
     const Span before = step > 0 ? history_.active(step - 1, rows) : Span{rows.begin, rows.begin};
     const int64_t panel_bytes = panel_size() * int64_t(sizeof(A));
-    alignas(64) A from_weights[kMaxTileRows * Columns::kWidth];
+    // The cell's backward on a tile waits for the next tile where that goes to the matrix unit.
+    const bool later = hidden_.format.in_matrix_unit();
+    alignas(64) A from_weights[2][kMaxTileRows * Columns::kWidth];
+    CellRows cell_rows(*this, step);
+    int64_t count = 0;
     const auto step_rows = [&](int64_t p, Span part, bool begin, const A* next) {
       for_row_tiles(part.size(), hidden_.tile_rows(p), [&](int64_t r, int n) {
         const int64_t first = part.begin + r;
         const Ahead ahead = Ahead::part_of(next, panel_bytes, r, n, part.size());
-        if (!begin) through_weights(step - 1, p, first, n, from_weights, ahead);
-        for (int i = 0; i < n; ++i) {
-          const int64_t b = first + i;
-          const GradH d_h(*this, step, b, begin ? nullptr : from_weights + i * Columns::kWidth);
-          projects() ? store_d_h(step, b, p, d_h) : apply_cell(step, b, p, d_h);
-        }
+        const int buffer = later ? count++ % 2 : 0;
+        if (!begin)
+          through_weights(step - 1, p, first, n, from_weights[buffer], {ahead, &cell_rows});
+        cell_rows.finish();
+        cell_rows.take(p, first, n, begin ? nullptr : from_weights[buffer]);
+        if (!later) cell_rows.finish();
       });
     };
     const int64_t both = std::min(now.end, before.end);
@@ -244,6 +248,7 @@ class Backward {
       step_rows(p, {rows.begin, both}, false, last ? nullptr : w_hh_panel(p + way));
       step_rows(p, {both, now.end}, true, nullptr);
     }
+    cell_rows.finish();
     if (projects()) {
       if (plan_.split == Split::kUnits) team.barrier();
       through_projection(step, now, own.units);
@@ -251,6 +256,30 @@ class Backward {
     const int64_t over = step > 0 ? both : now.end;
     if (args_.reverse) finish(step, {over, step > 0 ? before.end : rows.end}, own);
   }
+
+  // What follows the product with W_hh on its tile, row by row.
+  class CellRows final : public Errand {
+   public:
+    CellRows(Backward& all, int64_t step) : all_(all), step_(step) {}
+    void take(int64_t panel, int64_t first, int count, const A* from_weights) {
+      panel_ = panel, next_ = first, from_weights_ = from_weights;
+      this->left_ = count;
+    }
+
+   private:
+    void do_next() override {
+      const GradH d_h(all_, step_, next_, from_weights_);
+      all_.projects() ? all_.store_d_h(step_, next_, panel_, d_h)
+                      : all_.apply_cell(step_, next_, panel_, d_h);
+      ++next_;
+      if (from_weights_) from_weights_ += Columns::kWidth;
+    }
+
+    Backward& all_;
+    const int64_t step_;
+    int64_t panel_, next_;
+    const A* from_weights_;
+  };
 
   void store_d_h(int64_t step, int64_t b, int64_t panel, const GradH& d_h) const {
     for (int v = 0; v < Columns::kVectors; ++v) {

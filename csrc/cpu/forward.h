@@ -273,7 +273,7 @@ class Forward {
         input_panels_.multiply(
             w, packed, b_ih_ + p * Panels::kWidth, I, p, a, n,
             block.projected + r * row_stride + (p - panels.begin) * Panels::kWidth, row_stride,
-            Ahead::part_of(next, panel_size * int64_t(sizeof(A)), r, n, count));
+            {Ahead::part_of(next, panel_size * int64_t(sizeof(A)), r, n, count)});
       });
     }
   }
@@ -302,7 +302,12 @@ class Forward {
       write({before.step, {before.rows.begin, end}});
       before.rows.begin = end;
     };
-    alignas(64) A from_h[kMaxTileRows * Panels::kWidth], from_tokens[kMaxTileRows * Panels::kWidth];
+    // The gate maths of a tile waits for the next tile where that goes to the matrix unit.
+    const bool later = panels_.format.in_matrix_unit();
+    alignas(64) A from_h[2][kMaxTileRows * Panels::kWidth];
+    alignas(64) A from_tokens[2][kMaxTileRows * Panels::kWidth];
+    GateMaths gate_maths(args_.size.H);
+    int64_t count = 0;
     for (int64_t b = rows.begin; b < rows.end; ++b) set_row(rows_[b], step, b);
     const int64_t x_stride = panels_.width(panels);
     const S* w_hh = static_cast<const S*>(args_.w_hh);
@@ -323,22 +328,53 @@ class Forward {
         const Element* a[kMaxTileRows];
         for (int i = 0; i < n; ++i)
           a[i] = plan_.step_in_parts ? left_ + (r + i) * left_pitch_ : tile[i].h_prev;
-        panels_.multiply(w_hh, packed, b_hh_ + p * Panels::kWidth, args_.h_size, p, a, n, from_h,
-                         Panels::kWidth,
-                         Ahead::part_of(next, panel_size * int64_t(sizeof(A)), r, n, rows.size()));
+        const int buffer = later ? count++ % 2 : 0;
+        const Ahead ahead =
+            Ahead::part_of(next, panel_size * int64_t(sizeof(A)), r, n, rows.size());
+        panels_.multiply(w_hh, packed, b_hh_ + p * Panels::kWidth, args_.h_size, p, a, n,
+                         from_h[buffer], Panels::kWidth, {ahead, &gate_maths});
+        gate_maths.finish();
         if (args_.tokens) {
           for (int i = 0; i < n; ++i)
             panels_.look_up(token_row(step, rows.begin + r + i), b_ih_ + p * Panels::kWidth, p,
-                            from_tokens + i * Panels::kWidth);
-          Tile::forward(args_.size.H, p, tile, n, from_tokens, Panels::kWidth, from_h);
+                            from_tokens[buffer] + i * Panels::kWidth);
+          gate_maths.take(p, tile, n, from_tokens[buffer], Panels::kWidth, from_h[buffer]);
         } else {
-          Tile::forward(args_.size.H, p, tile, n, from_x + r * x_stride, x_stride, from_h);
+          gate_maths.take(p, tile, n, from_x + r * x_stride, x_stride, from_h[buffer]);
         }
+        if (!later) gate_maths.finish();
         write_some();
       });
     }
+    gate_maths.finish();
     write(before);
   }
+
+  // The gate maths of a tile, a few rows at a time.
+  class GateMaths final : public Errand {
+   public:
+    explicit GateMaths(int64_t H) : H_(H) {}
+    void take(int64_t panel, const typename Tile::Row* rows, int count, const A* from_x,
+              int64_t x_stride, const A* from_h) {
+      panel_ = panel, rows_ = rows, count_ = count;
+      from_x_ = from_x, x_stride_ = x_stride, from_h_ = from_h;
+      this->left_ = ceil_div(count, kAtOnce);
+    }
+
+   private:
+    static constexpr int kAtOnce = 3;
+    void do_next() override {
+      Tile::forward(H_, panel_, rows_, std::min(count_, kAtOnce), from_x_, x_stride_, from_h_);
+      rows_ += kAtOnce, count_ -= kAtOnce;
+      from_x_ += kAtOnce * x_stride_, from_h_ += kAtOnce * Panels::kWidth;
+    }
+
+    const int64_t H_;
+    int64_t panel_, x_stride_;
+    const typename Tile::Row* rows_;
+    int count_;
+    const A *from_x_, *from_h_;
+  };
 
   void set_row(typename Tile::Row& to, int64_t step, int64_t b) const {
     const int64_t H = args_.size.H, row = batch_.row(time(step), b);

@@ -123,6 +123,33 @@ struct Ahead {
     return {static_cast<const char*>(panel) + bytes * first / rows, bytes * count / rows};
   }
 };
+// Work for vectors in small pieces, which the matrix unit does not wait for: it goes on between the
+// steps of a tile.
+class Errand {
+ public:
+  int64_t left() const { return left_; }
+  void some(int64_t pieces) {
+    for (; pieces > 0 && left_ > 0; --pieces, --left_) do_next();
+  }
+  void finish() { some(left_); }
+
+ protected:
+  ~Errand() = default;
+  virtual void do_next() = 0;
+  int64_t left_ = 0;  // pieces
+};
+
+// What is done while a tile is computed; the errand only in the matrix unit, and perhaps not all.
+struct Meanwhile {
+  Ahead ahead = {};
+  Errand* errand = nullptr;
+
+  // an equal share of the errand's pieces for each of so many times
+  int64_t pieces(int64_t times) const {
+    return errand ? ceil_div(errand->left(), std::max<int64_t>(times, 1)) : 0;
+  }
+};
+
 // The same line by line, up to one with each of so many words of k; `harmless` where there is
 // nothing to fetch.
 class Fetching {
@@ -220,12 +247,12 @@ struct ProductUnit {};
 template <class Op, int NR, bool kAdd = false, int64_t kPart = kChain>
 RNNFAST_HD void multiply_tile(int rows, int64_t K, const typename Op::Element* const* a,
                               const typename Op::A* panel, const typename Op::A* bias,
-                              typename Op::A* out, int64_t row_stride, const Ahead& ahead) {
+                              typename Op::A* out, int64_t row_stride, const Meanwhile& meanwhile) {
 #if defined(RNNFAST_AMX)
   if constexpr (kInMatrixUnit<Op>)
-    return matrix_unit::product<NR, kAdd>(rows, K, a, panel, bias, out, row_stride, ahead);
+    return matrix_unit::product<NR, kAdd>(rows, K, a, panel, bias, out, row_stride, meanwhile);
 #endif
-  kTiles<Op, NR, kAdd, kPart>[rows - 1](K, a, panel, bias, out, row_stride, ahead);
+  kTiles<Op, NR, kAdd, kPart>[rows - 1](K, a, panel, bias, out, row_stride, meanwhile.ahead);
 }
 
 // f<n>(), for n from 1 to 4
@@ -245,6 +272,8 @@ struct Format {
   using Element = typename Op::Element;
 
   bool in_parts = false;
+
+  bool in_matrix_unit() const { return in_parts || kInMatrixUnit<Op>; }
 
   // of a tile of so many vectors of columns
   RNNFAST_HD int tile_rows(int vectors) const {
@@ -300,12 +329,14 @@ struct Format {
   // Rows of the left side that have been split must lie at equal distances.
   template <int NR, bool kAdd = false, int64_t kPart = kChain>
   RNNFAST_HD void multiply(int rows, int64_t K, const Element* const* a, const A* panel,
-                           const A* bias, A* out, int64_t row_stride, const Ahead& ahead) const {
+                           const A* bias, A* out, int64_t row_stride,
+                           const Meanwhile& meanwhile) const {
     if constexpr (kHasParts<Op>)
       if (in_parts)
         return Parts<Op>::template product<NR, kAdd>(rows, K, a, panel, bias, out, row_stride,
-                                                     ahead);
-    multiply_tile<Op, NR, kAdd, kPart>(rows, words<Op>(K), a, panel, bias, out, row_stride, ahead);
+                                                     meanwhile);
+    multiply_tile<Op, NR, kAdd, kPart>(rows, words<Op>(K), a, panel, bias, out, row_stride,
+                                       meanwhile);
   }
 };
 

@@ -109,10 +109,10 @@ struct GatePanels {
   template <class S>
   RNNFAST_HD void multiply(const S* w, const A* packed, const A* bias, int64_t K, int64_t panel,
                            const Element* const* a, int rows, A* out, int64_t row_stride,
-                           const Ahead& ahead = {}) const {
+                           const Meanwhile& meanwhile = {}) const {
     if (packed)
       return as_constant(vectors(panel), [&]<int NR>() __attribute__((always_inline)) {
-        format.template multiply<NR>(rows, K, a, packed, bias, out, row_stride, ahead);
+        format.template multiply<NR>(rows, K, a, packed, bias, out, row_stride, meanwhile);
       });
     for_row_tiles(rows, kDotRows, [&](int64_t first, int n) {
       as_constant(n, [&]<int R>() {
@@ -200,10 +200,10 @@ struct ColumnPanels {
   template <bool kAdd, int64_t kPart = kChain>
   RNNFAST_HD void multiply(int64_t panel, int rows, int64_t K, const Element* const* a,
                            const A* packed, A* out, int64_t row_stride,
-                           const Ahead& ahead = {}) const {
+                           const Meanwhile& meanwhile = {}) const {
     as_constant(vectors(panel), [&]<int NR>() __attribute__((always_inline)) {
       format.template multiply<NR, kAdd, kPart>(rows, K, a, packed, nullptr, out, row_stride,
-                                                ahead);
+                                                meanwhile);
     });
   }
 };

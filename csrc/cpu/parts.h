@@ -155,7 +155,8 @@ struct Parts<Operand<float>> {
   // out = bias + a panel, or out += a panel, for up to kTileRows rows at equal distances
   template <int NR, bool kAdd>
   static void product(int rows, int64_t K, const float* const* a, const float* panel,
-                      const float* bias, float* out, int64_t row_stride, const Ahead& ahead) {
+                      const float* bias, float* out, int64_t row_stride,
+                      const Meanwhile& meanwhile) {
     const int64_t stride = rows > 1 ? (a[1] - a[0]) * int64_t(sizeof(float)) : 0;
     matrix_unit::Left left{reinterpret_cast<const char*>(a[0]), stride};
     matrix_unit::Use::take(kShapes[rows - 1]);
@@ -163,9 +164,10 @@ struct Parts<Operand<float>> {
     for (int64_t step = 0; step == 0 || step < all; step += kChainSteps) {
       const int64_t count = std::min(kChainSteps, all - step);
       if (step == 0 && !kAdd)
-        columns<NR, false>(rows, count, left, panel, bias, out, row_stride, ahead);
+        columns<NR, false>(rows, count, left, panel, bias, out, row_stride, meanwhile);
       else
-        columns<NR, true>(rows, count, left, panel, nullptr, out, row_stride, {});
+        columns<NR, true>(rows, count, left, panel, nullptr, out, row_stride,
+                          {step == 0 ? meanwhile.ahead : Ahead{}, meanwhile.errand});
       left.rows += count * kRowStep * int64_t(sizeof(float));
       panel += panel_size(NR, count * kStep);
     }
@@ -206,21 +208,22 @@ struct Parts<Operand<float>> {
   template <int NR, bool kAdd>
   RNNFAST_HD static void columns(int rows, int64_t steps, const matrix_unit::Left& left,
                                  const float* panel, const float* bias, float* out,
-                                 int64_t row_stride, const Ahead& ahead) {
+                                 int64_t row_stride, const Meanwhile& meanwhile) {
     rows > matrix_unit::kRows
-        ? columns_of<2, NR, kAdd>(rows, steps, left, panel, bias, out, row_stride, ahead)
-        : columns_of<1, NR, kAdd>(rows, steps, left, panel, bias, out, row_stride, ahead);
+        ? columns_of<2, NR, kAdd>(rows, steps, left, panel, bias, out, row_stride, meanwhile)
+        : columns_of<1, NR, kAdd>(rows, steps, left, panel, bias, out, row_stride, meanwhile);
   }
   template <int R, int NR, bool kAdd>
   static void columns_of(int rows, int64_t steps, const matrix_unit::Left& left, const float* panel,
-                         const float* bias, float* out, int64_t row_stride, const Ahead& ahead) {
+                         const float* bias, float* out, int64_t row_stride,
+                         const Meanwhile& meanwhile) {
     constexpr int kMost = Registers<R>::kMostColumns, kBlocks = (NR + kMost - 1) / kMost;
-    Lines lines(ahead, steps * kBlocks * kRounds<R>);
+    Between between(meanwhile, steps * kBlocks, kRounds<R>);
     unrolled<kBlocks>([&](auto i) __attribute__((always_inline)) {
       constexpr int first = i * kMost, count = NR - first < kMost ? NR - first : kMost;
       const int64_t at = first * kLanesA;
       block<R, count, NR, kAdd>(rows, steps, left, panel + first * kParts * kBlock,
-                                bias ? bias + at : nullptr, out + at, row_stride, lines);
+                                bias ? bias + at : nullptr, out + at, row_stride, between);
     });
   }
 
@@ -230,28 +233,39 @@ struct Parts<Operand<float>> {
   template <int R>
   static constexpr int kRounds = R == 1 ? 3 : 6;  // of a step, after which lines are fetched
 
-  // What is fetched ahead, several lines after each round; nothing where there would be so many
-  // that they took longer than they save.
-  struct Lines {
-    const char* next;
-    int64_t at_once;
-
-    Lines(const Ahead& ahead, int64_t rounds)
-        : next(static_cast<const char*>(ahead.from)),
-          at_once(ceil_div(ahead.bytes, std::max<int64_t>(rounds, 1) * kLineBytes)) {
+  // What is done between the steps of a tile, and between the rounds of a step. Several lines are
+  // fetched after each round; none where there would be so many that they took longer than they
+  // save.
+  class Between {
+   public:
+    Between(const Meanwhile& meanwhile, int64_t steps, int rounds)
+        : next_(static_cast<const char*>(meanwhile.ahead.from)),
+          lines_(
+              ceil_div(meanwhile.ahead.bytes, std::max<int64_t>(steps * rounds, 1) * kLineBytes)),
+          errand_(meanwhile.errand),
+          pieces_(meanwhile.pieces(steps)) {
       constexpr int64_t kMost = 8;
-      if (at_once > kMost) at_once = 0;
+      if (lines_ > kMost) lines_ = 0;
     }
-    RNNFAST_HD void fetch() {
-      for (int64_t i = 0; i < at_once; ++i, next += kLineBytes) __builtin_prefetch(next, 0, 2);
+    RNNFAST_HD void round() {
+      for (int64_t i = 0; i < lines_; ++i, next_ += kLineBytes) __builtin_prefetch(next_, 0, 2);
     }
+    RNNFAST_HD void step() {
+      if (pieces_ > 0) errand_->some(pieces_);
+    }
+
+   private:
+    const char* next_;
+    int64_t lines_;
+    Errand* errand_;
+    int64_t pieces_;
   };
 
   // R groups of rows and C vectors of columns out of NR in a panel
   template <int R, int C, int NR, bool kAdd>
   RNNFAST_HD static void block(int rows, int64_t steps, const matrix_unit::Left& left,
                                const float* panel, const float* bias, float* out,
-                               int64_t row_stride, Lines& lines) {
+                               int64_t row_stride, Between& between) {
     using In = Registers<R>;
     const auto sums = [&](auto f) __attribute__((always_inline)) {
       unrolled<R>([&](auto r) __attribute__((always_inline)) {
@@ -284,7 +298,7 @@ struct Parts<Operand<float>> {
               matrix_unit::multiply_add<In::sums(0, c), In::left(left), In::right(c)>();
             });
           });
-          lines.fetch();
+          between.round();
         });
       } else {
         // pairs of parts that differ from the pair before on one side
@@ -300,9 +314,10 @@ struct Parts<Operand<float>> {
               matrix_unit::multiply_add<In::sums(r, c), In::left(r), In::right(c)>();
             });
           });
-          lines.fetch();
+          between.round();
         });
       }
+      between.step();
       from += kRowStep * int64_t(sizeof(float));
       panel += NR * kParts * kBlock;
     }
