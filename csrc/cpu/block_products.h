@@ -255,10 +255,15 @@ class BlockProducts {
   template <class Source>
   void pack_rows_of(const Block& block, const Team& team, const Columns& columns, Source&& source,
                     A* to) const {
+    // a few rows at a time, for all panels, as rows come from memory
+    constexpr int64_t kAtOnce = 32;
     const Span own = team.share(columns.count());
-    for (int64_t p = own.begin; p < own.end; ++p)
-      columns.template pack<S>([&](int64_t k) { return source(block.rows[k]); }, block.count, p,
-                               columns.at(to, block.count, p));
+    for (int64_t k = 0; k < block.count; k += kAtOnce)
+      for (int64_t p = own.begin; p < own.end; ++p)
+        columns.template pack<S>(
+            [&](int64_t i) { return source(block.rows[k + i]); },
+            std::min(kAtOnce, block.count - k), p,
+            columns.at(to, block.count, p) + columns.format.panel_size(columns.vectors(p), k));
   }
 
   // grad[place(j) * height + i][n] (+)= sum over the rows of the block left[j * height + i]
