@@ -32,6 +32,7 @@ class BlockProducts {
   using Op = Operand<S>;
   using Element = typename Op::Element;
   using Columns = ColumnPanels<Op>;
+  // So few rows of a block are not worth packing. At most what as_constant takes.
   static constexpr int64_t kFewRows = 4;
 
  public:
@@ -214,12 +215,12 @@ class BlockProducts {
         for (int64_t i = 0; i < n; ++i) {
           const int64_t j = (m + i) / height, row = place(int(j)) * height + (m + i) % height;
           A* to = static_cast<A*>(grad) + row * columns;
-          const auto add = [&](int64_t at, auto... left) __attribute__((always_inline)) {
-            V sum = block.is_first() ? V{} : load(to + at, left...);
+          const auto add = [&](int64_t at, auto... rest) __attribute__((always_inline)) {
+            V sum = block.is_first() ? V{} : load(to + at, rest...);
             unrolled<R>([&](auto r) __attribute__((always_inline)) {
-              sum += factors[r][i] * load(values[r] + at, left...);
+              sum += factors[r][i] * load(values[r] + at, rest...);
             });
-            store(to + at, sum, left...);
+            store(to + at, sum, rest...);
           };
           int64_t at = 0;
           for (; at + kLanesA <= columns; at += kLanesA) add(at);
@@ -228,6 +229,7 @@ class BlockProducts {
       }
     });
   }
+
   // The rows of tokens; a thread has its part of the columns.
   void grad_table(const Block& block, const Team& team) const {
     const int64_t H = args_.size.H;

@@ -123,6 +123,23 @@ struct Ahead {
     return {static_cast<const char*>(panel) + bytes * first / rows, bytes * count / rows};
   }
 };
+// The same line by line, up to one with each of so many words of k; `harmless` where there is
+// nothing to fetch.
+class Fetching {
+ public:
+  Fetching(const Ahead& ahead, int64_t words, const void* harmless)
+      : next_(static_cast<const char*>(ahead.from ? ahead.from : harmless)),
+        step_(std::min(kLineBytes, ceil_div(ahead.bytes, std::max<int64_t>(words, 1)))) {}
+  RNNFAST_HD void fetch() {
+    __builtin_prefetch(next_, 0, 2);
+    next_ += step_;
+  }
+
+ private:
+  const char* next_;
+  int64_t step_;
+};
+
 // Work for vectors in small pieces, which the matrix unit does not wait for: it goes on between the
 // steps of a tile.
 class Errand {
@@ -148,23 +165,6 @@ struct Meanwhile {
   int64_t pieces(int64_t times) const {
     return errand ? ceil_div(errand->left(), std::max<int64_t>(times, 1)) : 0;
   }
-};
-
-// The same line by line, up to one with each of so many words of k; `harmless` where there is
-// nothing to fetch.
-class Fetching {
- public:
-  Fetching(const Ahead& ahead, int64_t words, const void* harmless)
-      : next_(static_cast<const char*>(ahead.from ? ahead.from : harmless)),
-        step_(std::min(kLineBytes, ceil_div(ahead.bytes, std::max<int64_t>(words, 1)))) {}
-  RNNFAST_HD void fetch() {
-    __builtin_prefetch(next_, 0, 2);
-    next_ += step_;
-  }
-
- private:
-  const char* next_;
-  int64_t step_;
 };
 
 // out[i * row_stride + j * lanes + lane] (=, or += if kAdd) bias[j][lane] + sum_k a[i][k]

@@ -80,7 +80,8 @@ double measured_barrier(int threads) {
   last.cycles = nanoseconds > 0 ? nanoseconds * kCyclesPerNanosecond : kTypicalBarrier;
   last.threads = threads;
   const Clock::time_point end = Clock::now();
-  last.until = (end + std::max(kFresh, last.patience.load() * (end - now))).time_since_epoch().count();
+  last.until =
+      (end + std::max(kFresh, last.patience.load() * (end - now))).time_since_epoch().count();
   return last.cycles;
 }
 
