@@ -505,6 +505,34 @@ def test_blocks_without_rows(device: str) -> None:
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("few", [1, 2, 3, 4])
+@pytest.mark.parametrize("cell", ["RNN", "GRU", "LSTM"])
+def test_few_rows_after_a_block(cell: str, few: int, device: str) -> None:
+    """Gradients of weights to which the backward's last block adds no more than a few rows."""
+    torch.manual_seed(0)
+    module = getattr(torch.nn, cell)(20, 21, device=device, dtype=torch.float64)
+    twin = getattr(rnnfast, cell)(20, 21, backend="fused", device=device, dtype=torch.float64)
+    twin.load_state_dict(module.state_dict())
+    x = torch.randn(512 + few, 1, 20, device=device, dtype=torch.float64)
+    h = torch.randn(1, 1, 21, device=device, dtype=torch.float64)
+    state = (h, h) if cell == "LSTM" else h
+
+    def gradients(layer: torch.nn.Module) -> tuple[torch.Tensor, ...]:
+        y, _ = layer(x, state)
+        # of the first steps alone, which the last block has
+        return torch.autograd.grad(y[:few].square().sum(), list(layer.parameters()))
+
+    for actual, expected in zip(gradients(twin), gradients(module), strict=True):
+        assert expected.abs().max() > 1e-3
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
+
+    def sums(layer: torch.nn.Module) -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(layer(x, state)[0].square().sum(), list(layer.parameters()))
+
+    for actual, expected in zip(sums(twin), sums(module), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+
+
 SPLIT_SHAPES = {
     (12, 1, 40, 520): "units",
     (1, 24, 200, 520): "units",  # weights packed panel by panel
