@@ -26,8 +26,9 @@ double step_cycles(const StepShape& s, int64_t rows, int64_t panels, const Machi
                           : machine.l3_line_cycles(machine.l2_bytes);
   const double load = line * std::max(1.0, double(vector_bytes) / double(kLineBytes));
   const int64_t tiles = ceil_div(rows, s.tile_rows);
+  // of a tile; they are nearly equally high
   const double products =
-      s.row_cycles * double(std::max<int64_t>(s.least_rows, ceil_div(rows, tiles)));
+      s.row_cycles * std::max(double(s.least_rows), double(rows) / double(tiles));
   const double first = std::max(products, load);  // brings in the panel
   const double rest = std::max(products, kL1Vector) * double(tiles - 1);
   return double(panels) *
