@@ -69,6 +69,8 @@ SHAPES = (
 )
 LAYOUTS = ("batch_first", "strided", "expanded", "same_step", "same_row", "padded")
 PROJECTIONS = (3, 6, 9, 16, 63, 9, 70, 5, 20, 18, 35, 100)  # for the shapes from the fourth on
+# W_ih x as whole rows of the gates: of one panel of units, not packed, and of two panels
+WHOLE_ROWS = ((4, 9, 70, 5), (1, 3, 70, 5), (5, 7, 90, 20))
 MANY_BLOCKS = (330, 40, 2, 3)  # more rows than any device takes in one block of steps
 
 RAGGED = [  # shape, lengths, resets
@@ -95,6 +97,13 @@ CASES = [
         for cell in CELLS
         for shape, lengths, resets in RAGGED
         for reverse in (False, True)
+    ),
+    *(
+        Case(cell, *shape, bias=bias, reverse=not bias, lengths=lengths)
+        for cell in CELLS
+        for shape in WHOLE_ROWS
+        for bias in (False, True)
+        for lengths in ("", "packed")
     ),
     *(
         Case("lstm", 9, 13, 20, 65, reverse=reverse, lengths=lengths, cells=True)

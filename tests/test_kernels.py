@@ -534,7 +534,7 @@ def test_few_rows_after_a_block(cell: str, few: int, device: str) -> None:
 
 
 SPLIT_SHAPES = {
-    (12, 1, 40, 520): "units",
+    (12, 1, 500, 520): "units",  # one thread multiplies x with whole rows of W_ih
     (1, 24, 200, 520): "units",  # weights packed panel by panel
     (50, 48, 16, 64): "rows",
     (4, 2, 3, 5): "none",
@@ -609,6 +609,8 @@ def test_more_threads_where_there_is_more_work(avx512: None) -> None:
     assert plan("lstm", 1, 1, 8, 8, "float32", 2)["threads"] == 1
     assert plan("lstm", 100, 1, 1024, 1024, "float32", 2)["split"] == "units"
     assert plan("lstm", 100, 32, 64, 64, "float32", 2)["split"] == "rows"
+    # tiles of five and six rows, which take as long as their rows
+    assert plan("lstm", 100, 64, 128, 128, "float32", 2)["split"] == "rows"
 
 
 def test_steps_are_dealt_where_waiting_for_each_other_is_cheap(avx512: None) -> None:

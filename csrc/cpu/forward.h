@@ -15,26 +15,20 @@ class Forward {
       : args_(args),
         plan_(plan),
         batch_(args),
-        input_panels_{args.size.H, {plan.block_in_parts}},
         panels_{args.size.H, {plan.step_in_parts}},
         projection_{args.w_hr ? args.h_size : 0},
         pitch_(padded(args.size.H)),
         h_pitch_(padded(args.h_size)),
-        x_pitch_(input_panels_.format.row_size(args.size.I)),
         left_pitch_(panels_.format.row_size(args.h_size)),
-        copy_x_(!std::is_same_v<S, Element> || x_pitch_ != args.size.I) {
+        most_rows_(plan.split == Split::kRows ? ceil_div(args.size.B, plan.threads) : args.size.B),
+        input_(args, plan, batch_, plan.block_steps * most_rows_, arena) {
     const auto [T, B, I, H] = args.size;
     const int64_t count = panels_.count();
-    if (plan.input != Packing::kNone) {
-      const int64_t panels = plan.input == Packing::kOnce ? count : plan.threads;
-      w_ih_ = arena.take<A>(panels * input_panels_.size(I));
-    }
     if (plan.hidden != Packing::kNone) {
       const int64_t panels = plan.hidden == Packing::kOnce ? count : plan.threads;
       w_hh_ = arena.take<A>(panels * panels_.size(args.h_size));
       w_hr_ = arena.take<A>(projection_.count() * ProjectionPanels::kWidth * words<Op>(H));
     }
-    b_ih_ = arena.take<A>(count * Panels::kWidth);
     b_hh_ = arena.take<A>(count * Panels::kWidth);
     const int64_t others = plan.threads - 1, copies = plan.split == Split::kUnits ? others + 1 : 1;
     for (Element*& h : h_) h = arena.take<Element>(B * h_pitch_ + others * kApart<Element>);
@@ -44,13 +38,7 @@ class Forward {
     }
     rows_ = arena.take<typename Tile::Row>(copies * B + others * kApart<typename Tile::Row>);
     if (Cell::kHasCell) c_ = arena.take<A>(copies * B * pitch_ + others * kApart<A>);
-    const int64_t most_rows = plan.split == Split::kRows ? ceil_div(B, plan.threads) : B;
-    block_rows_ = plan.block_steps * most_rows;
-    block_panels_ = plan.split == Split::kUnits ? ceil_div(count, plan.threads) : count;
-    projected_ = arena.take<A>(plan.threads * block_rows_ * block_panels_ * Panels::kWidth);
-    inputs_ = arena.take<const S*>(plan.threads * block_rows_);
-    if (copy_x_) x_ = arena.take<Element>(plan.threads * block_rows_ * x_pitch_);
-    left_size_ = plan.step_in_parts ? most_rows * left_pitch_ : 0;
+    left_size_ = plan.step_in_parts ? most_rows_ * left_pitch_ : 0;
     left_ = arena.take<Element>(plan.threads * left_size_);
     if (batch_.has_resets()) zeros_ = arena.take<Element>(h_pitch_);
   }
@@ -69,6 +57,7 @@ class Forward {
     const Span rows = plan_.split == Split::kRows ? team.share(B) : Span{0, B};
     const Span panels = by_units ? team.share(panels_.count()) : Span{0, panels_.count()};
     take_own(team.index());
+    input_.pack(team);
     pack(team.share(panels_.count()), team.share(projection_.count()));
     load_h(team.share(B));
     load_c(rows, panels);
@@ -77,24 +66,21 @@ class Forward {
     if (no_bias_ && team.index() == 0)
       __builtin_memset(no_bias_, 0, sizeof(A) * ProjectionPanels::kWidth);
     team.barrier();
-    const int64_t first = team.index() * block_rows_;
-    const Block block{inputs_ + first, copy_x_ ? x_ + first * x_pitch_ : nullptr,
-                      projected_ + first * block_panels_ * Panels::kWidth};
     for (int64_t s = 0; s < T; s += plan_.block_steps) {
       const Span steps{s, std::min(T, s + plan_.block_steps)};
       if (upstream) upstream->wait_for(steps.end);
-      project(steps, rows, panels, block);
-      const A* projected = block.projected;
+      input_.run(steps, rows, panels);
+      int64_t first = 0;  // row of the step in the block
       Outputs before{steps.begin, {0, 0}};
       for (int64_t step = steps.begin; step < steps.end; ++step) {
         const Span active = batch_.active(time(step), rows);
-        advance(step, active, panels, projected, before);
+        advance(step, active, panels, first, before);
         if (projects()) {
           if (by_units) team.barrier();
           const int64_t count = projection_.count();
           project_state(step, active, by_units ? team.share(count) : Span{0, count});
         }
-        projected += active.size() * panels_.width(panels);
+        first += active.size();
         if (by_units) team.barrier();
         const auto part = [&](Span of) {  // of rows that are complete now
           const Span own = by_units ? team.share(of.size()) : Span{0, of.size()};
@@ -109,18 +95,10 @@ class Forward {
     }
     store_h(by_units ? team.share(B) : rows);
     store_c(rows, panels);
-    return good_;
+    return good_ && input_.good();
   }
 
  private:
-  // A thread's memory for the rows of a block of steps: of all steps one after the other, those
-  // that are at work.
-  struct Block {
-    const S** inputs;
-    Element* x;  // copies of the inputs, where needed
-    A* projected;
-  };
-
   // Rows of y after a step that this thread has to write.
   struct Outputs {
     int64_t step;
@@ -143,7 +121,7 @@ class Forward {
       for (Element*& h : h_) h += index * kApart<Element>;
       if (unprojected_) unprojected_ += index * kApart<Element>;
     }
-    if (plan_.input == Packing::kPanelwise) w_ih_ += index * input_panels_.size(args_.size.I);
+    input_.take_own(index);
     if (plan_.hidden == Packing::kPanelwise) w_hh_ += index * panels_.size(args_.h_size);
     left_ += index * left_size_;
     rows_ += index * ((by_rows ? 0 : B) + kApart<typename Tile::Row>);
@@ -158,27 +136,12 @@ class Forward {
   }
 
   int64_t time(int64_t step) const { return args_.reverse ? args_.size.T - 1 - step : step; }
-  const S* x_row(int64_t step, int64_t b) const {
-    return static_cast<const S*>(args_.x) +
-           batch_.offset(time(step), b, args_.x_stride_t, args_.x_stride_b);
-  }
-
-  // what stands for W_ih x of a token, [G][H]
-  const S* token_row(int64_t step, int64_t b) const {
-    const int64_t at = batch_.offset(time(step), b, args_.x_stride_t, args_.x_stride_b);
-    return static_cast<const S*>(args_.w_ih) + args_.tokens[at] * Cell::kGates * args_.size.H;
-  }
-
   void pack(Span panels, Span projection_panels) {
     const auto [T, B, I, H] = args_.size;
     const int64_t P = args_.h_size;
     for (int64_t p = panels.begin; p < panels.end; ++p) {
-      if (plan_.input == Packing::kOnce)
-        good_ &= input_panels_.pack(static_cast<const S*>(args_.w_ih), I, p,
-                                    w_ih_ + p * input_panels_.size(I));
       if (plan_.hidden == Packing::kOnce)
         good_ &= panels_.pack(static_cast<const S*>(args_.w_hh), P, p, w_hh_ + p * panels_.size(P));
-      panels_.pack_bias(static_cast<const S*>(args_.b_ih), p, b_ih_ + p * Panels::kWidth);
       panels_.pack_bias(static_cast<const S*>(args_.b_hh), p, b_hh_ + p * Panels::kWidth);
     }
     for (int64_t p = projection_panels.begin; w_hr_ && p < projection_panels.end; ++p)
@@ -247,45 +210,6 @@ class Forward {
     }
   }
 
-  // projected[row of the block][panel] = W_ih x + b_ih
-  void project(Span steps, Span rows, Span panels, const Block& block) {
-    if (args_.tokens) return;
-    const int64_t I = args_.size.I;
-    const S* w = static_cast<const S*>(args_.w_ih);
-    int64_t count = 0;
-    for (int64_t step = steps.begin; step < steps.end; ++step) {
-      const Span active = batch_.active(time(step), rows);
-      for (int64_t b = active.begin; b < active.end; ++b) block.inputs[count++] = x_row(step, b);
-    }
-    for (int64_t r = 0; copy_x_ && r < count; ++r)
-      good_ &= input_panels_.format.to_left(block.x + r * x_pitch_, block.inputs[r], I);
-    const int64_t row_stride = panels_.width(panels), panel_size = input_panels_.size(I);
-    for (int64_t p = panels.begin; p < panels.end; ++p) {
-      const A* packed = packed_panel(input_panels_, plan_.input, w, I, w_ih_, p);
-      const bool last = plan_.input != Packing::kOnce || p + 1 == panels.end;
-      const A* next = last ? nullptr : packed + panel_size;
-      for_row_tiles(count, input_panels_.tile_rows(p), [&](int64_t r, int n) {
-        const Element* a[kMaxTileRows];
-        for (int i = 0; i < n; ++i) {
-          if constexpr (std::is_same_v<S, Element>) a[i] = block.inputs[r + i];
-          if (copy_x_) a[i] = block.x + (r + i) * x_pitch_;
-        }
-        input_panels_.multiply(
-            w, packed, b_ih_ + p * Panels::kWidth, I, p, a, n,
-            block.projected + r * row_stride + (p - panels.begin) * Panels::kWidth, row_stride,
-            {Ahead::part_of(next, panel_size * int64_t(sizeof(A)), r, n, count)});
-      });
-    }
-  }
-
-  // A panel of w (G * H, K), of which `packed` has all or room for one; null: as it lies.
-  const A* packed_panel(const Panels& panels, Packing packing, const S* w, int64_t K, A* packed,
-                        int64_t panel) {
-    if (packing == Packing::kOnce) return packed + panel * panels.size(K);
-    if (packing == Packing::kPanelwise) good_ &= panels.pack(w, K, panel, packed);
-    return packed;
-  }
-
   const Element* state_before(int64_t step, int64_t b) const {
     return batch_.resets(time(step), b) ? zeros_ : h_[step & 1] + b * h_pitch_;
   }
@@ -293,7 +217,7 @@ class Forward {
   // One step of the recurrence: the product with W_hh and, on each tile, the gate maths. Meanwhile
   // writes the outputs of the step before, a few rows after each tile: at once, they would wait for
   // memory.
-  void advance(int64_t step, Span rows, Span panels, const A* projected, Outputs before) {
+  void advance(int64_t step, Span rows, Span panels, int64_t first_row, Outputs before) {
     const int64_t tiles =
         panels.size() * ceil_div(rows.size(), panels_.format.tile_rows(Panels::kVectors));
     const int64_t at_once = ceil_div(before.rows.size(), std::max<int64_t>(tiles, 1));
@@ -305,11 +229,10 @@ class Forward {
     // The gate maths of a tile waits for the next tile where that goes to the matrix unit.
     const bool later = panels_.format.in_matrix_unit();
     alignas(64) A from_h[2][kMaxTileRows * Panels::kWidth];
-    alignas(64) A from_tokens[2][kMaxTileRows * Panels::kWidth];
+    alignas(64) A from_x[2][kMaxTileRows * Panels::kWidth];
     GateMaths gate_maths(args_.size.H);
     int64_t count = 0;
     for (int64_t b = rows.begin; b < rows.end; ++b) set_row(rows_[b], step, b);
-    const int64_t x_stride = panels_.width(panels);
     const S* w_hh = static_cast<const S*>(args_.w_hh);
     const int64_t panel_size = panels_.size(args_.h_size);
     for (int64_t r = 0; plan_.step_in_parts && r < rows.size(); ++r)
@@ -319,10 +242,9 @@ class Forward {
     const int64_t way = step % 2 ? -1 : 1, first = way > 0 ? panels.begin : panels.end - 1;
     for (int64_t i = 0; i < panels.size(); ++i) {
       const int64_t p = first + way * i;
-      const A* packed = packed_panel(panels_, plan_.hidden, w_hh, args_.h_size, w_hh_, p);
+      const A* packed = panels_.packed_panel(plan_.hidden, w_hh, args_.h_size, w_hh_, p, good_);
       const bool last = plan_.hidden != Packing::kOnce || i + 1 == panels.size();
       const A* next = last ? nullptr : packed + way * panel_size;
-      const A* from_x = projected + (p - panels.begin) * Panels::kWidth;
       for_row_tiles(rows.size(), panels_.tile_rows(p), [&](int64_t r, int n) {
         const typename Tile::Row* tile = rows_ + rows.begin + r;
         const Element* a[kMaxTileRows];
@@ -334,14 +256,8 @@ class Forward {
         panels_.multiply(w_hh, packed, b_hh_ + p * Panels::kWidth, args_.h_size, p, a, n,
                          from_h[buffer], Panels::kWidth, {ahead, &gate_maths});
         gate_maths.finish();
-        if (args_.tokens) {
-          for (int i = 0; i < n; ++i)
-            panels_.look_up(token_row(step, rows.begin + r + i), b_ih_ + p * Panels::kWidth, p,
-                            from_tokens[buffer] + i * Panels::kWidth);
-          gate_maths.take(p, tile, n, from_tokens[buffer], Panels::kWidth, from_h[buffer]);
-        } else {
-          gate_maths.take(p, tile, n, from_x + r * x_stride, x_stride, from_h[buffer]);
-        }
+        const auto x = input_.rows(first_row + r, n, p, from_x[buffer]);
+        gate_maths.take(p, tile, n, x.first, x.stride, from_h[buffer]);
         if (!later) gate_maths.finish();
         write_some();
       });
@@ -410,26 +326,22 @@ class Forward {
   const ForwardArgs& args_;
   const Plan& plan_;
   const Batch batch_;
-  const Panels input_panels_, panels_;  // of W_ih and W_hh
+  const Panels panels_;  // of W_hh
   const ProjectionPanels projection_;
   const int64_t pitch_, h_pitch_;
-  const int64_t x_pitch_, left_pitch_;  // of rows as the left side of products
-  const bool copy_x_;            // x cannot be multiplied as it lies
+  const int64_t left_pitch_;  // of rows of h in parts
+  const int64_t most_rows_;  // of the batch, for a thread
+  InputProjection<Cell, S> input_;
   bool good_ = true;  // all that this thread has split has parts
-  // packed panels, all or one for each thread; null: as they lie
-  A *w_ih_ = nullptr, *w_hh_ = nullptr;
+  A* w_hh_ = nullptr;  // packed panels, all or one for each thread; null: as they lie
   A* w_hr_ = nullptr;  // packed [panel][words of H][kWidth], null: as it lies
-  A *b_ih_, *b_hh_;  // [panel][kWidth]
+  A* b_hh_;  // [panel][kWidth]
   A* no_bias_ = nullptr;  // zeros for a panel of the projection
   Element* h_[2];  // state before even and odd steps [B][h_pitch]
   Element* unprojected_ = nullptr;  // [B][pitch], where h is projected
   typename Tile::Row* rows_;  // of a step [B]
   A* c_ = nullptr;  // [B][pitch], of each thread where units are dealt
-  A* projected_;  // per thread [block_rows][block_panels][kWidth]
-  const S** inputs_;  // per thread [block_rows]
-  Element* x_ = nullptr;  // per thread [block_rows][x_pitch], a copy of x where needed
   Element* left_;  // per thread [most rows][left_pitch], h in parts
   int64_t left_size_;
   Element* zeros_ = nullptr;  // [h_pitch], where states are reset
-  int64_t block_rows_, block_panels_;
 };

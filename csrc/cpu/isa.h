@@ -30,6 +30,8 @@ namespace rnnfast::cpu::RNNFAST_ISA {
 #include "cpu/recompute.h"
 //
 #include "cpu/backward.h"
+#include "cpu/input_projection.h"
+//
 #include "cpu/forward.h"
 #include "cpu/generate.h"
 

@@ -96,13 +96,25 @@ struct GatePanels {
     }
   }
 
-  // row + bias for one panel, of a row that has been multiplied with W already: of a table [G][H]
+  // The part of a panel of a row [G][H], of a table or a product, plus its bias, if not null.
   template <class S>
   void look_up(const S* row, const A* bias, int64_t panel, A* out) const {
-    for (int j = 0; j < vectors(panel); ++j, bias += kLanesA, out += kLanesA) {
+    for (int j = 0; j < vectors(panel); ++j) {
       const int64_t n = H - panel * kUnits - (j % kUnitVectors) * kLanesA;
-      store(out, load(row + weight_row(panel, j, 0), n) + load(bias));
+      Vec<A> value = load(row + weight_row(panel, j, 0), n);
+      if (bias) value += load(bias + j * kLanesA);
+      store(out + j * kLanesA, value);
     }
+  }
+
+  // A panel of w (G * H, K), of which `packed` has all or room for one; null: as it lies. Not good
+  // where it has no parts.
+  template <class S>
+  const A* packed_panel(Packing packing, const S* w, int64_t K, A* packed, int64_t panel,
+                        bool& good) const {
+    if (packing == Packing::kOnce) return packed + panel * size(K);
+    if (packing == Packing::kPanelwise) good &= pack(w, K, panel, packed);
+    return packed;
   }
 
   // W a + bias for the rows of a tile and one panel of W, packed or (null) as it lies in w
