@@ -628,6 +628,12 @@ def test_weights_of_a_far_core_are_dear_for_a_short_sequence(avx512: None) -> No
         assert facts["split"] == split
 
 
+def test_rows_are_dealt_though_threads_share_a_core_just_now(avx512: None) -> None:
+    # barriers take a time slice then, but lines no longer than from a far core
+    facts = backend.EXTENSION.plan("lstm", 100, 8, 1, 400, "float32", 2, barrier_cycles=350e3)
+    assert facts["split"] == "rows"
+
+
 def test_a_second_thread_for_the_products_of_a_long_backward(avx512: None) -> None:
     """Though one alone goes through the steps."""
     for T, threads in ((30, 1), (400, 2)):

@@ -10,6 +10,7 @@ namespace {
 constexpr double kRegion = 5000;
 constexpr double kExchange = 2.5;  // barriers: a step waits, then fetches what others have written
 constexpr double kBarrierOfLine = 0.02;  // a line from another core, one of many, in barriers
+constexpr double kFarBarrier = 2000;  // a longer one waits for a core that is not free
 constexpr double kL1Vector = 1, kL2Vector = 2.1;  // to load one vector of weights, up to a line
 constexpr int64_t kL1Bytes = 24 * 1024;
 
@@ -44,7 +45,7 @@ double others_weights(const Sizes& size, const StepShape& s, int threads, const 
   const double all = of_h * double(size.H + size.I) / double(size.H);
   return all * (threads - 1) / threads *
          std::max(machine.l3_line_cycles(machine.l2_bytes),
-                  kBarrierOfLine * machine.barrier_cycles(threads));
+                  kBarrierOfLine * std::min(kFarBarrier, machine.barrier_cycles(threads)));
 }
 
 struct Choice {
