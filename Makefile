@@ -6,6 +6,8 @@ CUDA_BIN := .venv-cuda/bin
 CSRC := $(shell find csrc -type f -not -name '*.md')
 # make bench RESULTS=benchmarks/results/<name of the machine>
 RESULTS ?= benchmarks/results/cpu
+# what is timed as a machine without AVX-512 would run it, by rnnfast and by torch
+AVX2_CASES := 1,1,512,512 100,1,256,256 100,16,128,128 100,32,256,256 50,64,512,512
 FORMATTED := $(filter %.h %.cpp %.cu %.cuh,$(CSRC))
 
 .PHONY: help build test demo lint format bench cuda-build gpu-check clean
@@ -62,6 +64,9 @@ bench: build
 		--json $(RESULTS).json --csv $(RESULTS).csv
 	$(BIN)/python -m benchmarks.compare --dtype bfloat16 --peers torch \
 		--json $(RESULTS)-bfloat16.json --csv $(RESULTS)-bfloat16.csv
+	RNNFAST_CPU_CAPABILITY=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 \
+		$(BIN)/python -m benchmarks.compare --no-limit --case $(AVX2_CASES) --peers torch \
+		--json $(RESULTS)-avx2.json --csv $(RESULTS)-avx2.csv
 	$(BIN)/python -m benchmarks.sequences --json benchmarks/results/sequences.json
 	$(BIN)/python -m benchmarks.systems --json benchmarks/results/systems.json
 	$(BIN)/python -m benchmarks.plot $(RESULTS).json --markdown --png $(RESULTS).png

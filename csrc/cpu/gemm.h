@@ -175,6 +175,8 @@ void tile(int64_t K, const typename Op::Element* const* a, const typename Op::A*
   using A = typename Op::A;
   constexpr int lanes = kLanes<A>;
   constexpr bool kFetches = MR > 2;  // lower tiles wait for their own panel anyway
+  // GCC would read weights from memory for each row, which is right only where registers are full.
+  constexpr bool kKeepsWeights = MR > 1 && MR * NR + NR < RNNFAST_REGISTERS;
   Fetching fetching(ahead, K, panel);
   const typename Op::Element* row[MR];
 #pragma GCC unroll 8
@@ -187,7 +189,7 @@ void tile(int64_t K, const typename Op::Element* const* a, const typename Op::A*
 #pragma GCC unroll 4
       for (int j = 0; j < NR; ++j) {
         b[j] = load(panel + j * lanes);
-        if (MR > 1) keep_in_register(b[j]);
+        if (kKeepsWeights) keep_in_register(b[j]);
       }
       if (kFetches) fetching.fetch();
 #pragma GCC unroll 8
