@@ -628,6 +628,13 @@ def test_weights_of_a_far_core_are_dear_for_a_short_sequence(avx512: None) -> No
         assert facts["split"] == split
 
 
+def test_rows_are_dealt_where_units_would_fetch_many_states(avx512: None) -> None:
+    # at every step, half of h from the other core
+    for B, split in ((64, "rows"), (8, "units")):
+        facts = backend.EXTENSION.plan("gru", 30, B, 512, 512, "float32", 2)
+        assert facts["split"] == split
+
+
 def test_rows_are_dealt_though_threads_share_a_core_just_now(avx512: None) -> None:
     # barriers take a time slice then, but lines no longer than from a far core
     facts = backend.EXTENSION.plan("lstm", 100, 8, 1, 400, "float32", 2, barrier_cycles=350e3)

@@ -10,6 +10,7 @@ namespace {
 constexpr double kRegion = 5000;
 constexpr double kExchange = 2.5;  // barriers: a step waits, then fetches what others have written
 constexpr double kBarrierOfLine = 0.02;  // a line from another core, one of many, in barriers
+constexpr double kBarrierOfRowLine = 0.12;  // the same, of a few rows, which come side by side
 constexpr double kFarBarrier = 2000;  // a longer one waits for a core that is not free
 constexpr double kL1Vector = 1, kL2Vector = 2.1;  // to load one vector of weights, up to a line
 constexpr int64_t kL1Bytes = 24 * 1024;
@@ -67,9 +68,13 @@ Choice choose_split(const Sizes& size, const StepShape& s, const Machine& machin
     double by_units =
         kRegion + double(size.T) * step_cycles(s, s.rows, ceil_div(s.panels, n), machine);
     if (n > s.panels || by_units >= best.cycles) continue;
-    const double lines = double(s.rows * s.depth * s.weight_bytes) / double(kLineBytes);
-    by_units += double(size.T) *
-                (kExchange * machine.barrier_cycles(n) + s.exchange_cycles * lines * (n - 1) / n);
+    // of the left side, of which a thread has written its own part
+    const double lines =
+        double(s.rows * s.depth * s.weight_bytes) / double(kLineBytes) * (n - 1) / n;
+    const double barrier = machine.barrier_cycles(n);
+    const double line =
+        std::max(s.exchange_cycles, kBarrierOfRowLine * std::min(kFarBarrier, barrier));
+    by_units += double(size.T) * (kExchange * barrier + line * lines);
     if (by_units < best.cycles) best = {n, Split::kUnits, by_units};
   }
   return best;
