@@ -153,6 +153,5 @@ class InputProjection {
   A* bias_;  // [panel][kWidth]
   A* projected_;  // per thread [block_rows][most_width]
   const S** inputs_;  // per thread [block_rows]
-  Element* x_ =
-      nullptr;  // per thread [block_rows][x_pitch], where x cannot be multiplied as it lies
+  Element* x_ = nullptr;  // per thread [block_rows][x_pitch], a copy of x where needed
 };

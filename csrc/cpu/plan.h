@@ -83,8 +83,8 @@ struct StepShape {
   int lanes;  // elements of a vector
   double row_cycles;  // of a tile, for one row, a vector of columns and one element of the sum
   double cell_cycles;  // gate maths for one row of one panel
-  // where units are dealt: to fetch a line of the left side that another thread has written, beyond
-  // what kExchange stands for
+  // where units are dealt: the least to fetch a line of the left side that another thread has
+  // written, beyond what kExchange stands for
   double exchange_cycles;
 };
 
