@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import platform
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module, metadata
 from types import ModuleType
@@ -138,6 +138,18 @@ def short_way(requested: str | None) -> ModuleType | None:
     ):
         return EXTENSION
     return None
+
+
+def find_freed(tensors: Sequence[Tensor | None]) -> int | None:
+    """The place of the first tensor whose storage was freed, or cut so that it lacks elements.
+
+    ``untyped_storage().resize_(0)`` does so, and with it sharded training. Kernels, torch's own
+    among them, would read beyond the end. Only plain tensors on the CPU are looked at.
+    """
+    if EXTENSION is None or torch.compiler.is_compiling():
+        return None
+    place = EXTENSION.find_freed(tensors)
+    return None if place < 0 else place
 
 
 def release_memory() -> int:

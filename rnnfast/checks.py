@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .backend import transforms_active
+from .backend import find_freed, transforms_active
 from .reference import Cell, States
 from .sequences import Extras, Options, StepWeights, is_cast, state_sizes
 
@@ -118,7 +118,7 @@ def _problem(
     if x.shape[-1] != inputs:
         return f"input.size(-1) must be equal to input_size. Expected {inputs}, got {x.shape[-1]}"
     if states is None:
-        return _mismatch(x, weights, "parameter")
+        return _mismatch(x, weights, "parameter") or _freed(x, (), weights)
     if not isinstance(states, (tuple, list)) or len(states) != cell.states:
         return f"{cell.name} expects {cell.states} hidden states"
     for state, shape in zip(states, shapes, strict=True):
@@ -126,7 +126,20 @@ def _problem(
             return f"hidden states should be tensors, got {type(state).__name__}"
         if state.shape != shape:
             return f"Expected hidden size {shape}, got {list(state.shape)}"
-    return _mismatch(x, states, "hidden") or _mismatch(x, weights, "parameter")
+    return (
+        _mismatch(x, states, "hidden")
+        or _mismatch(x, weights, "parameter")
+        or _freed(x, states, weights)
+    )
+
+
+def _freed(x: Tensor, states: States, weights: Sequence[Tensor | None]) -> str | None:
+    """Which tensor's memory is gone, at which torch's own kernels would crash as well."""
+    place = find_freed((x, *states, *weights))
+    if place is None:
+        return None
+    kind = "input" if place == 0 else "hidden" if place <= len(states) else "parameter"
+    return f"the storage of the {kind} tensor has been freed or resized: it lacks elements"
 
 
 def _mismatch(x: Tensor, tensors: Sequence[Tensor | None], kind: str) -> str | None:

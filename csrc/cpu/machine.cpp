@@ -1,7 +1,6 @@
 // What planning needs to know of this machine, measured where it matters.
-#include <omp.h>
-
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <chrono>
 #include <limits>
@@ -20,21 +19,20 @@ double nanoseconds_since(Clock::time_point start) {
   return std::chrono::duration<double, std::nano>(Clock::now() - start).count();
 }
 
-// the fastest of a few rounds, in nanoseconds; 0 if OpenMP does not give so many threads
+// the fastest of a few rounds, in nanoseconds; 0 if there are not so many threads
 double wait_together(int threads) {
   constexpr int kRounds = 3, kWaits = 4;
   Barrier barrier;
   double least = 0;
-#pragma omp parallel num_threads(threads)
-  if (omp_get_num_threads() == threads) {
+  run_in_team(threads, [&](int index) {
     double best = std::numeric_limits<double>::infinity();
     for (int round = 0; round < kRounds; ++round) {
       const auto start = Clock::now();
       for (int i = 0; i < kWaits; ++i) barrier.wait(threads);
       best = std::min(best, nanoseconds_since(start) / kWaits);
     }
-    if (omp_get_thread_num() == 0) least = best;
-  }
+    if (index == 0) least = best;
+  });
   return least;
 }
 
@@ -56,8 +54,7 @@ double read_line(int64_t bytes) {
 }
 
 struct Measurement {
-  std::atomic<int> threads{0};
-  std::atomic<double> cycles{0};
+  std::atomic<double> cycles{0};  // 0: none yet
   std::atomic<int> patience{0};  // see below
   std::atomic<Clock::rep> until{0};  // when it is to be repeated
 };
@@ -71,14 +68,14 @@ double measured_barrier(int threads) {
   constexpr Clock::duration kFresh = std::chrono::milliseconds(20);
   constexpr double kShared = 10e3;  // nanoseconds
   constexpr int kFirst = 4, kMost = 256;  // of the time that measuring takes
-  static Measurement last;
+  static std::array<Measurement, 1024> measurements;  // by number of threads
+  Measurement& last = measurements[std::min<size_t>(size_t(threads), measurements.size() - 1)];
   const Clock::time_point now = Clock::now();
-  if (last.threads == threads && now.time_since_epoch().count() < last.until) return last.cycles;
-  if (omp_in_parallel()) return kTypicalBarrier;
+  if (last.cycles > 0 && now.time_since_epoch().count() < last.until) return last.cycles;
   const double nanoseconds = wait_together(threads);
+  if (nanoseconds == 0) return kTypicalBarrier;
   last.patience = nanoseconds < kShared ? 0 : std::clamp(2 * last.patience.load(), kFirst, kMost);
-  last.cycles = nanoseconds > 0 ? nanoseconds * kCyclesPerNanosecond : kTypicalBarrier;
-  last.threads = threads;
+  last.cycles = nanoseconds * kCyclesPerNanosecond;
   const Clock::time_point end = Clock::now();
   last.until =
       (end + std::max(kFresh, last.patience.load() * (end - now))).time_since_epoch().count();

@@ -79,9 +79,33 @@ class Team {
   int index_, size_;
 };
 
-// Runs f(job, team) for all jobs side by side, each on plan.threads threads of the OpenMP pool, the
-// one that torch uses; or one after the other on one thread if the pool gives fewer in all: the
-// work has been planned, and its memory laid out, for that number.
+// Whether this thread has called its OpenMP team.
+inline constinit thread_local bool has_team = false;
+
+// Runs f(index) in this thread's OpenMP team, which is the one that torch uses, on as many of its
+// threads as are asked for; the others return at once. Returns false, and runs nothing, where the
+// team has fewer. It is always the whole team that is called: OpenMP ends and creates threads where
+// the size changes from call to call.
+template <class F>
+bool run_in_team(int threads, F&& f) {
+  if (omp_get_max_threads() < threads || omp_in_parallel()) return false;
+  has_team = true;
+  bool complete = true;
+#pragma omp parallel
+  {
+    const int index = omp_get_thread_num();
+    if (omp_get_num_threads() < threads) {
+      if (index == 0) complete = false;
+    } else if (index < threads) {
+      f(index);
+    }
+  }
+  return complete;
+}
+
+// Runs f(job, team) for all jobs side by side, each on plan.threads threads; or one after the other
+// on one thread if the team has fewer in all: the work has been planned, and its memory laid out,
+// for that number.
 template <class Job, class F>
 void parallel(std::span<Job> jobs, F&& f) {
   int threads = 0;
@@ -92,18 +116,12 @@ void parallel(std::span<Job> jobs, F&& f) {
       f(job, Team(job.barrier, 0, 1));
     }
   };
-  if (threads == 1 || omp_in_parallel()) return alone();
-#pragma omp parallel num_threads(threads)
-  {
-    if (omp_get_num_threads() == threads) {
-      Job* job = jobs.data();
-      int index = omp_get_thread_num();
-      for (; index >= job->plan.threads; ++job) index -= job->plan.threads;
-      f(*job, Team(job->barrier, index, job->plan.threads));
-    } else if (omp_get_thread_num() == 0) {
-      alone();
-    }
-  }
+  const auto work = [&](int index) {
+    Job* job = jobs.data();
+    for (; index >= job->plan.threads; ++job) index -= job->plan.threads;
+    f(*job, Team(job->barrier, index, job->plan.threads));
+  };
+  if (threads == 1 || !run_in_team(threads, work)) alone();
 }
 
 }  // namespace rnnfast::cpu

@@ -16,6 +16,7 @@
 
 #include "torch/layer.h"
 #include "torch/memory.h"
+#include "torch/threads.h"
 
 namespace rnnfast {
 namespace {
@@ -100,10 +101,12 @@ bool fits(const Call& call) {
     return false;
   const int64_t H = call.hidden(), P = call.h_size(), rows = call.cell.gates * H;
   if (!call.projects && P != H) return false;
+  if (!has_memory(x)) return false;
   if (call.lengths.defined() && !lengths_fit(x, call.lengths)) return false;
   for (size_t k = 0; k < call.states.size(); ++k) {
     const Tensor& state = call.states[k];
-    if (state.scalar_type() != type || state.sizes() != call.state_shape(k)) return false;
+    if (state.scalar_type() != type || state.sizes() != call.state_shape(k) || !has_memory(state))
+      return false;
   }
   for (size_t i = 0; i < call.weights.size(); ++i) {
     const Tensor& w = call.weights[i];
@@ -114,7 +117,7 @@ bool fits(const Call& call) {
     const bool shaped = projection ? w.sizes() == at::IntArrayRef({P, H})
                         : kind < 2 ? w.sizes() == at::IntArrayRef({rows, columns})
                                    : w.sizes() == at::IntArrayRef({rows});
-    if (!shaped || w.scalar_type() != type || !w.is_contiguous()) return false;
+    if (!shaped || w.scalar_type() != type || !w.is_contiguous() || !has_memory(w)) return false;
   }
   return true;
 }
@@ -151,8 +154,11 @@ py::object& python_backward() {
 // both, so that both directions' backwards can run side by side.
 class LayerFunction : public torch::autograd::Function<LayerFunction> {
   using List = torch::autograd::variable_list;
-  static constexpr size_t kOwn = 7;  // inputs of a direction: h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr
-  static constexpr size_t kSaved = 12;  // and y, gates, cells, lengths, reset
+  using In = LayerInputs;
+  // What a layer has gradients of: x, and what each direction has of its own.
+  static constexpr size_t kInputs = 8, kOwn = kInputs - 1;
+  static constexpr Tensor In::* kMembers[kInputs] = {&In::x,    &In::h0,   &In::c0,   &In::w_ih,
+                                                     &In::w_hh, &In::b_ih, &In::b_hh, &In::w_hr};
 
  public:
   // What has been computed already, for `record`.
@@ -166,11 +172,10 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
     const auto optional = [](const Tensor& t) {
       return t.defined() ? std::optional<Tensor>(t) : std::nullopt;
     };
-    const auto input = [&](size_t direction, Tensor LayerInputs::* member) {
+    const auto input = [&](size_t direction, Tensor In::* member) {
       return direction < done.directions.size() ? optional(done.directions[direction].in.*member)
                                                 : std::nullopt;
     };
-    using In = LayerInputs;
     apply(done, done.directions[0].in.x, input(0, &In::h0), input(0, &In::c0), input(0, &In::w_ih),
           input(0, &In::w_hh), input(0, &In::b_ih), input(0, &In::b_hh), input(0, &In::w_hr),
           input(1, &In::h0), input(1, &In::c0), input(1, &In::w_ih), input(1, &In::w_hh),
@@ -182,47 +187,59 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
                       const Inputs&...) {
     List saved{x}, results;
     for (const auto& [in, out] : done.directions) {
-      saved.insert(saved.end(), {in.h0, in.c0, in.w_ih, in.w_hh, in.b_ih, in.b_hh, in.w_hr, out.y,
-                                 out.gates, out.cells, in.lengths, in.reset});
+      for (size_t i = 1; i < kInputs; ++i) saved.push_back(in.*kMembers[i]);
+      saved.insert(saved.end(), {in.lengths, in.reset, out.y, out.gates, out.cells});
       results.insert(results.end(), {out.y, out.h_n});
       if (done.cell.has_cell) results.push_back(out.c_n);
     }
-    context->saved_data["kind"] = int64_t(done.cell.kind);
-    context->saved_data["reverse"] = done.directions[0].in.reverse;
+    const LayerInputs& first = done.directions[0].in;
+    context->saved_data["record"] = c10::IValue::make_capsule(
+        c10::make_intrusive<Record>(done.cell, first.reverse, format_of(first)));
     context->set_materialize_grads(false);
     context->save_for_backward(std::move(saved));
     return results;
   }
 
   static List backward(torch::autograd::AutogradContext* context, const List& grads) {
-    const CellInfo& cell = cell_info(CellKind(context->saved_data["kind"].toInt()));
-    const bool reverse = context->saved_data["reverse"].toBool();
+    const auto record =
+        c10::static_intrusive_pointer_cast<Record>(context->saved_data["record"].toCapsule());
+    const CellInfo& cell = record->cell;
     const List saved = context->get_saved_variables();
-    const size_t outputs = cell.has_cell ? 3 : 2;
-    std::vector<Direction> directions;
-    for (size_t d = 0; d * outputs < grads.size(); ++d) {
-      Direction one{.cell = cell,
-                    .reverse = d == 0 ? reverse : true,
-                    .grads = List(grads.begin() + d * outputs, grads.begin() + (d + 1) * outputs),
-                    .saved = {saved[0]}};
-      const auto own = saved.begin() + 1 + d * kSaved;
-      one.saved.insert(one.saved.end(), own, own + kSaved);
-      directions.push_back(std::move(one));
-    }
-    bool any = false, plain = !at::GradMode::is_enabled();
+    List results(1 + kInputs + kOwn);  // the first, of `done`, has none
+    bool any = false, plain = true;
     for (const Tensor& grad : grads) {
       any = any || grad.defined();
       plain = plain && (!grad.defined() || is_plain(grad));
     }
-    List results(2 + 2 * kOwn);  // the first has none
     if (!any) return results;
+    // what hooks have unpacked may be anything
+    for (const Tensor& t : saved) plain = plain && (!t.defined() || is_plain(t));
+
+    const size_t outputs = cell.has_cell ? 3 : 2;
+    std::vector<Direction> directions(grads.size() / outputs);
     size_t edge = 1;  // absent inputs have no edge in the graph
-    for (Direction& one : directions) {
-      one.wanted[0] = context->needs_input_grad(0);
-      for (size_t i = 1; i <= kOwn; ++i)
-        one.wanted[i] = one.saved[i].defined() && context->needs_input_grad(edge++);
+    auto next = saved.begin() + 1;
+    for (size_t d = 0; d < directions.size(); ++d) {
+      auto& [layer, wanted] = directions[d];
+      LayerInputs& in = layer.in;
+      in.x = saved[0], in.reverse = d == 0 ? record->reverse : true;
+      for (size_t i = 1; i < kInputs; ++i) in.*kMembers[i] = *next++;
+      for (Tensor* t : {&in.lengths, &in.reset, &layer.out.y, &layer.out.gates, &layer.out.cells})
+        *t = *next++;
+      const Tensor* grad = &grads[d * outputs];
+      layer.grad_out.y = grad[0], layer.grad_out.h_n = grad[1];
+      if (cell.has_cell) layer.grad_out.c_n = grad[2];
+      if (plain) {
+        check_inputs(cell, record->format, in);
+        check_saved(cell, record->format, layer.out);
+        check_grad_outputs(cell, record->format, layer.grad_out);
+      }
+      wanted[0] = context->needs_input_grad(0);
+      for (size_t i = 1; i < kInputs; ++i)
+        wanted[i] = (in.*kMembers[i]).defined() && context->needs_input_grad(edge++);
     }
-    const auto found = plain ? run_kernel(cell, directions) : run_python(directions);
+    const auto found = plain && !at::GradMode::is_enabled() ? run_kernel(*record, directions)
+                                                            : run_python(cell, directions);
     for (size_t d = 0; d < found.size(); ++d) {
       const Tensor& d_x = found[d][0];
       if (d_x.defined()) results[1] = results[1].defined() ? results[1] + d_x : d_x;
@@ -232,39 +249,32 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
   }
 
  private:
-  struct Direction {
+  // What the backward has to know beside tensors.
+  struct Record : torch::CustomClassHolder {
+    Record(const CellInfo& c, bool r, LayerFormat f) : cell(c), reverse(r), format(std::move(f)) {}
     const CellInfo& cell;
-    bool reverse;
-    List grads;  // of y, h_n[, c_n]
-    List saved;  // x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, y, gates, cells, lengths, reset
-    bool wanted[1 + kOwn] = {};  // of the first eight
+    const bool reverse;  // the first direction
+    const LayerFormat format;
+  };
+  struct Direction {
+    LayerBackward layer;
+    bool wanted[kInputs] = {};
   };
 
-  static std::vector<List> run_kernel(const CellInfo& cell,
-                                      const std::vector<Direction>& directions) {
-    const auto type = directions[0].saved[0].scalar_type();
+  static std::vector<List> run_kernel(const Record& record, std::vector<Direction>& directions) {
+    const auto type = record.format.dtype;
     std::vector<LayerBackward> layers;
-    for (const auto& [_, reverse, grads, saved, wanted] : directions) {
+    for (auto& [layer, wanted] : directions) {
       const auto allocate = [&](size_t i, at::ScalarType as) {
-        return wanted[i] ? new_on_cpu(saved[i].sizes(), as) : Tensor();
+        return wanted[i] ? new_on_cpu((layer.in.*kMembers[i]).sizes(), as) : Tensor();
       };
       const auto parameters = compute_type(type);
-      LayerBackward layer{
-          .grad_out = {},
-          .in = {last_stride_one(saved[0]), saved[1], saved[2], saved[3], saved[4], saved[5],
-                 saved[6], reverse, saved[7], saved[11], saved[12]},
-          .out = {},
-          .grads = {allocate(0, type), allocate(1, type), allocate(2, type),
-                    allocate(3, parameters), allocate(4, parameters), allocate(5, parameters),
-                    allocate(6, parameters), allocate(7, parameters)},
-      };
-      layer.out.y = saved[8], layer.out.gates = saved[9], layer.out.cells = saved[10];
-      if (grads[0].defined()) layer.grad_out.y = last_stride_one(grads[0]);
-      if (grads[1].defined()) layer.grad_out.h_n = grads[1].contiguous();
-      if (cell.has_cell && grads[2].defined()) layer.grad_out.c_n = grads[2].contiguous();
+      layer.grads = {allocate(0, type),       allocate(1, type),       allocate(2, type),
+                     allocate(3, parameters), allocate(4, parameters), allocate(5, parameters),
+                     allocate(6, parameters), allocate(7, parameters)};
       layers.push_back(std::move(layer));
     }
-    CpuDevice::backward(cell, layers);
+    CpuDevice::backward(record.cell, layers);
     std::vector<List> found;
     for (const LayerBackward& layer : layers) {
       const LayerGrads& d = layer.grads;
@@ -277,30 +287,40 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
 
   // The arguments of Python's backward have no c0, w_hr, cells or its gradient where the cell has
   // no c, and its states are (B, H).
-  static std::vector<List> run_python(const std::vector<Direction>& directions) {
+  static std::vector<List> run_python(const CellInfo& cell,
+                                      const std::vector<Direction>& directions) {
     const py::gil_scoped_acquire acquire;
+    const auto has = [&](size_t i) { return cell.has_cell || (i != 2 && i != 7); };
+    const auto plain_state = [](const Tensor& t) {
+      return t.defined() && t.dim() == 3 ? t.squeeze(0) : t;
+    };
     std::vector<List> results;
-    for (const auto& [cell, reverse, grads, saved, wanted] : directions) {
-      const auto has = [&, &cell = cell](size_t i) {
-        return cell.has_cell || (i != 2 && i != 7 && i != 10);
-      };
-      py::list mask, grad_list, tensors;
-      for (size_t i = 0; i <= kOwn; ++i)
-        if (has(i)) mask.append(wanted[i]);
-      const auto plain_state = [](const Tensor& t) {
-        return t.defined() && t.dim() == 3 ? t.squeeze(0) : t;
-      };
-      for (size_t i = 0; i < grads.size(); ++i)
-        grad_list.append(i == 0 ? grads[i] : plain_state(grads[i]));
-      if (cell.has_cell) grad_list.append(Tensor());  // of cells, which are not given out here
-      for (size_t i = 0; i < saved.size(); ++i)
-        if (has(i)) tensors.append(i == 1 || i == 2 ? plain_state(saved[i]) : saved[i]);
-      const py::sequence found = python_backward()(cell.name, reverse, mask, grad_list, tensors);
-      List list(1 + kOwn);
-      for (size_t i = 0, next = 0; i <= kOwn; ++i) {
+    for (const auto& [layer, wanted] : directions) {
+      const auto& [grad_out, in, out, _] = layer;
+      py::list mask, grads, tensors;
+      for (size_t i = 0; i < kInputs; ++i) {
+        if (!has(i)) continue;
+        mask.append(wanted[i]);
+        const Tensor& input = in.*kMembers[i];
+        tensors.append(i == 1 || i == 2 ? plain_state(input) : input);
+      }
+      grads.append(grad_out.y);
+      grads.append(plain_state(grad_out.h_n));
+      tensors.append(out.y);
+      tensors.append(out.gates);
+      if (cell.has_cell) {
+        grads.append(plain_state(grad_out.c_n));
+        grads.append(Tensor());  // of cells, which are not given out here
+        tensors.append(out.cells);
+      }
+      tensors.append(in.lengths);
+      tensors.append(in.reset);
+      const py::sequence found = python_backward()(cell.name, in.reverse, mask, grads, tensors);
+      List list(kInputs);
+      for (size_t i = 0, next = 0; i < kInputs; ++i) {
         if (!has(i)) continue;
         const py::object grad = found[next++];
-        if (!grad.is_none()) list[i] = grad.cast<Tensor>().view(saved[i].sizes());
+        if (!grad.is_none()) list[i] = grad.cast<Tensor>().view((in.*kMembers[i]).sizes());
       }
       results.push_back(std::move(list));
     }
@@ -326,7 +346,7 @@ Tensor run(const Call& call, std::vector<Tensor>& finals) {
   // threads, as the outputs of all exist at once.
   const bool stacked = call.directions == 1 && call.dropout == 0;
   const size_t together =
-      size_t(stacked ? std::min<int64_t>(count, at::get_num_threads()) : call.directions);
+      size_t(stacked ? std::min<int64_t>(count, usable_threads()) : call.directions);
   for (size_t begin = 0; begin < size_t(count); begin += together) {
     if (begin > 0 && call.dropout > 0) x = at::dropout(x, call.dropout, true);
     std::vector<LayerForward> layers(std::min(together, size_t(count) - begin));
@@ -397,6 +417,15 @@ py::object pack(const Tensor& first, const std::vector<Tensor>& states) {
 }  // namespace
 
 void set_python_backward(py::object function) { python_backward() = std::move(function); }
+
+// The number of the first tensor whose storage does not hold its elements, or -1. Others than plain
+// tensors on the CPU are passed over.
+int64_t find_freed(const std::vector<std::optional<Tensor>>& tensors) {
+  for (size_t i = 0; i < tensors.size(); ++i)
+    if (tensors[i] && tensors[i]->defined() && is_plain(*tensors[i]) && !has_memory(*tensors[i]))
+      return int64_t(i);
+  return -1;
+}
 
 // (output, states) of a stack of layers, shaped as torch.nn's, or None. Lengths and resets are None
 // or have been checked, see LayerInputs; reset is (T, B) whatever batch_first.

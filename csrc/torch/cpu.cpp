@@ -1,5 +1,4 @@
 // The CPU kernels behind the ops.
-#include <ATen/Parallel.h>
 #include <unistd.h>
 
 #include <vector>
@@ -7,6 +6,7 @@
 #include "cpu/kernels.h"
 #include "torch/layer.h"
 #include "torch/memory.h"
+#include "torch/threads.h"
 
 namespace rnnfast {
 
@@ -15,7 +15,7 @@ cpu::Machine this_machine() {
     const long bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
     return bytes > 0 ? int64_t(bytes) : int64_t(1) << 20;
   }();
-  return {at::get_num_threads(), l2, cpu::measured_barrier, cpu::measured_l3_line};
+  return {usable_threads(), l2, cpu::measured_barrier, cpu::measured_l3_line};
 }
 
 namespace {

@@ -106,6 +106,7 @@ class Generation {
     TORCH_CHECK(t.sizes() == shape && t.scalar_type() == dtype_ && t.device().is_cpu(),
                 "expected a tensor of shape ", shape, ", ", dtype_, " and on the CPU, got ",
                 t.sizes(), " of ", t.scalar_type(), " on ", t.device());
+    check_memory("generation", "a tensor", t);
     kept_.push_back(t.detach().contiguous());
     return kept_.back().const_data_ptr();
   }

@@ -16,41 +16,41 @@ constexpr CellInfo kTable[kCells] = {
 #undef RNNFAST_ROW
 };
 
+// Checks tensors of one call, whose dtype and device are to be these.
 struct Checker {
   const CellInfo& cell;
-  const at::Tensor& x;  // what decides on dtype and device
+  at::ScalarType dtype;
+  c10::Device device;
 
   void check(const at::Tensor& t, const char* name, at::IntArrayRef shape) const {
     TORCH_CHECK(t.sizes() == shape, "rnnfast::", cell.name, ": expected ", name, " of shape ",
                 shape, ", got ", t.sizes());
-    TORCH_CHECK(t.scalar_type() == x.scalar_type(), "rnnfast::", cell.name, ": expected ", name,
-                " to have x's dtype ", x.scalar_type(), ", got ", t.scalar_type());
-    TORCH_CHECK(t.device() == x.device(), "rnnfast::", cell.name, ": expected ", name,
-                " on x's device ", x.device(), ", got ", t.device());
+    TORCH_CHECK(t.scalar_type() == dtype, "rnnfast::", cell.name, ": expected ", name,
+                " to have the dtype ", dtype, ", got ", t.scalar_type());
+    TORCH_CHECK(t.device() == device, "rnnfast::", cell.name, ": expected ", name,
+                " on the device ", device, ", got ", t.device());
+    check_memory(cell.name, name, t);
   }
-  at::Tensor operator()(const at::Tensor& t, const char* name, at::IntArrayRef shape) const {
+  // and makes it contiguous, unless it is absent
+  void operator()(at::Tensor& t, const char* name, at::IntArrayRef shape) const {
+    if (!t.defined()) return;
     check(t, name, shape);
-    return t.contiguous();
-  }
-  at::Tensor operator()(const std::optional<at::Tensor>& t, const char* name,
-                        at::IntArrayRef shape) const {
-    return t.has_value() && t->defined() ? (*this)(*t, name, shape) : at::Tensor();
+    if (!t.is_contiguous()) t = t.contiguous();
   }
 };
 
-at::Tensor check_lengths(const CellInfo& cell, const at::Tensor& x, const at::Tensor& lengths,
-                         int64_t B) {
+void check_lengths(const CellInfo& cell, const at::Tensor& x, at::Tensor& lengths, int64_t B) {
   TORCH_CHECK(lengths.scalar_type() == at::kLong && lengths.device().is_cpu() &&
                   lengths.sizes() == at::IntArrayRef({B}),
               "rnnfast::", cell.name, ": expected lengths of shape ", at::IntArrayRef({B}),
               ", int64 and on the CPU, got ", lengths.sizes(), " of ", lengths.scalar_type());
-  at::Tensor result = lengths.contiguous();
-  TORCH_CHECK(lengths_fit(x, result), "rnnfast::", cell.name,
+  check_memory(cell.name, "lengths", lengths);
+  lengths = lengths.contiguous();
+  TORCH_CHECK(lengths_fit(x, lengths), "rnnfast::", cell.name,
               x.dim() == 3
                   ? ": expected lengths from 0 to T = "
                   : ": expected lengths of packed x to fall, to be at least 1 and to sum to ",
               x.size(0));
-  return result;
 }
 
 void check_tokens(const CellInfo& cell, const LayerInputs& in) {
@@ -65,6 +65,31 @@ void check_tokens(const CellInfo& cell, const LayerInputs& in) {
 void* data_or_null(const at::Tensor& t) { return t.defined() ? t.data_ptr() : nullptr; }
 
 }  // namespace
+
+bool has_memory(const at::Tensor& t) {
+  if (t.numel() == 0) return true;
+  const c10::Storage& storage = t.unsafeGetTensorImpl()->unsafe_storage();
+  if (!storage) return true;  // a subclass that keeps its elements elsewhere
+  int64_t last = t.storage_offset();
+  for (int64_t dim = 0; dim < t.dim(); ++dim) last += (t.size(dim) - 1) * t.stride(dim);
+  return storage.data() && size_t(last + 1) * t.element_size() <= storage.nbytes();
+}
+
+void check_memory(const char* op, const char* name, const at::Tensor& t) {
+  TORCH_CHECK(has_memory(t), "rnnfast::", op, ": the storage of ", name, " has ",
+              t.unsafeGetTensorImpl()->unsafe_storage().nbytes(), " bytes, too few for shape ",
+              t.sizes(), " of ", t.scalar_type(), ": it has been freed or resized");
+}
+
+c10::DimVector LayerFormat::shape(int64_t columns) const {
+  c10::DimVector result = rows;
+  result.push_back(columns);
+  return result;
+}
+
+c10::DimVector LayerFormat::state_shape(int64_t size) const {
+  return one_layer ? c10::DimVector{1, B, size} : c10::DimVector{B, size};
+}
 
 bool lengths_fit(const at::Tensor& x, const at::Tensor& lengths) {
   const bool packed = x.dim() == 2;
@@ -114,6 +139,25 @@ at::ScalarType compute_type(at::ScalarType storage) {
   return storage == at::kDouble ? at::kDouble : at::kFloat;
 }
 
+void check_inputs(const CellInfo& cell, const LayerFormat& format, LayerInputs& in) {
+  const auto& [dtype, device, rows, B, I, H, P, V, one_layer] = format;
+  const int64_t gates = cell.gates * H;
+  const bool tokens = V >= 0;
+  const Checker check{cell, dtype, device};
+  Checker{cell, tokens ? at::kLong : dtype, device}.check(in.x, "x", format.shape(I));
+  in.x = last_stride_one(in.x);
+  if (in.lengths.defined()) check_lengths(cell, in.x, in.lengths, B);
+  Checker{cell, at::kBool, device}(in.reset, "reset", rows);
+  check(in.h0, "h0", format.state_shape(P));
+  check(in.c0, "c0", format.state_shape(H));
+  check(in.w_ih, "w_ih", tokens ? at::IntArrayRef{V, gates} : at::IntArrayRef{gates, I});
+  check(in.w_hh, "w_hh", {gates, P});
+  check(in.b_ih, "b_ih", {gates});
+  check(in.b_hh, "b_hh", {gates});
+  check(in.w_hr, "w_hr", {P, H});
+  if (tokens) check_tokens(cell, in);
+}
+
 LayerInputs check_inputs(const CellInfo& cell, const at::Tensor& x, const at::Tensor& h0,
                          const at::Tensor& c0, const at::Tensor& w_ih, const at::Tensor& w_hh,
                          const std::optional<at::Tensor>& b_ih,
@@ -121,89 +165,72 @@ LayerInputs check_inputs(const CellInfo& cell, const at::Tensor& x, const at::Te
                          const std::optional<at::Tensor>& w_hr, bool reverse,
                          const std::optional<at::Tensor>& lengths,
                          const std::optional<at::Tensor>& reset) {
-  const bool packed = x.dim() == 2 && lengths.has_value();
+  const auto given = [](const std::optional<at::Tensor>& t) { return t.value_or(at::Tensor()); };
+  LayerInputs in{.x = x,
+                 .h0 = h0,
+                 .c0 = cell.has_cell ? c0 : at::Tensor(),
+                 .w_ih = w_ih,
+                 .w_hh = w_hh,
+                 .b_ih = given(b_ih),
+                 .b_hh = given(b_hh),
+                 .reverse = reverse,
+                 .w_hr = given(w_hr),
+                 .lengths = given(lengths),
+                 .reset = given(reset)};
+  const bool packed = x.dim() == 2 && in.lengths.defined();
   TORCH_CHECK(x.dim() == 3 || packed, "rnnfast::", cell.name,
               ": expected x of shape (T, B, I), or packed (N, I) with lengths, got ", x.sizes());
   TORCH_CHECK(h0.dim() == 2, "rnnfast::", cell.name, ": expected h0 of shape (B, H), got ",
               h0.sizes());
-  const bool projects = w_hr.has_value();
-  TORCH_CHECK(!projects || w_hr->dim() == 2, "rnnfast::", cell.name,
-              ": expected w_hr of shape (P, H), got ", w_hr->sizes());
-  const bool tokens = x.scalar_type() == at::kLong;
-  TORCH_CHECK(!tokens || (x.size(-1) == 1 && w_ih.dim() == 2), "rnnfast::", cell.name,
+  TORCH_CHECK(!in.w_hr.defined() || in.w_hr.dim() == 2, "rnnfast::", cell.name,
+              ": expected w_hr of shape (P, H), got ", in.w_hr.sizes());
+  TORCH_CHECK(!in.has_tokens() || (x.size(-1) == 1 && w_ih.dim() == 2), "rnnfast::", cell.name,
               ": expected tokens of shape (T, B, 1) and w_ih of shape (V, G*H), got ", x.sizes(),
               " and ", w_ih.sizes());
-  TORCH_CHECK(!tokens || x.device() == h0.device(), "rnnfast::", cell.name,
-              ": expected h0 on x's device ", x.device(), ", got ", h0.device());
-  dtype_of(tokens ? h0 : x);
-  const int64_t B = packed ? h0.size(0) : x.size(1), I = x.size(-1), P = h0.size(1),
-                H = projects ? w_hr->size(1) : P, rows = cell.gates * H;
-  const Checker check{cell, tokens ? h0 : x};
-  LayerInputs in;
-  if (lengths.has_value()) in.lengths = check_lengths(cell, x, *lengths, B);
-  if (reset.has_value()) {
-    const at::IntArrayRef shape = x.sizes().slice(0, 2);
-    TORCH_CHECK(!packed && reset->scalar_type() == at::kBool && reset->sizes() == shape &&
-                    reset->device() == x.device(),
-                "rnnfast::", cell.name, ": expected reset of shape (T, B) ", shape,
-                ", bool and on x's device, got ", reset->sizes(), " of ", reset->scalar_type());
-    in.reset = reset->contiguous();
-  }
-  in.x = last_stride_one(x);
-  in.h0 = check(h0, "h0", {B, P});
-  if (cell.has_cell) in.c0 = check(c0, "c0", {B, H});
-  in.w_ih = tokens ? check(w_ih, "w_ih", {w_ih.size(0), rows}) : check(w_ih, "w_ih", {rows, I});
-  in.w_hh = check(w_hh, "w_hh", {rows, P});
-  in.b_ih = check(b_ih, "b_ih", {rows});
-  in.b_hh = check(b_hh, "b_hh", {rows});
-  in.w_hr = check(w_hr, "w_hr", {P, H});
+  TORCH_CHECK(!packed || !in.reset.defined(), "rnnfast::", cell.name,
+              ": expected no reset where x is packed");
   TORCH_CHECK(in.b_ih.defined() == in.b_hh.defined(), "rnnfast::", cell.name,
               ": expected both b_ih and b_hh, or neither");
-  in.reverse = reverse;
-  if (tokens) check_tokens(cell, in);
+  dtype_of(in.has_tokens() ? h0 : x);
+  check_inputs(cell, format_of(in), in);
   return in;
 }
 
-LayerOutputs check_saved(const CellInfo& cell, const LayerInputs& in, const at::Tensor& y,
-                         const at::Tensor& gates, const at::Tensor& cells) {
-  const auto [T, B, I, H] = in.sizes();
-  const Checker check{cell, in.h0};
-  LayerOutputs out;
-  out.y = check(y, "y", in.shape(in.h0.size(-1)));
-  const bool saved = gates.sizes() != at::IntArrayRef({0});
-  out.gates = saved ? check(gates, "gates", in.shape(cell.saved * H)) : gates;
-  if (cell.has_cell) {
-    TORCH_CHECK(cells.sizes() == in.shape(H) && cells.device() == in.x.device() &&
-                    cells.scalar_type() == compute_type(in.dtype()),
-                "rnnfast::", cell.name, ": expected the cells that the forward saved, got ",
-                cells.sizes(), " of ", cells.scalar_type());
-    out.cells = cells.contiguous();
-  }
-  return out;
+LayerFormat format_of(const LayerInputs& in) {
+  const at::Tensor& h0 = in.h0;
+  const int64_t P = h0.size(-1);
+  LayerFormat format{.dtype = in.has_tokens() ? h0.scalar_type() : in.x.scalar_type(),
+                     .device = in.x.device(),
+                     .rows = in.packed() ? c10::DimVector{in.x.size(0)}
+                                         : c10::DimVector{in.x.size(0), in.x.size(1)},
+                     .B = in.packed() ? h0.size(-2) : in.x.size(1),
+                     .I = in.x.size(-1),
+                     .H = in.w_hr.defined() ? in.w_hr.size(1) : P,
+                     .P = P};
+  if (in.has_tokens()) format.V = in.w_ih.size(0);
+  format.one_layer = h0.dim() == 3;
+  return format;
 }
 
-LayerGradOutputs check_grad_outputs(const CellInfo& cell, const LayerInputs& in,
-                                    const std::optional<at::Tensor>& y,
-                                    const std::optional<at::Tensor>& h_n,
-                                    const std::optional<at::Tensor>& c_n,
-                                    const std::optional<at::Tensor>& cells) {
-  const auto [T, B, I, H] = in.sizes();
-  const Checker check{cell, in.h0};
-  LayerGradOutputs grad_out;
-  if (y.has_value() && y->defined()) {
-    check.check(*y, "grad_y", in.shape(in.h0.size(-1)));
-    grad_out.y = last_stride_one(*y);
+void check_saved(const CellInfo& cell, const LayerFormat& format, LayerOutputs& saved) {
+  const Checker check{cell, format.dtype, format.device};
+  check(saved.y, "y", format.shape(format.P));
+  if (saved.gates.defined() && saved.gates.sizes() != at::IntArrayRef({0}))
+    check(saved.gates, "gates", format.shape(cell.saved * format.H));
+  const Checker check_cells{cell, compute_type(format.dtype), format.device};
+  check_cells(saved.cells, "the cells that the forward saved", format.shape(format.H));
+}
+
+void check_grad_outputs(const CellInfo& cell, const LayerFormat& format, LayerGradOutputs& grads) {
+  const Checker check{cell, format.dtype, format.device};
+  if (grads.y.defined()) {
+    check.check(grads.y, "grad_y", format.shape(format.P));
+    grads.y = last_stride_one(grads.y);
   }
-  grad_out.h_n = check(h_n, "grad_h_n", in.h0.sizes());
-  grad_out.c_n = check(c_n, "grad_c_n", {B, H});
-  if (cells.has_value() && cells->defined()) {
-    TORCH_CHECK(cells->sizes() == in.shape(H) && cells->device() == in.x.device() &&
-                    cells->scalar_type() == compute_type(in.dtype()),
-                "rnnfast::", cell.name, ": expected grad_cells like the cells, got ",
-                cells->sizes(), " of ", cells->scalar_type());
-    grad_out.cells = cells->contiguous();
-  }
-  return grad_out;
+  check(grads.h_n, "grad_h_n", format.state_shape(format.P));
+  check(grads.c_n, "grad_c_n", format.state_shape(format.H));
+  const Checker check_cells{cell, compute_type(format.dtype), format.device};
+  check_cells(grads.cells, "grad_cells", format.shape(format.H));
 }
 
 LayerOutputs allocate_outputs(const CellInfo& cell, const LayerInputs& in, bool save_gates,

@@ -23,6 +23,21 @@ const CellInfo& cell_info(CellKind kind);
 // Throws for a name that is no cell's.
 const CellInfo& cell_info(const std::string& name);
 
+// Sizes and types of the tensors of a call. A backward finds them again in what was saved, or
+// refuses: weights may have been replaced since, and saved-tensor hooks may return anything.
+struct LayerFormat {
+  at::ScalarType dtype;  // of every tensor but tokens, cells, lengths and reset
+  c10::Device device = at::kCPU;
+  c10::DimVector rows;  // (T, B), or (N) where x is packed
+  int64_t B, I, H, P;  // I is 1 for tokens; P is the size of h, H where it is not projected
+  int64_t V = -1;  // rows of the table w_ih where x is tokens, else -1
+  bool one_layer = false;  // states are (1, B, H), not (B, H)
+
+  // of a tensor with a row of so many elements for each row of x
+  c10::DimVector shape(int64_t columns) const;
+  c10::DimVector state_shape(int64_t size) const;
+};
+
 struct LayerInputs {
   // (T, B, I), or packed (N, I): the rows of all steps; last stride 1. Or tokens: int64 with I = 1,
   // each the number of the row of w_ih that stands for W_ih x.
@@ -77,7 +92,15 @@ struct LayerGrads {
 bool lengths_fit(const at::Tensor& x, const at::Tensor& lengths);
 at::Tensor last_stride_one(const at::Tensor& t);
 
-// Checks shapes, dtypes and devices of a call and brings the tensors into the layouts above.
+// Whether the storage of a tensor holds all of its elements. It does not where it has been freed or
+// shrunk, as by `untyped_storage().resize_(0)` or by sharded training: kernels would crash.
+bool has_memory(const at::Tensor& t);
+// Throws, with the tensor's name, where it does not.
+void check_memory(const char* op, const char* name, const at::Tensor& t);
+
+// Checks the tensors of a call against its format, and brings them into the layouts above.
+void check_inputs(const CellInfo& cell, const LayerFormat& format, LayerInputs& in);
+// The same for tensors that come one by one, and whose format is not known yet.
 LayerInputs check_inputs(const CellInfo& cell, const at::Tensor& x, const at::Tensor& h0,
                          const at::Tensor& c0, const at::Tensor& w_ih, const at::Tensor& w_hh,
                          const std::optional<at::Tensor>& b_ih,
@@ -85,13 +108,11 @@ LayerInputs check_inputs(const CellInfo& cell, const at::Tensor& x, const at::Te
                          const std::optional<at::Tensor>& w_hr, bool reverse,
                          const std::optional<at::Tensor>& lengths,
                          const std::optional<at::Tensor>& reset);
-LayerOutputs check_saved(const CellInfo& cell, const LayerInputs& in, const at::Tensor& y,
-                         const at::Tensor& gates, const at::Tensor& cells);
-LayerGradOutputs check_grad_outputs(const CellInfo& cell, const LayerInputs& in,
-                                    const std::optional<at::Tensor>& y,
-                                    const std::optional<at::Tensor>& h_n,
-                                    const std::optional<at::Tensor>& c_n,
-                                    const std::optional<at::Tensor>& cells);
+LayerFormat format_of(const LayerInputs& in);
+// Of what a forward has saved: y, gates and cells.
+void check_saved(const CellInfo& cell, const LayerFormat& format, LayerOutputs& saved);
+// Undefined tensors stand for zeros.
+void check_grad_outputs(const CellInfo& cell, const LayerFormat& format, LayerGradOutputs& grads);
 
 LayerOutputs allocate_outputs(const CellInfo& cell, const LayerInputs& in, bool save_gates,
                               bool save_cells);

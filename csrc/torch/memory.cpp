@@ -3,6 +3,7 @@
 #include <ATen/Context.h>
 #include <ATen/EmptyTensor.h>
 #include <c10/core/Allocator.h>
+#include <c10/core/CPUAllocator.h>
 #include <pthread.h>
 #include <sys/mman.h>
 
@@ -128,7 +129,7 @@ class PoolAllocator final : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t bytes) override {
     void* block = pool().take(std::max<size_t>(bytes, 1), kForShort);
-    c10::reportMemoryUsageToProfiler(block, int64_t(bytes), 0, 0, c10::Device(c10::kCPU));
+    c10::profiledCPUMemoryReporter().New(block, bytes);
     return {block, block, &give_back, c10::Device(c10::kCPU)};
   }
   c10::DeleterFnPtr raw_deleter() const override { return &give_back; }
@@ -137,7 +138,10 @@ class PoolAllocator final : public c10::Allocator {
   }
 
  private:
-  static void give_back(void* block) { pool().give_back(block); }
+  static void give_back(void* block) {
+    c10::profiledCPUMemoryReporter().Delete(block);
+    pool().give_back(block);
+  }
 };
 
 template <bool kForShort>

@@ -18,6 +18,7 @@ py::object run_layers(int cell, py::handle input, py::handle hx, const py::list&
 py::object run_step(int cell, py::handle input, py::handle hx, const py::list& weights,
                     bool biases);
 void set_python_backward(py::object function);
+int64_t find_freed(const std::vector<std::optional<at::Tensor>>& tensors);
 void bind_generation(py::module_& m);  // of generation.cpp
 
 namespace {
@@ -114,6 +115,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("run_layers", &run_layers);
   m.def("run_step", &run_step);
   m.def("set_python_backward", &set_python_backward);
+  m.def("find_freed", &find_freed, py::arg("tensors"));
   bind_generation(m);
   m.def("layers_at_once", &layers_at_once, py::arg("cell"), py::arg("T"), py::arg("B"),
         py::arg("I"), py::arg("H"), py::arg("count"), py::arg("stacked"), py::arg("threads"),

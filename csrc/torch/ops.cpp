@@ -11,6 +11,8 @@ using at::Tensor;
 using Optional = const std::optional<Tensor>&;
 using Mask = c10::List<bool>;
 
+Tensor given(Optional tensor) { return tensor.value_or(Tensor()); }
+
 bool is_empty(const LayerInputs& in) { return in.x.size(0) == 0 || in.h0.numel() == 0; }
 
 template <class Device>
@@ -37,9 +39,12 @@ LayerOutputs forward(const CellInfo& cell, const LayerInputs& in, bool save, boo
 }
 
 template <class Device>
-LayerGrads backward(const CellInfo& cell, const LayerGradOutputs& grad_out, const LayerInputs& in,
-                    const LayerOutputs& out, const Mask& mask) {
+LayerGrads backward(const CellInfo& cell, LayerGradOutputs grad_out, const LayerInputs& in,
+                    LayerOutputs out, const Mask& mask) {
   const c10::SmallVector<bool, 8> wanted(mask.begin(), mask.end());
+  const LayerFormat format = format_of(in);
+  check_saved(cell, format, out);
+  check_grad_outputs(cell, format, grad_out);
   check_sequences<Device>(cell, in);
   LayerGrads grads = allocate_grads(cell, in, wanted);
   if (!is_empty(in)) {
@@ -79,9 +84,9 @@ struct OneState {
     const CellInfo& cell = cell_info(kind);
     const LayerInputs in =
         check_inputs(cell, x, h0, {}, w_ih, w_hh, b_ih, b_hh, {}, reverse, lengths, reset);
-    const LayerOutputs out = check_saved(cell, in, y, gates, {});
-    const LayerGradOutputs grad_out = check_grad_outputs(cell, in, grad_y, grad_h_n, {}, {});
-    LayerGrads g = backward<Device>(cell, grad_out, in, out, mask);
+    LayerGrads g =
+        backward<Device>(cell, {.y = given(grad_y), .h_n = given(grad_h_n), .c_n = {}, .cells = {}},
+                         in, {.y = y, .h_n = {}, .c_n = {}, .gates = gates, .cells = {}}, mask);
     return {g.x, g.h0, g.w_ih, g.w_hh, g.b_ih, g.b_hh};
   }
 };
@@ -108,10 +113,13 @@ struct TwoStates {
     const CellInfo& cell = cell_info(kind);
     const LayerInputs in =
         check_inputs(cell, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, reverse, lengths, reset);
-    const LayerOutputs out = check_saved(cell, in, y, gates, cells);
-    const LayerGradOutputs grad_out =
-        check_grad_outputs(cell, in, grad_y, grad_h_n, grad_c_n, grad_cells);
-    LayerGrads g = backward<Device>(cell, grad_out, in, out, mask);
+    LayerGrads g =
+        backward<Device>(cell,
+                         {.y = given(grad_y),
+                          .h_n = given(grad_h_n),
+                          .c_n = given(grad_c_n),
+                          .cells = given(grad_cells)},
+                         in, {.y = y, .h_n = {}, .c_n = {}, .gates = gates, .cells = cells}, mask);
     return {g.x, g.h0, g.c0, g.w_ih, g.w_hh, g.b_ih, g.b_hh, g.w_hr};
   }
 };
