@@ -8,6 +8,8 @@
 #include <ATen/autocast_mode.h>
 #include <ATen/record_function.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <pybind11/gil_safe_call_once.h>
+#include <torch/csrc/PyInterpreter.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/jit/frontend/tracer.h>
 #include <torch/extension.h>
@@ -43,8 +45,27 @@ bool is_plain(const Tensor& t) {
   return (t.key_set().raw_repr() & ~ordinary) == 0 && t.device().is_cpu();
 }
 
+// Whether a torch-function mode may want to see a call. That of torch.set_default_device and of
+// `with torch.device(...)` does not: it names the device of tensors that are made without one, and
+// none here are.
+bool function_mode_watches() {
+  using Modes = at::impl::PythonTorchFunctionTLS;
+  if (!at::impl::torch_function_mode_enabled()) return false;
+  if (Modes::stack_len() > 1) return true;  // torch keeps at most one device among the modes
+  PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<py::object> device_mode;
+  const py::object& type = device_mode
+                               .call_once_and_store_result([] {
+                                 return py::module_::import("torch.utils._device")
+                                     .attr("DeviceContext")
+                                     .cast<py::object>();
+                               })
+                               .get_stored();
+  const PyObject* mode = Modes::get_stack_at(0)->ptr(getPyInterpreter());
+  return reinterpret_cast<const PyObject*>(Py_TYPE(mode)) != type.ptr();
+}
+
 bool is_plain_context() {
-  return !c10::impl::dispatch_mode_enabled() && !at::impl::torch_function_mode_enabled() &&
+  return !c10::impl::dispatch_mode_enabled() && !function_mode_watches() &&
          !torch::jit::tracer::isTracing() && !at::autocast::is_autocast_enabled(at::kCPU);
 }
 
