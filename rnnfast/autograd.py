@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backend, reference
+from . import backend, onnx, reference
 from .reference import CELLS, Cell, States
 
 _Operator = Callable[..., States]
@@ -271,6 +271,7 @@ def _register_fakes(cell: Cell) -> None:
     # Torch leaves out trailing arguments that have their default values.
 
     def forward(x: Tensor, *arguments: Any) -> States:
+        onnx.refuse_unknown(f"rnnfast::{cell.name}")
         states = arguments[: cell.states]
         _, save, recompute, *_ = (*arguments[cell.states + 4 :], False)
         _check_devices(x, arguments[: cell.states + 4])

@@ -6,9 +6,12 @@ Sizes are those of `rnnfast.functional`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+from torch.overrides import TorchFunctionMode
 
 from .backend import find_freed, transforms_active
 from .reference import Cell, States
@@ -43,7 +46,8 @@ def check_extras(
             raise RuntimeError(f"Expected lengths of shape ({batch},), got {shape}")
         lengths = lengths.to("cpu", torch.int64, copy=True)
         # values that are not known yet are left to the operator
-        if not torch.compiler.is_compiling() and not transforms_active() and batch > 0:
+        unknown = torch.compiler.is_compiling() or torch.jit.is_tracing() or transforms_active()
+        if not unknown and batch > 0:
             low, high = (int(limit) for limit in lengths.aminmax())
             if low < 0 or high > steps:
                 found = low if low < 0 else high
@@ -98,6 +102,72 @@ def sequence_problem(
     return _problem(cell, x, weights[0].shape[-1], states, shapes, weights)
 
 
+def packed_problem(packed: PackedSequence) -> str | None:
+    """What is wrong with how a batch is packed; None if nothing is.
+
+    Which sequences the indices name is only looked at on the CPU: elsewhere it would have to be
+    waited for.
+    """
+    data, batch_sizes, order, inverse = packed
+    if not isinstance(data, Tensor) or data.dim() < 1:
+        return "data of a PackedSequence should be a tensor of at least 1 dimension"
+    if not _is_integers(batch_sizes, "cpu"):
+        return "batch_sizes should be an int64 tensor on the CPU with 1 dimension"
+    sizes = batch_sizes.tolist()
+    if not sizes:
+        return "Expected sequence length to be larger than 0 in RNN"
+    if sizes != sorted(sizes, reverse=True) or sizes[-1] < 1:
+        return f"batch_sizes should not rise and be at least 1, got {_shortened(sizes)}"
+    if sum(sizes) != data.shape[0]:
+        return f"batch_sizes should sum to the rows of data, {data.shape[0]}, got {sum(sizes)}"
+    for name, indices in (("sorted_indices", order), ("unsorted_indices", inverse)):
+        if indices is None:
+            continue
+        if not _is_integers(indices, data.device.type) or indices.device != data.device:
+            return f"{name} should be an int64 tensor on the data's device with 1 dimension"
+        if indices.shape[0] != sizes[0]:
+            return f"{name} should have {sizes[0]} entries, one a sequence, got {indices.shape[0]}"
+    if inverse is None or data.device.type != "cpu":
+        return None if order is None or inverse is not None else "unsorted_indices are missing"
+    numbers, places = list(range(sizes[0])), inverse.tolist()
+    if sorted(places) != numbers:
+        return f"unsorted_indices should be a permutation, got {_shortened(places)}"
+    if order is not None and order[inverse].tolist() != numbers:
+        return f"unsorted_indices should undo sorted_indices, got {_shortened(places)}"
+    return None
+
+
+def _is_integers(value: Any, device: str) -> bool:
+    return (
+        isinstance(value, Tensor)
+        and value.dtype is torch.int64
+        and value.dim() == 1
+        and value.device.type == device
+    )
+
+
+def _shortened(values: list[int]) -> str:
+    return str(values) if len(values) <= 10 else f"{str(values[:10])[:-1]}, ...]"
+
+
+class ChecksOnly(TorchFunctionMode):
+    """In it torch.nn's layers check a call in their words and raise ``problem`` instead of running.
+
+    For their kernels rely on what they are given, and not all of it has been checked by then.
+    """
+
+    def __init__(self, problem: str) -> None:
+        super().__init__()
+        self.problem = problem
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__name__", None) in ("rnn_tanh", "rnn_relu", "gru", "lstm"):
+            raise RuntimeError(self.problem)
+        return func(*args, **(kwargs or {}))
+
+
 def step_problem(cell: Cell, x: Tensor, states: States | None, weights: StepWeights) -> str | None:
     """What is wrong with the arguments of `run_step`; as `sequence_problem`."""
     if x.dim() != 2:
@@ -120,26 +190,14 @@ def _problem(
     if states is None:
         return _mismatch(x, weights, "parameter") or _freed(x, (), weights)
     if not isinstance(states, (tuple, list)) or len(states) != cell.states:
-        return f"{cell.name} expects {cell.states} hidden states"
-    for state, shape in zip(states, shapes, strict=True):
+        return "lstm expects two hidden states"
+    for k, (state, shape) in enumerate(zip(states, shapes, strict=True)):
+        name = "hidden" if cell.states == 1 else f"hidden[{k}]"
         if not isinstance(state, Tensor):
-            return f"hidden states should be tensors, got {type(state).__name__}"
+            return f"Expected {name} to be a tensor, got {type(state).__name__}"
         if state.shape != shape:
-            return f"Expected hidden size {shape}, got {list(state.shape)}"
-    return (
-        _mismatch(x, states, "hidden")
-        or _mismatch(x, weights, "parameter")
-        or _freed(x, states, weights)
-    )
-
-
-def _freed(x: Tensor, states: States, weights: Sequence[Tensor | None]) -> str | None:
-    """Which tensor's memory is gone, at which torch's own kernels would crash as well."""
-    place = find_freed((x, *states, *weights))
-    if place is None:
-        return None
-    kind = "input" if place == 0 else "hidden" if place <= len(states) else "parameter"
-    return f"the storage of the {kind} tensor has been freed or resized: it lacks elements"
+            return f"Expected {name} size {shape}, got {list(state.shape)}"
+    return _mismatch(x, states, "hidden") or _mismatch(x, weights, "parameter")
 
 
 def _mismatch(x: Tensor, tensors: Sequence[Tensor | None], kind: str) -> str | None:

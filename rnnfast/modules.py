@@ -11,14 +11,14 @@ torch.compile refuses those.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from . import backend as _backend
-from . import checks, functional, sequences
+from . import checks, functional, sequences, torchscript
 from . import tokens as _tokens
 from .reference import CELLS, Cell
 from .sequences import Extras, Options
@@ -63,6 +63,10 @@ class _Backed(nn.Module):
         return tracer.create_proxy(
             "call_module", tracer.path_of_module(self), (input, *args), kwargs
         )
+
+    def __prepare_scriptable__(self) -> None:
+        """torch.jit.script asks for a module to compile in place of this one."""
+        torchscript.refuse_script(self.torch_class.__name__)
 
     def extra_repr(self) -> str:
         own = super().extra_repr()
@@ -178,10 +182,7 @@ class _Layers(_Backed, nn.RNNBase):
         if problem and tokens:
             raise RuntimeError(problem)
         if problem:
-            result = self._forward_in_torch(input, hx, problem)
-            if not plain:
-                raise RuntimeError(problem)
-            return result
+            self._refuse(input, hx, problem)
         if single and not plain:
             reset = None if reset is None else torch.as_tensor(reset).unsqueeze(1 - time)
             extras = checks.check_extras(x, None, reset, return_cells, self.batch_first)
@@ -233,22 +234,23 @@ class _Layers(_Backed, nn.RNNBase):
         if not isinstance(input, PackedSequence):
             return self._forward_in_torch(input, hx, "input is no tensor")
         data, batch_sizes, order, inverse = input
+        if problem := checks.packed_problem(input):
+            raise RuntimeError(problem)
         name = _backend.choose(self.backend, weights[1])
         served = name == "reference" or (name == "fused" and data.device.type == "cpu")
         served = served and not torch._C._is_tracing()  # which would keep the number of sequences
         states, options, batch = _states(cell, hx), self._options(), int(batch_sizes[0])
         problem = checks.sequence_problem(cell, data, states, weights, options, batch, tokens)
-        rises = (batch_sizes[1:] > batch_sizes[:-1]).any() or batch_sizes[-1] < 1
-        if batch_sizes.dtype is not torch.int64 or rises or batch_sizes.sum() != data.shape[0]:
-            problem = "batch_sizes do not fall or do not fit the data"
         if problem and tokens:
             raise RuntimeError(problem)
-        if problem or not (served or return_cells):
-            reason = problem or f"packed sequences have no kernels on {data.device.type}"
+        if problem:
+            self._refuse(PackedSequence(data, batch_sizes), hx, problem)
+        if not (served or return_cells):
+            reason = f"packed sequences have no kernels on {data.device.type}"
             return self._forward_in_torch(input, hx, reason)
         if order is not None and states is not None:
             states = tuple(state.index_select(1, order) for state in states)
-        lengths = (batch_sizes.unsqueeze(1) > torch.arange(batch)).sum(0)
+        lengths = (batch_sizes.unsqueeze(1) > torch.arange(batch, device="cpu")).sum(0)
         result = None
         if not return_cells and (extension := _backend.short_way(self.backend)):
             hx = states if cell.states > 1 or states is None else states[0]
@@ -270,6 +272,12 @@ class _Layers(_Backed, nn.RNNBase):
         if cells is None:
             return results
         return *results, PackedSequence(cells, batch_sizes, order, inverse)
+
+    def _refuse(self, input: Any, hx: Any, problem: str) -> NoReturn:
+        """Raises what torch.nn raises for a malformed call, or else ``problem``."""
+        with checks.ChecksOnly(problem):
+            self.torch_class.forward(self, input, hx)
+        raise RuntimeError(problem)
 
     def _check_extras(self, input: Any, lengths: Any, reset: Any, return_cells: bool) -> None:
         """Refuses combinations; `checks.check_extras` looks at the values."""

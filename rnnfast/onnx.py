@@ -9,14 +9,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from os import PathLike
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.export import ExportedProgram
 
 from . import backend
 from .reference import CELLS, Cell
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram  # slow to import
 
 
 class _Node(NamedTuple):
@@ -106,6 +108,29 @@ def export(
             external_data=external_data,
         )
     return program
+
+
+def refuse_unknown(operator: str) -> None:
+    """Refuses an operator of this package in a torch.onnx.export that lacks its translation.
+
+    torch says whether an export is running, but not with which translations: its frame knows that.
+    The exporter that traces (``dynamo=False``) takes none.
+
+    Raises:
+        RuntimeError: What is running lacks it.
+    """
+    frame = sys._getframe()
+    while frame.f_code is not torch.onnx.export.__code__:
+        if frame.f_back is None:
+            return
+        frame = frame.f_back
+    table = frame.f_locals["custom_translation_table"] or {}
+    if torch.jit.is_tracing() or operator not in {known.name() for known in table}:
+        raise RuntimeError(
+            f"torch.onnx.export has no translation of {operator}. Use rnnfast.onnx.export(model, "
+            f"...), or export torch's own layers: rnnfast.restore(model) undoes "
+            f"rnnfast.accelerate(model), and rnnfast.use_backend('aten') runs torch's kernels."
+        )
 
 
 def _translation(cell: Cell) -> Callable[..., Any]:

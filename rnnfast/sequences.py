@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from torch import _VF, Tensor
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from . import autograd, reference
+from . import autograd, reference, torchscript
 from .backend import choose, in_force, refuse
 from .reference import Cell, States
 
-_LAYERS: dict[str, Callable[..., tuple[Tensor, States, Tensor | None]]] = {
+_Layer = Callable[..., tuple[Tensor, States, Tensor | None]]
+_LAYERS: dict[str, _Layer] = {
     "fused": autograd.layer,
     "reference": reference.layer,
 }
@@ -89,7 +90,7 @@ def run_sequence(
     packed = x.dim() == 2
     if name == "aten":
         return *_aten_sequence(cell, x, states, weights, options, extras.lengths), None
-    layer = _LAYERS[name]
+    layer = _layer_of(name)
     if name == "fused" and (options.recompute or extras.return_cells):
         recompute = options.recompute and x.device.type == "cpu"
         layer = partial(layer, recompute=recompute, save_cells=extras.return_cells)
@@ -136,11 +137,18 @@ def run_step(
     if name == "aten":
         result = getattr(_VF, f"{cell.aten}_cell")(x, _unwrap(states), *weights)
         return result if cell.states > 1 else (result,)
-    return _LAYERS[name](cell, x.unsqueeze(0), states, *weights, False)[1]
+    return _layer_of(name)(cell, x.unsqueeze(0), states, *weights, False)[1]
+
+
+def _layer_of(name: str) -> _Layer:
+    """What runs a layer in one direction on a backend of ours."""
+    if not torch.jit.is_tracing() or (name == "reference" and torch.onnx.is_in_onnx_export()):
+        return _LAYERS[name]
+    return partial(torchscript.traced_layer, name)
 
 
 def _stack(
-    layer: Callable[..., tuple[Tensor, States, Tensor | None]],
+    layer: _Layer,
     cell: Cell,
     x: Tensor,
     states: States | None,

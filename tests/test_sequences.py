@@ -173,42 +173,116 @@ class TestPacked:
         for one in packed:
             torch.testing.assert_close(traced(*one[:2]), ours(one)[0].data)
 
+    @pytest.mark.parametrize("backend", [*BACKENDS, "aten"])
     @pytest.mark.parametrize(
-        ("rows", "batch_sizes"),
-        [(3, [2, 2]), (2, [2, 1]), (3, [1, 2]), (5, [2, 1, 2]), (3, [2, -3, 1]), (5, [2, 1])],
+        ("change", "words"),
+        [
+            ({"batch_sizes": torch.tensor([3, 2])}, "sum to the rows of data, 6, got 5"),
+            ({"batch_sizes": torch.tensor([3, 2, 2])}, "sum to the rows of data, 6, got 7"),
+            ({"batch_sizes": torch.tensor([3, 2, 1, 0])}, "not rise and be at least 1, got"),
+            ({"batch_sizes": torch.tensor([3, 1, 2])}, r"should not rise .* got \[3, 1, 2\]"),
+            ({"batch_sizes": torch.tensor([3, 5, -2])}, "should not rise"),
+            ({"batch_sizes": torch.tensor([2**40, 1])}, "sum to the rows of data"),
+            ({"batch_sizes": torch.zeros(0).long()}, "length to be larger than 0"),
+            ({"batch_sizes": torch.tensor([3, 2, 1]).int()}, "batch_sizes should be an int64"),
+            ({"batch_sizes": torch.tensor([[3, 2, 1]])}, "batch_sizes should be an int64"),
+            ({"batch_sizes": [3, 2, 1]}, "batch_sizes should be an int64"),
+            ({"data": torch.zeros(())}, "data of a PackedSequence should be a tensor"),
+            ({"data": [1.0]}, "data of a PackedSequence should be a tensor"),
+            ({"sorted_indices": torch.tensor([0, 1])}, "sorted_indices should have 3 entries"),
+            (
+                {"sorted_indices": torch.tensor([1, 0, 2]).int()},
+                "sorted_indices should be an int64",
+            ),
+            ({"sorted_indices": torch.zeros(3, device="meta").long()}, "on the data's device"),
+            ({"sorted_indices": torch.tensor([1, 1, 2])}, "should undo sorted_indices"),
+            ({"sorted_indices": torch.tensor([0, 1, 2])}, "should undo sorted_indices"),
+            ({"sorted_indices": torch.tensor([9, 0, 2])}, "should undo sorted_indices"),
+            ({"unsorted_indices": torch.tensor([1, 0, 9])}, "should be a permutation"),
+            ({"unsorted_indices": torch.tensor([-1, 0, 1])}, "should be a permutation"),
+            ({"unsorted_indices": torch.tensor([0, 0, 2])}, "should be a permutation"),
+            ({"unsorted_indices": torch.tensor([0, 1])}, "unsorted_indices should have 3"),
+            ({"unsorted_indices": None}, "unsorted_indices are missing"),
+        ],
+        ids=str,
     )
-    @pytest.mark.parametrize("backend", [None, "reference"])
-    def test_malformed(self, backend, rows, batch_sizes):
-        """Whatever torch.nn makes of it: nothing is read or written out of bounds."""
-        theirs, ours = two("LSTM", {}, backend)
-        packed = PackedSequence(
-            torch.randn(rows, 3, dtype=torch.float64), torch.tensor(batch_sizes)
-        )
-        if (rows, batch_sizes) == (5, [2, 1]):  # torch.nn leaves out what is too much
-            if backend is None:
-                torch.testing.assert_close(ours(packed)[0].data, theirs(packed)[0].data)
-            return
-        with pytest.raises(RuntimeError) as expected:
-            theirs(packed)
-        with pytest.raises(RuntimeError) as actual:
+    @modes
+    def test_malformed(self, mode, change, words, backend):
+        _, ours = two(mode, {}, backend)
+        sequences = [torch.randn(n, 3, dtype=torch.float64) for n in (2, 3, 1)]
+        packed = pack_sequence(sequences, enforce_sorted=False)
+        # the constructor would refuse, or fill in, some of it
+        packed = PackedSequence._make((packed._asdict() | change).values())
+        with pytest.raises(RuntimeError, match=words):
             ours(packed)
-        assert str(actual.value) == str(expected.value)
 
-    def test_errors_are_torch_nns(self):
-        theirs, ours = two("LSTM", {})
-        packed = pack_sequence([torch.randn(n, 3, dtype=torch.float64) for n in (5, 2)])
+    @pytest.mark.parametrize("enforce_sorted", [False, True])
+    @pytest.mark.parametrize("backend", [*BACKENDS, "aten"])
+    @pytest.mark.parametrize("which", [0, 1])
+    @pytest.mark.parametrize("shape", [(1, 2, 4), (3, 2, 4), (2, 3, 4), (2, 2, 5), (2, 4), ()])
+    @modes
+    def test_malformed_states(self, mode, shape, which, backend, enforce_sorted):
+        """h0 and c0; torch.nn.LSTM trusts c0's number of layers and reads past its end."""
+        _, ours = two(mode, {"num_layers": 2}, backend)
+        packed = pack_sequence(
+            [torch.randn(n, 3, dtype=torch.float64) for n in (5, 2)], enforce_sorted
+        )
+        states = list(tensors(random_state(mode, 2, 2, 4)))
+        if which == len(states):
+            pytest.skip("there is no c0")
+        states[which] = torch.zeros(shape, dtype=torch.float64)
+        hx = tuple(states) if mode == "LSTM" else states[0]
+        name = f"hidden[{which}]" if mode == "LSTM" else "hidden"
+        with pytest.raises(RuntimeError) as caught:
+            ours(packed, hx)
+        assert str(caught.value) == f"Expected {name} size (2, 2, 4), got {list(shape)}"
+
+    @pytest.mark.parametrize("backend", [*BACKENDS, "aten"])
+    @pytest.mark.parametrize(
+        "state",
+        [
+            torch.zeros(1, 2, 4),
+            torch.zeros(1, 2, 4, dtype=torch.int64),
+            torch.zeros(1, 2, 4, dtype=torch.float64, device="meta"),
+            torch.zeros(1, 2, 4, dtype=torch.float64).numpy(),
+            None,
+            1.0,
+        ],
+        ids=["float32", "int64", "meta", "NumPy", "None", "number"],
+    )
+    @modes
+    def test_states_of_another_kind(self, mode, state, backend):
+        _, ours = two(mode, {}, backend)
+        x = torch.randn(5, 2, 3, dtype=torch.float64)
+        hx = (torch.zeros(1, 2, 4, dtype=torch.float64), state) if mode == "LSTM" else state
+        for input in (x, x[:, 0], pack_sequence([x[:, 0], x[:2, 1]])):
+            if mode != "LSTM" and state is None:
+                continue
+            with pytest.raises((RuntimeError, AttributeError, TypeError)):
+                ours(input, hx)
+
+    @modes
+    def test_errors_are_torch_nns(self, mode):
+        """Those of torch.nn for padded sequences, where its LSTM leaves packed ones unchecked."""
+        theirs, ours = two(mode, {})
+        x = torch.randn(5, 2, 3, dtype=torch.float64)
+        packed = pack_padded_sequence(x, [5, 2])
         calls = [
-            lambda m: m(packed, random_state("LSTM", 1, 3, 4)),
-            lambda m: m(packed, random_state("LSTM", 2, 2, 4)),
-            lambda m: m(packed._replace(data=packed.data[:, :2])),
-            lambda m: m(packed._replace(data=packed.data.float())),
+            lambda m, x: m(x, random_state(mode, 1, 3, 4)),
+            lambda m, x: m(x, random_state(mode, 2, 2, 4)),
+            lambda m, x: m(x, random_state(mode, 1, 2, 5)),
+            lambda m, x: m(
+                x._replace(data=x.data[:, :2]) if isinstance(x, PackedSequence) else x[..., :2]
+            ),
         ]
         for call in calls:
-            with pytest.raises(Exception) as expected:  # noqa: PT011 whatever torch.nn raises
-                call(theirs)
-            with pytest.raises(type(expected.value)) as actual:
-                call(ours)
+            with pytest.raises(RuntimeError) as expected:
+                call(theirs, x)
+            with pytest.raises(RuntimeError) as actual:
+                call(ours, packed)
             assert str(actual.value) == str(expected.value)
+        with pytest.raises((ValueError, RuntimeError), match="dtype"):
+            ours(packed._replace(data=packed.data.float()))
 
 
 class TestLengths:
