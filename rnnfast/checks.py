@@ -37,7 +37,7 @@ def check_extras(
     # copies, as the caller may use the memory again before the backward
     if lengths is not None:
         if not isinstance(lengths, Tensor):
-            lengths = torch.as_tensor(lengths)
+            lengths = torch.as_tensor(lengths, device="cpu")
             lengths = lengths if lengths.numel() else lengths.long()
         if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype is torch.bool:
             raise TypeError(f"lengths should be integers, got {lengths.dtype}")
@@ -53,7 +53,7 @@ def check_extras(
                 found = low if low < 0 else high
                 raise ValueError(f"lengths should be between 0 and {steps}, got {found}")
     if reset is not None:
-        reset = reset if isinstance(reset, Tensor) else torch.as_tensor(reset)
+        reset = as_reset(reset, x)
         if reset.dtype is not torch.bool:
             raise TypeError(f"reset should be booleans, got {reset.dtype}")
         if reset.shape != x.shape[:2]:
@@ -68,6 +68,11 @@ def check_extras(
         if torch.is_grad_enabled():
             reset = reset.clone(memory_format=torch.contiguous_format)
     return Extras(lengths, reset, return_cells)
+
+
+def as_reset(reset: Any, x: Tensor) -> Tensor:
+    """``reset``, which may be an array or lists, as a tensor; these are put where ``x`` is."""
+    return reset if isinstance(reset, Tensor) else torch.as_tensor(reset, device=x.device)
 
 
 def sequence_problem(

@@ -103,7 +103,7 @@ class _Layers(_Backed, nn.RNNBase):
         self,
         input: Tensor | PackedSequence,
         hx: Any = None,
-        *,
+        # by name only, if torch.onnx.export(dynamo=False) did not give defaults by position
         lengths: Tensor | Sequence[int] | None = None,
         reset: Tensor | None = None,
         return_cells: bool = False,
@@ -184,7 +184,7 @@ class _Layers(_Backed, nn.RNNBase):
         if problem:
             self._refuse(input, hx, problem)
         if single and not plain:
-            reset = None if reset is None else torch.as_tensor(reset).unsqueeze(1 - time)
+            reset = None if reset is None else checks.as_reset(reset, x).unsqueeze(1 - time)
             extras = checks.check_extras(x, None, reset, return_cells, self.batch_first)
         y, finals, cells = sequences.run_sequence(
             cell, x, states, weights, options, self.backend, extras

@@ -61,7 +61,7 @@ def repeat_sequence(
         return tensor.transpose(0, 1) if layer.batch_first else tensor
 
     cell, directions = _cell_of(layer), 2 if layer.bidirectional else 1
-    x, reset = arrange(input), None if reset is None else arrange(torch.as_tensor(reset))
+    x, reset = arrange(input), None if reset is None else arrange(checks.as_reset(reset, input))
     extras = checks.check_extras(x, lengths, reset, False, batch_first=False)
     states = _as_states(cell, hx, batch=1 if single else None)
     if states is None:

@@ -11,6 +11,7 @@ Hochreiter, Schmidhuber, Neural Computation 9(8), 1997, where f was 1.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -107,10 +108,11 @@ def compare_gradients(
         raise ValueError(f"sizes should be positive, got {sizes}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        x = torch.randn(length, input_size, dtype=torch.float64)
-        direction = F.normalize(torch.randn(hidden_size, dtype=torch.float64), dim=0)
+        options: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
+        x = torch.randn(length, input_size, **options)
+        direction = F.normalize(torch.randn(hidden_size, **options), dim=0)
         layers = {
-            label: kind(input_size, hidden_size, dtype=torch.float64)
+            label: kind(input_size, hidden_size, **options)
             for label, kind in (("Elman", RNN), ("GRU", GRU), ("LSTM", LSTM))
         }
     norms = {}

@@ -272,7 +272,7 @@ def train(
     done, start = 0, time.monotonic()
     model.train()
     for _ in range(options.epochs):
-        for rows in torch.randperm(len(pairs)).split(options.batch_size):
+        for rows in torch.randperm(len(pairs), device="cpu").split(options.batch_size):
             elapsed = (time.monotonic() - start) / options.max_seconds
             if elapsed >= 1:
                 return

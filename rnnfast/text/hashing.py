@@ -31,7 +31,7 @@ def hash_features(
         signed: whether to add xi(item), or 1 each time.
 
     Returns:
-        (size,) for one document, (N, size) for N, in torch's default dtype.
+        (size,) for one document, (N, size) for N, in torch's default dtype and on the CPU.
 
     Raises:
         TypeError: an item is not a string, or a document is itself a string.
@@ -47,7 +47,7 @@ def hash_features(
 
 
 def hash_tokens(words: Iterable[str], size: int) -> Tensor:
-    """Give every word the token h(word), int64 (T,), for an embedding or `one_hot` of that size.
+    """Give every word the token h(word), int64 (T,) on the CPU, for an embedding of that size.
 
     h is the hash of `hash_features`. Different words may share a token: of V words, each has a
     token of its own with a chance of (1 - 1 / size) ** (V - 1).
@@ -58,15 +58,15 @@ def hash_tokens(words: Iterable[str], size: int) -> Tensor:
     """
     check_positive(size=size)
     tokens = [_hash(word, size)[0] for word in as_strings(words)]
-    return torch.tensor(tokens, dtype=torch.int64)
+    return torch.tensor(tokens, dtype=torch.int64, device="cpu")
 
 
 def _sum(document: list[str], size: int, signed: bool) -> Tensor:
     """The vector (size,) of one document."""
-    vector = torch.zeros(size)
+    vector = torch.zeros(size, dtype=torch.get_default_dtype(), device="cpu")
     hashes = [_hash(item, size) for item in document]
-    tokens = torch.tensor([token for token, _ in hashes], dtype=torch.int64)
-    signs = torch.tensor([sign if signed else 1 for _, sign in hashes], dtype=vector.dtype)
+    tokens = vector.new_tensor([token for token, _ in hashes], dtype=torch.int64)
+    signs = vector.new_tensor([sign if signed else 1 for _, sign in hashes])
     return vector.index_add_(0, tokens, signs)
 
 

@@ -138,7 +138,9 @@ def _as_matrix(matrix: Any) -> Tensor:
         coo = matrix.tocoo()
         places = torch.from_numpy(np.stack([coo.row, coo.col]).astype(np.int64))
         values = torch.from_numpy(np.array(coo.data))
-        matrix = torch.sparse_coo_tensor(places, values, coo.shape, check_invariants=True)
+        matrix = torch.sparse_coo_tensor(
+            places, values, coo.shape, device=values.device, check_invariants=True
+        )
     elif isinstance(matrix, np.ndarray):
         matrix = torch.from_numpy(np.array(matrix, order="C"))
     elif not isinstance(matrix, Tensor):

@@ -111,7 +111,7 @@ class Vocabulary(ABC):
         return self._tokens[symbol]
 
     def encode(self, text: str | Iterable[str]) -> Tensor:
-        """Turn a text, or symbols one by one, T in all, into tokens: an int64 tensor (T,).
+        """Turn a text, or symbols one by one, T in all, into tokens: int64 (T,) on the CPU.
 
         Raises:
             TextError: there are items that the vocabulary lacks, and it has no `unknown`; the
@@ -182,7 +182,8 @@ class Vocabulary(ABC):
         if not checked:
             raise TextError("expected at least one sequence to pad, got none")
         padded = pad_sequence(checked, batch_first=True, padding_value=self._tokens[self.padding])
-        return padded, torch.tensor([len(sequence) for sequence in checked])
+        lengths = [len(sequence) for sequence in checked]
+        return padded, torch.tensor(lengths, dtype=torch.int64, device="cpu")
 
     def _as_sequence(self, tokens: Tensor | NDArray[np.integer] | Iterable[int]) -> Tensor:
         """Tokens (T,) of this vocabulary."""
