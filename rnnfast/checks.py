@@ -65,7 +65,7 @@ def check_extras(
                 f"{x.device} and reset tensor at {reset.device}"
             )
         reset = reset.transpose(0, 1) if batch_first else reset
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or torch.jit.is_tracing():
             reset = reset.clone(memory_format=torch.contiguous_format)
     return Extras(lengths, reset, return_cells)
 

@@ -639,7 +639,7 @@ def test_jit_trace(theirs: type[nn.Module], direct: bool, grad: bool) -> None:
     else:
         rnnfast.accelerate(model)
     with torch.set_grad_enabled(grad):
-        traced = torch.jit.trace(model, torch.randn(shapes[0]), check_trace=False)
+        traced = torch.jit.trace(model, torch.randn(shapes[0]))
         torch.testing.assert_close([traced(x) for x in other], expected)
 
 

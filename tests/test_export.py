@@ -3,6 +3,7 @@
 The reference unrolls over time, so that only the fused operators leave T open.
 """
 
+import copy
 import io
 import os
 import shutil
@@ -11,6 +12,7 @@ import sys
 
 import pytest
 import torch
+from test_modules import tensors
 from torch import nn
 from torch.export import Dim
 
@@ -83,6 +85,134 @@ class Mixture(nn.Module):
     def forward(self, x):
         y, h = self.gru(x.tanh())
         return *self.lstm(y.sin()), h
+
+
+TRACED = {
+    "elman_tanh": lambda: rnnfast.RNN(2, 3, bias=False, recompute=True),
+    "elman_relu": lambda: rnnfast.RNN(2, 3, nonlinearity="relu", num_layers=2, dropout=0.0),
+    "gru": lambda: rnnfast.GRU(2, 3, batch_first=True, bidirectional=True),
+    "lstm": lambda: rnnfast.LSTM(2, 3, num_layers=2, bidirectional=True),
+    "projection": lambda: rnnfast.LSTM(2, 3, proj_size=2),
+    **{f"{name}_cell": make for name, make in ONE_STEP.items()},
+}
+
+
+def saved_trace(module, *args, **kwargs):
+    """What torch.jit.load makes of the trace, which torch checks against the module."""
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.trace(module, *args, **kwargs), file)
+    file.seek(0)
+    return torch.jit.load(file)
+
+
+def results_and_gradients(module, *args, **kwargs):
+    results = tensors(module(*args, **kwargs))
+    loss = sum(result.sin().sum() for result in results)
+    return [*results, *torch.autograd.grad(loss, [*module.parameters()])]
+
+
+@pytest.mark.filterwarnings(
+    "ignore::torch.jit.TracerWarning", "ignore:`torch.jit:DeprecationWarning"
+)
+class TestTraces:
+    @pytest.mark.parametrize("backend", [None, "reference"])
+    @pytest.mark.parametrize("training", [False, True])
+    @pytest.mark.parametrize("name", TRACED)
+    def test_saved_with_gradients(self, name, training, backend):
+        torch.manual_seed(0)
+        module = TRACED[name]().train(training)
+        module.backend = backend
+        one_step = name.endswith("_cell")
+        loaded = saved_trace(module, torch.randn((*SIZES[0][1:], 2) if one_step else (6, 3, 2)))
+        for T, B in SIZES:
+            x = torch.randn((B, 2) if one_step else (T, B, 2))
+            expected = results_and_gradients(module, x)
+            torch.testing.assert_close(results_and_gradients(loaded, x), expected)
+            with torch.no_grad():
+                assert not any(result.requires_grad for result in tensors(loaded(x)))
+        if not training:
+            frozen = torch.jit.freeze(loaded)
+            optimized = torch.jit.optimize_for_inference(copy.deepcopy(loaded))
+            for call in (frozen, optimized):
+                torch.testing.assert_close(call(x), module(x))
+
+    def test_holds_one_operator_a_layer(self):
+        graph = str(saved_trace(rnnfast.LSTM(2, 3, bidirectional=True), torch.zeros(6, 3, 2)).graph)
+        assert graph.count("rnnfast::layer") == 2
+        assert "PythonOp" not in graph
+
+    @pytest.mark.parametrize("backend", [None, "reference"])
+    def test_extras_are_inputs(self, backend):
+        """Lengths and resets other than those of the trace; tokens, with an embedding."""
+        torch.manual_seed(0)
+
+        class Model(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.lstm = rnnfast.LSTM(2, 3, bidirectional=True, backend=backend)
+                self.tokens = rnnfast.GRU(7, 3, tokens=True, backend=backend)
+                self.embedding = nn.Embedding(7, 2)
+                self.embedded = rnnfast.GRU(2, 3, backend=backend)
+
+            def forward(self, x, lengths, reset, tokens):
+                y, _, cells = self.lstm(x, lengths=lengths, reset=reset, return_cells=True)
+                one_hot, _ = self.tokens(tokens, lengths=lengths)
+                embedded, _ = self.embedded(tokens, embedding=self.embedding)
+                return y, cells, one_hot, embedded
+
+        def arguments(T, B):
+            return (
+                torch.randn(T, B, 2),
+                torch.randint(1, T + 1, (B,)),
+                torch.rand(T, B) < 0.3,
+                torch.randint(7, (T, B)),
+            )
+
+        model = Model()
+        loaded = saved_trace(model, arguments(*SIZES[0]))
+        for T, B in [*SIZES, (150, 2)]:
+            given = arguments(T, B)
+            torch.testing.assert_close(
+                results_and_gradients(loaded, *given), results_and_gradients(model, *given)
+            )
+
+    def test_refuses_what_the_module_refuses(self):
+        loaded = saved_trace(rnnfast.LSTM(2, 3), torch.zeros(6, 3, 2))
+        with pytest.raises(RuntimeError, match="expected w_ih"):
+            loaded(torch.zeros(6, 3, 4))
+
+
+class TestRefusals:
+    """Errors that name what does it."""
+
+    @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+    @pytest.mark.parametrize("kind", ["RNN", "GRU", "LSTM", "RNNCell", "GRUCell", "LSTMCell"])
+    def test_script(self, kind):
+        module = getattr(rnnfast, kind)(2, 3)
+        for whole in (module, nn.Sequential(module)):
+            with pytest.raises(RuntimeError, match=r"torch\.jit\.trace.*rnnfast\.restore\(model\)"):
+                torch.jit.script(whole)
+        model = nn.Sequential(getattr(nn, kind)(2, 3))
+        rnnfast.accelerate(model)
+        rnnfast.restore(model)
+        torch.jit.script(model)
+
+    @pytest.mark.filterwarnings("ignore")
+    @pytest.mark.parametrize("dynamo", [False, True])
+    @pytest.mark.parametrize("kind", ["GRU", "LSTMCell"])
+    def test_plain_onnx_export(self, kind, dynamo):
+        pytest.importorskip("onnxscript")
+        module = getattr(rnnfast, kind)(2, 3).eval()
+        x = torch.zeros((3, 2) if kind.endswith("Cell") else (6, 3, 2))
+        whole = nn.Sequential(module)
+        # a program has been exported before, without a word
+        models = [torch.export.export(whole, (x,))] if dynamo else [module, whole]
+        for model in models if kind == "GRU" else [module]:
+            with pytest.raises(RuntimeError, match=r"rnnfast\.onnx\.export\(model") as caught:
+                torch.onnx.export(model, (x,), io.BytesIO(), dynamo=dynamo)
+            assert "rnnfast.restore(model)" in str(caught.value)
+        with rnnfast.use_backend("aten"):
+            torch.onnx.export(whole, (x,), io.BytesIO(), dynamo=dynamo)
 
 
 RUN_PACKAGE = """
