@@ -85,11 +85,15 @@ def run_sequence(
         The output and the final states, in the shapes that `rnn` describes, and the c of every step
         where that was asked for.
     """
-    x, states, weights = autocast(x, states, weights)
+    given = x, states, weights
+    x, states, weights = autocast(*given)
     name = _choose_sequence(x, weights[1], requested, extras, options.proj_size > 0)
     packed = x.dim() == 2
     if name == "aten":
-        return *_aten_sequence(cell, x, states, weights, options, extras.lengths), None
+        # torch's kernels on the CPU cast by themselves, or refuse what oneDNN cannot do here
+        arguments = given if x.device.type == "cpu" else (x, states, weights)
+        y, finals = _aten_sequence(cell, *arguments, options, extras.lengths)
+        return y.to(x.dtype), tuple(final.to(x.dtype) for final in finals), None
     layer = _layer_of(name)
     if name == "fused" and (options.recompute or extras.return_cells):
         recompute = options.recompute and x.device.type == "cpu"
