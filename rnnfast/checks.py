@@ -90,7 +90,7 @@ def sequence_problem(
     what `rnnfast.tokens` makes of them.
 
     Returns:
-        None if nothing is wrong. The shapes of the weights are not looked at.
+        None if nothing is wrong. `stack_problem` looks at the shapes of the weights.
     """
     dims = 3 if packed_batch is None else 2
     if x.dim() != dims:
@@ -98,6 +98,8 @@ def sequence_problem(
     steps, batch = x.shape[1::-1] if options.batch_first else x.shape[:2]
     if packed_batch is not None:
         steps, batch = x.shape[0], packed_batch
+    if weights[1].dim() != 2:
+        return f"Expected w_hh with 2 dimensions, got {list(weights[1].shape)}"
     if steps == 0:
         return "Expected sequence length to be larger than 0 in RNN"
     if tokens:
@@ -221,6 +223,23 @@ def _mismatch(x: Tensor, tensors: Sequence[Tensor | None], kind: str) -> str | N
                 f"Input and {kind} tensors are not the same dtype, found input tensor with "
                 f"{dtype} and {kind} tensor with {tensor.dtype}"
             )
+    return None
+
+
+def stack_problem(
+    cell: Cell, weights: Sequence[Tensor], options: Options, inputs: int, hidden: int
+) -> str | None:
+    """Which weight of a stack of layers has the wrong shape, given I and H."""
+    per_layer, directions = options.tensors_per_layer, options.directions
+    h_size = options.proj_size or hidden
+    for i in range(0, len(weights), per_layer):
+        columns = inputs if i < directions * per_layer else directions * h_size
+        w = weights[i : i + per_layer]
+        if options.proj_size and w[-1].shape != (h_size, hidden):
+            return f"Expected w_hr size {(h_size, hidden)}, got {list(w[-1].shape)}"
+        own = w[: 4 if options.has_biases else 2]
+        if problem := weights_problem(cell, own, columns, hidden, h_size):
+            return problem
     return None
 
 

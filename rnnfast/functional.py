@@ -224,25 +224,16 @@ def _checked_sequence(
     reset: Tensor | None,
     return_cells: bool = False,
 ) -> tuple[Tensor, States, Tensor | None]:
-    per_layer, directions = options.tensors_per_layer, options.directions
-    expected = options.num_layers * directions * per_layer
+    expected = options.num_layers * options.directions * options.tensors_per_layer
     if len(weights) != expected or expected < 1:
         raise RuntimeError(f"Expected {expected} tensors in flat_weights, got {len(weights)}")
     for weight in weights:
         if not isinstance(weight, Tensor):
             raise RuntimeError(f"flat_weights should be tensors, got {type(weight).__name__}")
-    if weights[1].dim() != 2:
-        raise RuntimeError(f"Expected w_hh with 2 dimensions, got {list(weights[1].shape)}")
     problem = checks.sequence_problem(cell, x, states, weights, options)
-    h_size, hidden = weights[1].shape[-1], state_sizes(cell, weights, options)[-1]
-    for i in range(0, expected, per_layer):
-        inputs = x.shape[-1] if i < directions * per_layer else directions * h_size
-        w = weights[i : i + per_layer]
-        w_hr_size = (options.proj_size, hidden)
-        if options.proj_size and (w[-1].shape != w_hr_size or h_size != options.proj_size):
-            problem = problem or f"Expected w_hr size {w_hr_size}, got {list(w[-1].shape)}"
-        own = w[: 4 if options.has_biases else 2]
-        problem = problem or checks.weights_problem(cell, own, inputs, hidden, h_size)
+    if not problem:
+        hidden = state_sizes(cell, weights, options)[-1]
+        problem = checks.stack_problem(cell, weights, options, x.shape[-1], hidden)
     if problem:
         raise RuntimeError(problem)
     extras = checks.check_extras(x, lengths, reset, return_cells, options.batch_first)

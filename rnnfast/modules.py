@@ -183,6 +183,7 @@ class _Layers(_Backed, nn.RNNBase):
             raise RuntimeError(problem)
         if problem:
             self._refuse(input, hx, problem)
+        self._check_weights(cell, weights, options)
         if single and not plain:
             reset = None if reset is None else checks.as_reset(reset, x).unsqueeze(1 - time)
             extras = checks.check_extras(x, None, reset, return_cells, self.batch_first)
@@ -245,6 +246,7 @@ class _Layers(_Backed, nn.RNNBase):
             raise RuntimeError(problem)
         if problem:
             self._refuse(PackedSequence(data, batch_sizes), hx, problem)
+        self._check_weights(cell, weights, options)
         if not (served or return_cells):
             reason = f"packed sequences have no kernels on {data.device.type}"
             return self._forward_in_torch(input, hx, reason)
@@ -272,6 +274,17 @@ class _Layers(_Backed, nn.RNNBase):
         if cells is None:
             return results
         return *results, PackedSequence(cells, batch_sizes, order, inverse)
+
+    def _check_weights(self, cell: Cell, weights: Any, options: Options) -> None:
+        """Refuses weights whose sizes have changed; only torch's kernels do not look themselves.
+
+        Raises:
+            RuntimeError: There are some.
+        """
+        if _backend.choose(self.backend, weights[1]) == "aten":
+            sizes = self.input_size, self.hidden_size
+            if problem := checks.stack_problem(cell, weights, options, *sizes):
+                raise RuntimeError(problem)
 
     def _refuse(self, input: Any, hx: Any, problem: str) -> NoReturn:
         """Raises what torch.nn raises for a malformed call, or else ``problem``."""

@@ -112,6 +112,27 @@ def test_malformed_call_raises_as_torch(kind, call, backend):
     assert actual == expected
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("weight_ih_l0", (2, 2)),
+        ("weight_hh_l0", (2, 2)),
+        ("weight_hh_l0", (0,)),
+        ("weight_hh_l0", (0, 4)),
+        ("bias_hh_l0", (2,)),
+    ],
+)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_weights_of_other_sizes_do_not_reach_torchs_kernels(kind, name, shape, packed):
+    """oneDNN's LSTM would read beyond their ends."""
+    module = getattr(rnnfast, kind)(3, 4, backend="aten")
+    module.get_parameter(name).data = zeros(shape)
+    x = zeros(5, 2, 3)
+    with pytest.raises(RuntimeError, match=r"Expected (w|b)_.h (size|with 2)|input\.size"):
+        module(nn.utils.rnn.pack_padded_sequence(x, [5, 3]) if packed else x)
+
+
 @pytest.mark.parametrize("kind", LAYERS + CELLS)
 def test_float64_under_autocast_is_refused(kind):
     def call(namespace):
