@@ -146,7 +146,7 @@ def run_step(
 
 def _layer_of(name: str) -> _Layer:
     """What runs a layer in one direction on a backend of ours."""
-    if not torch.jit.is_tracing() or (name == "reference" and torch.onnx.is_in_onnx_export()):
+    if not torch._C._is_tracing() or (name == "reference" and torch.onnx.is_in_onnx_export()):
         return _LAYERS[name]
     return partial(torchscript.traced_layer, name)
 

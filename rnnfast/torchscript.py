@@ -68,7 +68,7 @@ def _run(
     w_ih, w_hh, b_ih, b_hh = (*weights, None, None)[:4]
     arguments: tuple[Any, ...] = (CELLS[cell], x, tuple(states), w_ih, w_hh, b_ih, b_hh, reverse)
     arguments += (lengths, reset, w_hr)
-    if backend.choose(backend_name, w_hh) == "fused":
+    if backend.choose(backend_name, weights[1]) == "fused":
         y, finals, cells = autograd.layer(*arguments, save_cells=save_cells, recompute=recompute)
     else:
         y, finals, cells = reference.layer(*arguments)
