@@ -6,9 +6,10 @@ aten        torch's own kernels, the ones torch.nn uses
 reference   the formulas of `rnnfast.reference` in plain PyTorch
 =========== ====================================================================
 
-``auto``, the default, takes the first of them that can run. A name given to a module or function
-goes before `use_backend`, that before the environment variable ``RNNFAST_BACKEND`` (read when
-rnnfast is imported), and that before ``auto``.
+``auto``, the default, takes the first of them that can run. On CUDA, where the fused kernels have
+not been measured yet, it takes ``aten`` for what torch's kernels can do. A name given to a module
+or function goes before `use_backend`, that before the environment variable ``RNNFAST_BACKEND``
+(read when rnnfast is imported), and that before ``auto``.
 """
 
 from __future__ import annotations
@@ -58,6 +59,11 @@ def _fused_devices() -> frozenset[str]:
 
 
 _FUSED_DEVICES = _fused_devices()
+_MEASURED_DEVICES = frozenset({"cpu"})
+"""Where files in benchmarks/results show that the fused kernels are right, and faster than torch's.
+
+Elsewhere ``auto`` takes them only for what torch's own kernels cannot do.
+"""
 CELL_KINDS: dict[str, int] = EXTENSION.cell_kinds() if EXTENSION is not None else {}
 """The number by which the extension knows a cell."""
 _ENVIRONMENT = check_name(os.environ.get("RNNFAST_BACKEND") or "auto", "RNNFAST_BACKEND")
@@ -96,15 +102,18 @@ def transforms_active() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def choose(requested: str | None, tensor: Tensor) -> str:
+def choose(requested: str | None, tensor: Tensor, beyond_torch: bool = False) -> str:
     """Chooses the backend of a call whose tensors are like ``tensor``.
 
     The fused kernels know nothing of torch.func transforms and forward-mode AD: under those,
-    ``fused`` and ``auto`` run the reference.
+    ``fused`` and ``auto`` run the reference. In a graph of torch.compile or torch.export, torch's
+    kernels would be one operation after the other for every step: there ``auto`` takes the fused
+    kernels on every device that they are built for.
 
     Args:
         requested: The argument ``backend`` of the module or function, None if not given.
         tensor: The input of the call, for its device and dtype.
+        beyond_torch: Whether torch's kernels lack what the call asks for.
 
     Returns:
         "fused", "aten" or "reference".
@@ -118,10 +127,15 @@ def choose(requested: str | None, tensor: Tensor) -> str:
         return name
     device, dtype = tensor.device.type, tensor.dtype
     if device in _FUSED_DEVICES and dtype in FUSED_DTYPES and name in NAMES:
-        return "reference" if transforms_active() else "fused"
+        if transforms_active():
+            return "reference"
+        preferred = device in _MEASURED_DEVICES or name == "fused" or beyond_torch
+        return "fused" if preferred or torch.compiler.is_compiling() else "aten"
     if check_name(name, "backend") == "fused":
         refuse("fused", *_shortfall(device, dtype))
-    if dtype in FUSED_DTYPES and device in ("cpu", "cuda"):
+    if dtype in FUSED_DTYPES and (
+        device in _MEASURED_DEVICES or (device == "cuda" and beyond_torch)
+    ):
         _warn_once(*_shortfall(device, dtype))
     return "reference" if transforms_active() else "aten"
 
@@ -186,17 +200,20 @@ def _warn_once(cause: str, remedy: str) -> None:
     # torch.compile cannot trace a warning.
     if cause not in _warned and not torch.compiler.is_compiling():
         _warned.add(cause)
-        words = f"rnnfast: torch's own kernels run, as {cause}. {remedy}; see rnnfast.doctor()."
+        words = f"rnnfast: no fused kernels run, as {cause}. {remedy}; see rnnfast.doctor()."
         warnings.warn(words, stacklevel=2)
 
 
 def _outcome(device: str, dtype: torch.dtype) -> tuple[str, str | None]:
-    """What `choose` would answer now, and why not the fused path if that was meant to run."""
+    """What `choose` would answer to a plain call now, and why not the fused path if not forced."""
     name = in_force(None)
     if name in ("aten", "reference"):
         return name, None
     if device in _FUSED_DEVICES and dtype in FUSED_DTYPES:
-        return "fused", None
+        if name == "fused" or device in _MEASURED_DEVICES:
+            return "fused", None
+        cause = "the fused kernels are built, but no measurement has shown yet that they are faster"
+        return "aten", f"{cause}; backend='fused' runs them"
     return "error" if name == "fused" else "aten", _shortfall(device, dtype)[0]
 
 

@@ -109,7 +109,7 @@ def _choose_sequence(
 ) -> str:
     """The backend of a call, of which only the reference serves all extras on every device."""
     lengths, reset, return_cells = extras
-    name = choose(requested, like)
+    name = choose(requested, like, beyond_torch=return_cells)
     plain = lengths is None and reset is None and not projects
     if name == "fused" and x.device.type != "cpu" and not plain:
         if in_force(requested) == "fused":
@@ -227,6 +227,7 @@ def _aten_sequence(
     options: Options,
     lengths: Tensor | None,
 ) -> tuple[Tensor, States]:
+    options = _for_cudnn(options) if x.is_cuda and _wants_gradient(x, states, weights) else options
     layers, biases, *others, batch_first, _, _ = options
     if states is None:
         rows, batch = options.directions * layers, x.shape[0 if batch_first else 1]
@@ -246,6 +247,16 @@ def _aten_sequence(
     steps = x.shape[1 if batch_first else 0]
     y, _ = pad_packed_sequence(packed._replace(data=data), batch_first, total_length=steps)
     return y, tuple(final.index_select(1, _given(packed.unsorted_indices)) for final in finals)
+
+
+def _wants_gradient(x: Tensor, states: States | None, weights: Sequence[Tensor]) -> bool:
+    tensors = (x, *(states or ()), *weights)
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _for_cudnn(options: Options) -> Options:
+    """The same layers in training mode, without which cuDNN keeps nothing for a backward."""
+    return options._replace(training=True, dropout=options.dropout if options.training else 0.0)
 
 
 def _unwrap(states: States) -> Tensor | States:

@@ -128,7 +128,8 @@ def _repeat(
     w_hr = others[-1] if len(others) % 2 else None
     b_ih, b_hh = others[:2] if len(others) > 1 else (None, None)
     plain = extras.lengths is None and extras.reset is None and w_hr is None
-    fused = backend.choose(requested, x) == "fused" and (plain or x.device.type == "cpu")
+    chosen = backend.choose(requested, x, beyond_torch=True)  # torch's kernels hide their gates
+    fused = chosen == "fused" and (plain or x.device.type == "cpu")
     look = _ask_kernel if fused else _ask_formula
     found = look(cell, x, states, (w_ih, w_hh, b_ih, b_hh), reverse, extras, w_hr)
     if extras.lengths is not None:

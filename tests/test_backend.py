@@ -1,0 +1,129 @@
+"""Which backend a call takes on a device that this machine need not have."""
+
+from __future__ import annotations
+
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import rnnfast
+from rnnfast import backend, sequences
+from rnnfast.sequences import Extras, Options
+
+NO_EXTRAS = Extras()
+
+
+def like(device: str, dtype: torch.dtype = torch.float32) -> SimpleNamespace:
+    """What `choose` looks at of a tensor."""
+    return SimpleNamespace(device=torch.device(device), dtype=dtype)
+
+
+@pytest.fixture
+def cuda_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the extension had been built with CUDA, and nothing were forced."""
+    monkeypatch.setattr(backend, "_FUSED_DEVICES", frozenset({"cpu", "cuda"}))
+    monkeypatch.setattr(backend, "_ENVIRONMENT", "auto")
+    monkeypatch.setattr(backend, "_warned", set())
+
+
+@pytest.fixture
+def cpu_build(cuda_build: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same without CUDA."""
+    monkeypatch.setattr(backend, "EXTENSION", SimpleNamespace())
+    monkeypatch.setattr(backend, "_FUSED_DEVICES", frozenset({"cpu"}))
+
+
+@pytest.mark.usefixtures("cuda_build")
+@pytest.mark.parametrize("dtype", sorted(backend.FUSED_DTYPES, key=str), ids=str)
+def test_auto_takes_torchs_kernels_on_cuda(dtype: torch.dtype) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it is a choice, not a fall-back
+        for requested in (None, "auto"):
+            assert backend.choose(requested, like("cuda", dtype)) == "aten"
+            assert backend.choose(requested, like("cpu", dtype)) == "fused"
+
+
+@pytest.mark.usefixtures("cuda_build")
+def test_forced_backends_run_on_cuda() -> None:
+    for name in ("fused", "aten", "reference"):
+        assert backend.choose(name, like("cuda")) == name
+        with rnnfast.use_backend(name):
+            assert backend.choose(None, like("cuda")) == name
+
+
+@pytest.mark.usefixtures("cuda_build")
+def test_auto_takes_the_fused_kernels_where_torch_has_none() -> None:
+    assert backend.choose(None, like("cuda"), beyond_torch=True) == "fused"
+
+
+@pytest.mark.usefixtures("cuda_build")
+def test_auto_keeps_graphs_whole_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert backend.choose(None, like("cuda")) == "fused"
+
+
+@pytest.mark.usefixtures("cuda_build")
+@pytest.mark.parametrize("requested", [None, "fused"])
+def test_transforms_run_the_reference_on_cuda(
+    requested: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend, "transforms_active", lambda: True)
+    assert backend.choose(requested, like("cuda")) == "reference"
+
+
+LENGTHS, EMPTY = torch.tensor([2, 3]), torch.tensor([2, 0])
+RESET = torch.zeros(3, 2, dtype=torch.bool)
+ON_CUDA = {  # what a call asks for: what runs
+    "nothing": (NO_EXTRAS, False, "aten"),
+    "proj_size": (NO_EXTRAS, True, "aten"),
+    "lengths": (Extras(LENGTHS), False, "aten"),
+    "lengths of 0": (Extras(EMPTY), False, "reference"),
+    "reset": (Extras(reset=RESET), False, "reference"),
+    "cells": (Extras(return_cells=True), False, "fused"),
+    "cells, proj_size": (Extras(return_cells=True), True, "reference"),
+    "cells, lengths": (Extras(LENGTHS, return_cells=True), False, "reference"),
+    "cells, reset": (Extras(reset=RESET, return_cells=True), False, "reference"),
+}
+
+
+@pytest.mark.usefixtures("cuda_build")
+@pytest.mark.parametrize(("extras", "projects", "runs"), ON_CUDA.values(), ids=ON_CUDA)
+def test_what_runs_on_cuda(extras: Extras, projects: bool, runs: str) -> None:
+    x = SimpleNamespace(**vars(like("cuda")), dim=lambda: 3)
+    assert sequences._choose_sequence(x, x, None, extras, projects) == runs
+
+
+@pytest.mark.usefixtures("cpu_build")
+def test_auto_without_cuda_kernels_warns_only_where_they_would_run() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backend.choose(None, like("cuda")) == "aten"
+    with pytest.warns(UserWarning, match=r"no fused kernels run, as .* built without CUDA"):
+        assert backend.choose(None, like("cuda"), beyond_torch=True) == "aten"
+    with pytest.raises(RuntimeError, match=r"built without CUDA.*FORCE_CUDA=1"):
+        backend.choose("fused", like("cuda"))
+
+
+@pytest.mark.usefixtures("cuda_build")
+def test_doctor_says_why_torchs_kernels_run_on_cuda() -> None:
+    report = rnnfast.doctor()
+    assert all(f"{cell:<13}fused     aten" in report for cell in rnnfast.reference.CELLS)
+    assert "cuda: the fused kernels are built, but no measurement" in report
+    with rnnfast.use_backend("fused"):
+        assert all(f"{cell:<13}fused     fused" in rnnfast.doctor() for cell in ("lstm", "gru"))
+
+
+def test_cudnn_keeps_what_a_backward_in_eval_mode_needs() -> None:
+    """torch.nn's modules refuse a backward in eval mode on CUDA; nothing is dropped there."""
+    evaluating = Options(num_layers=2, dropout=0.5, training=False)
+    training = evaluating._replace(training=True)
+    assert sequences._for_cudnn(evaluating) == training._replace(dropout=0.0)
+    assert sequences._for_cudnn(training) == training
+    x, weight = torch.zeros(1, 1, 1), torch.zeros(1, requires_grad=True)
+    assert sequences._wants_gradient(x, None, [weight])
+    assert sequences._wants_gradient(x, (weight,), [x])
+    assert not sequences._wants_gradient(x, (x,), [x])
+    with torch.no_grad():
+        assert not sequences._wants_gradient(x, None, [weight])
