@@ -3,7 +3,8 @@
 CUDA sources join where torch is a CUDA build and a matching nvcc is found; whether a GPU is visible
 does not matter. Without a C++ compiler the package installs without the module and runs on torch's
 own kernels. Environment: FORCE_CUDA=1 (an error unless CUDA can be built), RNNFAST_CUDA=0 (leave
-CUDA out), CUDA_HOME, TORCH_CUDA_ARCH_LIST, MAX_JOBS, CXX.
+CUDA out), RNNFAST_CPU_TARGETS=portable (leave out the kernels for AVX2 and AVX-512, most of a
+build's time; the default is all), CUDA_HOME, TORCH_CUDA_ARCH_LIST, MAX_JOBS, CXX.
 """
 
 import os
@@ -38,6 +39,10 @@ INCLUDE_DIR = str(Path(__file__).resolve().parent / "csrc")
 DEFAULT_CUDA_ARCHS = "8.0;9.0+PTX"
 CPU_SOURCES = ["csrc/cpu/*.cpp", "csrc/cuda/*.cpp", "csrc/torch/*.cpp"]
 CUDA_SOURCES = ["csrc/cuda/*.cu", "csrc/torch/cuda/*.cpp"]
+BEYOND_PORTABLE = "csrc/cpu/isa_avx*.cpp"
+CPU_TARGETS = os.environ.get("RNNFAST_CPU_TARGETS") or "all"
+if CPU_TARGETS not in ("all", "portable"):
+    sys.exit(f"rnnfast: RNNFAST_CPU_TARGETS should be all or portable, got: {CPU_TARGETS!r}")
 
 
 def find_compiler() -> str | None:
@@ -61,7 +66,8 @@ def nvcc_major(cuda_home: Path) -> str:
 
 
 def find_sources(patterns: list[str]) -> list[str]:
-    return sorted(path for pattern in patterns for path in glob(pattern))
+    left_out = glob(BEYOND_PORTABLE) if CPU_TARGETS == "portable" else []
+    return sorted(path for pattern in patterns for path in glob(pattern) if path not in left_out)
 
 
 def make_extension(cuda_home: Path | None) -> Extension:
@@ -74,6 +80,7 @@ def make_extension(cuda_home: Path | None) -> Extension:
     torch_headers = [f"-isystem{path}" for path in torch_build.include_paths()]
     options = {
         "include_dirs": [INCLUDE_DIR],
+        "define_macros": [("RNNFAST_PORTABLE_ONLY", None)] * (CPU_TARGETS == "portable"),
         "extra_compile_args": {"cxx": CXX_FLAGS + torch_headers, "nvcc": NVCC_FLAGS},
     }
     if cuda_home is None:
@@ -117,7 +124,8 @@ def choose_extensions() -> list[Extension]:
         with_cuda = f"with CUDA {os.environ['TORCH_CUDA_ARCH_LIST']} ({cuda_home}/bin/nvcc)"
     else:
         with_cuda = f"without CUDA: {no_cuda}"
-    print(f"rnnfast: compiling for the CPU ({compiler}), {with_cuda}")
+    cpu = f"the CPU ({compiler}{', portable only' if CPU_TARGETS == 'portable' else ''})"
+    print(f"rnnfast: compiling for {cpu}, {with_cuda}")
     return [extension]
 
 
@@ -127,11 +135,17 @@ if extensions:
     from torch.utils.cpp_extension import BuildExtension
 
     class BuildIncrementally(BuildExtension):
-        """Keeps the objects, in one folder per Python and torch; editable installs would not."""
+        """Keeps objects, in a folder for each Python, torch and choice of targets.
+
+        Editable installs would not.
+        """
 
         def finalize_options(self) -> None:
             super().finalize_options()
-            self.build_temp = f"build/{sys.implementation.cache_tag}-torch-{torch.__version__}"
+            python = sys.implementation.cache_tag
+            self.build_temp = f"build/{python}-torch-{torch.__version__}"
+            if CPU_TARGETS != "all":
+                self.build_temp += f"-{CPU_TARGETS}"
 
     command_classes["build_ext"] = BuildIncrementally
 

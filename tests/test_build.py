@@ -1,6 +1,8 @@
 """The build: what compiles, and what happens where something is missing."""
 
+import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -11,9 +13,10 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-KERNELS = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+KERNELS = sorted([*(ROOT / "csrc" / "cuda").glob("*.cu"), *(ROOT / "benchmarks").glob("*.cu")])
 CUDA_BIN = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path=CUDA_BIN)
+COMPILER = shutil.which(os.environ.get("CXX", "c++"))
 SPILL = re.compile(r"\b(\d+) bytes spill (stores|loads)")
 
 
@@ -92,3 +95,44 @@ def test_force_cuda_needs_a_cuda_torch(source_copy):
     asked = run_python("setup.py", "build", cwd=source_copy, FORCE_CUDA="1")
     assert asked.returncode != 0
     assert "is not a CUDA build" in asked.stderr
+
+
+WHAT_IS_COMPILED = """
+import json, runpy, setuptools
+setuptools.setup = lambda ext_modules, **_: print(json.dumps(
+    [[ext.sources, [name for name, _ in ext.define_macros]] for ext in ext_modules]
+))
+runpy.run_path("setup.py")
+"""
+
+
+@pytest.mark.parametrize(("targets", "kernels"), [("", 5), ("portable", 1)])
+def test_cpu_targets(targets, kernels):
+    environment = {"RNNFAST_CUDA": "0", "RNNFAST_CPU_TARGETS": targets}
+    done = run_python("-c", WHAT_IS_COMPILED, cwd=ROOT, **environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    sources, macros = json.loads(done.stdout.splitlines()[-1])[0]
+    assert sum("isa_" in source for source in sources) == kernels
+    assert "csrc/cpu/isa_portable.cpp" in sources
+    assert macros == ["RNNFAST_PORTABLE_ONLY"] * (targets == "portable")
+    assert ("portable only" in done.stdout) == (targets == "portable")
+
+
+def test_unknown_cpu_targets_are_refused():
+    done = run_python("setup.py", "build", cwd=ROOT, RNNFAST_CPU_TARGETS="avx2")
+    assert done.returncode != 0
+    assert "RNNFAST_CPU_TARGETS should be all or portable, got: 'avx2'" in done.stderr
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+@pytest.mark.parametrize(("macros", "targets"), [([], 5), (["-DRNNFAST_PORTABLE_ONLY"], 1)])
+def test_what_is_dispatched_to(tmp_path, macros, targets):
+    """Every instruction set that was compiled, and none that was not."""
+    if platform.machine() != "x86_64":
+        targets = 1
+    source, assembly = ROOT / "csrc" / "cpu" / "dispatch.cpp", tmp_path / "dispatch.s"
+    command = [COMPILER, "-std=c++20", "-O1", "-fopenmp", "-Wall", "-Wextra", "-Werror", *macros, "-S"]
+    subprocess.run([*command, "-I", ROOT / "csrc", "-o", assembly, source], check=True)
+    tables = set(re.findall(r"7rnnfast3cpu\d{1,2}([a-z]\w*?)12kernel_table", assembly.read_text()))
+    assert "portable" in tables
+    assert len(tables) == targets

@@ -11,6 +11,11 @@
 
 #include "cpu/kernels.h"
 
+// RNNFAST_PORTABLE_ONLY (setup.py) leaves the other instruction sets out, for a build in less time.
+#if defined(__x86_64__) && !defined(RNNFAST_PORTABLE_ONLY)
+#define RNNFAST_X86_TARGETS
+#endif
+
 namespace rnnfast {
 
 namespace cuda_emulation {
@@ -21,7 +26,7 @@ namespace cpu {
 namespace portable {
 const KernelTable& kernel_table();
 }
-#if defined(__x86_64__)
+#if defined(RNNFAST_X86_TARGETS)
 namespace avx2 {
 const KernelTable& kernel_table();
 }
@@ -43,7 +48,7 @@ struct Capability {
   const KernelTable& table;
 };
 
-#if defined(__x86_64__)
+#if defined(RNNFAST_X86_TARGETS)
 // Linux lends the matrix unit's registers to processes that ask for them.
 bool may_use_amx() {
 #if defined(__linux__)
@@ -58,7 +63,7 @@ bool may_use_amx() {
 const std::vector<Capability>& usable() {
   static const std::vector<Capability> list = [] {
     std::vector<Capability> found{{"portable", portable::kernel_table()}};
-#if defined(__x86_64__)
+#if defined(RNNFAST_X86_TARGETS)
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
       found.push_back({"avx2", avx2::kernel_table()});
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
