@@ -78,6 +78,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--min-time", type=float, default=1.0, help="seconds of timing for each implementation")
     add("--repeats", type=int, default=5, help="rounds of timing at least")
     add("--time-limit", type=float, default=math.inf, help="start no case after these seconds")
+    add("--tolerance", type=float, default=0.0, help="how far rnnfast may be off, see steps.py")
     add("--no-limit", action="store_true", help="no calibration, no limits")
     add("--json", type=Path, metavar="FILE", help="write hardware, versions and all numbers")
     add("--csv", type=Path, metavar="FILE", help="write the table")
@@ -113,7 +114,7 @@ def compare_one(problem: Problem, args: argparse.Namespace) -> Iterator[Row]:
             results(module_step(p.module, p)) for p in (problem.to(torch.float64), problem)
         )
         for name, step in steps.items():
-            tolerance = PEERS[name].tolerance if name in PEERS else 0.0
+            tolerance = PEERS[name].tolerance if name in PEERS else args.tolerance
             if wrong := disagreement(results(step), ours, exact, tolerance):
                 reasons[name] = f"disagrees: {wrong}"
         agreeing = {name: step.run for name, step in steps.items() if name not in reasons}
@@ -293,7 +294,10 @@ def main(argv: list[str] | None = None) -> int:
     wrong = [row for row in rows if "disagrees" in str(row.get("not_timed", ""))]
     if wrong:
         print(f"{len(wrong)} of {len(rows)} rows have numbers that disagree", file=sys.stderr)
-    return 1 if wrong else 0
+    timed = any("not_timed" not in row for row in rows)
+    if not timed:
+        print("nothing was timed", file=sys.stderr)
+    return 1 if wrong or not timed else 0
 
 
 if __name__ == "__main__":

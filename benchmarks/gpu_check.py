@@ -1,83 +1,269 @@
 """Everything that needs a GPU, in under 10 minutes and with no network: `make gpu-check`.
 
-Compiles in place, runs the tests marked `cuda`, looks for memory errors with compute-sanitizer, and
-sets rnnfast beside torch.nn (cuDNN). Goes on after a failure, so that one visit to a GPU tells all.
+Three stages, each with its own budget of seconds: `probe` measures what the parts of a step cost,
+`verify` compiles in place, compares numbers, runs the tests marked `cuda` and looks for memory
+errors, and `bench` sets rnnfast beside torch.nn (cuDNN). Every result is a line of JSON, printed
+and written to a file as it comes; the end is one file of JSON with all of them, and a short table.
+A part that fails or takes too long does not stop the others.
+
+`--dry-run` goes through all of this without a GPU: the probe is only compiled, nothing is built,
+and the emulation of the CUDA kernels on the CPU takes their place.
 """
 
+import argparse
 import datetime
-import itertools
 import json
 import os
+import platform
 import re
-import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple, TextIO
 
 import torch
 
+from .gpu_probe import cuda_tool
+from .lines import parse
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-TOTAL_SECONDS = 570
-CASES = [f"128,{B},{H},{H}" for H, B in itertools.product((128, 256, 512, 1024), (1, 16, 64, 256))]
-DTYPES = ["float32", "bfloat16", "float16"]
-STARTED = time.monotonic()
+DRY_RUN_RESULTS = ROOT / "build" / "gpu-check-dry-run"
+TOTAL_SECONDS = 570.0
+END_SECONDS = 5.0  # for a part to end by itself before it is stopped
+STAGES = ("probe", "verify", "bench")
+PASSED, NOT_RUN = "passed", "not run: "
 
 
-def seconds_left() -> float:
-    return TOTAL_SECONDS - (time.monotonic() - STARTED)
+class Part(NamedTuple):
+    """A program, how long it may take, and how much of that is kept for it."""
+
+    name: str
+    stage: str
+    at_most: float
+    at_least: float
+    command: tuple[str, ...]
+    ends_itself: bool = False  # takes --seconds
+    dry_run: bool = True  # whether it takes --dry-run
 
 
-def run(title: str, command: list[str], at_most: float, **environment: str) -> str:
-    """Runs one part and returns how it ended: "passed", or what was wrong."""
-    print(f"== {title}: {' '.join(command)}", flush=True)
-    limit = max(1.0, min(at_most, seconds_left()))
+PARTS = (
+    Part("probe", "probe", 70, 30, ("-m", "benchmarks.gpu_probe")),
+    Part("build", "verify", 300, 60, ("setup.py", "-q", "build_ext", "--inplace"), dry_run=False),
+    Part("parity", "verify", 60, 20, ("-m", "benchmarks.gpu_verify"), ends_itself=True),
+    Part("tests", "verify", 150, 40, ("-m", "benchmarks.gpu_tests"), ends_itself=True),
+    Part("memcheck", "verify", 60, 15, ("-m", "benchmarks.tiny_cuda")),
+    Part("racecheck", "verify", 45, 15, ("-m", "benchmarks.tiny_cuda"), dry_run=False),
+    Part("bench", "bench", TOTAL_SECONDS, 90, ("-m", "benchmarks.gpu_bench"), ends_itself=True),
+)
+SANITIZERS = ("memcheck", "racecheck")  # tools of compute-sanitizer
+Facts = dict[str, object]
+
+
+def limit_of(number: int, parts: list[Part], seconds_left: float) -> float:
+    """How long a part may take so that each after it can have what is kept for it."""
+    kept = sum(part.at_least for part in parts[number + 1 :])
+    return max(0.0, min(parts[number].at_most, seconds_left - kept))
+
+
+class Record:
+    """The lines so far: in one file as they come, and all together in another."""
+
+    def __init__(self, folder: Path, name: str, facts: Facts) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.started = time.monotonic()
+        self.path = folder / f"{name}.json"
+        self.facts = facts
+        self.checks: dict[str, str] = {}
+        self.lines: list[Facts] = []
+        self.file: TextIO = (folder / f"{name}.jsonl").open("w")
+        self.add(facts)
+
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
+    def add(self, facts: Facts) -> None:
+        self.lines.append(facts)
+        print(json.dumps(facts), file=self.file, flush=True)
+        print(json.dumps(facts), flush=True)
+
+    def end(self, part: Part, outcome: str, last_words: list[str]) -> None:
+        self.checks[part.name] = outcome
+        words = {"output": last_words} if last_words and outcome != PASSED else {}
+        self.add({"part": part.name, "outcome": outcome, "at": round(self.seconds(), 1), **words})
+        self.write()
+
+    def write(self) -> None:
+        content = {**self.facts, "seconds": round(self.seconds(), 1), "checks": self.checks}
+        if rows := self.timed_rows():
+            content["summary"] = compare().summarize(rows)
+        self.path.write_text(json.dumps(content | {"lines": self.lines}, indent=1) + "\n")
+
+    def timed_rows(self) -> list[Facts]:
+        """The rows of `bench`, those in TF32 as of a dtype of their own."""
+        return [
+            row | ({"dtype": "tf32"} if row["precision"] == "tf32" else {})
+            for row in self.lines
+            if "ratio_min" in row
+        ]
+
+    def table(self) -> str:
+        probed = [line for line in self.lines if "probe" in line and "us" in line]
+        lines = [
+            " ".join(
+                f"{key} {value}" for key, value in line.items() if key not in ("part", "probe")
+            )
+            for line in probed
+        ]
+        lines = [f"{line['probe']:16} {text}" for line, text in zip(probed, lines, strict=True)]
+        if rows := self.timed_rows():
+            lines += [compare().HEADER, *map(compare().format_row, rows)]
+        lines += [f"{part:10} {outcome}" for part, outcome in self.checks.items()]
+        return "\n".join([*lines, f"took {self.seconds():.0f} s; all numbers: {self.path}"])
+
+
+def compare() -> ModuleType:
+    """The module, which needs the extension: it is there once it has timed something."""
+    return import_module("benchmarks.compare")
+
+
+def run(
+    command: list[str], limit: float, environment: dict[str, str], record: Record, part: Part
+) -> None:
+    """Runs a part, takes its lines as they come, and records how it ended."""
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    stopped = threading.Event()
+
+    def stop() -> None:
+        stopped.set()
+        os.killpg(process.pid, signal.SIGKILL)
+
+    timer = threading.Timer(limit, stop)
+    timer.start()
+    words: list[str] = []
     try:
-        done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, timeout=limit)
-    except subprocess.TimeoutExpired:
-        return f"stopped after {limit:.0f} s"
-    return "passed" if done.returncode == 0 else f"failed with exit code {done.returncode}"
+        for text in process.stdout:
+            if facts := parse(text):
+                record.add({"part": part.name, **facts})
+            else:
+                print(text, end="", flush=True)
+                words.append(text.rstrip())
+        code = process.wait()
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    finally:
+        timer.cancel()
+    if stopped.is_set():
+        outcome = f"stopped after {limit:.0f} s"
+    else:
+        outcome = PASSED if code == 0 else f"failed with exit code {code}"
+    record.end(part, outcome, words[-30:])
 
 
-def sanitizer() -> str | None:
-    cuda = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    return shutil.which("compute-sanitizer") or shutil.which(f"{cuda}/bin/compute-sanitizer")
+def command_of(part: Part, limit: float, dry_run: bool) -> list[str] | str:
+    """The command of a part, or why it is not run."""
+    command = [sys.executable, *part.command]
+    if part.ends_itself:
+        command += ["--seconds", f"{max(1.0, limit - END_SECONDS):.0f}"]
+    if dry_run and part.dry_run:
+        return [*command, "--dry-run"]
+    if part.name in SANITIZERS:
+        # torch asks the driver for more than every driver has, and goes on without
+        options = ["--tool", part.name, "--report-api-errors", "no", "--error-exitcode", "1"]
+        tool = cuda_tool("compute-sanitizer")
+        if tool is None and not dry_run:
+            return "compute-sanitizer was not found"
+        command = [tool or "compute-sanitizer", *options, *command]
+    return f"a dry run; else: {' '.join(command)}" if dry_run else command
 
 
-def main() -> int:
-    if not torch.cuda.is_available():
+def environment_of(part: Part, dry_run: bool) -> dict[str, str]:
+    if dry_run:  # which tells nothing of speed, and may share the machine
+        return {"RNNFAST_CPU_CAPABILITY": "cuda_emulation", "OMP_NUM_THREADS": "1"}
+    if part.name == "build":
+        major, minor = torch.cuda.get_device_capability()
+        archs = os.environ.get("TORCH_CUDA_ARCH_LIST", f"{major}.{minor}")
+        return {"FORCE_CUDA": "1", "RNNFAST_CPU_TARGETS": "portable", "TORCH_CUDA_ARCH_LIST": archs}
+    return {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if part.name in SANITIZERS else {}
+
+
+def describe(dry_run: bool) -> Facts:
+    """What can be said before rnnfast is built; `bench` adds the rest."""
+    facts: Facts = {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "dry_run": dry_run,
+    }
+    if not dry_run:
+        facts["gpu"] = torch.cuda.get_device_name(0)
+        facts["cudnn"] = torch.backends.cudnn.version()
+    return facts
+
+
+def run_or_not(part: Part, limit: float, dry_run: bool, record: Record) -> None:
+    command = command_of(part, limit, dry_run)
+    if isinstance(command, str):
+        record.end(part, NOT_RUN + command, [])
+    elif not record.checks.get("build", PASSED).startswith((PASSED, NOT_RUN)):
+        record.end(part, "failed: there is no build", [])
+    else:
+        print(f"== {part.name}, {limit:.0f} s at most: {' '.join(command)}", flush=True)
+        run(command, limit, environment_of(part, dry_run), record, part)
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu_check",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--stage", nargs="+", choices=STAGES, default=list(STAGES), help="only these")
+    add("--seconds", type=float, default=TOTAL_SECONDS, help="for all of it (default: %(default)g)")
+    add("--results", type=Path, metavar="FOLDER", help="where the two files go")
+    add("--dry-run", action="store_true", help="without a GPU, as far as that goes")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    if not args.dry_run and not torch.cuda.is_available():
         print(f"no CUDA device: torch {torch.__version__} (CUDA {torch.version.cuda}) sees none")
+        print("--dry-run goes through all stages without one")
         return 1
-    python = sys.executable
-    build = [python, "setup.py", "-q", "build_ext", "--inplace"]
-    checks = {"build": run("build", build, 300, FORCE_CUDA="1")}
-    if checks["build"] == "passed":
-        checks["tests"] = run("tests", [python, "-m", "pytest", "-q", "-m", "cuda", "tests"], 240)
-        if tool := sanitizer():
-            command = [tool, "--tool", "memcheck", "--error-exitcode", "1", python]
-            command += ["-m", "benchmarks.tiny_cuda"]
-            checks["memcheck"] = run("memcheck", command, 90, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-        else:
-            checks["memcheck"] = "not run: compute-sanitizer was not found"
-
-        gpu = re.sub(r"\W+", "-", torch.cuda.get_device_name(0))
-        today = datetime.datetime.now(datetime.timezone.utc).date()
-        file = RESULTS / f"{gpu}-{today}.json"
-        command = [python, "-m", "benchmarks.compare", "--device", "cuda", "--dtype", *DTYPES]
-        command += ["--case", *CASES, "--min-time", "0.1", "--json", str(file)]
-        command += ["--time-limit", f"{seconds_left() - 30:.0f}"]
-        file.unlink(missing_ok=True)
-        checks["benchmark"] = run("benchmark", command, seconds_left())
-        if file.exists():
-            file.write_text(json.dumps({"checks": checks} | json.loads(file.read_text()), indent=1))
-            print(f"numbers: {file}")
-    for name, outcome in checks.items():
-        print(f"{name:10} {outcome}")
-    print(f"took {time.monotonic() - STARTED:.0f} s")
-    fine = all(outcome.startswith(("passed", "not run")) for outcome in checks.values())
+    facts = describe(args.dry_run)
+    name = "dry-run" if args.dry_run else re.sub(r"\W+", "-", str(facts["gpu"]))
+    folder = args.results or (DRY_RUN_RESULTS if args.dry_run else RESULTS)
+    record = Record(folder, f"{name}-{str(facts['date'])[:10]}", facts)
+    parts = [part for part in PARTS if part.stage in args.stage]
+    try:
+        for number, part in enumerate(parts):
+            limit = limit_of(number, parts, args.seconds - record.seconds())
+            run_or_not(part, limit, args.dry_run, record)
+    finally:
+        record.write()
+        print(record.table())
+    fine = all(outcome.startswith((PASSED, NOT_RUN)) for outcome in record.checks.values())
     return 0 if fine else 1
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.exit(main())

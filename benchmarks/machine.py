@@ -50,7 +50,8 @@ def describe(device: str) -> dict[str, object]:
         facts["gpu_capability"] = f"{gpu.major}.{gpu.minor}"
         facts["cuda"] = torch.version.cuda
         facts["cudnn"] = torch.backends.cudnn.version()
-        facts["cudnn_tf32"] = torch.backends.cudnn.allow_tf32
+        # `cudnn.allow_tf32` cannot be read where layers and convolutions differ
+        facts["cudnn_rnn_fp32_precision"] = torch.backends.cudnn.rnn.fp32_precision
     return facts
 
 

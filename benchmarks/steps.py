@@ -52,9 +52,15 @@ class Step(NamedTuple):
 
 
 def make_problem(
-    cell: str, case: Case, device: str, dtype: torch.dtype, mode: str, input_grad: bool = False
+    cell: str,
+    case: Case,
+    device: str,
+    dtype: torch.dtype,
+    mode: str,
+    input_grad: bool = False,
+    seed: int = 0,
 ) -> Problem:
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     T, B, I, H = case
     module = CELLS[cell](I, H, device=device, dtype=dtype)
     x = torch.randn(T, B, I, device=device, dtype=dtype)

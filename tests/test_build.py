@@ -131,8 +131,9 @@ def test_what_is_dispatched_to(tmp_path, macros, targets):
     if platform.machine() != "x86_64":
         targets = 1
     source, assembly = ROOT / "csrc" / "cpu" / "dispatch.cpp", tmp_path / "dispatch.s"
-    command = [COMPILER, "-std=c++20", "-O1", "-fopenmp", "-Wall", "-Wextra", "-Werror", *macros, "-S"]
-    subprocess.run([*command, "-I", ROOT / "csrc", "-o", assembly, source], check=True)
+    flags = ["-std=c++20", "-O1", "-fopenmp", "-Wall", "-Wextra", "-Werror", "-S"]
+    command = [COMPILER, *flags, *macros, "-I", ROOT / "csrc", "-o", assembly, source]
+    subprocess.run(command, check=True)
     tables = set(re.findall(r"7rnnfast3cpu\d{1,2}([a-z]\w*?)12kernel_table", assembly.read_text()))
     assert "portable" in tables
     assert len(tables) == targets

@@ -1,0 +1,29 @@
+"""Results as lines of JSON, each written when it is known: whatever ends a run, they stay."""
+
+import json
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+def emit(**facts: object) -> None:
+    print(json.dumps(facts), flush=True)
+
+
+@contextmanager
+def reported(**where: object) -> Iterator[None]:
+    """What fails inside becomes a line, and what comes after it goes on."""
+    try:
+        yield
+    except Exception as error:
+        last = traceback.format_exc().splitlines()[-8:]
+        emit(**where, error=f"{type(error).__name__}: {error}", traceback=last)
+
+
+def parse(text: str) -> dict[str, object] | None:
+    """The facts of a line that `emit` wrote; None for any other."""
+    try:
+        facts = json.loads(text)
+    except ValueError:
+        return None
+    return facts if isinstance(facts, dict) else None
