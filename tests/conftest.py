@@ -1,7 +1,4 @@
-"""What the kernels run on in tests.
-
-Every instruction set of this CPU, the emulated CUDA driver and, where there is one, the GPU.
-"""
+"""Fixtures: what the kernels run on (see targets.py), memory and threads."""
 
 from __future__ import annotations
 
@@ -10,21 +7,26 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from targets import TARGETS
 
 from rnnfast import backend
 
 
-def _targets() -> list[object]:
-    if backend.EXTENSION is None:
-        return ["the extension"]
-    names: list[object] = [*backend.EXTENSION.cpu_capabilities(), "cuda_emulation"]
-    if torch.cuda.is_available():
-        names.append(pytest.param("cuda", marks=pytest.mark.cuda))
-    return names
+@pytest.fixture
+def ieee() -> Iterator[None]:
+    """Products of float32 on CUDA in float32; torch's default for recurrent layers is TF32."""
+    before = torch.backends.cudnn.rnn.fp32_precision
+    torch.backends.cudnn.rnn.fp32_precision = "ieee"
+    yield
+    torch.backends.cudnn.rnn.fp32_precision = before
 
 
-@pytest.fixture(params=_targets())
-def device(request: pytest.FixtureRequest) -> Iterator[str]:
+@pytest.fixture(
+    params=[
+        pytest.param(name, marks=[pytest.mark.cuda] if name == "cuda" else []) for name in TARGETS
+    ]
+)
+def device(request: pytest.FixtureRequest, ieee: None) -> Iterator[str]:
     """The device of tensors for a target, with the CPU's kernels set to it."""
     extension = backend.EXTENSION
     if extension is None:

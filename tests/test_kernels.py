@@ -30,6 +30,7 @@ from cases import (
     sample_inputs,
     sample_with_oracle,
 )
+from targets import COMPLETE, PARTIAL, on, on_every_target
 from torch.nn.utils.rnn import PackedSequence
 
 import rnnfast
@@ -46,16 +47,6 @@ TORCH_CLASS = {
 
 def dtype_name(value: object) -> str | None:
     return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else None
-
-
-def has_kernels(case: Case, device: str) -> bool:
-    emulated = backend.EXTENSION.get_cpu_capability() == "cuda_emulation"
-    return case.is_plain or (device == "cpu" and not emulated)
-
-
-def assert_refused(case: Case, inputs: list[torch.Tensor | None]) -> None:
-    with pytest.raises(RuntimeError, match="lengths, reset, w_hr and tokens have no kernels on"):
-        run_forward(case, inputs, save=True)
 
 
 TORCH_CASES = [
@@ -161,14 +152,12 @@ def test_cells_are_torch_nns() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@on_every_target(CASES)
 def test_values_and_gradients(
     case: Case, dtype: torch.dtype, device: str, poisoned_memory: None
 ) -> None:
     exact_inputs, exact_grads, expected = sample_with_oracle(case, dtype)
     inputs, grads = cast(exact_inputs, dtype, device), cast(exact_grads, dtype, device)
-    if not has_kernels(case, device):
-        return assert_refused(case, inputs)
     forward = run_forward(case, inputs, save=True)
     states = CELLS[case.cell].states
     wide = reference.compute_dtype(dtype)
@@ -286,7 +275,7 @@ def test_expanded_output_gradient(cell: str, device: str) -> None:
         assert error(actual, value) < 5 * bound(torch.float64)
 
 
-@pytest.mark.parametrize("case", GRADCHECK_CASES, ids=str)
+@on_every_target(GRADCHECK_CASES)
 def test_gradcheck(case: Case, device: str) -> None:
     """First and second derivatives of the autograd Functions over the fused operators."""
     row = CELLS[case.cell]
@@ -304,8 +293,6 @@ def test_gradcheck(case: Case, device: str) -> None:
         )
         return (y, *finals, cells) if case.cells else (y, *finals)
 
-    if not has_kernels(case, device):
-        return assert_refused(case, inputs)
     if case.cell == "elman_relu":  # its kink is no point for finite differences
         y = layer(*given)[0]
         assert y[y > 0].min() > 1e-3
@@ -405,26 +392,46 @@ def test_nan_and_inf_flow_through(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("case", CASES, ids=str)
+@on(COMPLETE)
 def test_recomputed_gates(
     case: Case, dtype: torch.dtype, device: str, poisoned_memory: None
 ) -> None:
     """Gates that the backward computes again are the forward's, to the last bit."""
     inputs = cast(sample_inputs(case, dtype), dtype, device)
     grads = cast(sample_grads(case, dtype), dtype, device)
-    if not has_kernels(case, device):
-        return assert_refused(case, inputs)
-    if device == "cuda" or backend.EXTENSION.get_cpu_capability() == "cuda_emulation":
-        with pytest.raises(RuntimeError, match="recompute=True has no kernels on this device"):
-            run_forward(case, inputs, True, recompute=True)
-        if CELLS[case.cell].saved and case.T * case.B > 0:
-            with pytest.raises(RuntimeError, match="that the forward save"):
-                run_backward(case, inputs, grads, run_forward(case, inputs, False))
-        return
     forward = run_forward(case, inputs, True, recompute=True)
     assert forward[1 + CELLS[case.cell].states].numel() == 0
     expected = run_backward(case, inputs, grads, run_forward(case, inputs, True))
     for actual, value in zip(run_backward(case, inputs, grads, forward), expected, strict=True):
         assert torch.equal(actual, value)
+
+
+NOT_ON_EVERY_TARGET = [
+    Case("lstm", 3, 2, 5, 7, lengths="padded"),
+    Case("lstm", 3, 2, 5, 7, lengths="packed"),
+    Case("lstm", 3, 2, 5, 7, resets=True),
+    Case("lstm", 3, 2, 5, 7, proj=3),
+    Case("lstm", 3, 2, 5, 7, tokens=True),
+]
+
+
+@pytest.mark.parametrize("case", NOT_ON_EVERY_TARGET, ids=str)
+@on(PARTIAL)
+def test_what_has_no_kernels_is_refused(case: Case, device: str) -> None:
+    inputs = cast(sample_inputs(case, torch.float32), torch.float32, device)
+    with pytest.raises(RuntimeError, match="lengths, reset, w_hr and tokens have no kernels on"):
+        run_forward(case, inputs, save=True)
+
+
+@on(PARTIAL)
+def test_recomputing_without_kernels_is_refused(device: str) -> None:
+    case = Case("lstm", 3, 2, 5, 7)
+    inputs = cast(sample_inputs(case, torch.float32), torch.float32, device)
+    grads = cast(sample_grads(case, torch.float32), torch.float32, device)
+    with pytest.raises(RuntimeError, match="recompute=True has no kernels on this device"):
+        run_forward(case, inputs, True, recompute=True)
+    with pytest.raises(RuntimeError, match="that the forward save"):
+        run_backward(case, inputs, grads, run_forward(case, inputs, False))
 
 
 LARGE = (4, 70, 170, 170)  # float32 goes in parts where there is a matrix unit
@@ -464,15 +471,12 @@ def test_numbers_without_parts(device: str) -> None:
                 assert error(actual.nan_to_num(), exact.nan_to_num()) < bound(torch.float32)
 
 
+@on(COMPLETE)
 def test_gates_of_numbers_without_parts_computed_again(device: str) -> None:
     """An infinite input saturates gates; its weights' gradients are NaN, all others are as ever."""
     case = Case("lstm", *LARGE)
     inputs = cast(sample_inputs(case, torch.float32), torch.float32, device)
     inputs[0][1, 2, 3] = float("inf")
-    if device == "cuda" or backend.EXTENSION.get_cpu_capability() == "cuda_emulation":
-        with pytest.raises(RuntimeError, match="recompute=True has no kernels on this device"):
-            run_forward(case, inputs, True, recompute=True)
-        return
     grads = cast(sample_grads(case, torch.float32), torch.float32, device)
     saved, computed = (
         run_backward(case, inputs, grads, run_forward(case, inputs, True, recompute=recompute))
@@ -485,11 +489,9 @@ def test_gates_of_numbers_without_parts_computed_again(device: str) -> None:
     assert not of_w_ih[:, 4].isnan().any()
 
 
+@on(COMPLETE)
 def test_blocks_without_rows(device: str) -> None:
     """Steps beyond the end of every sequence, a whole block of them in the backward and more."""
-    if not has_kernels(case := Case("lstm", *LARGE, lengths="padded"), device):
-        inputs = cast(sample_inputs(case, torch.float32), torch.float32, device)
-        return assert_refused(case, inputs)
     torch.manual_seed(0)
     layer = rnnfast.LSTM(64, 64, backend="fused")
     lengths = torch.randint(1, 9, (70,))
@@ -563,13 +565,11 @@ SPLIT_CASES = [
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
-@pytest.mark.parametrize("case", SPLIT_CASES, ids=str)
+@on_every_target(SPLIT_CASES)
 def test_same_bits_for_every_run_and_thread_count(
     case: Case, dtype: torch.dtype, device: str, threads: None
 ) -> None:
     inputs = cast(sample_inputs(case, dtype), dtype, device)
-    if not has_kernels(case, device):
-        return assert_refused(case, inputs)
     grads = cast(sample_grads(case, dtype), dtype, device)
 
     def run() -> list[torch.Tensor]:
