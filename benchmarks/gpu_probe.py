@@ -39,6 +39,8 @@ def compile_probe(arch: str) -> Path:
     if nvcc is None:
         raise RuntimeError("no nvcc in CUDA_HOME or PATH")
     program = ROOT / "build" / f"gpu-probe-{arch}"
+    if program.exists() and program.stat().st_mtime > SOURCE.stat().st_mtime:
+        return program
     program.parent.mkdir(exist_ok=True)
     command = [nvcc, "-O3", "-std=c++20", f"-arch={arch}", "-o", str(program), str(SOURCE)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS)
@@ -120,6 +122,9 @@ def main(argv: list[str] | None = None) -> int:
     dry = parser.parse_args(argv).dry_run
     major, minor = (9, 0) if dry else torch.cuda.get_device_capability()
     program = None
+    if dry and cuda_tool("nvcc") is None:
+        emit(probe="compile", not_measured="no nvcc")
+        return 0
     with reported(probe="compile"):
         program = compile_probe(f"sm_{major}{minor}")
         emit(probe="compile", arch=f"sm_{major}{minor}")

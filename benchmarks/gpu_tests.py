@@ -10,8 +10,8 @@ import pytest
 from .lines import emit
 
 TESTS = Path(__file__).resolve().parents[1] / "tests"
-FILES = ("test_cuda.py", "test_kernels.py", "test_gates.py")  # those that run on a GPU
-DRY_RUN = "cuda_emulation and (saved_tensors or each_gradient_alone)"
+FILES = ("test_cuda.py", "test_kernels.py", "test_gates.py")
+DRY_RUN_FILES, DRY_RUN_TESTS = ("test_gates.py",), "cuda_emulation"
 
 
 class Reporter:
@@ -63,12 +63,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_tests", description=__doc__)
     parser.add_argument("--seconds", type=float, default=3600.0, help="start no test after these")
     parser.add_argument("--dry-run", action="store_true", help="a few, on the emulation")
-    parser.add_argument("--files", nargs="+", type=Path, default=[TESTS / name for name in FILES])
+    parser.add_argument("--files", nargs="+", type=Path, help="default: those that run on a GPU")
     args = parser.parse_args(argv)
+    files = args.files or [TESTS / name for name in (DRY_RUN_FILES if args.dry_run else FILES)]
     reporter = Reporter(time.monotonic() + args.seconds)
     command = ["-p", "no:terminal", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
-    command += ["-k", DRY_RUN] if args.dry_run else ["-m", "cuda"]
-    code = pytest.main([*command, *map(str, args.files)], plugins=[reporter])
+    command += ["-k", DRY_RUN_TESTS] if args.dry_run else ["-m", "cuda"]
+    code = pytest.main([*command, *map(str, files)], plugins=[reporter])
     return 0 if code == pytest.ExitCode.OK and reporter.total.get("passed") else 1
 
 
