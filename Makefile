@@ -8,7 +8,7 @@ CSRC := $(shell find csrc -type f -not -name '*.md')
 RESULTS ?= benchmarks/results/cpu
 # what is timed as a machine without AVX-512 would run it, by rnnfast and by torch
 AVX2_CASES := 1,1,512,512 100,1,256,256 100,16,128,128 100,32,256,256 50,64,512,512
-FORMATTED := $(filter %.h %.cpp %.cu %.cuh,$(CSRC))
+FORMATTED := $(filter %.h %.cpp %.cu %.cuh,$(CSRC)) $(wildcard benchmarks/*.cu)
 
 .PHONY: help build test demo lint format bench cuda-build gpu-check clean
 .DELETE_ON_ERROR:
@@ -19,7 +19,8 @@ help:
 	@echo "make lint        ruff, clang-format and mypy; make format applies the first two"
 	@echo "make bench       rnnfast beside its peers on this CPU -> benchmarks/results/"
 	@echo "make cuda-build  compile and import the CUDA kernels (needs nvcc, no GPU)"
-	@echo "make gpu-check   on a GPU machine: PYTHON=<a Python with a CUDA torch>; no network"
+	@echo "make gpu-check   on a GPU machine: PYTHON=<a Python with a CUDA torch>; no network;"
+	@echo "                 GPU_CHECK='--stage probe', or other options of benchmarks.gpu_check"
 	@echo "make clean       remove what was built, and the virtual environments"
 
 $(BIN)/python:
@@ -85,9 +86,10 @@ cuda-build: .venv-cuda/requirements.done
 	@grep -m1 -o 'rnnfast: .*' .venv-cuda/build.log
 	$(CUDA_BIN)/python tests/check_cuda_build.py
 
+# Compiles in place, for the GPU alone: the next `make build` links the module for the CPU again.
 gpu-check:
 	rm -f $(VENV)/build.done
-	$(PYTHON) -m benchmarks.gpu_check
+	$(PYTHON) -m benchmarks.gpu_check $(GPU_CHECK)
 
 clean:
 	rm -rf build dist *.egg-info rnnfast/_C*.so $(VENV) .venv-cuda

@@ -55,7 +55,14 @@ class Part(NamedTuple):
 
 PARTS = (
     Part("probe", "probe", 70, 30, ("-m", "benchmarks.gpu_probe")),
-    Part("build", "verify", 300, 60, ("setup.py", "-q", "build_ext", "--inplace"), dry_run=False),
+    Part(
+        "build",
+        "verify",
+        300,
+        60,
+        ("setup.py", "-q", "build_ext", "--inplace", "--force"),
+        dry_run=False,
+    ),
     Part("parity", "verify", 60, 20, ("-m", "benchmarks.gpu_verify"), ends_itself=True),
     Part("tests", "verify", 150, 40, ("-m", "benchmarks.gpu_tests"), ends_itself=True),
     Part("memcheck", "verify", 60, 15, ("-m", "benchmarks.tiny_cuda")),
