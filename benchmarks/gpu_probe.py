@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "benchmarks" / "probe.cu"
 MEASUREMENTS = ("launch", "grid_sync", "flags", "cluster_barrier", "st_async", "clusters")
 COMPILE_SECONDS, MEASURE_SECONDS = 120, 15
-HALF_GIB = 1 << 29
+COPIED = 1 << 28  # floats: 1 GiB, beyond any cache
 NO_GPU = "no GPU: a dry run"
 
 
@@ -106,6 +106,7 @@ def torch_layer(
     x = torch.randn(T, B, H, device=device, dtype=dtype)
 
     def train() -> None:
+        layer.zero_grad()
         y, _ = layer(x)
         y.backward(x)
 
@@ -136,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
             else:
                 run_probe(program, name)
             measured += 1
-    device, elements, size, sizes = "cuda", HALF_GIB, 8192, (1024, 16, 768)
+    device, elements, size, sizes = "cuda", COPIED, 8192, (1024, 16, 768)
     dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16, torch.float32)
     if dry:
         device, elements, size, sizes, dtypes = "cpu", 1000, 64, (3, 2, 8), (torch.float32,)
