@@ -24,10 +24,6 @@ _LAYERS: dict[str, _Layer] = {
     "reference": reference.layer,
 }
 
-_uncompiled_lstm = torch.compiler.disable(
-    lambda *arguments: _VF.lstm(*arguments),
-    reason="torch 2.13 cannot differentiate its oneDNN LSTM in a compiled graph",
-)
 StepWeights = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 """w_ih (G*H, I), w_hh (G*H, H), b_ih (G*H), b_hh (G*H)."""
 
@@ -232,8 +228,9 @@ def _aten_sequence(
     if states is None:
         rows, batch = options.directions * layers, x.shape[0 if batch_first else 1]
         states = tuple(x.new_zeros(rows, batch, n) for n in state_sizes(cell, weights, options))
-    uncompiled = cell.aten == "lstm" and torch.compiler.is_dynamo_compiling()
-    operator = _uncompiled_lstm if uncompiled else getattr(_VF, cell.aten)
+    operator = getattr(_VF, cell.aten)
+    if cell.aten == "lstm" and torch.compiler.is_dynamo_compiling():
+        from .uncompiled import lstm as operator
     if lengths is None:
         y, *finals = operator(
             x, _unwrap(states), list(weights), biases, layers, *others, batch_first
