@@ -1,9 +1,36 @@
-"""Fused CPU and CUDA kernels for recurrent networks, behind drop-in replacements of torch.nn's."""
+"""Fused CPU and CUDA kernels for recurrent networks, behind drop-in replacements of torch.nn's.
 
-from . import backend, explain, functional, reference
+Modules that ``import rnnfast`` does not need, such as ``rnnfast.models``, are imported when they
+are first used.
+"""
+
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from . import backend, functional, reference
 from .acceleration import accelerate, restore
 from .backend import doctor, release_memory, use_backend
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+
+if TYPE_CHECKING:
+    from . import cli as cli
+    from . import explain as explain
+    from . import generation as generation
+    from . import models as models
+    from . import onnx as onnx
+    from . import text as text
+else:  # hidden from type checkers, which would take any name for a module
+    _IMPORTED_WHEN_USED = ("cli", "explain", "generation", "models", "onnx", "text")
+
+    def __getattr__(name: str) -> ModuleType:
+        if name in _IMPORTED_WHEN_USED:
+            return import_module(f"{__name__}.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *_IMPORTED_WHEN_USED})
+
 
 __all__ = [
     "GRU",

@@ -6,10 +6,12 @@ aten        torch's own kernels, the ones torch.nn uses
 reference   the formulas of `rnnfast.reference` in plain PyTorch
 =========== ====================================================================
 
-``auto``, the default, takes the first of them that can run. On CUDA, where the fused kernels have
-not been measured yet, it takes ``aten`` for what torch's kernels can do. A name given to a module
-or function goes before `use_backend`, that before the environment variable ``RNNFAST_BACKEND``
-(read when rnnfast is imported), and that before ``auto``.
+``auto``, the default, takes the first of them that can run. A name given to a module or function
+goes before `use_backend`, that before the environment variable ``RNNFAST_BACKEND`` (read when
+rnnfast is imported), and that before ``auto``.
+
+An environment variable that cannot be followed is no error of the import, which only warns. It is
+one of the first call that depends on it; `doctor` explains it.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module, metadata
 from types import ModuleType
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -29,16 +32,15 @@ from torch.autograd import forward_ad
 from .reference import CELLS
 
 NAMES = ("auto", "fused", "aten", "reference")
+_BACKEND, _CAPABILITY = "RNNFAST_BACKEND", "RNNFAST_CPU_CAPABILITY"
 FUSED_DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 
 
 def _load_extension() -> tuple[ModuleType | None, ImportError | None]:
     try:
-        extension = import_module("rnnfast._C")
+        return import_module("rnnfast._C"), None
     except ImportError as error:
         return None, error
-    extension.get_cpu_capability()  # ValueError if RNNFAST_CPU_CAPABILITY cannot be had
-    return extension, None
 
 
 EXTENSION, IMPORT_ERROR = _load_extension()
@@ -66,7 +68,27 @@ Elsewhere ``auto`` takes them only for what torch's own kernels cannot do.
 """
 CELL_KINDS: dict[str, int] = EXTENSION.cell_kinds() if EXTENSION is not None else {}
 """The number by which the extension knows a cell."""
-_ENVIRONMENT = check_name(os.environ.get("RNNFAST_BACKEND") or "auto", "RNNFAST_BACKEND")
+
+
+def _check_environment() -> dict[str, str]:
+    """What is wrong with the environment variables that cannot be followed, by their names."""
+    errors = {}
+    try:
+        check_name(os.environ.get(_BACKEND) or "auto", _BACKEND)
+    except ValueError as error:
+        errors[_BACKEND] = str(error)
+    try:
+        if EXTENSION is not None:
+            EXTENSION.get_cpu_capability()
+    except ValueError as error:
+        errors[_CAPABILITY] = f"{_CAPABILITY}: {error}"
+    for words in errors.values():
+        warnings.warn(f"{words}. Calls will raise; see rnnfast.doctor().", stacklevel=4)
+    return errors
+
+
+_ENVIRONMENT_ERRORS = _check_environment()
+_ENVIRONMENT = "" if _BACKEND in _ENVIRONMENT_ERRORS else os.environ.get(_BACKEND) or "auto"
 _in_context: str | None = None
 _warned: set[str] = set()
 
@@ -90,8 +112,16 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def in_force(requested: str | None) -> str:
-    """The backend asked for by the argument ``requested``, the context or the environment."""
-    return requested or _in_context or _ENVIRONMENT
+    """The backend asked for by the argument ``requested``, the context or the environment.
+
+    Raises:
+        ValueError: It is the environment's, and no backend.
+    """
+    return requested or _in_context or _ENVIRONMENT or _refuse_environment()
+
+
+def _refuse_environment() -> NoReturn:
+    raise ValueError(_ENVIRONMENT_ERRORS[_BACKEND])
 
 
 def transforms_active() -> bool:
@@ -217,7 +247,8 @@ def _outcome(device: str, dtype: torch.dtype) -> tuple[str, str | None]:
     return "error" if name == "fused" else "aten", _shortfall(device, dtype)[0]
 
 
-def _version() -> str:
+def version() -> str:
+    """The version of this package, as it is installed."""
     try:
         return metadata.version("rnnfast")
     except metadata.PackageNotFoundError:
@@ -229,29 +260,48 @@ def _extension_report() -> list[str]:
         cause, remedy = _shortfall("cpu", torch.float32)
         return [f"extension    {cause}", f"             {remedy}"]
     built = EXTENSION.built_with()
-    cuda = ", ".join(built["cuda_arch"]) if built["cuda"] else "not built"
+    chosen = "none" if _CAPABILITY in _ENVIRONMENT_ERRORS else EXTENSION.get_cpu_capability()
     return [
         f"extension    built with {built['compiler']} for torch {built['torch']}",
-        f"cpu kernels  {EXTENSION.get_cpu_capability()}"
-        f" (usable here: {', '.join(EXTENSION.cpu_capabilities())})",
-        f"cuda kernels {cuda}",
+        f"cpu kernels  {chosen} (usable here: {', '.join(EXTENSION.cpu_capabilities())}; "
+        f"{_setting(_CAPABILITY)})",
+        f"cuda kernels {', '.join(built['cuda_arch']) if built['cuda'] else 'not built'}",
     ]
 
 
+def _setting(variable: str) -> str:
+    return f"{variable}={os.environ.get(variable, '')}"
+
+
+def _report_on(device: str) -> tuple[str, str | None]:
+    """What runs float32 on a device, "error" included, and why where that needs a reason."""
+    try:
+        name, cause = _outcome(device, torch.float32)
+    except ValueError as error:
+        return "error", f"{error}. Unset {_BACKEND}, or set it to one of these"
+    if (device, name) == ("cpu", "fused") and _CAPABILITY in _ENVIRONMENT_ERRORS:
+        return "error", f"{_ENVIRONMENT_ERRORS[_CAPABILITY]}. Unset it, or set it to one of these"
+    return name, cause
+
+
 def doctor() -> str:
-    """Reports what was built, what this machine offers and which backend each cell would run on."""
+    """Reports what was built, what this machine offers and which backend each cell would run on.
+
+    An environment variable that cannot be followed is explained, with what to do.
+    """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    outcomes = {device: _report_on(device) for device in ("cpu", "cuda")}
+    chosen = _in_context or _ENVIRONMENT or "none"
     lines = [
-        f"rnnfast {_version()}, torch {torch.__version__}, Python {platform.python_version()}, "
+        f"rnnfast {version()}, torch {torch.__version__}, Python {platform.python_version()}, "
         f"{platform.system()} {platform.machine()}",
         *_extension_report(),
         f"torch        {torch.get_num_threads()} threads, CPU capability "
         f"{torch.backends.cpu.get_cpu_capability()}, {gpus} CUDA devices",
-        f"backend      {in_force(None)} (RNNFAST_BACKEND={os.environ.get('RNNFAST_BACKEND', '')})",
+        f"backend      {chosen} ({_setting(_BACKEND)})",
         "",
         f"what runs    {'cpu':<10}cuda",
     ]
-    outcomes = {device: _outcome(device, torch.float32) for device in ("cpu", "cuda")}
     for cell in CELLS:
         lines.append(f"{cell:<13}{outcomes['cpu'][0]:<10}{outcomes['cuda'][0]}")
     lines += [f"{device}: {cause}" for device, (_, cause) in outcomes.items() if cause]

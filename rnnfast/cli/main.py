@@ -25,7 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line (`sys.argv` if None) and return its exit code.
 
     Raises:
-        SystemExit: with code 2 after a mistake of the user's, with code 0 after `--help`.
+        SystemExit: with code 2 after a mistake of the user's, with code 0 after `--help` and
+            `--version`.
     """
     parser = build_parser()
     options = parser.parse_args(arguments)
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             probe = torch.empty(0, device=options.device)
             options.backend = backend.choose(options.backend, probe)
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:  # of the option, of the environment
             parser.error(str(error))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -50,10 +51,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.name not in _EXTRAS:
             raise
         parser.error(f"this command needs {error.name}: pip install 'rnnfast[cli]'")
-    except (ArithmeticError, MemoryError, OSError, ValueError) as error:
+    except OSError as error:
+        parser.error(_describe(error))
+    except (ArithmeticError, MemoryError, ValueError) as error:
         parser.error(str(error) or "not enough memory")
     except RuntimeError as error:
         if not any(words in str(error) for words in _TOO_LARGE):
             raise
         parser.error(f"too large for this machine: {str(error).splitlines()[0]}")
     return 0
+
+
+def _describe(error: OSError) -> str:
+    """The words of the operating system and the file that they are about, without the number."""
+    if error.strerror is None:
+        return str(error)
+    files = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+    return f"{files}: {error.strerror}" if files else error.strerror
