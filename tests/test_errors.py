@@ -1,6 +1,7 @@
 """Malformed calls raise what torch.nn raises; forced backends that cannot run say why."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -251,13 +252,70 @@ def test_unknown_backend_names_the_known_ones(use):
         use()
 
 
-def test_unknown_backend_in_the_environment():
-    environment = {**os.environ, "RNNFAST_BACKEND": "fast"}
-    result = subprocess.run(
-        [sys.executable, "-c", "import rnnfast"], env=environment, capture_output=True, text=True
-    )
-    assert result.returncode != 0
-    assert "RNNFAST_BACKEND should be one of auto, fused, aten, reference" in result.stderr
+USE_AN_ODD_ENVIRONMENT = """
+import warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import rnnfast
+for warning in caught:
+    print("warned:", warning.filename, warning.message)
+import torch
+x, layer, cell = torch.zeros(5, 2, 3), rnnfast.LSTM(3, 4), rnnfast.GRUCell(3, 4)
+packed = torch.nn.utils.rnn.pack_sequence([x[:, 0]])
+uses = (
+    lambda: layer(x),
+    lambda: cell(x[0]),
+    lambda: layer(packed),
+    lambda: rnnfast.functional.lstm_cell(x[0], None, *[w.detach() for w in layer.all_weights[0]]),
+)
+for use in uses:
+    try:
+        use()
+    except ValueError as error:
+        print("raised:", error)
+rnnfast.LSTM(3, 4, backend="aten")(x)
+with rnnfast.use_backend("reference"):
+    layer(x)
+    assert "lstm         reference reference" in rnnfast.doctor()
+print(rnnfast.doctor())
+"""
+
+
+@pytest.mark.parametrize(
+    ("variable", "words", "on_cuda"),
+    [
+        (
+            "RNNFAST_BACKEND",
+            "RNNFAST_BACKEND should be one of auto, fused, aten, reference, got: 'fast'",
+            "error",
+        ),
+        pytest.param(
+            *("RNNFAST_CPU_CAPABILITY", "CPU capability 'fast' is not available here", "aten"),
+            marks=pytest.mark.skipif(not EXPECT_FUSED, reason="the extension is not expected"),
+        ),
+    ],
+)
+def test_an_environment_that_cannot_be_followed(variable, words, on_cuda):
+    """Importing warns, every call that depends on it raises, the doctor explains it."""
+    environment = {**os.environ, variable: "fast"}
+    command = [sys.executable, "-c", USE_AN_ODD_ENVIRONMENT]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    warned = [line for line in lines if line.startswith("warned: <string> ")]
+    assert len(warned) == 1
+    assert words in warned[0]
+    assert "see rnnfast.doctor()" in warned[0]
+    raised = [line for line in lines if line.startswith("raised: ")]
+    assert len(raised) == 4
+    assert all(words in line for line in raised)
+    report = done.stdout.partition("\nrnnfast ")[2]
+    assert f"{variable}=fast" in report
+    (row,) = re.findall("^lstm +(\\w+) +(\\w+)$", report, re.M)
+    assert row == ("error", on_cuda)
+    (cause,) = re.findall("^cpu: (.*)$", report, re.M)
+    assert words in cause
+    assert "nset" in cause
 
 
 @pytest.fixture

@@ -787,14 +787,6 @@ def test_fewer_threads_than_planned(limit: int) -> None:
     assert done.stdout == "equal\n", done.stderr
 
 
-def test_unusable_capability_in_the_environment_is_an_error() -> None:
-    environment = os.environ | {"RNNFAST_CPU_CAPABILITY": "mmx"}
-    command = [sys.executable, "-c", "import rnnfast"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode != 0
-    assert "'mmx' is not available here; available: portable" in done.stderr
-
-
 def test_cpu_capability_by_name() -> None:
     extension = backend.EXTENSION
     with pytest.raises(ValueError, match="not available here"):

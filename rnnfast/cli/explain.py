@@ -86,11 +86,7 @@ def _explain_gates(options: argparse.Namespace) -> str:
     with torch.no_grad(), explain.record_gates(model) as record:
         model(tokens.unsqueeze(0))
     activations = record[f"lstm.l{options.layer}"]
-    values = activations[options.gate].float().squeeze(0)
-    units = options.units
-    if units is None:
-        variation = values.var(dim=0, correction=0)
-        units = sorted(variation.topk(min(_UNITS, len(variation))).indices.tolist())
+    units = _UNITS if options.units is None else options.units
     figure = explain.plot_gates(activations, text=options.text, gate=options.gate, units=units)
     _save(figure, options.plot)
     rows = [["", "mean", "least", "most"]]
@@ -98,7 +94,12 @@ def _explain_gates(options: argparse.Namespace) -> str:
         [name.replace("_", " "), *(f"{v:.3f}" for v in (gate.mean(), gate.min(), gate.max()))]
         for name, gate in activations.items()
     ]
-    return f"Layer {options.layer}, all units and characters\n\n{format_columns(rows)}"
+    lines = [f"Layer {options.layer}, all units and characters", "", format_columns(rows)]
+    hidden = activations[options.gate].shape[-1]
+    if options.units is None and hidden > _UNITS:
+        words = f"The picture shows the {_UNITS} of {hidden} units that vary most over this text"
+        lines += ["", f"{words}; --units chooses others."]
+    return "\n".join(lines)
 
 
 def _save(figure: Figure, path: Path) -> None:

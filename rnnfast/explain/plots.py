@@ -2,43 +2,91 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from rnnfast.explain.fonts import drawable
 from rnnfast.explain.gradients import Norms
 from rnnfast.explain.record import GateRecord
 from rnnfast.explain.step import Step
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.container import BarContainer
     from matplotlib.figure import Figure
 
 _SIGMOIDS = frozenset({"input", "forget", "output", "reset", "update"})
+_STATES = {"cell_state": "cell state", "hidden": "hidden state"}
 _WHITE_SPACE = {" ": "␣", "\n": "↵", "\t": "⇥"}
+_CELLS = {"elman": "an Elman cell", "gru": "a GRU", "lstm": "an LSTM"}
+# For each gate, and for each state before and after the step, a colour of its own. As the Elman
+# cell's gate is its new state, they share one.
+_COLOURS = {
+    **dict(zip("ifgo", ("C0", "C1", "C2", "C3"), strict=True)),
+    **dict(zip("rzn", ("C0", "C1", "C2"), strict=True)),
+    **{"h": "#c5b0d5", "h'": "C4", "c": "#c49c94", "c'": "C5"},
+}
+_SMALL = 7  # points
+_DIGIT, _LINE = 0.065, 0.1
+"""How wide a digit and how high a line is in this size, in inches."""
+_CELL, _LOW_CELL = 0.2, 0.14
+"""The side of a square of a heat map, and its height where there are several rows, in inches."""
+_PER_ROW, _ROWS = 64, 12
+"""So many characters stand side by side in a heat map, and so many rows of them at most."""
+_TALLEST = 30  # inches
 
 
 def plot_step(step: Step) -> Figure:
-    """Bars for each hidden unit: pre-activations, gates, and states before and after the step."""
+    """Bars for each hidden unit: pre-activations, gates, and states before and after the step.
+
+    The values stand at the bars as far as there is room.
+    """
     from matplotlib.figure import Figure
 
-    states = {**step.states, **{f"{name}'": state for name, state in step.new_states.items()}}
-    panels = {"pre-activations": step.preactivations, "gates": step.gates, "states": states}
-    width = min(4 + step.hidden_size * len(states) / 2, 24)  # inches
+    after = {f"{name}'": state for name, state in step.new_states.items()}
+    gates, before = step.gates, step.preactivations
+    if step.cell == "elman":
+        gates, before = ({f"{k}'": v for k, v in values.items()} for values in (gates, before))
+    panels = {
+        "pre-activations": before,
+        "gates" if step.cell != "elman" else "new state": gates,
+        "states before and after (') the step": {**step.states, **after},
+    }
+    most = max(len(values) for values in panels.values())
+    width = min(4 + step.hidden_size * most * 0.6, 24)  # inches
     figure = Figure(figsize=(width, 8), layout="constrained")
+    figure.suptitle(f"One step of {_CELLS[step.cell]}", fontsize="x-large")
     for axes, (title, values) in zip(
         figure.subplots(len(panels), sharex=True), panels.items(), strict=True
     ):
         bar = 0.8 / len(values)  # of the room for a unit
+        series: list[tuple[BarContainer, list[str]]] = []
         for number, (name, vector) in enumerate(values.items()):
             places = [unit + (number - (len(values) - 1) / 2) * bar for unit in range(len(vector))]
-            axes.bar(places, vector.tolist(), bar, label=name)
+            heights = vector.tolist()
+            bars = axes.bar(places, heights, bar, label=name, color=_COLOURS[name])
+            series.append((bars, [f"{height:.3g}" for height in heights]))
+        _write_values(axes, series, (width - 2) * bar / step.hidden_size)
         axes.axhline(0, color="black", linewidth=0.8)
         axes.set_title(title)
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     axes.set_xlabel("hidden unit")
     axes.xaxis.get_major_locator().set_params(integer=True)
     return figure
+
+
+def _write_values(
+    axes: Axes, series: Iterable[tuple[BarContainer, list[str]]], room: float
+) -> None:
+    """Put labels to bars of a width of ``room`` inches, upright where they are narrow."""
+    upright = room < _DIGIT * max(len(label) for _, labels in series for label in labels)
+    axes.margins(y=0.35 if upright else 0.2)
+    if room > _LINE:
+        for bars, labels in series:
+            axes.bar_label(bars, labels, padding=2, fontsize=_SMALL, rotation=90 * upright)
 
 
 def plot_gradients(norms: Norms) -> Figure:
@@ -67,19 +115,21 @@ def plot_gates(
     *,
     text: str,
     gate: str,
-    units: Sequence[int] | None = None,
+    units: Sequence[int] | int | None = None,
 ) -> Figure:
     """A heat map of a gate: hidden units over the characters of a text.
 
-    The colours span the gate's range: from 0 to 1, or from -1 to 1 for what ends in tanh, and as
-    far as needed for a cell state and for a hidden state of relu.
+    A long text is broken into rows. The colours span the gate's range: from 0 to 1, or from -1 to 1
+    for what ends in tanh, and as far as needed for a cell state and for a hidden state of relu.
+    The fonts are chosen by the text; a warning says which to install if one is missing.
 
     Args:
         activations: ``record[key]`` of `record_gates`, of a single sequence: (T, H), (T, 1, H) or
             (1, T, H). The record itself will do if one layer in one direction was recorded.
         text: What the layer read, a character for each step.
         gate: The name of the gate, such as "forget".
-        units: The hidden units to show, in this order; None is all.
+        units: The hidden units to show, in this order; or how many to show, and then those that
+            vary most over the text; None is all.
 
     Raises:
         ValueError: Several layers were recorded, there is no such gate or unit, there are several
@@ -87,6 +137,53 @@ def plot_gates(
     """
     from matplotlib.figure import Figure
 
+    values = _single_sequence(activations, gate)
+    steps = len(values)
+    if len(text) != steps:
+        raise ValueError(f"the text has {len(text)} characters, but there are {steps} steps")
+    shown, choice = _choose_units(values, units)
+    if len(shown) == 0 or steps == 0:
+        raise ValueError("expected at least one unit and one character")
+
+    values = values[:, shown].T
+    count = min(math.ceil(steps / _PER_ROW), _ROWS)
+    per_row = math.ceil(steps / count)
+    cell = min(_CELL if count == 1 else _LOW_CELL, (_TALLEST / count - 1) / len(shown))
+    width = 2.5 + _CELL * max(min(per_row, _PER_ROW), 15)
+    height = max(0.6 + count * (0.6 + cell * len(shown)), 3)
+    figure = Figure(figsize=(width, height), layout="constrained")
+    sigmoid = gate in _SIGMOIDS
+    limit = 1.0 if sigmoid else max(1.0, values.abs().max().item())
+    characters, families = drawable([_WHITE_SPACE.get(char, char) for char in text], "monospace")
+    labelled = range(0, len(shown), math.ceil(_LOW_CELL / cell))
+    rows = figure.subplots(count, squeeze=False).flatten().tolist()
+    for axes, start in zip(rows, range(0, steps, per_row), strict=True):
+        end = min(start + per_row, steps)
+        image = axes.imshow(
+            values[:, start:end].numpy(),
+            aspect="auto",
+            interpolation="nearest",
+            cmap="viridis" if sigmoid else "RdBu_r",
+            vmin=0 if sigmoid else -limit,
+            vmax=limit,
+            extent=(start - 0.5, end - 0.5, len(shown) - 0.5, -0.5),
+        )
+        axes.set_xlim(start - 0.5, start + per_row - 0.5)
+        if per_row <= _PER_ROW:
+            axes.set_xticks(
+                range(start, end), characters[start:end], family=families, parse_math=False
+            )
+        axes.set_yticks(labelled, [str(shown[row]) for row in labelled])
+    figure.supylabel("hidden unit", fontsize="medium")
+    axes.set_xlabel("character read" if per_row <= _PER_ROW else "number of the character read")
+    figure.suptitle(f"{_STATES.get(gate, f'{gate} gate')}, {choice}")
+    label = "activation, 0 shut to 1 open" if sigmoid else "activation"
+    figure.colorbar(image, ax=rows, label=label, fraction=0.5 / width, aspect=height / 0.25)
+    return figure
+
+
+def _single_sequence(activations: GateRecord | Mapping[str, Tensor], gate: str) -> Tensor:
+    """The activations (T, H) of a gate."""
     if isinstance(activations, GateRecord):
         if len(activations) != 1:
             keys = ", ".join(activations) or "none"
@@ -100,33 +197,18 @@ def plot_gates(
     if values.dim() != 2:
         shape = tuple(values.shape)
         raise ValueError(f"expected activations of a single sequence, got shape {shape}")
-    steps, hidden = values.shape
-    if len(text) != steps:
-        raise ValueError(f"the text has {len(text)} characters, but there are {steps} steps")
-    units = range(hidden) if units is None else units
+    return values
+
+
+def _choose_units(values: Tensor, units: Sequence[int] | int | None) -> tuple[list[int], str]:
+    """The units to show of activations (T, H), and a description of the choice."""
+    hidden = values.shape[1]
+    if units is None or (isinstance(units, int) and units >= hidden):
+        return list(range(hidden)), f"all {hidden} units"
+    if isinstance(units, int):
+        most = values.var(dim=0, correction=0).topk(max(units, 0)).indices
+        return sorted(most.tolist()), f"the {units} of {hidden} units that vary most"
     for unit in units:
         if not 0 <= unit < hidden:
             raise ValueError(f"units should be between 0 and {hidden - 1}, got {unit}")
-    if len(units) == 0 or steps == 0:
-        raise ValueError("expected at least one unit and one character")
-
-    values = values[:, list(units)].T
-    sigmoid = gate in _SIGMOIDS
-    limit = 1.0 if sigmoid else max(1.0, values.abs().max().item())
-    size = (min(2 + 0.2 * steps, 40), min(1.5 + 0.2 * len(units), 40))  # inches
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots()
-    image = axes.imshow(
-        values.numpy(),
-        aspect="auto",
-        interpolation="nearest",
-        cmap="viridis" if sigmoid else "RdBu_r",
-        vmin=0 if sigmoid else -limit,
-        vmax=limit,
-    )
-    characters = [_WHITE_SPACE.get(character, character) for character in text]
-    axes.set_xticks(range(steps), characters, family="monospace", parse_math=False)
-    axes.set_yticks(range(len(units)), [str(unit) for unit in units])
-    axes.set(xlabel="character read", ylabel="hidden unit", title=gate.replace("_", " "))
-    figure.colorbar(image)
-    return figure
+    return list(units), f"{len(units)} of {hidden} units"
