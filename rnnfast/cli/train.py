@@ -7,17 +7,14 @@ import hashlib
 import signal
 import sys
 import time
-from pathlib import Path
 from types import FrameType, TracebackType
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from matplotlib.figure import Figure
-from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from rnnfast.cli.loss_plot import plot_loss
 from rnnfast.cli.output import prepare_folder
 from rnnfast.cli.speed import compare_speed
 from rnnfast.models import CharLSTM, checkpoint, run_state
@@ -266,7 +263,7 @@ def _report(run: Run, options: argparse.Namespace, data: _Data, before: float) -
         f"  bigram model     {bigram:.3f}\n"
         f"  after training   {run.best_bits:.3f}  {best}".rstrip()
     )
-    _plot(read_log(options.out / LOG_NAME), bigram, options.out / PLOT_NAME)
+    plot_loss(read_log(options.out / LOG_NAME), bigram, options.out / PLOT_NAME)
 
     prompt = data.text[:_PROMPT_LENGTH] if options.prompt is None else options.prompt
     sample = run.model.generate(
@@ -282,23 +279,3 @@ def _report(run: Run, options: argparse.Namespace, data: _Data, before: float) -
     print("\ntraining speed of this model, characters per second")
     for name, speed in compare_speed(run.model, data.tokens, run.options, options.backend).items():
         print(f"  {name:<23}  {speed:>9,.0f}")
-
-
-def _plot(log: dict[str, NDArray[np.float64]], bigram: float, path: Path) -> None:
-    """Draw the training loss, the validation loss, and the bigram model's as a level line."""
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(log["characters"], log["bits_per_char"], linewidth=0.8, label="training")
-    validation = log["validation_bits_per_char"]
-    seen = ~np.isnan(validation)
-    axes.plot(
-        log["characters"][seen],
-        validation[seen],
-        marker="o",
-        markersize=4,
-        label=f"held-out (best {validation[seen].min():.2f})",
-    )
-    axes.axhline(bigram, color="C2", linestyle="--", label=f"bigram, held-out ({bigram:.2f})")
-    axes.set(xlabel="characters read", ylabel="loss, bits per character", ylim=(0, None))
-    axes.legend()
-    figure.savefig(path, dpi=120)

@@ -1,0 +1,73 @@
+"""The picture of a training's losses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+from numpy.typing import NDArray
+
+Numbers = NDArray[np.float64]
+
+
+def plot_loss(log: dict[str, Numbers], bigram: float, path: Path) -> None:
+    """Draw the training loss, the validation loss, and the bigram model's as a level line.
+
+    The loss of each batch is a thin line, its moving average a thick one. The axis leaves out what
+    is above the bigram model in the first steps of a long training.
+
+    Args:
+        log: The columns that `rnnfast.models.training_log.read_log` returns.
+        bigram: Bits per character.
+        path: The PNG file.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    characters, training = log["characters"], log["bits_per_char"]
+    smoothed = smooth(training, max(1, len(training) // 40))
+    point = "o" if len(training) == 1 else None
+    axes.plot(characters, training, color="C0", alpha=0.3, linewidth=0.8, marker=point)
+    axes.plot(characters, smoothed, color="C0", linewidth=1.8, label="training, smoothed")
+    seen = ~np.isnan(log["validation_bits_per_char"])
+    validation = log["validation_bits_per_char"][seen]
+    axes.plot(
+        characters[seen],
+        validation,
+        color="C1",
+        marker="o",
+        markersize=4,
+        label=f"held-out (best {validation.min():.2f})",
+    )
+    axes.axhline(bigram, color="C2", linestyle="--", label=f"bigram, held-out ({bigram:.2f})")
+    lowest = min(training.min(), validation.min(), bigram)
+    highest = max(np.quantile(training, 0.95), validation.max(), bigram)
+    margin = 0.05 * (highest - lowest) or 0.5
+    axes.set(
+        title="Losses of the training",
+        xlabel="characters read",
+        ylabel="loss, bits per character",
+        xlim=(0, None),
+        ylim=(lowest - margin, highest + margin),
+    )
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 500k, 1M
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper right")
+    figure.savefig(path, dpi=120)
+
+
+def smooth(values: Numbers, width: int) -> Numbers:
+    """The mean of each value and of its neighbours: up to `width` before, up to as many behind.
+
+    At the beginning, where losses fall fast, there are as many behind as before; at the end there
+    are fewer behind.
+    """
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    places = np.arange(len(values))
+    before = np.minimum(places, width)
+    behind = np.minimum(before, places[::-1])
+    return (sums[places + behind + 1] - sums[places - before]) / (before + behind + 1)
