@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import pytest
 import torch
@@ -16,8 +17,10 @@ from torch import nn
 from training_worker import signal_at
 
 import rnnfast
+from rnnfast import backend
 from rnnfast.cli import main
 from rnnfast.cli.speed import compare_speed
+from rnnfast.cli.timing import compare, time_in_turn
 from rnnfast.models import CharLSTM, checkpoint, run_state
 from rnnfast.models.training import TrainingOptions
 from rnnfast.models.training_log import read_log
@@ -270,6 +273,12 @@ def test_backends_agree(folder, backend, capsys):
     assert capsys.readouterr().out == forced
 
 
+def test_the_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert (stop.value.code, capsys.readouterr().out) == (0, f"rnnfast {backend.version()}\n")
+
+
 def test_doctor_prints_the_report(capsys):
     assert main(["doctor"]) == 0
     assert capsys.readouterr().out == rnnfast.doctor() + "\n"
@@ -446,12 +455,94 @@ def test_bench_prints_and_writes_its_times(tmp_path, capsys):
         size = ",".join(str(result[name]) for name in "TBIH")
         assert (size, result["layer"], result["mode"]) == case
         for name in ("rnnfast", "torch.nn"):
-            assert 0 < result[name]["min"] <= result[name]["median"] < 1
-        speed_up = result["torch.nn"]["min"] / result["rnnfast"]["min"]
+            assert 0 < result[name]["min"] <= result[name]["median"] < 10
+        speed_up = result["torch.nn"]["median"] / result["rnnfast"]["median"]
         assert result["speed_up"] == speed_up
-        assert float(line.split()[-1]) == pytest.approx(speed_up, abs=0.006)
+        runs = result["speed_ups_of_runs"]
+        assert len(runs) == 5
+        medians, ratios = line.split()[3:5], line.split()[5:7]
+        for name, shown in zip(("rnnfast", "torch.nn"), medians, strict=True):
+            microseconds = float(shown.replace(",", ""))
+            assert microseconds == pytest.approx(result[name]["median"] * 1e6, abs=0.06)
+        assert ratios == [f"{speed_up:.2f}", f"{min(runs):.2f}-{max(runs):.2f}"]
+        assert line.endswith(" ?") != result["runs_agree"]
     assert lines[-2].startswith("geometric mean of the speed-ups: ")
     assert lines[-1] == f"wrote {path}"
+
+
+QUIET, BUSY = [1e-5, 2e-5, 1.1e-5, 1e-5, 1e-5] * 3, [1e-5] * 9 + [2e-2] * 6
+
+
+@pytest.mark.parametrize(
+    ("times", "speed_up", "agrees"),
+    [
+        (QUIET, 1, True),
+        (BUSY, 1, False),
+        (BUSY[::-1], 1, False),
+        ([2e-2] * 12 + [1e-5] + [2e-2] * 2, 2000, False),  # which only the least of them tells
+        ([3e-5] * 5, 3, True),
+        ([3e-5], 3, True),
+    ],
+)
+def test_disagreement_of_timings(times, speed_up, agrees):
+    found = compare([1e-5] * len(times), times)
+    assert found.speed_up == pytest.approx(speed_up)
+    assert found.agrees == agrees
+    swapped = compare(times, [1e-5] * len(times))
+    assert swapped.agrees == agrees
+    assert swapped.runs == pytest.approx([1 / ratio for ratio in found.runs])
+
+
+def test_timing_in_turn():
+    called = []
+    functions = {name: lambda name=name: (called.append(name), time.sleep(0.03)) for name in "ab"}
+    samples = time_in_turn(functions, lambda: None, 0.1)
+    assert {name: len(times) for name, times in samples.items()} == {"a": 5, "b": 5}
+    assert called[-10:] == ["a", "b"] * 5
+    assert all(seconds >= 0.03 for times in samples.values() for seconds in times)
+
+
+@pytest.mark.parametrize(
+    ("times", "load", "words"),
+    [
+        (QUIET, 0.1, None),
+        (
+            BUSY,
+            0.1,
+            "the runs of 1 of 2 lines, marked by ?, disagree by more than a factor of 1.25",
+        ),
+        (QUIET, 900.0, "other programs use the machine (load 900.0 on"),
+    ],
+)
+def test_bench_says_when_its_times_are_in_doubt(times, load, words, monkeypatch, capfd):
+    later = iter([times, QUIET])
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, load, load))
+    monkeypatch.setattr(
+        "rnnfast.cli.bench.time_in_turn",
+        lambda *_: {"rnnfast": [1e-5] * len(QUIET), "torch.nn": next(later)},
+    )
+    with warnings.catch_warnings():  # pytest records them otherwise
+        warnings.simplefilter("always")
+        warnings.showwarning = lambda m, c, f, n, *_: sys.stderr.write(
+            warnings.formatwarning(m, c, f, n)
+        )
+        assert main(["bench", "--size", "1,1,2,2", "--layer", "GRU"]) == 0
+    output = capfd.readouterr()
+    marks = [line.endswith(" ?") for line in output.out.splitlines()[2:4]]
+    assert marks == [times is BUSY, False]
+    if words is None:
+        assert output.err == ""
+    else:
+        assert output.err.startswith("rnnfast: warning: the times are in doubt: " + words)
+        assert output.err.count("\n") == 1
+
+
+def test_the_speed_says_when_it_is_in_doubt(folder, monkeypatch):
+    monkeypatch.setattr(os, "getloadavg", lambda: (900.0,) * 3)
+    model = checkpoint.load(folder)
+    options = TrainingOptions(24, 8, epochs=1, max_seconds=1, learning_rate=0.1, clip=1.0)
+    with pytest.warns(UserWarning, match=r"training speeds are in doubt: .*load 900"):
+        compare_speed(model, model.vocabulary.encode(TEXT), options, "reference")
 
 
 def test_bench_compares_the_numbers_first(monkeypatch, capsys):
@@ -489,7 +580,8 @@ def test_bench_runs_what_it_says(monkeypatch, capsys):
         ("--size", "1,2,3,0", "four whole numbers"),
         ("--layer", "MLP", "invalid choice: 'MLP'"),
         ("--seconds", "0", "above zero"),
-        ("--json", "/proc/x", "/proc/x"),
+        ("--json", "/proc/x", "/proc/x: No such file or directory"),
+        ("--json", "", "argument --json: expected the name of a file or folder, got an empty one"),
     ],
 )
 def test_bench_refuses_useless_options(option, value, words, capsys):

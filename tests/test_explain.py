@@ -450,7 +450,11 @@ def test_the_command_shows_gradients(length, tmp_path, capsys):
     ("arguments", "words"),
     [
         (["lstm", "--plot", "step.nonsense"], "not supported"),
-        (["lstm", "--plot", "nowhere/step.png"], "No such file"),
+        (["lstm", "--plot", "nowhere/step.png"], "error: nowhere/step.png: No such file"),
+        (["lstm", "--plot", ""], "argument --plot: expected the name of a file"),
+        (["gates", "--text", "a", "--plot", "a.png", "--model", ""], "argument --model: expected"),
+        (["gru", "--file", ""], "argument --file: expected the name of a file"),
+        (["gru", "--file", "."], "error: .: Is a directory"),
         (["gradients", "--length", "0"], "1 or more"),
         (["gradients", "--scale", "0"], "above zero"),
         (["gradients", "--forget-bias", "inf"], "finite"),

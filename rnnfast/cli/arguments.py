@@ -74,6 +74,13 @@ seed = number(int, "from 0 to 2**63 - 1, without fraction", lambda value: 0 <= v
 positive = number(float, "above zero", lambda value: 0 < value < float("inf"))
 
 
+def path(text: str) -> Path:
+    """An argument type: the name of a file or folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected the name of a file or folder, got an empty one")
+    return Path(text)
+
+
 def prompt(text: str) -> str:
     """An argument type: text that can be continued."""
     if not text:

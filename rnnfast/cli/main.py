@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import io
 import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
 from rnnfast import backend
+from rnnfast.cli.arguments import Parser
 from rnnfast.cli.parsers import build_parser
 
 # of what torch says to sizes beyond memory, or beyond its integers
@@ -30,6 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = build_parser()
     options = parser.parse_args(arguments)
+    with _brief_warnings():
+        return _run(parser, options)
+
+
+def _run(parser: Parser, options: argparse.Namespace) -> int:
     if "backend" in options:
         try:
             probe = torch.empty(0, device=options.device)
@@ -68,3 +77,17 @@ def _describe(error: OSError) -> str:
         return str(error)
     files = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
     return f"{files}: {error.strerror}" if files else error.strerror
+
+
+@contextmanager
+def _brief_warnings() -> Iterator[None]:
+    """Show warnings in one line each, as errors are, without the code that gave them."""
+
+    def describe(message: Warning | str, *_: object, **__: object) -> str:
+        return f"rnnfast: warning: {message}\n"
+
+    before, warnings.formatwarning = warnings.formatwarning, describe
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 
 from torch import Tensor, nn
 
 import rnnfast
+from rnnfast.cli.timing import compare, doubts
 from rnnfast.models import CharLSTM
 from rnnfast.models.training import Trainer, TrainingOptions
 from rnnfast.text import batches
@@ -20,6 +22,8 @@ def compare_speed(
     model: CharLSTM, tokens: Tensor, options: TrainingOptions, backend: str
 ) -> dict[str, float]:
     """Characters per second of training, from the median time of a step.
+
+    A warning says so if the times differ too much to trust them.
 
     Two copies of the model, one with each LSTM, learn from the same batch in turn: forward,
     backward, clipping, Adam. `rnnfast.LSTM` is forced to `backend`.
@@ -38,9 +42,12 @@ def compare_speed(
             start = time.perf_counter()
             trainer.step(inputs, targets)
             seconds[name].append(time.perf_counter() - start)
+    ours, theirs = (times[_WARM_UP:] for times in seconds.values())
+    if words := doubts("" if compare(ours, theirs).agrees else "the training steps"):
+        warnings.warn(f"the training speeds are in doubt: {words}", stacklevel=2)
     return {
-        name: inputs.numel() / statistics.median(times[_WARM_UP:])
-        for name, times in seconds.items()
+        name: inputs.numel() / statistics.median(times)
+        for name, times in zip(seconds, (ours, theirs), strict=True)
     }
 
 

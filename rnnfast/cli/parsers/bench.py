@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import NamedTuple
 
-from rnnfast.cli.arguments import HelpFormatter, Parser, add_placement, positive
+from rnnfast.cli.arguments import HelpFormatter, Parser, add_placement, path, positive
 
 LAYERS = ("RNN", "GRU", "LSTM")
 
@@ -29,8 +28,10 @@ Time layers of rnnfast beside torch.nn's on this machine, in inference and in tr
 (forward and backward to the parameters), in float32.
 
 Outputs and gradients are compared first. Then both run in turn, so that both meet the
-same state of the machine; of many runs the minimum and the median are shown. The speed-up
-is the minimum of torch.nn over that of rnnfast: above 1, rnnfast is faster.
+same state of the machine. The median times are shown. The speed-up is that of torch.nn
+over that of rnnfast: above 1, rnnfast is faster. Behind it stands its range over the five
+runs that the timing is cut into, with a question mark if they disagree, as they do while
+other programs use the machine. A warning at the end says so, too.
 """
 _EPILOG = """\
 examples:
@@ -68,9 +69,9 @@ def add(commands: argparse._SubParsersAction[Parser]) -> None:
         type=positive,
         default=0.5,
         metavar="S",
-        help="how long to time each layer in each mode, at least",
+        help="how long to time each layer in each mode, at least, all runs together",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all times to a file")
+    parser.add_argument("--json", type=path, metavar="FILE", help="also write all times to a file")
     add_placement(parser)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-from pathlib import Path
 
 from rnnfast.cli.arguments import (
     DEFAULT_FOLDER,
@@ -12,6 +11,7 @@ from rnnfast.cli.arguments import (
     Parser,
     count,
     number,
+    path,
     positive,
     prompt,
     seed,
@@ -68,7 +68,7 @@ def _add_step(subjects: argparse._SubParsersAction[Parser], cell: str) -> None:
     )
     parser.add_argument(
         "--file",
-        type=Path,
+        type=path,
         metavar="FILE",
         help="JSON with the numbers, see below; if not given, an example of 3 inputs and 2 units",
     )
@@ -114,7 +114,7 @@ def _add_gates(subjects: argparse._SubParsersAction[Parser]) -> None:
     )
     parser.add_argument(
         "--model",
-        type=Path,
+        type=path,
         default=DEFAULT_FOLDER,
         metavar="DIR",
         help="folder that rnnfast train wrote, or a .safetensors file",
@@ -136,5 +136,5 @@ def _add_gates(subjects: argparse._SubParsersAction[Parser]) -> None:
 
 def _add_plot(parser: Parser, picture: str, required: bool = False) -> None:
     parser.add_argument(
-        "--plot", type=Path, required=required, metavar="FILE", help=f"where to draw {picture}"
+        "--plot", type=path, required=required, metavar="FILE", help=f"where to draw {picture}"
     )

@@ -1,0 +1,112 @@
+"""Two functions timed in turn, and whether their times can be trusted."""
+
+from __future__ import annotations
+
+import gc
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import NamedTuple
+
+RUNS = 5
+"""So many runs, one after the other, a timing is cut into."""
+_TOLERANCE = 1.25
+_BLOCK_SECONDS = 0.5e-3  # what is timed at once: as many calls as fill this
+_PAUSE_SECONDS = 2e-3  # between the two: threads of the last one may still spin
+_LONG_SECONDS = 20e-3  # a call that needs neither a pause nor another one before it
+
+
+class Comparison(NamedTuple):
+    """How much faster one function is than another: the ratio of times, above 1 if it is faster."""
+
+    speed_up: float
+    """By the medians of all times."""
+    runs: list[float]
+    """By the medians of each run."""
+    of_minima: float
+    """By the least of all times."""
+
+    @property
+    def agrees(self) -> bool:
+        """Whether all these ratios are the same up to a factor of 1.25."""
+        ratios = (*self.runs, self.of_minima)
+        return max(ratios) <= _TOLERANCE * min(ratios)
+
+
+def compare(ours: Sequence[float], theirs: Sequence[float]) -> Comparison:
+    """Compare times that were taken in turn, as many of each; a run has at least one."""
+    runs = min(RUNS, len(ours))
+    ends = [len(ours) * run // runs for run in range(runs + 1)]
+    parts = [slice(*pair) for pair in pairwise(ends)]
+    median = statistics.median
+    return Comparison(
+        median(theirs) / median(ours),
+        [median(theirs[part]) / median(ours[part]) for part in parts],
+        min(theirs) / min(ours),
+    )
+
+
+def doubts(disagreeing: str) -> str | None:
+    """Why times cannot be trusted, and what to do; None if nothing speaks against them.
+
+    Args:
+        disagreeing: what of it has runs that disagree, in words; empty if nothing has.
+    """
+    reasons = []
+    if disagreeing:
+        reasons.append(f"the runs of {disagreeing} disagree by more than a factor of {_TOLERANCE}")
+    cores, load = os.cpu_count() or 1, os.getloadavg()[0]
+    if load > 1.5 * cores:
+        reasons.append(f"other programs use the machine (load {load:.1f} on {cores} cores)")
+    if not reasons:
+        return None
+    return f"{', and '.join(reasons)}: repeat this while nothing else runs, or with more time"
+
+
+def time_in_turn(
+    functions: Mapping[str, Callable[[], object]],
+    synchronize: Callable[[], object],
+    seconds: float,
+) -> dict[str, list[float]]:
+    """Time functions A, B, A, B, ... until `seconds` each, and `RUNS` rounds, have passed.
+
+    Returns:
+        Seconds per call of each round.
+    """
+
+    def measure(function: Callable[[], object], calls: int) -> float:
+        synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            function()
+        synchronize()
+        return (time.perf_counter() - start) / calls
+
+    once = {
+        name: min(measure(function, 1) for _ in range(3)) for name, function in functions.items()
+    }
+    samples: dict[str, list[float]] = {name: [] for name in functions}
+    end = time.perf_counter() + seconds * len(functions)
+    with _no_garbage_collection():
+        while time.perf_counter() < end or len(samples[next(iter(samples))]) < RUNS:
+            for name, function in functions.items():
+                calls = max(1, round(_BLOCK_SECONDS / once[name]))
+                if once[name] < _LONG_SECONDS:
+                    time.sleep(_PAUSE_SECONDS)
+                    measure(function, calls)  # wakes the threads and warms the caches
+                samples[name].append(measure(function, calls))
+    return samples
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
