@@ -294,20 +294,42 @@ def test_useless_files(tmp_path, content, words, capsys):
     assert str(path) in message
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@cells
 def test_the_picture_of_a_step(cell):
     _, numbers = sample(cell, (4, 3))
     step = STEPS[cell](**numbers)
     panels = explain.plot_step(step).axes
     names = [*step.states, *(f"{name}'" for name in step.new_states)]
     values = {**step.states, **{f"{name}'": state for name, state in step.new_states.items()}}
+    own = {name: f"{name}'" if cell == "elman" else name for name in step.gates}
+    before, gates = (
+        {own[name]: vector for name, vector in found.items()}
+        for found in (step.preactivations, step.gates)
+    )
     drawn = [
         {bars.get_label(): [bar.get_height() for bar in bars] for bars in axes.containers}
         for axes in panels
     ]
     assert list(drawn[2]) == names
-    for found, expected in zip(drawn, (step.preactivations, step.gates, values), strict=True):
+    colours = {}
+    for axes, found, expected in zip(panels, drawn, (before, gates, values), strict=True):
         assert found == {name: vector.tolist() for name, vector in expected.items()}
+        written = [text.get_text() for text in axes.texts]
+        assert written == [f"{v:.3g}" for vector in expected.values() for v in vector.tolist()]
+        for bars in axes.containers:
+            (colour,) = {bar.get_facecolor() for bar in bars}
+            assert colours.setdefault(bars.get_label(), colour) == colour
+    assert len(set(colours.values())) == len(colours) == len({*gates, *values})
+
+
+@pytest.mark.parametrize(("units", "written", "upright"), [(12, True, True), (200, False, False)])
+def test_values_stand_at_bars_where_there_is_room(units, written, upright):
+    _, numbers = sample("lstm", (2, units))
+    figure = explain.plot_step(explain.lstm_step(**numbers))
+    texts = [text for axes in figure.axes for text in axes.texts]
+    assert len(texts) == (12 * units if written else 0)
+    assert all((text.get_rotation() == 90) == upright for text in texts)
+    assert max(figure.get_size_inches()) <= 24
 
 
 def by_hand(layer, x, loss):

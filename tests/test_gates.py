@@ -596,8 +596,9 @@ def test_the_command(folder, layer, gate, capsys, monkeypatch):
     drawn = {}
 
     def spy(activations, **options):
-        drawn.update(options, values=activations[gate])
-        return plot_gates(activations, **options)
+        figure = plot_gates(activations, **options)
+        drawn.update(values=activations[gate], figure=figure)
+        return figure
 
     monkeypatch.setattr("rnnfast.explain.plot_gates", spy)
     plot = folder / "gates.png"
@@ -617,7 +618,11 @@ def test_the_command(folder, layer, gate, capsys, monkeypatch):
     values = record[f"l{layer}"][gate].squeeze(1)
     torch.testing.assert_close(drawn["values"][0], values)
     most = values.var(dim=0).argsort(descending=True)[:24].tolist()
-    assert drawn["units"] == sorted(most)
+    labels = drawn["figure"].axes[0].get_yticklabels()
+    assert [int(label.get_text()) for label in labels] == sorted(most)
+    name = gate.replace("_", " ") if gate == "cell_state" else f"{gate} gate"
+    assert drawn["figure"].get_suptitle() == f"{name}, the 24 of 30 units that vary most"
+    assert "the 24 of 30 units that vary most over this text; --units chooses others" in output
     row = [line.split()[-3:] for line in output.splitlines() if line.startswith(gate[:4])][-1]
     shown = [float(number) for number in row]
     assert shown == pytest.approx(
