@@ -6,12 +6,12 @@ aten        torch's own kernels, the ones torch.nn uses
 reference   the formulas of `rnnfast.reference` in plain PyTorch
 =========== ====================================================================
 
+An environment variable that cannot be followed is no error of the import, which only warns. It is
+one of the first call that depends on it; `doctor` explains it.
+
 ``auto``, the default, takes the first of them that can run. A name given to a module or function
 goes before `use_backend`, that before the environment variable ``RNNFAST_BACKEND`` (read when
 rnnfast is imported), and that before ``auto``.
-
-An environment variable that cannot be followed is no error of the import, which only warns. It is
-one of the first call that depends on it; `doctor` explains it.
 """
 
 from __future__ import annotations
