@@ -6,9 +6,6 @@ aten        torch's own kernels, the ones torch.nn uses
 reference   the formulas of `rnnfast.reference` in plain PyTorch
 =========== ====================================================================
 
-An environment variable that cannot be followed is no error of the import, which only warns. It is
-one of the first call that depends on it; `doctor` explains it.
-
 ``auto``, the default, takes the first of them that can run. A name given to a module or function
 goes before `use_backend`, that before the environment variable ``RNNFAST_BACKEND`` (read when
 rnnfast is imported), and that before ``auto``.
@@ -71,7 +68,10 @@ CELL_KINDS: dict[str, int] = EXTENSION.cell_kinds() if EXTENSION is not None els
 
 
 def _check_environment() -> dict[str, str]:
-    """What is wrong with the environment variables that cannot be followed, by their names."""
+    """What is wrong with the environment variables that cannot be followed, by their names.
+
+    The import only warns of them. The first call that depends on one raises, `doctor` explains it.
+    """
     errors = {}
     try:
         check_name(os.environ.get(_BACKEND) or "auto", _BACKEND)
