@@ -281,6 +281,24 @@ def test_compiled_inference_in_one_graph(module, dynamic):
 
 
 @pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("kind", [rnnfast.RNN, rnnfast.GRU, rnnfast.LSTM])
+def test_compiled_training_on_torchs_kernels(kind):
+    """Of which the LSTM's stays out of the graph, as torch cannot differentiate it there."""
+    module = kind(2, 3, backend="aten")
+    x = torch.randn(5, 2, 2, requires_grad=True)
+    inputs = [x, *module.parameters()]
+    if kind is rnnfast.LSTM:
+        whole = torch.compile(module, fullgraph=True, backend="aot_eager")
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="cannot differentiate its oneDNN"):
+            whole(x)
+    results = [call(x)[0] for call in (torch.compile(module, backend="aot_eager"), module)]
+    torch.testing.assert_close(*results)
+    torch.testing.assert_close(
+        *[torch.autograd.grad(result.pow(2).sum(), inputs) for result in results]
+    )
+
+
+@pytest.mark.usefixtures("fresh_compiler")
 @backends
 @pytest.mark.parametrize("cell", ONE_STEP)
 def test_compiled_single_cells(cell, backend):
