@@ -8,28 +8,39 @@ from torch import Tensor
 
 from rnnfast.text.errors import TextError
 
+_PIECE = 1 << 20  # characters that are counted together
+
 
 def bigram_bits_per_char(
     train: Tensor | NDArray[np.integer], validation: Tensor | NDArray[np.integer], vocab_size: int
 ) -> float:
-    """Mean bits per character that a bigram model of `train` (N,) needs for `validation` (M,).
+    """Mean bits per character that a bigram model of `train` needs for `validation`.
 
     P(b | a) = (count(ab) + u(a) P(b)) / (count(a) + u(a)), with u(a) the number of distinct
     characters seen after a, and P(b) the add-one unigram model (Witten and Bell, 1991).
+
+    Args:
+        train: integers (N,), the text to learn from.
+        validation: integers (M,), the text to predict; or (B, M), B texts.
+        vocab_size: how many characters there are.
 
     Raises:
         TextError: either text has fewer than two characters.
     """
     train, validation = np.asarray(train), np.asarray(validation)
-    if min(len(train), len(validation)) < 2:
+    if min(len(train), validation.shape[-1]) < 2:
         raise TextError(
             f"a bigram model needs texts of two characters or more, got {len(train)} to learn "
-            f"from and {len(validation)} to predict"
+            f"from and {validation.shape[-1]} to predict"
         )
-    pairs = np.zeros((vocab_size, vocab_size))
-    np.add.at(pairs, (train[:-1], train[1:]), 1)
+    pairs = np.zeros(vocab_size * vocab_size)
+    size = max(_PIECE, len(pairs))
+    for first in range(0, len(train) - 1, size):
+        piece = train[first : first + size + 1].astype(np.int64)
+        pairs += np.bincount(piece[:-1] * vocab_size + piece[1:], minlength=len(pairs))
+    pairs = pairs.reshape(vocab_size, vocab_size)
     unigram = np.bincount(train, minlength=vocab_size) + 1.0
     unigram /= unigram.sum()
     distinct = np.maximum((pairs > 0).sum(axis=1, keepdims=True), 1)
     probability = (pairs + distinct * unigram) / (pairs.sum(axis=1, keepdims=True) + distinct)
-    return float(-np.log2(probability[validation[:-1], validation[1:]]).mean())
+    return float(-np.log2(probability[validation[..., :-1], validation[..., 1:]]).mean())

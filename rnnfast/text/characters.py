@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from rnnfast.text.errors import TextError
 from rnnfast.text.vocabulary import Vocabulary
+
+_PIECE = 1 << 22  # characters that are looked at together, so that an interrupt is noticed
+_CODE_POINTS = 0x110000
 
 
 class CharVocabulary(Vocabulary):
@@ -42,12 +50,32 @@ class CharVocabulary(Vocabulary):
         padding: str | None = None,
         special: Sequence[str] = (),
     ) -> None:
-        distinct = sorted(set(characters))
-        super().__init__(distinct, unknown=unknown, padding=padding, special=special)
+        distinct = _distinct(characters) if isinstance(characters, str) else set(characters)
+        super().__init__(sorted(distinct), unknown=unknown, padding=padding, special=special)
         for item in self._items:
             if len(item) != 1:
                 raise TextError(f"a vocabulary is made of single characters, got {item!r}")
         self.characters = "".join(self._items)
+        single = {ord(symbol): token for symbol, token in self._tokens.items() if len(symbol) == 1}
+        default = -1 if unknown is None else self._tokens[unknown]
+        self._by_code_point = np.full(max(single) + 2, default)  # the last is of all beyond
+        self._by_code_point[list(single)] = list(single.values())
+
+    def encode(self, text: str | Iterable[str]) -> Tensor:
+        """Turn a text, or symbols one by one, T in all, into tokens: an int64 tensor (T,).
+
+        Raises:
+            TextError, TypeError: see `Vocabulary.encode`.
+        """
+        if not isinstance(text, str):
+            return super().encode(text)
+        tokens, done = np.empty(len(text), np.int64), 0
+        for codes in _code_points(text):
+            self._by_code_point.take(codes, mode="clip", out=tokens[done : done + len(codes)])
+            done += len(codes)
+        if tokens.size and tokens.min() < 0:
+            return super().encode(text)  # which names what is unknown
+        return torch.from_numpy(tokens)
 
     @staticmethod
     def _split(text: str) -> list[str]:
@@ -55,3 +83,20 @@ class CharVocabulary(Vocabulary):
 
     def _short(self) -> str:
         return repr(self.characters)
+
+
+def _code_points(text: str) -> Iterator[NDArray[np.uint32]]:
+    """The characters of a text as numbers, piece by piece."""
+    for first in range(0, len(text), _PIECE):
+        piece = text[first : first + _PIECE].encode("utf-32-le", "surrogatepass")
+        yield np.frombuffer(piece, "<u4")
+
+
+def _distinct(text: str) -> set[str]:
+    """The distinct characters of a text; of a long one sooner than `set` has them."""
+    if len(text) < _PIECE:
+        return set(text)
+    there = np.zeros(_CODE_POINTS, bool)
+    for codes in _code_points(text):
+        there[codes] = True
+    return set(map(chr, there.nonzero()[0]))
