@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -12,11 +12,12 @@ from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
 from rnnfast.models.atomic import write_atomically
-from rnnfast.models.char_lstm import CharLSTM
+from rnnfast.models.char_lstm import CharLSTM, CharLSTMConfig
 from rnnfast.text import CharVocabulary
 
 FILE_NAME = "model.safetensors"
 _KEY = "rnnfast.CharLSTM"
+_LARGEST = 2**31  # of any size
 
 
 class CheckpointError(ValueError):
@@ -59,7 +60,7 @@ def load(path: str | Path, device: torch.device | str | None = None, **options: 
     if _KEY not in metadata:
         raise CheckpointError(f"{path} holds no model of rnnfast train: it does not name {_KEY}")
     try:
-        description = json.loads(metadata[_KEY])
+        description = parse(metadata[_KEY], CharLSTMConfig)
         check_tensors(tensors, description["config"])
         vocabulary = description["vocabulary"]
         model = CharLSTM(
@@ -69,8 +70,8 @@ def load(path: str | Path, device: torch.device | str | None = None, **options: 
             **options,
         )
         model.load_state_dict(_parameters(model, tensors), assign=True)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[-1].strip()
+    except (ArithmeticError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[-1].strip()
         raise CheckpointError(f"{path} does not hold a whole CharLSTM: {reason}") from error
     return model.to(device)
 
@@ -84,6 +85,29 @@ def _parameters(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tenso
         if first in parameters:
             parameters[name] = parameters[first]
     return parameters
+
+
+def parse(text: str, config_type: type) -> dict[str, Any]:
+    """The description of a model: an object of JSON whose `config` has values of the right types.
+
+    Args:
+        text: JSON.
+        config_type: a NamedTuple of integers, floats and booleans; a value may be left out.
+
+    Raises:
+        RecursionError, ValueError: it is something else.
+    """
+    description = json.loads(text)
+    config = description.get("config") if isinstance(description, dict) else None
+    if not isinstance(config, dict):
+        raise ValueError(f"expected a config of names and values, got {text!r:.60}")
+    for name, expected in get_type_hints(config_type).items():
+        value = config.get(name, expected())
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        fits = number if expected is float else type(value) is expected
+        if not fits or not abs(value) <= _LARGEST:  # not a number, either
+            raise ValueError(f"expected {name} to be {expected.__name__}, got {value!r:.60}")
+    return description
 
 
 def check_tensors(tensors: dict[str, Tensor], config: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from rnnfast.models.atomic import write_atomically
 from rnnfast.models.schedule import one_cycle, progress
-from rnnfast.models.seq2seq import Seq2SeqLSTM
+from rnnfast.models.seq2seq import Seq2SeqConfig, Seq2SeqLSTM
 from rnnfast.models.trainer import adam
 from rnnfast.text import CharVocabulary, TextError, load_text
 
@@ -186,7 +186,7 @@ class Translator:
         if _KEY not in metadata:
             raise checkpoint.CheckpointError(f"{path} is no translator: it does not name {_KEY}")
         try:
-            description = json.loads(metadata[_KEY])
+            description = checkpoint.parse(metadata[_KEY], Seq2SeqConfig)
             checkpoint.check_tensors(tensors, description["config"])
             source = CharVocabulary.from_state(description["source"])
             target = CharVocabulary.from_state(description["target"])
@@ -194,8 +194,8 @@ class Translator:
             model = Seq2SeqLSTM(**description["config"], device="meta", backend=backend)
             model.load_state_dict(tensors, assign=True)
             translator = cls(model, source, target, description["max_length"])
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            reason = str(error).splitlines()[-1].strip()
+        except (ArithmeticError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[-1].strip()
             raise checkpoint.CheckpointError(
                 f"{path} does not hold a whole translator: {reason}"
             ) from error
