@@ -44,7 +44,7 @@ test: build
 	$(BIN)/python -m pytest -q
 
 demo: build
-	$(BIN)/rnnfast train
+	$(BIN)/rnnfast train --overwrite
 
 lint: $(VENV)/requirements.done
 	$(BIN)/ruff check .

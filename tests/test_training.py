@@ -20,11 +20,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from rnnfast.cli import main
-from rnnfast.models import CharLSTM, checkpoint, run_state
+from rnnfast.models import CharLSTM, checkpoint, run_state, training
 from rnnfast.models.atomic import write_atomically
 from rnnfast.models.processes import Processes
 from rnnfast.models.schedule import SCHEDULES, Schedule, constant, cosine, one_cycle, progress
-from rnnfast.models.training import Record, Run, Trainer, TrainingOptions, evaluate
+from rnnfast.models.training import Record, Run, Trainer, TrainingOptions, evaluate, sample
 from rnnfast.models.training_log import COLUMNS, TrainingLog, read_log
 from rnnfast.text import CharVocabulary
 
@@ -189,7 +189,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(schedule, steps, tmp_path):
     run_state.save(first, {"--schedule": schedule}, tmp_path / "state")
 
     second = new_run(options, seed=1, dropout=0.3)
-    run_state.restore(second, run_state.load({"--schedule": schedule}, tmp_path / "state"))
+    settings, state = run_state.load(tmp_path / "state")
+    assert settings == {"--schedule": schedule}
+    run_state.restore(second, state)
     assert (second.steps, second.seconds) == (steps, first.seconds)
     assert taken + list(second) == expected
     assert_same(bits_of(second), bits_of(whole))
@@ -201,36 +203,107 @@ def test_a_resumed_run_is_the_uninterrupted_one(schedule, steps, tmp_path):
 
 @pytest.mark.parametrize("schedule", ["constant", "plateau"])
 def test_more_epochs_continue_as_if_planned(schedule, tmp_path):
-    settings = {"--schedule": schedule, "--epochs": 3, "--max-seconds": math.inf}
     whole = new_run(replace(OPTIONS, schedule=schedule, epochs=5), dropout=0.3)
     expected = list(whole)
     first = new_run(replace(OPTIONS, schedule=schedule, epochs=3), dropout=0.3)
     taken = list(first)
-    run_state.save(first, settings, tmp_path / "state")
+    run_state.save(first, {}, tmp_path / "state")
     longer = new_run(replace(OPTIONS, schedule=schedule, epochs=5), dropout=0.3)
-    run_state.restore(longer, run_state.load(settings | {"--epochs": 5}, tmp_path / "state"))
+    run_state.restore(longer, run_state.load(tmp_path / "state")[1])
     assert taken + list(longer) == expected
     assert_same(bits_of(longer), bits_of(whole))
 
 
+@pytest.mark.parametrize("name", ["one-cycle", "cosine"])
+@pytest.mark.parametrize("cut", ["epochs", "seconds"])
+def test_a_longer_training_has_the_learning_rate_of_its_own_plan(name, cut, tmp_path):
+    shape = {"one-cycle": one_cycle, "cosine": cosine}[name]
+    options = replace(OPTIONS, schedule=name, epochs=5)
+    short = replace(options, **({"epochs": 3} if cut == "epochs" else {"max_seconds": 1e-9}))
+    first = new_run(short)
+    taken = list(first)
+    assert len(taken) == (33 if cut == "epochs" else 1)
+    run_state.save(first, {}, tmp_path / "state")
+    longer = new_run(options)
+    run_state.restore(longer, run_state.load(tmp_path / "state")[1])
+    rates = [record.learning_rate for record in longer]
+    assert rates == pytest.approx([0.02 * shape(step / 55) for step in range(len(taken), 55)])
+    assert longer.best_bits < first.best_bits
+
+
+@pytest.mark.parametrize("step", [4, 11, 33])
+@pytest.mark.parametrize("anew", [False, True])
+def test_a_validation_that_was_ended_is_done_anew(step, anew, tmp_path):
+    expected = list(new_run(dropout=0.3))
+    run = new_run(dropout=0.3)
+
+    def on_validation(part):
+        parts.append(part)
+        if run.steps == step:
+            raise KeyboardInterrupt
+
+    parts, taken = [], []
+    run.on_validation = on_validation
+    with pytest.raises(KeyboardInterrupt):
+        taken.extend(run)  # those before
+    assert (run.steps, run.recorded) == (step, step - 1)
+    assert parts[0] == 12 / 19
+    run.on_validation = None
+    if anew:
+        run_state.save(run, {}, tmp_path / "state")
+        run = new_run(seed=1, dropout=0.3)
+        run_state.restore(run, run_state.load(tmp_path / "state")[1])
+        assert (run.steps, run.recorded) == (step, step - 1)
+    assert taken + list(run) == expected
+
+
 @pytest.mark.parametrize(
-    ("schedule", "changes", "words"),
+    ("limit", "rows", "columns"), [(None, 5, 19), (1, 5, 12), (70, 5, 14), (10**9, 5, 19)]
+)
+def test_a_validation_reads_the_beginnings_of_streams(limit, rows, columns):
+    part = sample(HELD_OUT, 5, 12, limit)
+    assert part.shape == (rows, columns + 1)
+    for row in range(rows):
+        assert torch.equal(part[row], HELD_OUT[19 * row : 19 * row + columns + 1])
+    model = small(dtype=torch.float64)
+    log_p = model(part[:, :-1])[0].log_softmax(-1)
+    nats = -log_p.gather(-1, part[:, 1:, None]).mean().item()
+    bits = evaluate(model, HELD_OUT, 5, 12, limit=limit)
+    assert bits == pytest.approx(nats / math.log(2), rel=1e-9)
+    run = new_run(replace(OPTIONS, eval_characters=limit), dtype=torch.float64)
+    assert run.evaluate() == pytest.approx(bits, rel=1e-12)
+
+
+def test_time_is_kept_for_the_last_validation(monkeypatch):
+    clock = itertools.count()
+    monkeypatch.setattr(training.time, "monotonic", lambda: float(next(clock)))
+    run = new_run(replace(OPTIONS, eval_every=None, max_seconds=9.0))
+    run.evaluate()  # one second, as all has that is between two looks at the clock
+    assert len(list(run)) == 7  # then 8 are less than one step and one validation
+    assert run.seconds == 10  # besides the clock of the validation itself
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
     [
-        ("one-cycle", {"--epochs": 4}, "--epochs was 3, is 4"),
-        ("cosine", {"--max-seconds": 7.0}, "--max-seconds was 5.0, is 7.0"),
-        ("constant", {"--epochs": 2}, "--epochs was 3, is 2"),
-        ("plateau", {"--max-seconds": 4.0}, "--max-seconds was 5.0, is 4.0"),
-        ("constant", {"--lr": 0.2}, "--lr was 0.1, is 0.2"),
-        ("constant", {"--schedule": "plateau"}, "--schedule was constant, is plateau"),
-        ("constant", {"--lr": 0.2, "--epochs": 2}, "--epochs was 3, is 2; --lr was 0.1, is 0.2"),
+        ({"--lr": 0.2}, "--lr was 0.1, is 0.2"),
+        ({"--schedule": "plateau"}, "--schedule was cosine, is plateau"),
+        ({"--lr": 0.2, "--epochs": 2, "--seed": 1}, "--lr was 0.1, is 0.2; --seed was 0, is 1"),
+        ({"the text": "long"}, "the text was short, is long"),
     ],
 )
-def test_other_settings_are_refused_by_name(schedule, changes, words, tmp_path):
-    settings = {"--schedule": schedule, "--epochs": 3, "--max-seconds": 5.0, "--lr": 0.1}
-    run_state.save(new_run(), settings, tmp_path / "state")
-    assert run_state.load(settings, tmp_path / "state")["steps"] == 0
+def test_other_settings_are_refused_by_name(changes, words, tmp_path):
+    saved = {"--schedule": "cosine", "--epochs": 3, "--lr": 0.1, "--seed": 0, "the text": "short"}
+    assert run_state.merge(saved, {}, tmp_path) == saved
+    assert run_state.merge(saved, saved, tmp_path) == saved
     with pytest.raises(checkpoint.CheckpointError, match=f"other settings: {words}$"):
-        run_state.load(settings | changes, tmp_path / "state")
+        run_state.merge(saved, changes, tmp_path)
+
+
+@pytest.mark.parametrize("name", run_state.CHANGEABLE)
+def test_settings_that_may_change_take_the_new_value(name, tmp_path):
+    saved = {"--seed": 1, name: "old"}
+    assert run_state.merge(saved, {name: "new"}, tmp_path) == {"--seed": 1, name: "new"}
 
 
 class Trap:
@@ -279,21 +352,21 @@ def test_damaged_and_foreign_states_are_refused(damage, words, tmp_path):
     run_state.save(new_run(), {}, path)
     path.write_bytes(damage(path.read_bytes(), str(trap)))
     with pytest.raises(checkpoint.CheckpointError, match=words) as refusal:
-        run_state.load({}, path)
+        run_state.load(path)
     assert "\n" not in str(refusal.value)
     assert not trap.exists()
 
 
 def test_states_of_other_models_and_missing_states_are_refused(tmp_path):
     run_state.save(new_run(), {}, tmp_path / "state")
-    state = run_state.load({}, tmp_path / "state")
+    _, state = run_state.load(tmp_path / "state")
     with pytest.raises(checkpoint.CheckpointError, match="does not hold a whole training"):
         run_state.restore(new_run(embedding_size=7), state)
     del state["optimiser"]
     with pytest.raises(checkpoint.CheckpointError, match="'optimiser'"):
         run_state.restore(new_run(), state)
     with pytest.raises(FileNotFoundError, match="no training to resume"):
-        run_state.load({}, tmp_path / "nothing")
+        run_state.load(tmp_path / "nothing")
 
 
 @pytest.mark.parametrize("function", ["fsync", "replace"])

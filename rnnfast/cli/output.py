@@ -1,9 +1,31 @@
-"""The folder that a command writes to."""
+"""Where a command reads from and writes to."""
 
 from __future__ import annotations
 
+import os
+import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from rnnfast.models.processes import Processes, is_first_process
+from rnnfast.text import TextError
+
+_UNFINISHED, _FINISHED = "unfinished", ".finished"
+
+
+@contextmanager
+def naming(option: str) -> Iterator[None]:
+    """Put the name of an option before what goes wrong with its value, in an error of one line."""
+    try:
+        yield
+    except TextError as error:
+        raise TextError(f"{option}: {error}") from error
+    except OSError as error:
+        if error.strerror is None:
+            raise type(error)(f"{option}: {error}") from error
+        raise type(error)(f"{option} {error.filename}: {error.strerror}") from error
 
 
 def prepare_folder(folder: Path, *names: str) -> None:
@@ -18,3 +40,75 @@ def prepare_folder(folder: Path, *names: str) -> None:
     for name in names:
         if (folder / name).is_dir():
             raise IsADirectoryError(f"{folder / name} is a folder; a file is to be written there")
+
+
+class Results:
+    """The files of a training in a folder, where older ones stay until the new ones are whole.
+
+    The new files are written to the folder itself if it has no older ones, else to a folder
+    "unfinished" in it; `finish` then lets all of them take the place of the older ones. It first
+    gives that folder another name, so that the end of the process in the course of it loses
+    nothing: the next training completes it.
+
+    Args:
+        folder: for all files.
+        names: of the files.
+
+    Attributes:
+        work: where the new files are written.
+
+    Raises:
+        OSError: the files cannot be written there.
+    """
+
+    def __init__(self, folder: Path, *names: str) -> None:
+        self.folder, self.names = folder, names
+        with naming("--out"):
+            prepare_folder(folder, *names)
+        self._staging = folder / _UNFINISHED
+        self.work = folder
+
+    def resume(self, state: str) -> None:
+        """Go on in the folder that has the latest file of this name."""
+        if is_first_process():
+            self._complete()
+        if (self._staging / state).is_file():
+            self.work = self._staging
+
+    def check(self, overwrite: bool, remedy: str) -> None:
+        """Find out whether a new training may begin here.
+
+        Raises:
+            FileExistsError: there are older files, and it must not `overwrite` them; the message
+                ends with the `remedy`.
+        """
+        there = [name for name in (*self.names, _UNFINISHED) if (self.folder / name).exists()]
+        if there and not overwrite:
+            raise FileExistsError(f"--out {self.folder} has {', '.join(there)} already; {remedy}")
+        if there or (self.folder / _FINISHED).is_dir():
+            self.work = self._staging
+
+    def begin(self, processes: Processes) -> None:
+        """Make room for the files of a new training; all processes must call this."""
+        if processes.is_first and self.work != self.folder:
+            self._complete()
+            shutil.rmtree(self._staging, ignore_errors=True)
+            self._staging.mkdir()
+        processes.wait()
+
+    def finish(self) -> None:
+        """Let the new files take the place of the older ones."""
+        if self.work != self.folder:
+            os.rename(self._staging, self.folder / _FINISHED)
+            self._complete()
+            self.work = self.folder
+
+    def _complete(self) -> None:
+        finished = self.folder / _FINISHED
+        if not finished.is_dir():
+            return
+        for path in sorted(finished.iterdir()):
+            if (self.folder / path.name).is_dir():
+                shutil.rmtree(self.folder / path.name)
+            os.replace(path, self.folder / path.name)
+        finished.rmdir()

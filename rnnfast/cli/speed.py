@@ -19,7 +19,11 @@ _WARM_UP, _ROUNDS, _SECONDS = 2, 17, 15.0
 
 
 def compare_speed(
-    model: CharLSTM, tokens: Tensor, options: TrainingOptions, backend: str
+    model: CharLSTM,
+    tokens: Tensor,
+    options: TrainingOptions,
+    backend: str,
+    seconds_at_most: float = _SECONDS,
 ) -> dict[str, float]:
     """Characters per second of training, from the median time of a step.
 
@@ -34,7 +38,7 @@ def compare_speed(
         "torch.nn.LSTM": _trainer(model, options, lstm=nn.LSTM, backend=None),
     }
     seconds: dict[str, list[float]] = {name: [] for name in trainers}
-    deadline = time.perf_counter() + _SECONDS
+    deadline = time.perf_counter() + min(_SECONDS, seconds_at_most)
     for finished in range(_ROUNDS):
         if finished > _WARM_UP and time.perf_counter() > deadline:
             break

@@ -4,36 +4,67 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import math
 import signal
 import sys
 import time
-from types import FrameType, TracebackType
-from typing import NamedTuple
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from rnnfast.cli.loss_plot import plot_loss
-from rnnfast.cli.output import prepare_folder
+from rnnfast import backend
+from rnnfast.cli.output import Results, naming
+from rnnfast.cli.progress import Interruption, ProgressBar, StoppedError
 from rnnfast.cli.speed import compare_speed
 from rnnfast.models import CharLSTM, checkpoint, run_state
-from rnnfast.models.processes import Processes, join
-from rnnfast.models.training import Run, TrainingOptions, evaluate
+from rnnfast.models.processes import Processes, is_first_process, join
+from rnnfast.models.training import Run, TrainingOptions, sample
 from rnnfast.models.training_log import FILE_NAME as LOG_NAME
 from rnnfast.models.training_log import TrainingLog, read_log, summary_writer_class
 from rnnfast.text import (
     CharVocabulary,
+    TextError,
     bigram_bits_per_char,
     default_text,
     load_text,
     split,
-    streams,
 )
 
 PLOT_NAME = "loss.png"
+_FILES = (checkpoint.FILE_NAME, LOG_NAME, PLOT_NAME, run_state.FILE_NAME)
 _PROMPT_LENGTH = 4  # "The ", in the default text
 _UNTIED_EMBEDDING = 128
+_EPOCHS, _FEWEST_STEPS = 6, 400
+_EVAL_EVERY, _EVAL_CHARACTERS, _EVAL_SHARE = 1000, 100_000, 0.05
+_REPORT_SECONDS, _REPORT_SHARE = 5.0, 0.1  # what is kept for plot, sample and speed, at most
+_PIECE = 1 << 22  # characters that are hashed together
+
+_SETTINGS: dict[str, type | tuple[type, ...]] = {
+    "text": (str, type(None)),
+    "validation": float,
+    "hidden": int,
+    "layers": int,
+    "embedding": int,
+    "dropout": (int, float),
+    "tied_weights": bool,
+    "seq_length": int,
+    "batch_size": int,
+    "epochs": int,
+    "max_seconds": float,
+    "lr": float,
+    "clip": float,
+    "schedule": str,
+    "eval_every": (int, type(None)),
+    "eval_characters": int,
+    "patience": (int, type(None)),
+    "seed": int,
+    "device": str,
+    "backend": str,
+}
+"""The options that the result depends on, and what they are in a checkpoint."""
 
 
 class _Data(NamedTuple):
@@ -44,46 +75,150 @@ class _Data(NamedTuple):
     tokens: Tensor
     held_out: Tensor
 
+    @property
+    def description(self) -> str:
+        """What tells this text from others."""
+        digest = hashlib.sha256()
+        for first in range(0, len(self.text), _PIECE):
+            piece = self.text[first : first + _PIECE]
+            digest.update(piece.encode(errors="surrogatepass"))
+        return (
+            f"{len(self.text):,} characters, {len(self.vocabulary)} distinct, "
+            f"SHA-256 {digest.hexdigest()[:16]}"
+        )
+
+
+class _Yardsticks(NamedTuple):
+    """Bits per character of what validations read, to compare the trained model's with.
+
+    Attributes:
+        untrained: of the model before the first step.
+        ignorant: the higher of that and of a model to which all characters are alike.
+        bigram: of a bigram model of the text to learn from; in the first process, else NaN.
+        characters: how many were read.
+    """
+
+    untrained: float
+    ignorant: float
+    bigram: float
+    characters: int
+
+
+class _Clock:
+    """The time that a training has had, and what `--max-seconds` leaves it."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+        self.limit = math.inf
+        self.used_before = 0.0
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds of this process."""
+        return time.monotonic() - self._start
+
+    @property
+    def left(self) -> float:
+        """Seconds until the limit."""
+        return self.limit - self.used_before - self.elapsed
+
 
 def run(options: argparse.Namespace) -> None:
-    """Train on a text, judge the result, sample from it, time it, and write it down."""
-    start = time.monotonic()
-    with join(options.device) as processes:
-        options.device = processes.device
-        try:
+    """Train on a text, judge the result, sample from it, time it, and write it down.
+
+    Raises:
+        SystemExit: with 1 if the model is worse than one that knows nothing, with 128 + the
+            signal's number if it was stopped.
+    """
+    clock = _Clock()
+    try:
+        results = Results(options.out, *_FILES)
+        state = _recall(options, results) if options.resume else None
+        if state is None:
+            results.check(
+                options.overwrite,
+                "--resume goes on with this training, --overwrite begins anew and replaces it at "
+                "the end, another --out leaves it",
+            )
+        with join(options.device) as processes:
+            options.device = processes.device
             data = _read(options)
             training = _prepare(options, data, processes)
-            before = _train(training, options, data)
-        except (ArithmeticError, OSError, ValueError) as error:
-            if not processes.is_first:  # which says it for all
-                raise SystemExit(2) from error
-            raise
+            yardsticks = _train(training, options, data, results, state, clock)
+    except (ArithmeticError, OSError, ValueError) as error:
+        if not is_first_process():  # which says it for all
+            raise SystemExit(2) from error
+        raise
     if processes.is_first:
-        _report(training, options, data, before)
-        files = ", ".join((checkpoint.FILE_NAME, LOG_NAME, PLOT_NAME, run_state.FILE_NAME))
-        print(f"\nwrote {files} to {options.out}; {time.monotonic() - start:.0f} s in all")
+        sane = _report(training, options, data, results, yardsticks, clock)
+        print(f"\nwrote {', '.join(_FILES)} to {options.out}; {clock.elapsed:.0f} s in all")
+        if not sane:
+            raise SystemExit(1)
+
+
+def _recall(options: argparse.Namespace, results: Results) -> dict[str, Any]:
+    """Set the options to what they were, but for those given that may change.
+
+    Returns the state of the run.
+    """
+    results.resume(run_state.FILE_NAME)
+    path = results.work / run_state.FILE_NAME
+    saved, state = run_state.load(path)
+    now = _settings(options)
+    given = {_flag(name): now[_flag(name)] for name in _SETTINGS if name in options.given}
+    merged = run_state.merge(saved, given, path)
+    for name, kinds in _SETTINGS.items():
+        value = merged.get(_flag(name))
+        if not isinstance(value, kinds):
+            raise checkpoint.CheckpointError(f"{path} has no valid {_flag(name)}: {value!r:.60}")
+        setattr(options, name, value)
+    options.text = None if options.text is None else Path(options.text)
+    try:
+        options.device = torch.device(options.device)
+        probe = torch.empty(0, device=options.device)
+        options.backend = backend.choose(options.backend, probe)
+    except (AssertionError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise checkpoint.CheckpointError(
+            f"{path} is of a training with --device {options.device} --backend {options.backend}, "
+            f"which cannot be used here ({reason}); give others"
+        ) from error
+    state["settings"] = saved
+    return state
 
 
 def _read(options: argparse.Namespace) -> _Data:
     """Prepare the data; what would stop the run minutes later, stops it here."""
-    text = default_text() if options.text is None else load_text(options.text)
+    with naming("--text"):
+        text = default_text() if options.text is None else load_text(options.text)
     vocabulary = CharVocabulary(text)
     tokens, held_out = split(vocabulary.encode(text).to(options.device), options.validation)
-    streams(tokens, options.batch_size, options.seq_length)
-    streams(held_out, 1, 1)
-    vocabulary.encode(options.prompt or "")
+    needed = options.batch_size * options.seq_length + 1
+    if len(tokens) < needed or len(held_out) < 2:
+        raise TextError(
+            f"the text is too short: --text has {len(text):,} characters, of which --validation "
+            f"{options.validation:g} leaves {len(tokens):,} to learn from, where --batch-size "
+            f"{options.batch_size} and --seq-length {options.seq_length} need {needed:,}, and "
+            f"{len(held_out):,} to judge by, where 2 are needed"
+        )
+    with naming("--prompt"):
+        vocabulary.encode(options.prompt or "")
     if options.tensorboard:
         summary_writer_class()
-    names = (checkpoint.FILE_NAME, LOG_NAME, PLOT_NAME, run_state.FILE_NAME)
-    prepare_folder(options.out, *names)
     return _Data(text, vocabulary, tokens, held_out)
 
 
 def _prepare(options: argparse.Namespace, data: _Data, processes: Processes) -> Run:
-    """A run that has taken no step yet."""
+    """A run that has taken no step yet; this fills in options that fit the text."""
     torch.manual_seed(options.seed)
     if options.embedding is None:
         options.embedding = options.hidden if options.tied_weights else _UNTIED_EMBEDDING
+    streams = (len(data.tokens) - 1) // options.batch_size
+    steps_per_epoch = math.ceil(streams / options.seq_length)
+    if options.epochs is None:
+        options.epochs = max(_EPOCHS, math.ceil(_FEWEST_STEPS / steps_per_epoch))
+    if options.eval_every is None and steps_per_epoch > _EVAL_EVERY:
+        options.eval_every = _EVAL_EVERY
     model = CharLSTM(
         len(data.vocabulary),
         options.hidden,
@@ -101,41 +236,60 @@ def _prepare(options: argparse.Namespace, data: _Data, processes: Processes) -> 
         seq_length=options.seq_length,
         batch_size=options.batch_size,
         epochs=options.epochs,
-        max_seconds=options.max_seconds,
+        max_seconds=options.max_seconds - min(_REPORT_SECONDS, _REPORT_SHARE * options.max_seconds),
         learning_rate=options.lr,
         clip=options.clip,
         schedule=options.schedule,
         eval_every=options.eval_every,
         patience=options.patience,
+        eval_characters=options.eval_characters,
     )
     return Run(model, data.tokens, settings, data.held_out, processes)
 
 
-def _train(run: Run, options: argparse.Namespace, data: _Data) -> float:
-    """Take the steps that remain; returns the bits per character before the first one."""
-    settings = _settings(options, data, run.processes)
-    state_path = options.out / run_state.FILE_NAME
-    state = run_state.load(settings, state_path) if options.resume else None
-    if run.processes.is_first:
+def _train(
+    run: Run,
+    options: argparse.Namespace,
+    data: _Data,
+    results: Results,
+    state: dict[str, Any] | None,
+    clock: _Clock,
+) -> _Yardsticks:
+    """Take the steps that remain; returns what to compare their result with."""
+    first = run.processes.is_first
+    if first:
         _introduce(run, options, data)
-    before = evaluate(
-        run.model, data.held_out, options.batch_size, options.seq_length, run.processes
-    )
+    yardsticks = _measure(run, options, data)
+    settings = {
+        **_settings(options),
+        "the text of --text": data.description,
+        "the number of processes": run.processes.size,
+    }
+    state_path = results.work / run_state.FILE_NAME
     if state is None:
+        results.begin(run.processes)
+        state_path = results.work / run_state.FILE_NAME
+        run.seconds = clock.elapsed
         run_state.save(run, settings, state_path)  # first, for the log has no step any more
-        if run.processes.is_first:
-            (options.out / checkpoint.FILE_NAME).unlink(missing_ok=True)  # of another training
     else:
+        run_state.merge(state["settings"], settings, state_path)
         run_state.restore(run, state)
-    if not run.processes.is_first:
-        _take_steps(run, options, settings, None)
-        return before
-    if options.resume:
+        if run.steps > run.total:
+            raise ValueError(
+                f"--epochs {options.epochs} is less than what the training has read already"
+            )
+        clock.used_before = run.seconds
+        run.seconds += clock.elapsed
+    clock.limit = options.max_seconds
+    if not first:
+        _take_steps(run, options, settings, results, None)
+        return yardsticks
+    if state is not None:
         print(f"resumed after step {run.steps:,} of {run.total:,}")
-    tensorboard = options.out / "tensorboard" if options.tensorboard else None
-    with TrainingLog(options.out / LOG_NAME, run.steps, tensorboard) as log:
-        _take_steps(run, options, settings, log)
-    return before
+    tensorboard = results.work / "tensorboard" if options.tensorboard else None
+    with TrainingLog(results.work / LOG_NAME, run.recorded, tensorboard) as log:
+        _take_steps(run, options, settings, results, log)
+    return yardsticks
 
 
 def _introduce(run: Run, options: argparse.Namespace, data: _Data) -> None:
@@ -149,27 +303,44 @@ def _introduce(run: Run, options: argparse.Namespace, data: _Data) -> None:
     )
 
 
-def _settings(options: argparse.Namespace, data: _Data, processes: Processes) -> run_state.Settings:
-    """All that the result of a training depends on, by the name that the user gave it."""
-    digest = hashlib.sha256(data.text.encode(errors="surrogatepass")).hexdigest()
-    names = (
-        *("validation", "hidden", "layers", "embedding", "dropout", "tied_weights"),
-        *("seq_length", "batch_size", "epochs", "max_seconds", "lr", "clip", "schedule"),
-        *("eval_every", "patience", "seed", "backend"),
-    )
-    return {
-        "--text": f"{len(data.text):,} characters, {len(data.vocabulary)} distinct, "
-        f"SHA-256 {digest[:16]}",
-        **{f"--{name.replace('_', '-')}": getattr(options, name) for name in names},
-        "--device": options.device.type,
-        "the number of processes": processes.size,
-    }
+def _measure(run: Run, options: argparse.Namespace, data: _Data) -> _Yardsticks:
+    """What a training has to beat; this decides how much a validation reads."""
+    if options.eval_characters is None:
+        batch = options.batch_size * options.seq_length
+        run.options = replace(run.options, eval_characters=batch)
+        start = time.monotonic()
+        run.evaluate()
+        (seconds,) = run.processes.highest(time.monotonic() - start)
+        affordable = max(1.0, _EVAL_SHARE * options.max_seconds / seconds) * batch
+        options.eval_characters = int(min(_EVAL_CHARACTERS, affordable))
+        run.options = replace(run.options, eval_characters=options.eval_characters)
+    untrained = run.evaluate()
+    rows = sample(data.held_out, options.batch_size, options.seq_length, options.eval_characters)
+    size = len(data.vocabulary)
+    bigram = math.nan
+    if run.processes.is_first:
+        bigram = bigram_bits_per_char(data.tokens.cpu(), rows.cpu(), size)
+    ignorant = max(untrained, math.log2(size))
+    return _Yardsticks(untrained, ignorant, bigram, rows.size(0) * (rows.size(1) - 1))
+
+
+def _flag(name: str) -> str:
+    """An option as the user gives it."""
+    return f"--{name.replace('_', '-')}"
+
+
+def _settings(options: argparse.Namespace) -> run_state.Settings:
+    """The options that the result of a training depends on, as a checkpoint has them."""
+    text = None if options.text is None else str(options.text.absolute())
+    values = {**vars(options), "text": text, "device": options.device.type}
+    return {_flag(name): values[name] for name in _SETTINGS}
 
 
 def _take_steps(
     run: Run,
     options: argparse.Namespace,
     settings: run_state.Settings,
+    results: Results,
     log: TrainingLog | None,
 ) -> None:
     """Train behind a progress bar, with checkpoints, and with a log in the first process.
@@ -177,105 +348,172 @@ def _take_steps(
     Raises:
         SystemExit: with 128 + the signal's number, after an interruption and a checkpoint.
     """
-    with _Interruption() as interruption, _progress_bar(run) as bar:
-        for record in run:
-            bar.set_postfix_str(f"loss {record.bits_per_char:.2f} bits/char", refresh=False)
-            bar.update(record.characters - bar.n)
-            if log is not None:
-                log.write(record, run.seconds)
-                if run.best_step == record.step:
-                    checkpoint.save(run.model, options.out / checkpoint.FILE_NAME)
-            (stop,) = run.processes.highest(interruption.signal)
-            if stop or run.ended or record.step % options.checkpoint_every == 0:
+    model_path = results.work / checkpoint.FILE_NAME
+
+    def save() -> None:
+        if log is not None:
+            log.sync()
+        run_state.save(run, settings, results.work / run_state.FILE_NAME)
+
+    with (
+        Interruption() as interruption,
+        ProgressBar(
+            run.total_characters,
+            initial=run.characters,
+            seconds=run.options.max_seconds - run.seconds,
+            hidden=not run.processes.is_first,
+        ) as bar,
+    ):
+
+        def stop_if_asked() -> None:
+            (number,) = run.processes.highest(interruption.signal)
+            if number:
+                raise StoppedError(int(number))
+
+        def on_validation(part: float) -> None:
+            bar.note(f"validation {part:4.0%}")
+            stop_if_asked()
+
+        run.on_validation = on_validation
+        try:
+            for record in run:
+                bar.note("training")
+                bar.set_postfix_str(f"loss {record.bits_per_char:.2f} bits/char", refresh=False)
+                bar.update(record.characters - bar.n)
                 if log is not None:
-                    log.sync()
-                run_state.save(run, settings, options.out / run_state.FILE_NAME)
-            if stop:
-                break
+                    log.write(record, run.seconds)
+                    if run.best_step == record.step:
+                        checkpoint.save(run.model, model_path)
+                if run.ended or record.step % options.checkpoint_every == 0:
+                    save()
+                stop_if_asked()
+        except StoppedError as stop:
+            number = stop.args[0]
+            save()
+            if log is not None and not model_path.exists():  # there was no validation yet
+                checkpoint.save(run.model, model_path)
         else:
             return
+        finally:
+            run.on_validation = None
     if run.processes.is_first:
+        where = f"; its model so far is in {results.work}" if results.work != results.folder else ""
         print(
-            f"rnnfast train: stopped by {signal.Signals(int(stop)).name} after step {run.steps:,} "
-            f"of {run.total:,}; the same command with --resume goes on from there",
+            f"rnnfast train: stopped by {signal.Signals(number).name} after step {run.steps:,} "
+            f"of {run.total:,}; rnnfast train --resume --out {options.out} goes on from there"
+            f"{where}",
             file=sys.stderr,
         )
-    raise SystemExit(128 + int(stop))
+    raise SystemExit(128 + number)
 
 
-class _Interruption:
-    """Takes note of SIGINT and SIGTERM, so that the step under way is finished first.
-
-    A second one changes nothing: torchrun passes on what the terminal has sent to all already.
-    """
-
-    def __init__(self) -> None:
-        self.signal = 0
-
-    def __enter__(self) -> _Interruption:
-        self._before = {
-            number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)
-        }
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
-
-
-def _progress_bar(run: Run) -> tqdm[None]:
-    return tqdm(
-        total=run.total_characters,
-        initial=run.characters,
-        desc="training",
-        unit="char",
-        unit_scale=True,
-        smoothing=0.05,
-        mininterval=0.1 if sys.stderr.isatty() else 10,  # seconds; a log needs no animation
-        disable=not run.processes.is_first,
-    )
-
-
-def _report(run: Run, options: argparse.Namespace, data: _Data, before: float) -> None:
-    """Print and write what came of a training."""
+def _report(
+    run: Run,
+    options: argparse.Namespace,
+    data: _Data,
+    results: Results,
+    yardsticks: _Yardsticks,
+    clock: _Clock,
+) -> bool:
+    """Print and write what came of a training; returns whether it has come to anything."""
     limits = {
-        f"the time limit of {options.max_seconds:g} s": run.out_of_time,
-        f"{options.patience} validations without a better loss": run.out_of_patience,
+        f"the time limit of {options.max_seconds:g} s": ("--max-seconds", run.out_of_time),
+        f"{options.patience} validations without a better loss": (
+            "--patience",
+            run.out_of_patience,
+        ),
     }
-    for reason, applies in limits.items():
+    for reason, (option, applies) in limits.items():
         if applies and run.steps < run.total:
-            print(f"{reason} ended the training after step {run.steps:,} of {run.total:,}")
+            print(
+                f"{reason} ended the training after step {run.steps:,} of {run.total:,}; "
+                f"--resume with a larger {option} goes on"
+            )
     run.restore_best()
-    checkpoint.save(run.model, options.out / checkpoint.FILE_NAME)
-    bigram = bigram_bits_per_char(data.tokens.cpu(), data.held_out.cpu(), len(data.vocabulary))
+    checkpoint.save(run.model, results.work / checkpoint.FILE_NAME)
+    _plot(read_log(results.work / LOG_NAME), yardsticks.bigram, results.work / PLOT_NAME)
+    results.finish()
+
     best = f"after step {run.best_step:,}, the best" if run.best_step < run.steps else ""
+    read = yardsticks.characters
+    part = "" if 2 * read > len(data.held_out) else f", of which {read:,} characters were read"
     print(
-        "\nbits per character of the held-out text\n"
-        f"  before training  {before:.3f}\n"
-        f"  bigram model     {bigram:.3f}\n"
+        f"\nbits per character of the held-out text{part}\n"
+        f"  before training  {yardsticks.untrained:.3f}\n"
+        f"  bigram model     {yardsticks.bigram:.3f}\n"
         f"  after training   {run.best_bits:.3f}  {best}".rstrip()
     )
-    plot_loss(read_log(options.out / LOG_NAME), bigram, options.out / PLOT_NAME)
-
-    prompt = data.text[:_PROMPT_LENGTH] if options.prompt is None else options.prompt
-    sample = run.model.generate(
-        prompt,
-        options.sample_length,
-        options.temperature,
-        greedy=options.greedy,
-        seed=options.seed,
-    )
-    choice = "without chance" if options.greedy else f"at temperature {options.temperature:g}"
-    print(f"\nsample from {prompt!r} {choice}\n{prompt}{sample}")
-
+    sane = _judge(run, yardsticks)
+    _show_sample(run.model, data, options, clock)
+    seconds_per_round = 2 * run.seconds / max(1, run.steps)
     print("\ntraining speed of this model, characters per second")
-    for name, speed in compare_speed(run.model, data.tokens, run.options, options.backend).items():
+    if clock.left < 3 * seconds_per_round:
+        print("  not measured: no time is left")
+        return sane
+    speeds = compare_speed(run.model, data.tokens, run.options, options.backend, clock.left)
+    for name, speed in speeds.items():
         print(f"  {name:<23}  {speed:>9,.0f}")
+    return sane
+
+
+def _judge(run: Run, yardsticks: _Yardsticks) -> bool:
+    """Warn of a result that is worse than one would expect; returns whether it is of any use."""
+    remedy, ignorant = "a lower --lr may help", yardsticks.ignorant
+    sane = run.best_bits <= ignorant
+    if not sane:
+        words = f"the model is worse than one that knows nothing ({ignorant:.3f}): it diverged"
+    elif run.last_bits > ignorant:
+        words = f"the training diverged, to {run.last_bits:.3f}; what is kept is the best of it"
+    elif run.best_bits > yardsticks.bigram:
+        words = "a bigram model does better"
+        remedy = "a longer training, a longer text or another --lr may help"
+    else:
+        return True
+    sys.stdout.flush()
+    print(f"rnnfast train: warning: {words}; {remedy}", file=sys.stderr)
+    return sane
+
+
+def _show_sample(model: CharLSTM, data: _Data, options: argparse.Namespace, clock: _Clock) -> None:
+    """Print what the model writes, as it writes it, until there is no time left."""
+    prompt = data.text[:_PROMPT_LENGTH] if options.prompt is None else options.prompt
+    choice = "without chance" if options.greedy else f"at temperature {options.temperature:g}"
+    print(f"\nsample from {prompt!r} {choice}\n{prompt}", end="")
+
+    def show(piece: str) -> None:
+        print(piece, end="", flush=True)
+        if clock.left < 0:
+            raise TimeoutError
+
+    try:
+        model.generate(
+            prompt,
+            options.sample_length,
+            options.temperature,
+            greedy=options.greedy,
+            seed=options.seed,
+            callback=show,
+        )
+    except TimeoutError:
+        print(" (no time is left)", end="")
+    print()
+
+
+def _plot(log: dict[str, NDArray[np.float64]], bigram: float, path: Path) -> None:
+    """Draw the training loss, the validation loss, and the bigram model's as a level line."""
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(log["characters"], log["bits_per_char"], linewidth=0.8, label="training")
+    validation = log["validation_bits_per_char"]
+    seen = ~np.isnan(validation)
+    axes.plot(
+        log["characters"][seen],
+        validation[seen],
+        marker="o",
+        markersize=4,
+        label=f"held-out (best {validation[seen].min():.2f})",
+    )
+    axes.axhline(bigram, color="C2", linestyle="--", label=f"bigram, held-out ({bigram:.2f})")
+    axes.set(xlabel="characters read", ylabel="loss, bits per character", ylim=(0, None))
+    axes.legend()
+    figure.savefig(path, dpi=120)

@@ -77,6 +77,11 @@ class Processes(NamedTuple):
         return tensor.tolist()
 
 
+def is_first_process() -> bool:
+    """Whether this is the process that speaks for all, before or after they join."""
+    return not dist.is_torchelastic_launched() or os.environ["RANK"] == "0"
+
+
 @contextmanager
 def join(device: torch.device) -> Iterator[Processes]:
     """Be one of the processes that torchrun started, or alone if it did not.

@@ -12,15 +12,20 @@ import torch
 
 from rnnfast.models.atomic import write_atomically
 from rnnfast.models.checkpoint import CheckpointError
-from rnnfast.models.schedule import OPEN_ENDED
 from rnnfast.models.training import Run
 
 FILE_NAME = "training.pt"
-_FORMAT = "rnnfast.Run, version 1"
-_EXTENDABLE = ("--epochs", "--max-seconds")
+_FORMAT = "rnnfast.Run, version 2"
 
-Settings = dict[str, str | int | float | bool | None]
+Setting = str | int | float | bool | None
+Settings = dict[str, Setting]
 """What decides the result of a training, by the name that the user knows it by."""
+
+CHANGEABLE = (
+    *("--text", "--epochs", "--max-seconds", "--eval-every", "--patience"),
+    *("--device", "--backend"),
+)
+"""Settings that may be others when a training goes on."""
 
 
 def save(run: Run, settings: Settings, path: Path) -> None:
@@ -39,27 +44,40 @@ def save(run: Run, settings: Settings, path: Path) -> None:
     run.processes.wait()
 
 
-def load(settings: Settings, path: Path) -> dict[str, Any]:
-    """Read the state of a run, for `restore`. The file is data: no code from it is run.
+def load(path: Path) -> tuple[Settings, dict[str, Any]]:
+    """Read the settings of a run, and its state for `restore`.
 
-    Settings must be the same, except that a run whose schedule does not depend on its end can be
-    given more epochs or more seconds.
+    The file is data: no code from it is run.
 
     Raises:
         FileNotFoundError: there is no such file.
-        CheckpointError: the file is damaged, holds something else, or belongs to other settings.
+        CheckpointError: the file is damaged, or holds something else.
     """
     state = _read(path)
+    return state["settings"], state["run"]
+
+
+def merge(saved: Settings, given: Settings, path: Path) -> Settings:
+    """The settings that a run goes on with: the saved ones, and those given that may change.
+
+    Args:
+        saved: the settings of the run so far.
+        given: some of them, as they are asked for now.
+        path: where the saved ones come from.
+
+    Raises:
+        CheckpointError: a setting that must not change is another one.
+    """
     differences = [
-        f"{name} was {old}, is {settings.get(name)}"
-        for name, old in state["settings"].items()
-        if settings.get(name) != old and not _extends(settings, name, old)
+        f"{name} was {saved.get(name)}, is {value}"
+        for name, value in given.items()
+        if name not in CHANGEABLE and saved.get(name) != value
     ]
     if differences:
         raise CheckpointError(
             f"{path} is of a training with other settings: {'; '.join(differences)}"
         )
-    return state["run"]
+    return {**saved, **given}
 
 
 def restore(run: Run, state: dict[str, Any]) -> None:
@@ -70,20 +88,12 @@ def restore(run: Run, state: dict[str, Any]) -> None:
     """
     try:
         run.load_state_dict(state)
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        reason = str(error).splitlines()[-1].strip()
+    except (
+        *(ArithmeticError, AttributeError, LookupError),
+        *(RuntimeError, TypeError, ValueError),
+    ) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[-1].strip()
         raise CheckpointError(f"{FILE_NAME} does not hold a whole training: {reason}") from error
-
-
-def _extends(settings: Settings, name: str, old: Any) -> bool:
-    """Whether a changed setting only makes the same training longer."""
-    new = settings.get(name)
-    return (
-        settings["--schedule"] in OPEN_ENDED
-        and name in _EXTENDABLE
-        and isinstance(new, (int, float))
-        and new > old
-    )
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ def progress(steps: float, seconds: float) -> float:
     The clock counts from half-time on only, so that a training that ends by its steps well in
     time does not depend on the speed of the machine; it always arrives at 1 in time.
     """
-    return max(steps, 2 * seconds - 1)
+    return min(1.0, max(steps, 2 * seconds - 1))
 
 
 def one_cycle(progress: float) -> float:
@@ -50,12 +50,13 @@ _SHAPES: dict[str, Callable[[float], float]] = {
     "constant": constant,
 }
 SCHEDULES = (*_SHAPES, "plateau")
-OPEN_ENDED = ("constant", "plateau")
-"""Those that do not depend on when the training will end."""
 
 
 class Schedule:
     """Sets the learning rate of an optimiser.
+
+    A function of the progress has no memory: in a training that is made longer the rate is at
+    once what it would be at this place of the longer one. Where it had come down, it rises again.
 
     Args:
         name: "one-cycle", "cosine" or "constant", functions of the progress; or "plateau": half

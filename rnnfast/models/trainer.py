@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from rnnfast.models.char_lstm import CharLSTM, State
 from rnnfast.models.processes import Processes
-from rnnfast.text import batches
+from rnnfast.text import streams
 
 
 class Step(NamedTuple):
@@ -88,6 +89,28 @@ def adam(model: nn.Module, learning_rate: float) -> torch.optim.Adam:
     return optimiser
 
 
+def sample(tokens: Tensor, batch_size: int, seq_length: int, limit: int | None = None) -> Tensor:
+    """The part of a text that `evaluate` reads: (B, L + 1), L characters and what follows each.
+
+    The rows are the beginnings of `batch_size` streams of equal length, or of as many as the text
+    is long enough for: the sample is spread over the whole text.
+
+    Args:
+        tokens: (N,).
+        batch_size: B, at most.
+        seq_length: the length that a row has at least, if the text is that long.
+        limit: how many characters are read, about; None for all.
+
+    Raises:
+        TextError: the text has fewer than two characters.
+    """
+    batch_size = max(1, min(batch_size, (len(tokens) - 1) // seq_length))
+    inputs, _ = streams(tokens, batch_size, min(seq_length, max(1, len(tokens) - 1)))
+    length = inputs.size(1)
+    columns = length if limit is None else min(length, max(seq_length, limit // batch_size))
+    return tokens.unfold(0, columns + 1, length)[:batch_size]
+
+
 @torch.inference_mode()
 def evaluate(
     model: CharLSTM,
@@ -95,27 +118,48 @@ def evaluate(
     batch_size: int,
     seq_length: int,
     processes: Processes = Processes(),  # noqa: B008, it is immutable
+    *,
+    limit: int | None = None,
+    on_batch: Callable[[float], None] | None = None,
 ) -> float:
     """Mean bits per character that a model needs for tokens (N,), without dropout.
 
     The text is read as in training, in `batch_size` streams or as many as it is long enough
     for; each starts from a state of zeros. The processes share the streams.
 
+    Args:
+        model: what is judged.
+        tokens: int64 (N,).
+        batch_size: how many streams are read in parallel.
+        seq_length: how many characters of each are read at a time.
+        processes: share the streams.
+        limit: how many characters are read, about, see `sample`; None for all.
+        on_batch: is told after each batch which part of the work is done; what it raises ends the
+            evaluation.
+
     Raises:
         TextError: the text has fewer than two characters.
     """
-    batch_size = max(1, min(batch_size, (len(tokens) - 1) // seq_length))
+    rows = sample(tokens, batch_size, seq_length, limit)
+    own = processes.share(rows)
     was_training = model.training
     model.eval()
     nats, characters, state = 0.0, 0, None
-    for inputs, targets in batches(tokens, batch_size, min(seq_length, max(1, len(tokens) - 1))):
-        inputs, targets = processes.share(inputs), processes.share(targets)
-        if inputs.size(0) == 0:  # fewer streams than processes
-            break
-        logits, state = model(inputs, state)
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
-        nats += loss.item()
-        characters += targets.numel()
-    model.train(was_training)
+    length = rows.size(1) - 1
+    try:
+        for first in range(0, length, seq_length):
+            last = min(length, first + seq_length)
+            inputs, targets = own[:, first:last], own[:, first + 1 : last + 1]
+            if len(own):  # else there are fewer streams than processes
+                logits, state = model(inputs, state)
+                loss = nn.functional.cross_entropy(
+                    logits.flatten(0, 1), targets.flatten(), reduction="sum"
+                )
+                nats += loss.item()
+                characters += targets.numel()
+            if on_batch is not None:
+                on_batch(last / length)
+    finally:
+        model.train(was_training)
     all_nats, all_characters = processes.sum(nats, characters)
     return all_nats / all_characters / math.log(2)

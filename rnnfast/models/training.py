@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import operator
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,10 +16,12 @@ from torch import Tensor
 from rnnfast.models.char_lstm import CharLSTM
 from rnnfast.models.processes import Processes
 from rnnfast.models.schedule import Schedule, progress
-from rnnfast.models.trainer import Trainer, evaluate
+from rnnfast.models.trainer import Trainer, evaluate, sample
 from rnnfast.text import streams
 
-__all__ = ["Record", "Run", "Trainer", "TrainingOptions", "evaluate"]
+_SHORTEST = 1e-9  # seconds
+
+__all__ = ["Record", "Run", "Trainer", "TrainingOptions", "evaluate", "sample"]
 
 
 @dataclass(frozen=True)
@@ -28,12 +32,15 @@ class TrainingOptions:
         seq_length: how many characters the gradient reaches back.
         batch_size: how many streams of text are read in parallel.
         epochs: how often the text is read.
-        max_seconds: ends the training earlier, with the learning rate brought down in time.
+        max_seconds: ends the training earlier, validations included, with the learning rate brought
+            down in time.
         learning_rate: Adam's step size at its highest.
         clip: the largest norm of the gradient; longer ones are scaled down to it.
         schedule: how the learning rate changes, see `rnnfast.models.schedule.Schedule`.
         eval_every: steps between validations, besides the one after each epoch; None is no others.
         patience: ends the training after so many validations without a better loss; None never.
+        eval_characters: how many characters a validation reads, about, spread over the held-out
+            text; None for all.
 
     Raises:
         ValueError: a number is not above zero.
@@ -48,6 +55,7 @@ class TrainingOptions:
     schedule: str = "one-cycle"
     eval_every: int | None = None
     patience: int | None = None
+    eval_characters: int | None = None
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -85,6 +93,9 @@ class Run:
     processor with the same number of threads, unless the clock interferes: `max_seconds` counts
     from half-time on, see `rnnfast.models.schedule.progress`.
 
+    What `on_validation` raises ends the iteration. A validation that was ended so is done anew
+    when the run goes on, whether by another iteration or from its `state_dict`.
+
     Args:
         model: what learns.
         tokens: int64 (N,), the text to learn.
@@ -93,12 +104,16 @@ class Run:
         processes: share the streams of a batch evenly, and agree in all else.
 
     Attributes:
+        on_validation: if not None, is told in the course of a validation which part of it is done.
         total: how many steps there will be, if nothing ends the training earlier.
         steps: how many have been taken.
-        seconds: the time they took, with the validations, over all resumptions.
+        recorded: of how many the record was given out: of all, unless the validation that follows
+            the last one was ended.
+        seconds: the time they took, with the validations, over all resumptions; more can be added.
         characters: how many they have read.
         best_bits, best_step: the lowest validation loss in bits per character, infinite before the
             first, and the step it came after.
+        last_bits: the latest validation loss, 0 before the first.
 
     Raises:
         TextError: the text is too short for the batch size and sequence length.
@@ -120,6 +135,7 @@ class Run:
                 f"evenly; expected a multiple of {processes.size}"
             )
         self.model, self.options, self.processes = model, options, processes
+        self.on_validation: Callable[[float], None] | None = None
         self._held_out = held_out
         inputs, targets = streams(tokens, options.batch_size, options.seq_length)
         self._characters_per_epoch = inputs.numel()
@@ -129,9 +145,17 @@ class Run:
         self._steps_per_epoch = math.ceil(inputs.size(1) / options.seq_length)
         self.total = options.epochs * self._steps_per_epoch
         self.steps, self.seconds = 0, 0.0
-        self.best_bits, self.best_step = math.inf, 0
+        self.best_bits, self.best_step, self.last_bits = math.inf, 0, 0.0
         self._best_weights: dict[str, Tensor] = {}
         self._validations_since_best = 0
+        self._step_seconds: deque[float] = deque(maxlen=2)  # what the latest took
+        self._validation_seconds = 0.0  # what the latest took
+        self._pending: Record | None = None  # of a step whose validation is still to come
+
+    @property
+    def recorded(self) -> int:
+        """Of how many steps the record was given out."""
+        return self.steps - (self._pending is not None)
 
     @property
     def characters(self) -> int:
@@ -147,8 +171,14 @@ class Run:
 
     @property
     def out_of_time(self) -> bool:
-        """Whether `max_seconds` have passed."""
-        return self.seconds >= self.options.max_seconds
+        """Whether another step, and a validation, would take longer than `max_seconds`."""
+        return self.steps > 0 and self.seconds >= self._seconds_of_steps
+
+    @property
+    def _seconds_of_steps(self) -> float:
+        """When the last step has to begin."""
+        step = min(self._step_seconds, default=0.0)  # of two: one may have been held up
+        return max(self.options.max_seconds - self._validation_seconds - step, _SHORTEST)
 
     @property
     def out_of_patience(self) -> bool:
@@ -159,6 +189,8 @@ class Run:
     @property
     def ended(self) -> bool:
         """Whether there will be no more steps."""
+        if self._pending is not None:
+            return False
         return self.steps >= self.total or self.out_of_time or self.out_of_patience
 
     def __iter__(self) -> Iterator[Record]:
@@ -170,7 +202,29 @@ class Run:
         start = time.monotonic() - self.seconds
         self.model.train()
         while not self.ended:
-            yield self._advance(start)
+            record = self._pending or self._advance(start)
+            if self._validation_is_due():
+                self._pending = record
+                record = record._replace(validation_bits_per_char=self._validate())
+                self._count_seconds(start)
+                self._pending = None
+            yield record
+
+    def evaluate(self) -> float:
+        """The mean bits per character of what validations read; there must be a held-out text."""
+        assert self._held_out is not None
+        options, start = self.options, time.monotonic()
+        bits = evaluate(
+            self.model,
+            self._held_out,
+            options.batch_size,
+            options.seq_length,
+            self.processes,
+            limit=options.eval_characters,
+            on_batch=self.on_validation,
+        )
+        (self._validation_seconds,) = self.processes.highest(time.monotonic() - start)
+        return bits
 
     def _advance(self, start: float) -> Record:
         """One step; `start` is when the clock read 0."""
@@ -179,13 +233,15 @@ class Run:
         if position == 0:
             self._trainer.state = None
         self._schedule.before_step(
-            progress(self.steps / self.total, self.seconds / options.max_seconds)
+            progress(self.steps / self.total, self.seconds / self._seconds_of_steps)
         )
         learning_rate = self._trainer.optimiser.param_groups[0]["lr"]
         columns = slice(position * options.seq_length, (position + 1) * options.seq_length)
         step = self._trainer.step(self._inputs[:, columns], self._targets[:, columns])
         self.steps += 1
-        (self.seconds,) = self.processes.highest(time.monotonic() - start)
+        before = self.seconds
+        self._count_seconds(start)
+        self._step_seconds.append(self.seconds - before)
         return Record(
             self.steps,
             epoch + 1,
@@ -193,8 +249,12 @@ class Run:
             learning_rate,
             step.bits_per_char,
             step.gradient_norm,
-            self._validate() if self._validation_is_due() else None,
+            None,
         )
+
+    def _count_seconds(self, start: float) -> None:
+        """Read the clock, which all processes have to agree on."""
+        (self.seconds,) = self.processes.highest(time.monotonic() - start)
 
     def _validation_is_due(self) -> bool:
         """After every epoch and every `eval_every` steps, and when the time is over."""
@@ -209,15 +269,12 @@ class Run:
 
     def _validate(self) -> float:
         """Look at the held-out text, and remember the weights if they are the best so far."""
-        assert self._held_out is not None
-        options = self.options
-        bits = evaluate(
-            self.model, self._held_out, options.batch_size, options.seq_length, self.processes
-        )
+        bits = self.evaluate()
         if not math.isfinite(bits):
             raise ArithmeticError(
                 f"the validation loss became {bits}; a lower learning rate may help"
             )
+        self.last_bits = bits
         self._schedule.after_validation(bits)
         self._validations_since_best += 1
         if bits < self.best_bits:
@@ -245,8 +302,10 @@ class Run:
             "seconds": self.seconds,
             "best_bits": self.best_bits,
             "best_step": self.best_step,
+            "last_bits": self.last_bits,
             "best_weights": self._best_weights,
             "validations_since_best": self._validations_since_best,
+            "pending": None if self._pending is None else list(self._pending),
             "model": self.model.state_dict(),
             "optimiser": self._trainer.optimiser.state_dict(),
             "schedule": self._schedule.state_dict(),
@@ -268,10 +327,13 @@ class Run:
         if own["hidden"] is not None:
             h, c = own["hidden"]
             self._trainer.state = (h.to(device), c.to(device))
-        self.steps, self.seconds = state["steps"], state["seconds"]
-        self.best_bits, self.best_step = state["best_bits"], state["best_step"]
-        self._best_weights = state["best_weights"]
-        self._validations_since_best = state["validations_since_best"]
+        self.steps, self.seconds = operator.index(state["steps"]), float(state["seconds"])
+        self.best_bits = float(state["best_bits"])
+        self.best_step = operator.index(state["best_step"])
+        self.last_bits = float(state["last_bits"])
+        self._best_weights = dict(state["best_weights"])
+        self._validations_since_best = operator.index(state["validations_since_best"])
+        self._pending = None if state["pending"] is None else Record(*state["pending"])
         torch.set_rng_state(own["random"])
         if own["cuda_random"] is not None:
             torch.cuda.set_rng_state(own["cuda_random"], device)

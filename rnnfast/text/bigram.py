@@ -33,12 +33,12 @@ def bigram_bits_per_char(
             f"a bigram model needs texts of two characters or more, got {len(train)} to learn "
             f"from and {validation.shape[-1]} to predict"
         )
-    pairs = np.zeros(vocab_size * vocab_size)
-    size = max(_PIECE, len(pairs))
+    counts = np.zeros(vocab_size * vocab_size)
+    size = max(_PIECE, len(counts))
     for first in range(0, len(train) - 1, size):
         piece = train[first : first + size + 1].astype(np.int64)
-        pairs += np.bincount(piece[:-1] * vocab_size + piece[1:], minlength=len(pairs))
-    pairs = pairs.reshape(vocab_size, vocab_size)
+        counts += np.bincount(piece[:-1] * vocab_size + piece[1:], minlength=len(counts))
+    pairs = counts.reshape(vocab_size, vocab_size)
     unigram = np.bincount(train, minlength=vocab_size) + 1.0
     unigram /= unigram.sum()
     distinct = np.maximum((pairs > 0).sum(axis=1, keepdims=True), 1)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from rnnfast.cli.arguments import (
     DEFAULT_FOLDER,
     HelpFormatter,
+    Noted,
+    NotedFlag,
     Parser,
     add_placement,
     add_temperature,
     count,
     layers,
     number,
+    path,
     positive,
     prompt,
     seed,
@@ -30,17 +32,34 @@ and the speed beside torch.nn.LSTM. The folder --out then has
   loss.png           the losses, drawn
   training.pt        all that --resume needs
 
-Ctrl-C, SIGTERM, or the end of the machine: the same command with --resume goes on from
+A folder that has such files already is left alone, unless --resume or --overwrite says
+what to do with them. With --overwrite the new files are in DIR/unfinished until the
+training has ended, and the old ones stay until then.
+
+Ctrl-C, SIGTERM, or the end of the machine: rnnfast train --resume --out DIR goes on from
 the last checkpoint, and ends with the weights and the log of a training that was never
 interrupted, bit for bit on a CPU with as many threads. Only where the clock decides,
 that is once half of --max-seconds is used up, no two trainings are quite alike.
+
+Options are read from the checkpoint then, and need not be given. These may be others:
+--epochs, --max-seconds, --eval-every, --patience (a training that has ended goes on, if
+they now allow more; the learning rate is then that of the longer training, so that it
+rises again where it had come down), --device and --backend (numbers agree up to
+rounding), --text, if the same text is elsewhere now, and all under "output".
 """
 _EPILOG = """\
+exit status:
+  0    the training has ended; a warning tells if a bigram model does better
+  1    it has ended, and the model is worse than one that knows nothing: it diverged
+  2    it could not be done, or a loss was not finite
+  130  it was stopped by Ctrl-C, or 143 by SIGTERM
+
 examples:
   rnnfast train
   rnnfast train --text book.txt --hidden 512 --layers 2 --dropout 0.2 --max-seconds 1800
   rnnfast train --text book.txt --epochs 50 --max-seconds inf --patience 5
-  rnnfast train --text book.txt --epochs 50 --max-seconds inf --patience 5 --resume
+  rnnfast train --resume
+  rnnfast train --resume --max-seconds 600
   torchrun --nproc-per-node 2 -m rnnfast train --text book.txt --batch-size 64
 """
 
@@ -54,6 +73,9 @@ def add(commands: argparse._SubParsersAction[Parser]) -> None:
         epilog=_EPILOG,
         formatter_class=HelpFormatter,
     )
+    parser.set_defaults(given=set())
+    parser.register("action", None, Noted)
+    parser.register("action", "store_true", NotedFlag)
     _add_text(parser.add_argument_group("text"))
     _add_model(parser.add_argument_group("model"))
     _add_training(parser.add_argument_group("training"))
@@ -65,7 +87,7 @@ def add(commands: argparse._SubParsersAction[Parser]) -> None:
 def _add_text(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--text",
-        type=Path,
+        type=path,
         metavar="FILE",
         help="UTF-8 text to learn; if not given, the manual that comes with Python",
     )
@@ -130,21 +152,34 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
 
 def _add_ending(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--epochs", type=count, default=6, metavar="N", help="times the text is read"
+        "--epochs",
+        type=count,
+        metavar="N",
+        help="times the text is read; if not given, 6, and of a short text as many as make 400 "
+        "steps",
     )
     group.add_argument(
         "--max-seconds",
         type=number(float, "above zero, or inf", lambda value: value > 0),
         default=110.0,
         metavar="S",
-        help="end the training by then, whatever the epochs; what was used before --resume "
-        "counts, up to its checkpoint",
+        help="end by then, whatever the epochs: all is counted, from the reading of the text to "
+        "the last line, and what was used before --resume, up to its checkpoint; only the step "
+        "under way is finished",
     )
     group.add_argument(
         "--eval-every",
         type=count,
         metavar="STEPS",
-        help="look at the held-out text every so many steps, besides once after each epoch",
+        help="look at the held-out text every so many steps, besides once after each epoch; if "
+        "not given, 1000 where an epoch has more",
+    )
+    group.add_argument(
+        "--eval-characters",
+        type=count,
+        metavar="N",
+        help="characters that such a look reads, about, spread over the held-out text; if not "
+        "given, 100000, or fewer where these would take a twentieth of --max-seconds",
     )
     group.add_argument(
         "--patience",
@@ -156,7 +191,7 @@ def _add_ending(group: argparse._ArgumentGroup) -> None:
 
 def _add_output(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--out", type=Path, default=DEFAULT_FOLDER, metavar="DIR", help="folder for all files"
+        "--out", type=path, default=DEFAULT_FOLDER, metavar="DIR", help="folder for all files"
     )
     group.add_argument(
         "--checkpoint-every",
@@ -165,12 +200,16 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
         metavar="STEPS",
         help="write training.pt every so many steps, and at the end",
     )
-    group.add_argument(
+    again = group.add_mutually_exclusive_group()
+    again.add_argument(
         "--resume",
         action="store_true",
-        help="go on from training.pt in DIR, with the options and the text it was begun with "
-        "(with constant and plateau there may be more --epochs or --max-seconds); without this "
-        "a new training takes its place",
+        help="go on from training.pt in DIR, with the options it was begun with",
+    )
+    again.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="begin anew, and replace what is in DIR once that has ended",
     )
     group.add_argument(
         "--tensorboard",
