@@ -19,12 +19,15 @@ from training_worker import signal_at
 import rnnfast
 from rnnfast import backend
 from rnnfast.cli import main
+from rnnfast.cli.output import Results
+from rnnfast.cli.progress import ProgressBar
 from rnnfast.cli.speed import compare_speed
 from rnnfast.cli.timing import compare, time_in_turn
 from rnnfast.models import CharLSTM, checkpoint, run_state
+from rnnfast.models.processes import Processes
 from rnnfast.models.training import TrainingOptions
 from rnnfast.models.training_log import read_log
-from rnnfast.text import CharVocabulary
+from rnnfast.text import CharVocabulary, default_text
 
 TEXT = "the cat sat on the mat; “purr” ° " * 60
 SMALL = [
@@ -54,6 +57,10 @@ def folder(tmp_path):
 def train(text_file, out, *more):
     arguments = ["train", "--text", text_file, "--out", out, *SMALL, *more]
     return main([str(argument) for argument in arguments])
+
+
+def resume(out, *more):
+    return main(["train", "--resume", "--out", str(out), *map(str, more)])
 
 
 def held_out_bits(output):
@@ -107,7 +114,9 @@ def test_train_is_repeatable(text_file, tmp_path, capsys):
 
 def test_train_says_when_its_time_is_over(text_file, tmp_path, capsys):
     assert train(text_file, tmp_path, "--epochs", 10**6, "--max-seconds", 0.3) == 0
-    assert "the time limit of 0.3 s ended the training" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "the time limit of 0.3 s ended the training" in output
+    assert "--resume with a larger --max-seconds goes on" in output
 
 
 def test_train_ends_when_it_runs_out_of_patience(text_file, tmp_path, capsys):
@@ -119,8 +128,8 @@ def test_train_ends_when_it_runs_out_of_patience(text_file, tmp_path, capsys):
 
 def test_train_with_tied_weights(text_file, tmp_path, capsys):
     options = [*("--hidden", 20, "--tied-weights", "--epochs", 2)]
-    text = ["train", "--text", text_file, "--batch-size", 8, "--seq-length", 24, "--out", tmp_path]
-    assert main([str(argument) for argument in text + options]) == 0
+    text = ["train", "--text", text_file, "--batch-size", 8, "--seq-length", 24, "--out"]
+    assert main([str(argument) for argument in [*text, tmp_path, *options]]) == 0
     bits = held_out_bits(capsys.readouterr().out)
     assert bits["after training"] < bits["before training"]
     model = checkpoint.load(tmp_path)
@@ -128,7 +137,7 @@ def test_train_with_tied_weights(text_file, tmp_path, capsys):
     assert model.embedding.weight.shape == (len(CharVocabulary(TEXT)), 20)
     assert train(text_file, tmp_path / "small", "--epochs", 1, "--greedy", "--embedding", 5) == 0
     assert "sample from 'the ' without chance" in capsys.readouterr().out
-    arguments = [*text, "--hidden", 20, "--tied-weights", "--embedding", 5]
+    arguments = [*text, tmp_path / "other", "--hidden", 20, "--tied-weights", "--embedding", 5]
     assert "tied_weights needs embedding_size to be hidden_size" in refusal(arguments, capsys)
 
 
@@ -195,12 +204,12 @@ def test_an_interrupted_training_says_how_to_go_on(text_file, tmp_path, name, ca
     with pytest.raises(SystemExit) as stop, signal_at(13, number):
         train(text_file, tmp_path / "parts", *options)
     assert stop.value.code == 128 + number
-    words = f"stopped by {name} after step 13 of 50; the same command with --resume goes on"
+    words = f"stopped by {name} after step 13 of 50; rnnfast train --resume --out {tmp_path}"
     assert words in capsys.readouterr().err.splitlines()[-1]
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert len(log_of(tmp_path / "parts")) == 14
 
-    assert train(text_file, tmp_path / "parts", *options, "--resume") == 0
+    assert resume(tmp_path / "parts") == 0
     assert "resumed after step 13 of 50" in capsys.readouterr().out
     assert log_of(tmp_path / "parts") == log_of(tmp_path / "whole")
     columns = read_log(tmp_path / "parts" / "log.csv")
@@ -220,20 +229,20 @@ def finished(text_file, tmp_path_factory):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (["--epochs", 2], "with other settings: --epochs was 1, is 2"),
-        (["--epochs", 1, "--lr", 0.5], "with other settings: --lr was 0.02, is 0.5"),
-        (["--epochs", 1, "--seed", 1, "--clip", 2], "--clip was 1.0, is 2.0; --seed was 0, is 1"),
-        (["--epochs", 1, "--tied-weights", "--embedding", 32], "--tied-weights was False, is True"),
-        (["--epochs", 1, "--backend", "reference"], "--backend was "),
-        (["--epochs", 1, "--text", __file__], "--text was 1,980 characters, 17 distinct"),
-        (["--epochs", 1, "--out", "nowhere"], "no training to resume"),
+        (["--lr", 0.5], "with other settings: --lr was 0.02, is 0.5"),
+        (["--seed", 1, "--clip", 2], "--clip was 1.0, is 2.0; --seed was 0, is 1"),
+        (["--tied-weights", "--embedding", 32], "--embedding was 16, is 32; --tied-weights was"),
+        (["--text", __file__], "the text of --text was 1,980 characters, 17 distinct"),
+        (["--text", "gone"], "/gone: No such file"),
+        (["--out", "nowhere"], "no training to resume"),
+        (["--overwrite"], "--overwrite: not allowed with argument --resume"),
     ],
 )
 def test_only_the_same_training_is_resumed(
     text_file, finished, changes, words, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    arguments = ["train", "--text", text_file, "--out", finished, *SMALL, "--resume", *changes]
+    arguments = ["train", "--out", finished, "--resume", *changes]
     assert words in refusal(arguments, capsys)
 
 
@@ -245,6 +254,208 @@ def test_damaged_training_states_are_refused(text_file, finished, content, capsy
     arguments = ["train", "--text", text_file, "--out", finished, *SMALL, "--epochs", 1, "--resume"]
     assert "not an intact training state" in refusal(arguments, capsys)
     path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("schedule", ["one-cycle", "plateau"])
+def test_a_training_cut_by_time_is_extended(text_file, tmp_path, schedule, capsys):
+    options = ["--schedule", schedule, "--epochs", 4, "--dropout", 0.3, "--seed", 5]
+    assert train(text_file, tmp_path, *options, "--max-seconds", 1e-3) == 0
+    assert "the time limit of 0.001 s ended the training after step 1 of 40" in (
+        capsys.readouterr().out
+    )
+    assert resume(tmp_path) == 0
+    assert "the time limit of 0.001 s ended the training after step 1 of" in capsys.readouterr().out
+    assert resume(tmp_path, "--max-seconds", 300) == 0
+    output = capsys.readouterr().out
+    assert "resumed after step 1 of 40" in output
+    assert "ended the training" not in output
+    assert resume(tmp_path, "--epochs", 5, "--max-seconds", "inf") == 0
+    assert "resumed after step 40 of 50" in capsys.readouterr().out
+    assert read_log(tmp_path / "log.csv")["step"].tolist() == list(range(1, 51))
+    arguments = ["train", "--resume", "--out", tmp_path, "--epochs", 2]
+    assert "--epochs 2: the training has read more" in refusal(arguments, capsys)
+
+
+def test_a_resumed_training_finds_its_text_where_it_is_now(
+    text_file, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "old.txt").write_bytes(text_file.read_bytes())
+    assert train("old.txt", tmp_path / "run", "--epochs", 1) == 0
+    monkeypatch.chdir("/")
+    assert resume(tmp_path / "run") == 0
+    (tmp_path / "old.txt").rename(tmp_path / "new.txt")
+    capsys.readouterr()
+    arguments = ["train", "--resume", "--out", tmp_path / "run"]
+    assert f"--text {tmp_path}/old.txt: No such file" in refusal(arguments, capsys)
+    for _ in range(2):  # which is remembered
+        assert resume(tmp_path / "run", "--text", tmp_path / "new.txt", "--epochs", 2) == 0
+    (tmp_path / "new.txt").write_text(TEXT[:-1])
+    capsys.readouterr()
+    assert "--text was 1,980 characters" in refusal([*arguments, "--epochs", 2], capsys)
+
+
+RESULTS = [checkpoint.FILE_NAME, "log.csv", "loss.png", run_state.FILE_NAME]
+
+
+def contents(folder):
+    return {name: (folder / name).read_bytes() for name in RESULTS}
+
+
+def test_results_stay_until_others_replace_them_whole(text_file, tmp_path, capsys):
+    assert train(text_file, tmp_path, "--epochs", 1) == 0
+    old = contents(tmp_path)
+    capsys.readouterr()
+    again = ["train", "--text", text_file, "--out", tmp_path, *SMALL]
+    words = refusal(again, capsys)
+    assert "has model.safetensors, log.csv, loss.png, training.pt already; --resume" in words
+    for options in (["--lr", 1e30], ["--lr", 1e300], ["--text", __file__ + "x"]):
+        with pytest.raises(SystemExit):
+            main([str(part) for part in [*again, "--overwrite", *options]])
+        assert contents(tmp_path) == old
+
+    options = ["--epochs", 5, "--dropout", 0.3, "--seed", 1]
+    with pytest.raises(SystemExit), signal_at(13, signal.SIGINT):
+        train(text_file, tmp_path, *options, "--overwrite")
+    assert contents(tmp_path) == old
+    assert f"its model so far is in {tmp_path}/unfinished" in capsys.readouterr().err
+    assert "unfinished" in refusal(again, capsys)
+    assert main(["generate", "--model", f"{tmp_path}/unfinished", "--prompt", "the"]) == 0
+    assert resume(tmp_path) == 0
+    assert "resumed after step 13 of 50" in capsys.readouterr().out
+    assert sorted(os.listdir(tmp_path)) == sorted(RESULTS)
+    assert train(text_file, tmp_path / "whole", *options) == 0
+    assert contents(tmp_path)["model.safetensors"] == contents(tmp_path / "whole")[RESULTS[0]]
+    assert log_of(tmp_path) == log_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("moved", range(5))
+def test_results_are_replaced_even_if_that_was_cut_short(moved, tmp_path, monkeypatch):
+    (tmp_path / "tensorboard").mkdir()
+    for name in (*RESULTS, "tensorboard/a"):
+        (tmp_path / name).write_text("old")
+    results = Results(tmp_path, *RESULTS)
+    results.check(True, "")
+    results.begin(Processes())
+    (results.work / "tensorboard").mkdir()
+    for name in (*RESULTS, "tensorboard/b"):
+        (results.work / name).write_text("new")
+    replace, calls = os.replace, []
+
+    def fail(*arguments):
+        calls.append(arguments)
+        if len(calls) > moved:
+            raise KeyboardInterrupt
+        replace(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail)
+        with pytest.raises(KeyboardInterrupt):
+            results.finish()
+    with pytest.raises(FileExistsError, match="already; a remedy"):
+        Results(tmp_path, *RESULTS).check(False, "a remedy")
+    later = Results(tmp_path, *RESULTS)
+    later.resume(run_state.FILE_NAME)
+    assert later.work == tmp_path
+    assert sorted(os.listdir(tmp_path)) == sorted([*RESULTS, "tensorboard"])
+    assert {(tmp_path / name).read_text() for name in RESULTS} == {"new"}
+    assert os.listdir(tmp_path / "tensorboard") == ["b"]
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_validation_is_interrupted_and_done_anew(text_file, tmp_path, name, capsys, monkeypatch):
+    options = ["--epochs", 3, "--dropout", 0.3, "--eval-every", 4, "--validation", 0.4]
+    assert train(text_file, tmp_path / "whole", *options) == 0
+    note = ProgressBar.note
+
+    def noted(bar, activity):
+        activities.append(activity)
+        if len(activities) == 6:  # after 4 steps
+            os.kill(os.getpid(), getattr(signal, name))
+        note(bar, activity)
+
+    activities = []
+    monkeypatch.setattr(ProgressBar, "note", noted)
+    with pytest.raises(SystemExit) as stop:
+        train(text_file, tmp_path / "parts", *options)
+    assert stop.value.code == 128 + getattr(signal, name)
+    expected = [*["training"] * 3, "validation  24%", "validation  49%", "validation  73%"]
+    assert activities == expected
+    assert f"stopped by {name} after step 4 of" in capsys.readouterr().err
+    assert len(log_of(tmp_path / "parts")) == 4
+    assert resume(tmp_path / "parts") == 0
+    assert log_of(tmp_path / "parts") == log_of(tmp_path / "whole")
+
+
+def test_the_estimate_of_the_bar_knows_the_time_limit():
+    bar = ProgressBar(10**9, seconds=70)
+    bar.update(10)
+    assert "<01:0" in str(bar) or "<01:10" in str(bar)
+    bar.close()
+    bar = ProgressBar(1000)
+    assert "<?" in str(bar)
+    bar.update(1000)
+    assert "<00:00" in str(bar)
+    bar.close()
+
+
+def test_everything_is_over_in_time(tmp_path, capsys):
+    """The held-out text, the sample and the comparison of speeds alone would take minutes."""
+    (tmp_path / "text").write_text(TEXT * 1000)
+    start = time.monotonic()
+    sizes = ["--hidden", 128, "--sample-length", 10**7, "--max-seconds", 4]
+    assert train(tmp_path / "text", tmp_path, *sizes, "--eval-characters", 5000) == 0
+    assert time.monotonic() - start < 12
+    output = capsys.readouterr().out
+    assert "of which 5,000 characters were read" in output
+    assert "(no time is left)" in output
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [
+        (["--lr", 1e9, "--epochs", 1], 1, "worse than one that knows nothing .*: it diverged"),
+        (["--epochs", 1, "--lr", 1e-4], 0, "a bigram model does better; a longer training"),
+        (
+            [
+                "--epochs",
+                4,
+                "--lr",
+                100,
+                "--clip",
+                1e9,
+                "--eval-every",
+                1,
+                "--schedule",
+                "constant",
+            ],
+            1,
+            "",
+        ),
+    ],
+)
+def test_absurd_results_are_said(text_file, tmp_path, options, code, words, capsys):
+    if code:
+        with pytest.raises(SystemExit) as stop:
+            train(text_file, tmp_path, *options)
+        assert stop.value.code == code
+    else:
+        assert train(text_file, tmp_path, *options) == code
+    output = capsys.readouterr()
+    assert re.search(f"^rnnfast train: warning: .*{words}", output.err, re.M)
+    assert "wrote model.safetensors" in output.out
+
+
+def test_defaults_on_a_short_text_beat_the_bigram_model(tmp_path, capsys):
+    (tmp_path / "text").write_text(default_text()[200_000:212_000])
+    options = ["--hidden", "64", "--embedding", "32", "--max-seconds", "inf"]  # to be quick
+    text = ["train", "--text", f"{tmp_path}/text", "--out", f"{tmp_path}/out"]
+    assert main([*text, *options]) == 0
+    output = capsys.readouterr()
+    bits = held_out_bits(output.out)
+    assert bits["after training"] < bits["bigram model"]
+    assert "warning" not in output.err
+    assert 400 <= len(log_of(tmp_path / "out")) - 1 < 420
 
 
 def test_train_needs_tensorboard_only_if_asked(text_file, tmp_path, monkeypatch, capsys):
@@ -287,25 +498,34 @@ def test_doctor_prints_the_report(capsys):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (None, "No such file"),
-        (b"", "is empty"),
+        (None, "--text {}: No such file"),
+        (b"", "--text: {} is empty"),
         (b"\xff\xfe\x00", "not UTF-8"),
-        (b"abc", "too short: 3 characters"),
-        (b"abcd" * 50, "too short: 180 characters, but 8 streams of sequence length 24 need 193"),
+        (b"abc", "too short: --text has 3 characters"),
+        (
+            b"abcd" * 50,
+            "--validation 0.1 leaves 180 to learn from, where --batch-size 8 and --seq-length 24 "
+            "need 193",
+        ),
     ],
 )
 def test_train_refuses_useless_texts(tmp_path, content, words, capsys):
     path = tmp_path / "text"
     if content is not None:
         path.write_bytes(content)
-    assert words in refusal(["train", "--text", path, "--out", tmp_path, *SMALL], capsys)
+    arguments = ["train", "--text", path, "--out", tmp_path / "out", *SMALL]
+    assert words.format(path) in refusal(arguments, capsys)
 
 
 @pytest.mark.parametrize(
     ("option", "value", "words"),
     [
-        ("--prompt", "THE", "lacks 'E', 'H', 'T'"),
+        ("--prompt", "THE", "--prompt: unknown characters: the vocabulary of 17 lacks 'E', 'H'"),
         ("--prompt", "", "at least one character"),
+        ("--text", "", "--text: expected the name of a file or folder, got an empty one"),
+        ("--text", "/", "--text /: Is a directory"),
+        ("--out", "", "--out: expected the name of a file or folder, got an empty one"),
+        ("--eval-characters", "0", "1 or more"),
         ("--temperature", "-1", "expected a number above zero, got '-1'"),
         ("--temperature", "nan", "above zero"),
         ("--hidden", "0", "1 or more"),
@@ -313,12 +533,12 @@ def test_train_refuses_useless_texts(tmp_path, content, words, capsys):
         ("--lr", "fast", "above zero, got 'fast'"),
         ("--dropout", "1", "below 1"),
         ("--validation", "1", "between 0 and 1"),
-        ("--validation", "1e-9", "too short"),
+        ("--validation", "1e-9", "--validation 1e-09 leaves 1,980 to learn from"),
         ("--device", "abacus", "device 'abacus' cannot be used"),
         ("--backend", "warp", "invalid choice"),
-        ("--out", __file__, "exists"),
-        ("--out", __file__ + "/model", "Not a directory"),
-        ("--out", "/proc", "/proc"),
+        ("--out", __file__, f"--out {__file__}: File exists"),
+        ("--out", __file__ + "/model", f"--out {__file__}/model: Not a directory"),
+        ("--out", "/proc", "--out /proc"),
         ("--schedule", "up", "invalid choice: 'up'"),
         ("--patience", "0", "1 or more"),
         ("--max-seconds", "0", "above zero, or inf"),
@@ -390,8 +610,9 @@ def test_generate_refuses_foreign_files(folder, description, words, capsys):
 
 def test_a_missing_extra_is_named_with_its_remedy(folder, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tqdm", None)
-    monkeypatch.delitem(sys.modules, "rnnfast.cli.train", raising=False)
-    words = refusal(["train", "--out", folder], capsys)
+    for module in ("train", "progress"):
+        monkeypatch.delitem(sys.modules, f"rnnfast.cli.{module}", raising=False)
+    words = refusal(["train", "--out", folder / "new"], capsys)
     assert words == "rnnfast: error: this command needs tqdm: pip install 'rnnfast[cli]'\n"
 
 

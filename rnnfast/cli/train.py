@@ -151,7 +151,7 @@ def run(options: argparse.Namespace) -> None:
         raise
     if processes.is_first:
         sane = _report(training, options, data, results, yardsticks, clock)
-        print(f"\nwrote {', '.join(_FILES)} to {options.out}; {clock.elapsed:.0f} s in all")
+        print(f"\nwrote {', '.join(_FILES)} to {results.work}; {clock.elapsed:.0f} s in all")
         if not sane:
             raise SystemExit(1)
 
@@ -256,28 +256,27 @@ def _train(
     clock: _Clock,
 ) -> _Yardsticks:
     """Take the steps that remain; returns what to compare their result with."""
-    first = run.processes.is_first
-    if first:
-        _introduce(run, options, data)
-    yardsticks = _measure(run, options, data)
-    settings = {
-        **_settings(options),
+    facts: run_state.Settings = {
         "the text of --text": data.description,
         "the number of processes": run.processes.size,
     }
     state_path = results.work / run_state.FILE_NAME
+    if state is not None:
+        run_state.merge(state["settings"], facts, state_path)
+        if state["steps"] > run.total:
+            raise ValueError(f"--epochs {options.epochs}: the training has read more already")
+    first = run.processes.is_first
+    if first:
+        _introduce(run, options, data)
+    yardsticks = _measure(run, options, data)
+    settings = {**_settings(options), **facts}
     if state is None:
         results.begin(run.processes)
         state_path = results.work / run_state.FILE_NAME
         run.seconds = clock.elapsed
         run_state.save(run, settings, state_path)  # first, for the log has no step any more
     else:
-        run_state.merge(state["settings"], settings, state_path)
         run_state.restore(run, state)
-        if run.steps > run.total:
-            raise ValueError(
-                f"--epochs {options.epochs} is less than what the training has read already"
-            )
         clock.used_before = run.seconds
         run.seconds += clock.elapsed
     clock.limit = options.max_seconds
@@ -432,7 +431,9 @@ def _report(
     run.restore_best()
     checkpoint.save(run.model, results.work / checkpoint.FILE_NAME)
     _plot(read_log(results.work / LOG_NAME), yardsticks.bigram, results.work / PLOT_NAME)
-    results.finish()
+    sane = run.best_bits <= yardsticks.ignorant
+    if sane:
+        results.finish()
 
     best = f"after step {run.best_step:,}, the best" if run.best_step < run.steps else ""
     read = yardsticks.characters
@@ -443,7 +444,7 @@ def _report(
         f"  bigram model     {yardsticks.bigram:.3f}\n"
         f"  after training   {run.best_bits:.3f}  {best}".rstrip()
     )
-    sane = _judge(run, yardsticks)
+    _warn(run, yardsticks, results)
     _show_sample(run.model, data, options, clock)
     seconds_per_round = 2 * run.seconds / max(1, run.steps)
     print("\ntraining speed of this model, characters per second")
@@ -456,22 +457,22 @@ def _report(
     return sane
 
 
-def _judge(run: Run, yardsticks: _Yardsticks) -> bool:
-    """Warn of a result that is worse than one would expect; returns whether it is of any use."""
+def _warn(run: Run, yardsticks: _Yardsticks, results: Results) -> None:
+    """Tell of a result that is worse than one would expect."""
     remedy, ignorant = "a lower --lr may help", yardsticks.ignorant
-    sane = run.best_bits <= ignorant
-    if not sane:
+    if run.best_bits > ignorant:
         words = f"the model is worse than one that knows nothing ({ignorant:.3f}): it diverged"
+        if results.work != results.folder:
+            remedy += f"; it is in {results.work}, and the older one stays"
     elif run.last_bits > ignorant:
         words = f"the training diverged, to {run.last_bits:.3f}; what is kept is the best of it"
     elif run.best_bits > yardsticks.bigram:
         words = "a bigram model does better"
         remedy = "a longer training, a longer text or another --lr may help"
     else:
-        return True
+        return
     sys.stdout.flush()
     print(f"rnnfast train: warning: {words}; {remedy}", file=sys.stderr)
-    return sane
 
 
 def _show_sample(model: CharLSTM, data: _Data, options: argparse.Namespace, clock: _Clock) -> None:
