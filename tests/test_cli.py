@@ -1,6 +1,7 @@
 """The command line, in this process and once in its own."""
 
 import json
+import math
 import os
 import random
 import re
@@ -22,8 +23,7 @@ from rnnfast.cli import main
 from rnnfast.cli.output import Results
 from rnnfast.cli.progress import ProgressBar
 from rnnfast.cli.speed import compare_speed
-from rnnfast.cli.timing import compare, time_in_turn
-from rnnfast.models import CharLSTM, checkpoint, run_state
+from rnnfast.models import CharLSTM, CharLSTMConfig, checkpoint, run_state
 from rnnfast.models.processes import Processes
 from rnnfast.models.training import TrainingOptions
 from rnnfast.models.training_log import read_log
@@ -563,8 +563,10 @@ def test_train_says_when_it_diverges(text_file, tmp_path, rate, capsys):
 @pytest.mark.parametrize(
     ("option", "value", "words"),
     [
-        ("--prompt", "THE", "lacks 'E', 'H', 'T'"),
+        ("--prompt", "THE", "--prompt: unknown characters: the vocabulary of 17 lacks 'E', 'H'"),
+        ("--stop", "THE", "--stop: unknown characters: the vocabulary of 17 lacks 'E', 'H'"),
         ("--prompt", "", "at least one character"),
+        ("--model", "", "--model: expected the name of a file or folder, got an empty one"),
         ("--temperature", "-0.5", "above zero"),
         ("--length", "-3", "1 or more"),
         ("--model", "nowhere", "nowhere does not exist"),
@@ -599,6 +601,10 @@ def test_generate_refuses_damaged_files(folder, content, capsys):
         ('{"vocabulary": null, "config": {"vocab_size": 3, "hidden_size": -8}}', "zero"),
         ('{"vocabulary": null, "config": {"vocab_size": "3", "hidden_size": 8}}', "whole"),
         ('{"vocabulary": null, "config": {"flavour": "sweet"}}', "flavour"),
+        ('{"vocabulary": null, "config": [3, 8]}', "expected a config of names and values"),
+        ('{"vocabulary": null, "config": null}', "expected a config of names and values"),
+        ('{"vocabulary": null, "config": 3}', "expected a config of names and values"),
+        ("[" * 10**5, "does not hold a whole CharLSTM"),
     ],
 )
 def test_generate_refuses_foreign_files(folder, description, words, capsys):
@@ -606,6 +612,18 @@ def test_generate_refuses_foreign_files(folder, description, words, capsys):
     weights = checkpoint.load(path).state_dict()
     save_file(weights, path, None if description is None else {"rnnfast.CharLSTM": description})
     assert words in refusal(["generate", "--model", path, "--prompt", "the"], capsys)
+
+
+@pytest.mark.parametrize("name", CharLSTMConfig._fields)
+@pytest.mark.parametrize("value", [None, [], {}, "1", int("9" * 400), -(2.0**60), 1e999, math.nan])
+def test_a_model_whose_config_is_of_other_types_is_refused(folder, name, value):
+    path = folder / checkpoint.FILE_NAME
+    model = checkpoint.load(path)
+    description = {"config": model.config._asdict(), "vocabulary": model.vocabulary.state()}
+    description["config"][name] = value
+    save_file(model.state_dict(), path, {"rnnfast.CharLSTM": json.dumps(description)})
+    with pytest.raises(checkpoint.CheckpointError, match=f"expected {name} to be (int|float|bool)"):
+        checkpoint.load(path)
 
 
 def test_a_missing_extra_is_named_with_its_remedy(folder, monkeypatch, capsys):
@@ -643,7 +661,7 @@ def test_the_module_is_the_command(folder):
         [*command, "--prompt", "THE"], capture_output=True, text=True, check=False
     )
     assert finished.returncode == 2
-    assert finished.stderr.splitlines()[-1].startswith("rnnfast: error: unknown characters")
+    assert finished.stderr.splitlines()[-1].startswith("rnnfast: error: --prompt: unknown")
     assert "Traceback" not in finished.stderr
 
 

@@ -1,9 +1,13 @@
 """Dates and their spellings, translators and their files, and `rnnfast translate`."""
 
 import io
+import itertools
 import json
+import os
 import re
+import signal
 import sys
+import time
 from datetime import date, datetime, timedelta
 
 import pytest
@@ -11,13 +15,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rnnfast.cli import main
-from rnnfast.models import CharLSTM, checkpoint
+from rnnfast.models import CharLSTM, Seq2SeqLSTM, checkpoint
 from rnnfast.models.checkpoint import CheckpointError
 from rnnfast.models.translation import (
     TrainingOptions,
     Translator,
     exact_match,
     load_pairs,
+    split_pairs,
     train,
 )
 from rnnfast.text import TextError
@@ -321,6 +326,10 @@ DAMAGED = [
     (described(lambda d: d["config"].update(hidden_size=8)), "size mismatch"),
     (described(lambda d: d["config"].update(hidden_size="wide")), "not hold a whole translator"),
     (described(lambda d: d["config"].update(depth=8)), "depth"),
+    (described(lambda d: d.update(config=[])), "expected a config of names and values"),
+    (described(lambda d: d.update(config=None)), "expected a config of names and values"),
+    (described(lambda d: d["config"].update(dropout=int("9" * 400))), "dropout to be float"),
+    (described(lambda d: d["config"].update(padding_token=0.0)), "padding_token to be int"),
 ]
 
 
@@ -455,8 +464,64 @@ def test_training_is_repeatable(tmp_path, capsys):
 
 
 def test_training_says_when_its_time_is_over(tmp_path, capsys):
-    assert translate("--out", tmp_path, *SMALL, "--epochs", 10**6, "--max-seconds", 0.3) == 0
-    assert "the time limit of 0.3 s ended the training" in capsys.readouterr().out
+    start = time.monotonic()
+    options = [*SMALL, "--epochs", 10**6, "--max-seconds", 0.3, "--beam", 100]
+    assert translate("--out", tmp_path, *options) == 0
+    assert time.monotonic() - start < 5
+    output = capsys.readouterr().out
+    assert "the time limit of 0.3 s ended the training after 0.0% of it" in output
+    assert "exact matches on 2 held-out texts (no time is left for 1,998): " in output
+
+
+def signal_at(step, number, monkeypatch):
+    """Sends this process a signal in the course of a training step."""
+    forward, steps = Seq2SeqLSTM.forward, itertools.count(1)
+
+    def counted(*arguments):
+        if next(steps) == step:
+            signal.raise_signal(number)
+        return forward(*arguments)
+
+    monkeypatch.setattr(Seq2SeqLSTM, "forward", counted)
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_what_was_learnt_outlives_an_interruption(tmp_path, name, capsys, monkeypatch):
+    number = getattr(signal, name)
+    signal_at(3, number, monkeypatch)
+    with pytest.raises(SystemExit) as stop:
+        translate("--out", tmp_path, *SMALL)
+    assert stop.value.code == 128 + number
+    monkeypatch.undo()
+    assert f"stopped by {name} after 96.0% of the training; what" in capsys.readouterr().err
+    torch.manual_seed(0)
+    pairs = date_pairs(200, 0)
+    known = [*pairs, *date_pairs(2000, 0, held_out=True)]
+    expected = Translator.for_pairs(known, 8, embedding_size=4)
+    some = train(expected, pairs, TrainingOptions(64, 1, 1e9, 6e-3, 1.0))
+    for _ in range(3):
+        next(some)
+    weights = Translator.load(tmp_path).model.state_dict()
+    torch.testing.assert_close(weights, expected.model.state_dict(), rtol=0, atol=0)
+
+
+def test_an_older_model_stays_until_a_whole_one_replaces_it(folder, tmp_path, capsys, monkeypatch):
+    path = tmp_path / checkpoint.FILE_NAME
+    path.write_bytes(old := (folder / checkpoint.FILE_NAME).read_bytes())
+    words = refusal(["--out", tmp_path, *SMALL], capsys)
+    assert f"--out {tmp_path} has model.safetensors already; --overwrite" in words
+    signal_at(2, signal.SIGINT, monkeypatch)
+    with pytest.raises(SystemExit):
+        translate("--out", tmp_path, *SMALL, "--overwrite")
+    assert path.read_bytes() == old
+    with pytest.raises(SystemExit) as stop:
+        translate("--out", tmp_path, *SMALL, "--overwrite", "--lr", 1e9)
+    assert stop.value.code == 1
+    assert "worse than that of a model that knows nothing" in capsys.readouterr().err
+    assert path.read_bytes() == old
+    assert translate("--out", tmp_path, *SMALL, "--overwrite") == 0
+    assert path.read_bytes() != old
+    assert os.listdir(tmp_path) == [checkpoint.FILE_NAME]
 
 
 @pytest.mark.parametrize("beam", [1, 3])
@@ -477,9 +542,6 @@ def test_backends_agree(folder, backend, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["Two"], "'Two' cannot be read: unknown characters"),
-        (["one", ""], "number 2 is empty"),
-        (["one", "two", " \t"], "number 3 is empty"),
         (["one", "--beam", 0], "--beam: expected a number from 1 to 1000, without fraction, got"),
         (["one", "--beam", 1001], "--beam: expected a number from 1 to 1000"),
         (["one", "--beam", "wide"], "--beam: expected a number from 1 to 1000"),
@@ -492,10 +554,27 @@ def test_useless_texts_and_options_are_refused(folder, arguments, words, capsys)
     assert words in refusal(["--model", folder, *arguments], capsys)
 
 
-@pytest.mark.parametrize(("lines", "words"), [("", "got none"), ("one\n\ntwo\n", "number 2 is")])
-def test_useless_standard_input_is_refused(folder, lines, words, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
-    assert words in refusal(["--model", folder], capsys)
+def test_a_text_that_cannot_be_translated_stops_no_other(folder, capsys, monkeypatch):
+    lines = ["one", "", "Two", "two", " \t", "twelve"] * 100
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+    with pytest.raises(SystemExit) as stop:
+        translate("--model", folder)
+    assert stop.value.code == 1
+    output = capsys.readouterr()
+    assert output.out.splitlines() == ["1", "", "", "2", "", "12"] * 100
+    notices = output.err.splitlines()
+    assert len(notices) == 300
+    assert notices[0].startswith("rnnfast translate: text 2: expected a text of at least one")
+    assert notices[1].startswith("rnnfast translate: text 3: 'Two' cannot be read: unknown")
+    assert notices[-1].startswith("rnnfast translate: text 599: expected")
+    with pytest.raises(SystemExit):
+        translate("--model", folder, "", "eleven")
+    assert capsys.readouterr().out == "\n11\n"
+
+
+def test_no_standard_input_is_refused(folder, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    assert "got none" in refusal(["--model", folder], capsys)
 
 
 @pytest.mark.parametrize(("write", "words"), DAMAGED[:5])
@@ -509,7 +588,9 @@ def test_useless_models_are_refused(tmp_path, write, words, capsys):
     ("arguments", "words"),
     [
         (["--out", __file__], "exists"),
-        (["--pairs", "nowhere"], "nowhere"),
+        (["--pairs", "nowhere"], "--pairs nowhere: No such file"),
+        (["--pairs", "/"], "--pairs /: Is a directory"),
+        (["--pairs", ""], "--pairs: expected the name of a file or folder, got an empty one"),
         (["--pairs", __file__], "line 1: expected source, tab, target"),
         (["--validation", 1], "between 0 and 1"),
         (["--teacher-forcing", 1.5], "from 0 to 1"),
@@ -522,10 +603,22 @@ def test_useless_training_options_are_refused(tmp_path, arguments, words, capsys
     assert words in refusal(["--out", tmp_path, *arguments], capsys)
 
 
-def test_too_few_pairs_are_refused(tmp_path, capsys):
+@pytest.mark.parametrize("times", [1, 5])
+def test_too_few_pairs_are_refused(tmp_path, times, capsys):
     path = tmp_path / "pairs.tsv"
-    path.write_text("one\t1\n", encoding="utf-8")
-    assert "too few pairs, 1" in refusal(["--pairs", path, "--out", tmp_path], capsys)
+    path.write_text("one\t1\n" * times, encoding="utf-8")
+    assert "--pairs: too few pairs, 1 by" in refusal(["--pairs", path, "--out", tmp_path], capsys)
+
+
+def test_no_source_is_learnt_and_held_out():
+    pairs = [(f"{number}", f"{number}!") for number in range(10)] * 5
+    learnt, held_out = split_pairs(pairs, 0.2)
+    assert held_out == [("8", "8!"), ("9", "9!")]
+    assert learnt == [pair for pair in pairs if pair not in held_out]
+    pairs = [("a", "1"), ("b", "2"), ("c", "3"), ("c ", "4"), (" a", "5"), ("c", "3")]
+    learnt, held_out = split_pairs(pairs, 0.4)
+    assert learnt == [("a", "1"), ("b", "2"), (" a", "5")]
+    assert held_out == [("c", "3"), ("c ", "4")]
 
 
 def test_help_teaches(capsys):

@@ -6,12 +6,19 @@ import argparse
 import random
 from typing import Any
 
+from rnnfast.cli.output import naming
 from rnnfast.models import checkpoint
 
 
 def run(options: argparse.Namespace) -> None:
     """Print the prompts and what a trained model makes of them: one while it is being made."""
-    model = checkpoint.load(options.model, options.device, backend=options.backend)
+    with naming("--model"):
+        model = checkpoint.load(options.model, options.device, backend=options.backend)
+    if model.vocabulary is not None:
+        for option, texts in (("--prompt", options.prompt), ("--stop", [options.stop or ""])):
+            for text in texts:
+                with naming(option):
+                    model.vocabulary.encode(text)
     choice: dict[str, Any] = {
         "greedy": options.greedy,
         "top_k": options.top_k,

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import math
+import signal
 import sys
 import time
+from collections.abc import Iterator
+from itertools import islice
 
 import torch
-from tqdm import tqdm
 
-from rnnfast.cli.output import prepare_folder
+from rnnfast.cli.output import Results, naming
+from rnnfast.cli.progress import Interruption, ProgressBar
 from rnnfast.models.checkpoint import FILE_NAME
+from rnnfast.models.processes import Processes
 from rnnfast.models.translation import (
     Pair,
     TrainingOptions,
     Translator,
     exact_match,
     load_pairs,
+    split_pairs,
     train,
 )
 from rnnfast.text import TextError
@@ -24,10 +30,17 @@ from rnnfast.text.dates import date_pairs
 
 _HELD_OUT_DATES = 2000
 _SHOWN = 8
+_TEXTS_AT_ONCE = 256
+_JUDGING_SECONDS, _JUDGING_SHARE = 10.0, 0.1  # what is kept for the held-out texts, at most
 
 
 def run(options: argparse.Namespace) -> None:
-    """Train a translator, or translate with one."""
+    """Train a translator, or translate with one.
+
+    Raises:
+        SystemExit: with 1 if a text could not be translated, or the training diverged; with 128 +
+            the signal's number if the training was stopped.
+    """
     if options.model is None and not options.texts:
         _train(options)
     else:
@@ -38,21 +51,53 @@ def _translate(options: argparse.Namespace) -> None:
     """Print the translations of the arguments or, without any, of the lines of standard input."""
     if options.pairs is not None:
         raise ValueError("--pairs are for training, which goes without TEXT and --model")
-    translator = Translator.load(options.model or options.out, options.device, options.backend)
-    texts = [text.strip() for text in options.texts or sys.stdin]
-    if not texts:
+    with naming("--out" if options.model is None else "--model"):
+        folder = options.model or options.out
+        translator = Translator.load(folder, options.device, options.backend)
+    texts = (text.strip() for text in options.texts or sys.stdin)
+    count, failed = 0, 0
+    at_once = 1 if not options.texts and sys.stdin.isatty() else _TEXTS_AT_ONCE
+    while piece := list(islice(texts, at_once)):
+        for translation in _translate_each(translator, piece, options.beam):
+            count += 1
+            if isinstance(translation, TextError):
+                failed += 1
+                print(f"rnnfast translate: text {count}: {translation}", file=sys.stderr)
+            print("" if isinstance(translation, TextError) else translation)
+        sys.stdout.flush()
+    if not count:
         raise TextError("expected texts to translate, as arguments or on standard input, got none")
-    if "" in texts:
-        raise TextError(f"expected a text, but number {texts.index('') + 1} is empty")
-    for translation in translator.translate(texts, options.beam):
-        print(translation)
+    if failed:
+        raise SystemExit(1)
+
+
+def _translate_each(
+    translator: Translator, texts: list[str], beam_size: int
+) -> Iterator[str | TextError]:
+    """The translation of each text, or why there is none."""
+    errors: dict[int, TextError] = {}
+    for number, text in enumerate(texts):
+        try:
+            translator.encode_sources([text])
+        except TextError as error:
+            errors[number] = error
+    readable = [text for number, text in enumerate(texts) if number not in errors]
+    translations = iter(translator.translate(readable, beam_size))
+    for number in range(len(texts)):
+        yield errors[number] if number in errors else next(translations)
 
 
 def _train(options: argparse.Namespace) -> None:
     """Train on pairs, judge the result by others, show some, and write it down."""
     start = time.monotonic()
+    deadline = start + options.max_seconds
+    results = Results(options.out, FILE_NAME)
+    results.check(
+        options.overwrite,
+        "--overwrite trains anew and replaces it at the end, another --out leaves it, --model "
+        "translates with it",
+    )
     pairs, held_out = _read(options)
-    prepare_folder(options.out, FILE_NAME)
     torch.manual_seed(options.seed)
     translator = Translator.for_pairs(
         [*pairs, *held_out],
@@ -72,12 +117,24 @@ def _train(options: argparse.Namespace) -> None:
         f"{sum(weight.numel() for weight in translator.model.parameters()):,} parameters, "
         f"backend {options.backend}"
     )
-    _learn(translator, pairs, options)
-    accuracy = exact_match(translator, held_out, options.beam)
-    print(f"\nexact matches on {len(held_out):,} held-out texts: {100 * accuracy:.2f} %\n")
+    results.begin(Processes())
+    bits = _learn(translator, pairs, options, results, deadline)
+    translator.save(results.work / FILE_NAME)
+    ignorant = math.log2(len(translator.target))
+    if bits <= ignorant:
+        results.finish()
+    _judge(translator, held_out, options.beam, deadline)
     _show(translator, held_out[:_SHOWN], options.beam)
-    translator.save(options.out / FILE_NAME)
-    print(f"\nwrote {options.out / FILE_NAME}; {time.monotonic() - start:.0f} s in all")
+    print(f"\nwrote {results.work / FILE_NAME}; {time.monotonic() - start:.0f} s in all")
+    if bits > ignorant:
+        sys.stdout.flush()
+        print(
+            f"rnnfast translate: warning: the loss, {bits:.3f} bits per character, is worse than "
+            f"that of a model that knows nothing ({ignorant:.3f}): it diverged; a lower --lr may "
+            f"help",
+            file=sys.stderr,
+        )
+        raise SystemExit(1)
 
 
 def _read(options: argparse.Namespace) -> tuple[list[Pair], list[Pair]]:
@@ -87,40 +144,69 @@ def _read(options: argparse.Namespace) -> tuple[list[Pair], list[Pair]]:
             date_pairs(options.examples, options.seed),
             date_pairs(_HELD_OUT_DATES, options.seed, held_out=True),
         )
-    pairs = load_pairs(options.pairs)
-    cut = len(pairs) - round(len(pairs) * options.validation)
-    if not 0 < cut < len(pairs):
-        raise TextError(
-            f"{options.pairs} has too few pairs, {len(pairs)}, to keep {options.validation:g} of "
-            f"them"
-        )
-    return pairs[:cut], pairs[cut:]
+    with naming("--pairs"):
+        return split_pairs(load_pairs(options.pairs), options.validation)
 
 
-def _learn(translator: Translator, pairs: list[Pair], options: argparse.Namespace) -> None:
-    """Train behind a progress bar."""
+def _learn(
+    translator: Translator,
+    pairs: list[Pair],
+    options: argparse.Namespace,
+    results: Results,
+    deadline: float,
+) -> float:
+    """Train behind a progress bar; returns the loss of the last step.
+
+    Raises:
+        SystemExit: with 128 + the signal's number, once what was learnt so far is saved.
+    """
+    judging = min(_JUDGING_SECONDS, _JUDGING_SHARE * options.max_seconds)
     settings = TrainingOptions(
         batch_size=options.batch_size,
         epochs=options.epochs,
-        max_seconds=options.max_seconds,
+        max_seconds=max(deadline - judging - time.monotonic(), 1e-9),
         learning_rate=options.lr,
         clip=options.clip,
         teacher_forcing=options.teacher_forcing,
     )
-    deadline = time.monotonic() + settings.max_seconds
-    with tqdm(
-        total=settings.epochs * sum(len(target) + 1 for _, target in pairs),
-        desc="training",
-        unit="char",
-        unit_scale=True,
-        smoothing=0.05,
-        mininterval=0.1 if sys.stderr.isatty() else 10,  # seconds; a log needs no animation
-    ) as bar:
-        for step in train(translator, pairs, settings):
-            bar.set_postfix_str(f"loss {step.bits_per_char:.3f} bits/char", refresh=False)
+    total = settings.epochs * sum(len(target) + 1 for _, target in pairs)
+    steps, bits = train(translator, pairs, settings), math.inf
+    with (
+        Interruption() as interruption,
+        ProgressBar(total, seconds=settings.max_seconds) as bar,
+    ):
+        for step in steps:
+            bits = step.bits_per_char
+            bar.set_postfix_str(f"loss {bits:.3f} bits/char", refresh=False)
             bar.update(step.characters)
-    if time.monotonic() > deadline:
-        print(f"the time limit of {settings.max_seconds:g} s ended the training")
+            if interruption.signal:
+                translator.save(results.work / FILE_NAME)
+                break
+        done = bar.n
+    if interruption.signal:
+        print(
+            f"rnnfast translate: stopped by {signal.Signals(interruption.signal).name} after "
+            f"{done / total:.1%} of the training; what was learnt is in {results.work / FILE_NAME}",
+            file=sys.stderr,
+        )
+        raise SystemExit(128 + interruption.signal)
+    if done < total:
+        print(
+            f"the time limit of {options.max_seconds:g} s ended the training after "
+            f"{done / total:.1%} of it"
+        )
+    return bits
+
+
+def _judge(translator: Translator, held_out: list[Pair], beam_size: int, deadline: float) -> None:
+    """Print how many held-out texts come out right, of as many as there is time for."""
+    done, right = 0, 0
+    while done < len(held_out) and (not done or time.monotonic() < deadline):
+        pairs = held_out[done : done + max(1, _TEXTS_AT_ONCE // beam_size)]
+        right += round(exact_match(translator, pairs, beam_size) * len(pairs))
+        done += len(pairs)
+    first = "" if done == len(held_out) else f" (no time is left for {len(held_out) - done:,})"
+    print(f"\nexact matches on {done:,} held-out texts{first}: {100 * right / done:.2f} %\n")
 
 
 def _show(translator: Translator, pairs: list[Pair], beam_size: int) -> None:

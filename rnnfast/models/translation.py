@@ -219,6 +219,26 @@ def load_pairs(path: str | Path) -> list[Pair]:
     return pairs
 
 
+def split_pairs(pairs: Sequence[Pair], validation: float) -> tuple[list[Pair], list[Pair]]:
+    """Cut pairs into those to learn from and those to judge by, a fraction of the sources.
+
+    The last of the distinct sources are held out, with all of their pairs, so that none of them is
+    learnt. Blanks around a source do not count. A pair that is held out is so once.
+
+    Raises:
+        TextError: there are too few sources to have both.
+    """
+    sources = list(dict.fromkeys(source.strip() for source, _ in pairs))
+    cut = len(sources) - round(len(sources) * validation)
+    if not 0 < cut < len(sources):
+        raise TextError(
+            f"too few pairs, {len(sources)} by their sources, to keep {validation:g} of them"
+        )
+    kept = set(sources[cut:])
+    learnt = [pair for pair in pairs if pair[0].strip() not in kept]
+    return learnt, list(dict.fromkeys(pair for pair in pairs if pair[0].strip() in kept))
+
+
 @dataclass(frozen=True)
 class TrainingOptions:
     """How a translator is trained.
@@ -262,19 +282,33 @@ def train(
     Raises:
         TextError: there are no pairs, a text has characters that the vocabularies lack, or a source
             is empty.
-        ArithmeticError: the loss is not finite, or the learning rate too large for the weights.
+        ArithmeticError: the learning rate is too large for the weights; in a step: the loss is not
+            finite.
     """
-    model = translator.model
+    start = time.monotonic()
     sources, lengths = translator.encode_sources([source for source, _ in pairs])
     targets = translator.encode_targets([target for _, target in pairs])
-    optimiser = adam(model, options.learning_rate)
-    total = options.epochs * math.ceil(len(pairs) / options.batch_size)
-    done, start = 0, time.monotonic()
+    optimiser = adam(translator.model, options.learning_rate)
+    return _steps(translator.model, sources, lengths, targets, options, optimiser, start)
+
+
+def _steps(
+    model: Seq2SeqLSTM,
+    sources: Tensor,
+    lengths: Tensor,
+    targets: Tensor,
+    options: TrainingOptions,
+    optimiser: torch.optim.Adam,
+    start: float,
+) -> Iterator[Step]:
+    """Take the steps of `train`; `start` is when the clock read 0."""
+    total = options.epochs * math.ceil(len(sources) / options.batch_size)
+    done = 0
     model.train()
     for _ in range(options.epochs):
-        for rows in torch.randperm(len(pairs), device="cpu").split(options.batch_size):
+        for rows in torch.randperm(len(sources)).split(options.batch_size):
             elapsed = (time.monotonic() - start) / options.max_seconds
-            if elapsed >= 1:
+            if done and elapsed >= 1:
                 return
             factor = one_cycle(progress(done / total, elapsed))
             optimiser.param_groups[0]["lr"] = factor * options.learning_rate

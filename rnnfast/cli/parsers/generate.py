@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from rnnfast.cli.arguments import (
     DEFAULT_FOLDER,
@@ -13,6 +12,7 @@ from rnnfast.cli.arguments import (
     add_temperature,
     count,
     number,
+    path,
     prompt,
     seed,
 )
@@ -34,7 +34,7 @@ def add(commands: argparse._SubParsersAction[Parser]) -> None:
     )
     parser.add_argument(
         "--model",
-        type=Path,
+        type=path,
         default=DEFAULT_FOLDER,
         metavar="DIR",
         help="folder that rnnfast train wrote, or a .safetensors file",

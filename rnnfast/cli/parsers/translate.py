@@ -12,6 +12,7 @@ from rnnfast.cli.arguments import (
     count,
     layers,
     number,
+    path,
     positive,
     seed,
 )
@@ -27,7 +28,10 @@ def add(commands: argparse._SubParsersAction[Parser]) -> None:
         "come out right. Unless --pairs says otherwise, the texts are dates in many\n"
         "spellings, and their translations the ISO 8601 form.\n"
         "With TEXT or --model: print the translation of every TEXT, or of every line of\n"
-        "standard input.\n\n"
+        "standard input. A text that cannot be translated gets an empty line, a notice on\n"
+        "standard error, and in the end exit status 1; the others go on.\n\n"
+        "Ctrl-C or SIGTERM end the training; what it has learnt so far is kept in DIR, or\n"
+        "in DIR/unfinished if DIR has an older model, which stays.\n\n"
         "In dates of numbers alone the day comes before the month (03/04/1997 is 3 April),\n"
         "unless the year comes first; years of two digits are 1950 to 2049.",
         epilog="examples:\n"
@@ -40,7 +44,7 @@ def add(commands: argparse._SubParsersAction[Parser]) -> None:
     parser.add_argument("texts", nargs="*", metavar="TEXT", help="what to translate")
     parser.add_argument(
         "--model",
-        type=Path,
+        type=path,
         metavar="DIR",
         help="folder that the training wrote, or a .safetensors file; if only TEXT is given, the "
         "folder of --out",
@@ -61,7 +65,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("training: what to learn")
     data.add_argument(
         "--pairs",
-        type=Path,
+        type=path,
         metavar="FILE",
         help="UTF-8 lines of source, tab, target to learn; if not given, dates",
     )
@@ -70,7 +74,8 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         type=number(float, "between 0 and 1", lambda value: 0 < value < 1),
         default=0.1,
         metavar="FRACTION",
-        help="how many of the pairs, at the end of FILE, are kept to judge the model by",
+        help="how many of the different sources, at the end of FILE, are kept with their pairs "
+        "to judge the model by",
     )
     data.add_argument(
         "--examples", type=count, default=30000, metavar="N", help="dates to learn from"
@@ -100,10 +105,10 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     )
     training.add_argument(
         "--max-seconds",
-        type=positive,
-        default=150.0,
+        type=number(float, "above zero, or inf", lambda value: value > 0),
+        default=float("inf"),
         metavar="S",
-        help="end the training by then, whatever the epochs",
+        help="end by then, whatever the epochs, and however many held-out texts are left to judge",
     )
     training.add_argument(
         "--lr", type=positive, default=6e-3, metavar="RATE", help="highest learning rate of Adam"
@@ -123,8 +128,13 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     )
     training.add_argument(
         "--out",
-        type=Path,
+        type=path,
         default=Path("seq2seq-lstm"),
         metavar="DIR",
         help="folder for model.safetensors",
+    )
+    training.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace the model that is in DIR, once the training has ended",
     )
