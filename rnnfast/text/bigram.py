@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rnnfast.text.errors import TextError
 
-_PIECE = 1 << 20  # characters that are counted together
+_PIECE = 1 << 16  # characters that are counted together, at least
 
 
 def bigram_bits_per_char(

@@ -12,7 +12,7 @@ from torch import Tensor
 from rnnfast.text.errors import TextError
 from rnnfast.text.vocabulary import Vocabulary
 
-_PIECE = 1 << 22  # characters that are looked at together, so that an interrupt is noticed
+_PIECE = 1 << 16  # characters that are looked at together: they stay in the cache
 _CODE_POINTS = 0x110000
 
 
