@@ -30,6 +30,7 @@ OPTIONS = TrainingOptions(
 SMALL = [
     *("--hidden", 8, "--embedding", 4, "--layers", 2, "--batch-size", 4, "--seq-length", 16),
     *("--checkpoint-every", 3, "--sample-length", 5, "--max-seconds", "inf", "--eval-every", 4),
+    *("--epochs", 6),
 ]
 INTERRUPTED_AT = 7
 
