@@ -342,6 +342,12 @@ def _saved(content):
         (lambda content, trap: _saved([1, 2]), "not a training state"),
         (lambda content, trap: _saved({"model": {}}), "not a training state"),
         (
+            lambda content, trap: _saved(
+                {"format": run_state._FORMAT, "settings": {}, "run": {"steps": "7"}}
+            ),
+            "does not hold a whole training",
+        ),
+        (
             lambda content, trap: content[:5000] + bytes([content[5000] ^ 1]) + content[5001:],
             "damaged: the checksum of",
         ),

@@ -111,6 +111,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not an intact training state: {reason}") from error
     if not isinstance(state, dict) or state.get("format") != _FORMAT:
         raise CheckpointError(f"{path} is not a training state ({_FORMAT})")
-    if not all(isinstance(state.get(part), dict) for part in ("settings", "run")):
+    parts = [state.get(part) for part in ("settings", "run")]
+    if not all(isinstance(part, dict) for part in parts) or type(parts[1].get("steps")) is not int:
         raise CheckpointError(f"{path} does not hold a whole training")
     return state
