@@ -111,7 +111,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not an intact training state: {reason}") from error
     if not isinstance(state, dict) or state.get("format") != _FORMAT:
         raise CheckpointError(f"{path} is not a training state ({_FORMAT})")
-    parts = [state.get(part) for part in ("settings", "run")]
-    if not all(isinstance(part, dict) for part in parts) or type(parts[1].get("steps")) is not int:
+    settings, run = state.get("settings"), state.get("run")
+    if not (isinstance(settings, dict) and isinstance(run, dict) and type(run.get("steps")) is int):
         raise CheckpointError(f"{path} does not hold a whole training")
     return state
