@@ -1,24 +1,27 @@
-"""A language model over characters: embedding, LSTM layers, linear head."""
+"""A language model over characters or words: embedding, LSTM layers, linear head."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from rnnfast import tokens
 from rnnfast.generation import Sampling, continue_tokens
+from rnnfast.models.results import as_step, pair
 from rnnfast.modules import LSTM
-
-if TYPE_CHECKING:
-    from rnnfast.text import CharVocabulary
+from rnnfast.text import TextError, Vocabulary
 
 State = tuple[Tensor, Tensor]
 Prompt = TypeVar("Prompt", str, list[str], Tensor)
 _PIECE = 32  # tokens between two looks at what has been generated
 _MOST_AT_ONCE = 4096  # so that an interrupt is noticed
+_REMEDIES = {
+    1: "tokens.unsqueeze(0) makes a batch of one sequence",
+    3: "of one-hot vectors, the tokens are vectors.argmax(-1)",
+}
 
 
 class CharLSTMConfig(NamedTuple):
@@ -33,7 +36,7 @@ class CharLSTMConfig(NamedTuple):
 
 
 class CharLSTM(nn.Module):
-    """Predicts the next character from those before it.
+    """Predicts the next character from those before it, or the next word with a `WordVocabulary`.
 
     Sizes: B batch, T time, V vocabulary, H hidden, L layers.
 
@@ -53,7 +56,7 @@ class CharLSTM(nn.Module):
 
     Raises:
         ValueError: a size is not positive, the dropout is no probability, tied weights do not fit,
-            or the vocabulary does not have `vocab_size` characters.
+            or the vocabulary does not have `vocab_size` symbols.
     """
 
     def __init__(
@@ -69,7 +72,7 @@ class CharLSTM(nn.Module):
         dtype: torch.dtype | None = None,
         backend: str | None = None,
         lstm: Callable[..., nn.RNNBase] = LSTM,
-        vocabulary: CharVocabulary | None = None,
+        vocabulary: Vocabulary | None = None,
     ) -> None:
         super().__init__()
         if embedding_size is None:
@@ -81,7 +84,7 @@ class CharLSTM(nn.Module):
             )
         if vocabulary is not None and len(vocabulary) != vocab_size:
             raise ValueError(
-                f"vocab_size is {vocab_size}, but the vocabulary has {len(vocabulary)} characters"
+                f"vocab_size is {vocab_size}, but the vocabulary has {len(vocabulary)} symbols"
             )
         if tied_weights and embedding_size != hidden_size:
             raise ValueError(
@@ -108,12 +111,17 @@ class CharLSTM(nn.Module):
         if tied_weights:
             self.embedding.weight = self.head.weight  # whose initial values suit both
 
-    def forward(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+    def forward(self, tokens: Tensor, hidden: State | None = None) -> tuple[Tensor, State]:
         """Score every possible next token after each token.
+
+        For a loss, flatten both: ``cross_entropy(logits.flatten(0, 1), targets.flatten())``. For
+        probabilities, take ``logits.softmax(-1)``, and see `generate`, which is the whole loop. A
+        softmax over the axis of a single step, which would make every probability 1, raises
+        ValueError.
 
         Args:
             tokens: int64 (B, T).
-            state: h and c, each (L, B, H), from an earlier call; zeros if None.
+            hidden: the state h and c, each (L, B, H), from an earlier call; zeros if None.
 
         Returns:
             logits (B, T, V), and the state after the last token.
@@ -123,18 +131,39 @@ class CharLSTM(nn.Module):
         """
         if tokens.dim() != 2:
             raise ValueError(
-                f"CharLSTM: expected tokens of shape (batch, time), got {tuple(tokens.shape)}"
+                f"CharLSTM: expected tokens of shape (batch, time), got {tuple(tokens.shape)}; "
+                f"{_REMEDIES.get(tokens.dim(), 'the numbers of the symbols, one row per sequence')}"
             )
         if isinstance(self.lstm, LSTM):
-            y, state = self.lstm(tokens, state, embedding=self.embedding)
+            y, state = self.lstm(tokens, hidden, embedding=self.embedding)
         else:
-            y, state = self.lstm(self.embedding(tokens), state)
-        return self.head(self.dropout(y)), state
+            y, state = self.lstm(self.embedding(tokens), hidden)
+        return pair(as_step(self.head(self.dropout(y))), state)
 
-    def init_hidden(self, batch_size: int) -> State:
+    @property
+    def vocab_size(self) -> int:
+        """V, the number of distinct tokens."""
+        return self.config.vocab_size
+
+    @property
+    def hidden_size(self) -> int:
+        """H, the size of the recurrent state."""
+        return self.config.hidden_size
+
+    @property
+    def num_layers(self) -> int:
+        """L, the number of LSTM layers."""
+        return self.config.num_layers
+
+    @property
+    def embedding_size(self) -> int:
+        """The size of the vector that stands for a token."""
+        return self.config.embedding_size
+
+    def init_hidden(self, batch_size: int = 1) -> State:
         """The state before any token: zeros h and c, each (L, B, H)."""
         weight = self.head.weight
-        shape = (self.config.num_layers, batch_size, self.config.hidden_size)
+        shape = (self.num_layers, batch_size, self.hidden_size)
         return weight.new_zeros(shape), weight.new_zeros(shape)
 
     def generate(
@@ -165,17 +194,22 @@ class CharLSTM(nn.Module):
             seed: makes the choices repeatable.
             generator: where the random numbers come from; torch's default generator if neither it
                 nor a seed is given.
-            stop: if not None, what a text ends before, once it would be continued with it.
+            stop: if not None, what a text ends before, once it would be continued with it: a
+                symbol of the vocabulary, such as its end symbol, or text as the vocabulary's
+                `decode` writes it.
             callback: if not None, is given the continuation piece by piece while it is made, in the
                 kind of the prompt: a text, a list of texts, of which those that have stopped are
-                empty, or tokens.
+                empty, or tokens. The pieces joined, without anything between them, are what is
+                returned.
 
         Returns:
-            The continuation alone, in the kind of the prompt: text of `length` characters or, with
-            `stop`, fewer; a list of such; or int64 tokens (length,) or (B, length).
+            The continuation alone, in the kind of the prompt: text of `length` tokens, written by
+            the vocabulary's `decode`, or, with `stop`, of fewer; a list of such; or int64 tokens
+            (length,) or (B, length).
 
         Raises:
-            TextError: prompt or stop have characters that the vocabulary lacks.
+            TextError: prompt or stop have characters or words that the vocabulary lacks, or the
+                vocabulary never writes the stop.
             TypeError: the prompt's tokens, or `top_k`, are no integers.
             IndexError: the prompt has tokens that the vocabulary lacks.
             ValueError: an empty prompt, a wrong rank, a negative length, an argument of the choice
@@ -193,7 +227,7 @@ class CharLSTM(nn.Module):
         if stop is not None and (isinstance(prompt, Tensor) or not stop):
             raise ValueError("stop must be a text of at least one character, and so the prompt")
         if stop is not None and self.vocabulary is not None:
-            self.vocabulary.encode(stop)  # else it could not come
+            _check_stop(self.vocabulary, stop)
         pieces = self._continue(prompts, length, sampling, generator, bool(callback or stop))
         if isinstance(prompt, Tensor):
             shape = prompt.shape[:-1]
@@ -203,7 +237,8 @@ class CharLSTM(nn.Module):
                 if callback is not None:
                     callback(found[-1])
             return torch.cat(found, -1)
-        texts = [_Text(stop) for _ in prompts]
+        assert self.vocabulary is not None
+        texts = [_Text(self.vocabulary, stop) for _ in prompts]
         for certain in self._grow(texts, pieces):
             if callback is not None:
                 callback(certain[0] if isinstance(prompt, str) else certain)
@@ -211,10 +246,8 @@ class CharLSTM(nn.Module):
 
     def _grow(self, texts: list[_Text], pieces: Iterator[Tensor]) -> Iterator[list[str]]:
         """Adds to the texts until all have stopped; yields what has become certain of each."""
-        assert self.vocabulary is not None
         for rows in pieces:
-            new = [self.vocabulary.decode(row) for row in rows]
-            yield [text.add(piece) for text, piece in zip(texts, new, strict=True)]
+            yield [text.add(row) for text, row in zip(texts, rows, strict=True)]
             if all(text.stopped for text in texts):
                 break
         held_back = [text.end() for text in texts]
@@ -274,16 +307,19 @@ class CharLSTM(nn.Module):
 class _Text:
     """A continuation that grows, until it would go on with `stop`."""
 
-    def __init__(self, stop: str | None) -> None:
+    def __init__(self, vocabulary: Vocabulary, stop: str | None) -> None:
+        self.vocabulary = vocabulary
         self.stop = stop
+        self.latest: Tensor | None = None  # the last token (1,), if there is one
         self.text = ""  # what is certain
         self.pending = ""  # what may be the beginning of `stop`
         self.stopped = False
 
-    def add(self, piece: str) -> str:
-        """Append a piece; returns what of the text has become certain."""
+    def add(self, tokens: Tensor) -> str:
+        """Append tokens (n,); returns what of the text has become certain."""
         if self.stopped:
             return ""
+        piece = self._decode(tokens)
         if self.stop is None:
             return self._accept(piece)
         self.pending += piece
@@ -297,6 +333,16 @@ class _Text:
             certain, self.pending = self.pending[:cut], self.pending[cut:]
         return self._accept(certain)
 
+    def _decode(self, tokens: Tensor) -> str:
+        """What the tokens add to the text, with what stands between them and the last one."""
+        if self.latest is None:
+            piece = self.vocabulary.decode(tokens)
+        else:
+            whole = self.vocabulary.decode(torch.cat([self.latest, tokens]))
+            piece = whole[len(self.vocabulary.decode(self.latest)) :]
+        self.latest = tokens[-1:]
+        return piece
+
     def end(self) -> str:
         """There are no more pieces; returns what has become certain by that."""
         certain, self.pending = self.pending, ""
@@ -305,3 +351,12 @@ class _Text:
     def _accept(self, certain: str) -> str:
         self.text += certain
         return certain
+
+
+def _check_stop(vocabulary: Vocabulary, stop: str) -> None:
+    """Raises TextError for a stop that no text of the vocabulary contains."""
+    if stop in vocabulary:
+        return
+    written = vocabulary.decode(vocabulary.encode(stop))
+    if stop.strip(" ") not in written:
+        raise TextError(f"the stop {stop!r} cannot occur: the vocabulary writes it as {written!r}")

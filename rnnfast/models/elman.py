@@ -13,6 +13,7 @@ from rnnfast.models.layers import (
     check_state,
     zero_beyond,
 )
+from rnnfast.models.results import pair
 from rnnfast.modules import RNN
 
 
@@ -72,13 +73,28 @@ class ElmanRNN(nn.Module):
             RuntimeError: shapes, dtypes or devices do not fit.
             TypeError: ``lengths`` are no integers.
         """
-        x = as_batch(self, input, self.rnn.input_size)
+        x = as_batch(self, input, self.input_size)
         hidden = self.init_hidden(len(x)) if hidden is None else hidden
-        check_state("hidden", hidden, (len(x), self.rnn.hidden_size))
+        check_state("hidden", hidden, (len(x), self.hidden_size))
         h, final = self.rnn(x, hidden.unsqueeze(0), lengths=lengths)
         output = zero_beyond(self.fc(h), lengths)
-        return output if input.dim() == 3 else output.squeeze(1), final.squeeze(0)
+        return pair(output if input.dim() == 3 else output.squeeze(1), final.squeeze(0))
 
-    def init_hidden(self, batch_size: int) -> Tensor:
+    @property
+    def input_size(self) -> int:
+        """I, the number of features of an input."""
+        return self.rnn.input_size
+
+    @property
+    def hidden_size(self) -> int:
+        """H, the number of features of the state."""
+        return self.rnn.hidden_size
+
+    @property
+    def output_size(self) -> int:
+        """O, the number of features of an output."""
+        return self.fc.out_features
+
+    def init_hidden(self, batch_size: int = 1) -> Tensor:
         """The state before the first step: zeros (B, H)."""
-        return self.fc.weight.new_zeros(batch_size, self.rnn.hidden_size)
+        return self.fc.weight.new_zeros(batch_size, self.hidden_size)

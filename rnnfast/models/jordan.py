@@ -17,6 +17,7 @@ from rnnfast.models.layers import (
     last_step,
     zero_beyond,
 )
+from rnnfast.models.results import pair
 
 
 class JordanRNN(nn.Module):
@@ -61,21 +62,19 @@ class JordanRNN(nn.Module):
     ) -> None:
         super().__init__()
         check_sizes(input_size=input_size, hidden_size=hidden_size, output_size=output_size)
-        self.input_size = input_size
-        self.output_size = output_size
         self.backend = None if backend is None else check_name(backend, "backend")
         self.i2h = nn.Linear(input_size, hidden_size, device=device, dtype=dtype)
         self.o2h = nn.Linear(output_size, hidden_size, bias=False, device=device, dtype=dtype)
         self.h2o = nn.Linear(hidden_size, output_size, device=device, dtype=dtype)
 
     def forward(
-        self, input: Tensor, previous: Tensor | None = None, *, lengths: Lengths = None
+        self, input: Tensor, previous_output: Tensor | None = None, *, lengths: Lengths = None
     ) -> tuple[Tensor, Tensor]:
         """Runs one step or a whole sequence.
 
         Args:
             input: one step (B, I), or a sequence (B, T, I).
-            previous: y_0 (B, O), the output before the first step; zeros if None.
+            previous_output: y_0 (B, O), the output before the first step; zeros if None.
             lengths: integers (B) from 0 to T, or None: how many steps each sequence has.
 
         Returns:
@@ -88,8 +87,8 @@ class JordanRNN(nn.Module):
             TypeError: ``lengths`` are no integers.
         """
         x = as_batch(self, input, self.input_size)
-        previous = self.init_hidden(len(x)) if previous is None else previous
-        check_state("previous", previous, (len(x), self.output_size))
+        previous = self.init_hidden(len(x)) if previous_output is None else previous_output
+        check_state("previous_output", previous, (len(x), self.output_size))
         lengths = as_lengths(x, lengths)
 
         x = zero_beyond(x, lengths)  # a NaN in the first step of an empty sequence would reach i2h
@@ -111,8 +110,23 @@ class JordanRNN(nn.Module):
         final = last_step(output, lengths)
         if lengths is not None:
             final = torch.where((lengths > 0).to(final.device).unsqueeze(1), final, previous)
-        return output if input.dim() == 3 else output.squeeze(1), final
+        return pair(output if input.dim() == 3 else output.squeeze(1), final)
 
-    def init_hidden(self, batch_size: int) -> Tensor:
+    @property
+    def input_size(self) -> int:
+        """I, the number of features of an input."""
+        return self.i2h.in_features
+
+    @property
+    def hidden_size(self) -> int:
+        """H, the number of features of the hidden units."""
+        return self.i2h.out_features
+
+    @property
+    def output_size(self) -> int:
+        """O, the number of features of an output."""
+        return self.h2o.out_features
+
+    def init_hidden(self, batch_size: int = 1) -> Tensor:
         """The output before the first step: zeros (B, O)."""
         return self.h2o.weight.new_zeros(batch_size, self.output_size)

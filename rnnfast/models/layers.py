@@ -1,10 +1,10 @@
 """What the recurrent models share: the choice of layers, checks, and the ends of sequences.
 
 The models here are batch-first: an input is (B, T, I). All of them return ``(output, state)``, the
-bidirectional one too, and take such a state to start from; None is zeros. The state of the
-single-layer textbook networks (`SimpleRNN`, `ElmanRNN`, `JordanRNN`) is what one step hands to the
-next, (B, features). That of the others is torch.nn's, (L*D, B, H), and for LSTM the pair (h, c) of
-such.
+bidirectional one too (see `rnnfast.models.results`), and take such a state to start from; None is
+zeros. The state of the single-layer textbook networks (`SimpleRNN`, `ElmanRNN`, `JordanRNN`) is
+what one step hands to the next, (B, features). That of the others is torch.nn's, (L*D, B, H), and
+for LSTM the pair (h, c) of such.
 
 Sequences of unequal length are padded by ``torch.nn.utils.rnn.pad_sequence(sequences,
 batch_first=True)``; ``lengths=[len(each) for each in sequences]`` tells the models where they end.
@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from rnnfast.checks import check_extras
+from rnnfast.models.results import State
 from rnnfast.modules import GRU, LSTM, RNN
 
 CellName = Literal["lstm", "gru", "rnn_tanh", "rnn_relu"]
-State = Tensor | tuple[Tensor, Tensor]
 Lengths = Tensor | Sequence[int] | None
 Device = torch.device | str | None
 
@@ -90,10 +90,30 @@ class RecurrentModel(nn.Module):
         features = (2 if self.bidirectional else 1) * hidden_size
         self.fc = nn.Linear(features, output_size, device=device, dtype=dtype)
 
-    def init_hidden(self, batch_size: int) -> State:
+    @property
+    def input_size(self) -> int:
+        """I, the number of features of an input."""
+        return self.rnn.input_size
+
+    @property
+    def hidden_size(self) -> int:
+        """H, the number of features of the state."""
+        return self.rnn.hidden_size
+
+    @property
+    def output_size(self) -> int:
+        """O, the number of features of an output."""
+        return self.fc.out_features
+
+    @property
+    def num_layers(self) -> int:
+        """L, the number of layers."""
+        return self.rnn.num_layers
+
+    def init_hidden(self, batch_size: int = 1) -> State:
         """The state before the first step: zeros (L*D, B, H), for LSTM a pair of such."""
-        rows = self.rnn.num_layers * (2 if self.bidirectional else 1)
-        zeros = self.fc.weight.new_zeros(rows, batch_size, self.rnn.hidden_size)
+        rows = self.num_layers * (2 if self.bidirectional else 1)
+        zeros = self.fc.weight.new_zeros(rows, batch_size, self.hidden_size)
         return (zeros, zeros.clone()) if self.rnn.mode == "LSTM" else zeros
 
 
@@ -175,4 +195,6 @@ def check_state(name: str, state: Tensor, shape: tuple[int, ...]) -> None:
     """Raises RuntimeError unless a state is a tensor of this shape."""
     if not isinstance(state, Tensor) or state.shape != shape:
         found = list(state.shape) if isinstance(state, Tensor) else type(state).__name__
-        raise RuntimeError(f"Expected {name} size {shape}, got {found}")
+        raise RuntimeError(
+            f"Expected {name} size {shape}, got {found}; init_hidden({shape[-2]}) makes zeros of it"
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Number
 from typing import NamedTuple
 
 import torch
@@ -35,6 +36,8 @@ class Seq2SeqLSTM(nn.Module):
     from (Sutskever et al., 2014; Cho et al., 2014):
 
         P(y | x) = prod_t P(y_t | y_1, ..., y_{t-1}, x),    y_0 = start, the last y_t = end
+
+    In training the decoder reads the true symbols (teacher forcing) or its own, see `forward`.
 
     Sizes: B batch, S and T time of source and target, V output vocabulary, H hidden, L layers.
 
@@ -130,17 +133,18 @@ class Seq2SeqLSTM(nn.Module):
         source: Tensor,
         target: Tensor,
         source_lengths: Tensor | Sequence[int] | None = None,
-        teacher_forcing: float = 1.0,
+        teacher_forcing_ratio: float = 1.0,
         *,
         state: State | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Score every possible symbol at each place of the targets.
 
-        Before it writes symbol t, the decoder reads symbol t - 1: the true one with probability
-        `teacher_forcing`, else the one that it scored highest (Bengio et al., 2015; a choice of its
-        own for each step and sequence). No gradient passes through what it chose. With 1 the whole
-        target is one call of the decoder, else each step is.
+        Before it writes symbol t, the decoder reads symbol t - 1: the true one (teacher forcing)
+        with probability `teacher_forcing_ratio`, else the one that it scored highest (scheduled
+        sampling; Bengio et al., 2015; a choice of its own for each step and sequence). No gradient
+        passes through what it chose. With 1 the whole target is one call of the decoder, else each
+        step is.
 
         Args:
             source: int64 (B, S).
@@ -148,7 +152,7 @@ class Seq2SeqLSTM(nn.Module):
                 with padding after it.
             source_lengths: integers (B) from 0 to S, how many symbols each source has; what stands
                 beyond does not matter. None: all have S.
-            teacher_forcing: from 0 to 1.
+            teacher_forcing_ratio: from 0 to 1.
             state: h and c, each (L, B, H), that the encoder starts from; zeros if None.
             generator: where the random choices come from, on the model's device; torch's default
                 generator if None.
@@ -158,8 +162,8 @@ class Seq2SeqLSTM(nn.Module):
 
         Raises:
             ValueError: source or target is not two-dimensional, their batch sizes differ, the
-                targets have no step, the teacher forcing is no probability, or a length is out of
-                range.
+                targets have no step, the ratio is no probability, or a length is out of range.
+            TypeError: a single number in place of the lengths: the ratio goes in by name.
             TypeError, RuntimeError: as `rnnfast.LSTM`, for the lengths and the state.
         """
         if target.dim() != 2 or target.size(1) < 1 or target.shape[:1] != source.shape[:1]:
@@ -167,11 +171,14 @@ class Seq2SeqLSTM(nn.Module):
                 f"Seq2SeqLSTM: expected targets of shape (batch, time), one step or more, for "
                 f"sources of shape {tuple(source.shape)}, got {tuple(target.shape)}"
             )
-        if not 0 <= teacher_forcing <= 1:
-            raise ValueError(f"teacher_forcing must be from 0 to 1, got {teacher_forcing}")
+        _check_lengths(source_lengths, "model(source, target, teacher_forcing_ratio={})")
+        if not 0 <= teacher_forcing_ratio <= 1:
+            raise ValueError(
+                f"teacher_forcing_ratio must be from 0 to 1, got {teacher_forcing_ratio}"
+            )
         state = self.encode(source, source_lengths, state)
         start = target.new_full((len(target), 1), self.config.start_token)
-        if teacher_forcing == 1:
+        if teacher_forcing_ratio == 1:
             return self._write(torch.cat([start, target[:, :-1]], 1), state)[0]
         chances = torch.rand(target.shape, generator=generator, device=target.device)
         latest, logits = start, []
@@ -179,13 +186,38 @@ class Seq2SeqLSTM(nn.Module):
             scores, state = self._write(latest, state)
             chosen = self._allow(scores).argmax(2)
             logits.append(scores)
-            latest = truth.where(chance < teacher_forcing, chosen)
+            latest = truth.where(chance < teacher_forcing_ratio, chosen)
         return torch.cat(logits, 1)
 
-    def init_hidden(self, batch_size: int) -> State:
+    @property
+    def input_vocab_size(self) -> int:
+        """The number of distinct source symbols."""
+        return self.config.input_vocab_size
+
+    @property
+    def output_vocab_size(self) -> int:
+        """V, the number of distinct target symbols."""
+        return self.config.output_vocab_size
+
+    @property
+    def hidden_size(self) -> int:
+        """H, the size of the recurrent states."""
+        return self.config.hidden_size
+
+    @property
+    def num_layers(self) -> int:
+        """L, the number of LSTM layers in the encoder, and in the decoder."""
+        return self.config.num_layers
+
+    @property
+    def embedding_size(self) -> int:
+        """The size of the vector that stands for a symbol."""
+        return self.config.embedding_size
+
+    def init_hidden(self, batch_size: int = 1) -> State:
         """The state before any symbol: zeros h and c, each (L, B, H)."""
         weight = self.head.weight
-        shape = (self.config.num_layers, batch_size, self.config.hidden_size)
+        shape = (self.num_layers, batch_size, self.hidden_size)
         return weight.new_zeros(shape), weight.new_zeros(shape)
 
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
@@ -241,7 +273,9 @@ class Seq2SeqLSTM(nn.Module):
 
         Raises:
             ValueError: as `beam_search`, and as `forward` for the sources.
+            TypeError: a single number in place of the lengths: `max_length` goes in by name.
         """
+        _check_lengths(source_lengths, "model.decode(source, max_length={})")
         was_training = self.training
         self.eval()
         try:
@@ -283,6 +317,13 @@ class Seq2SeqLSTM(nn.Module):
     def _allow(self, scores: Tensor) -> Tensor:
         """Scores (..., V) in which the symbols that are never written cannot win."""
         never = [self.config.padding_token, self.config.start_token]
-        return scores.index_fill(
-            -1, torch.tensor(never, dtype=torch.int64, device=scores.device), -torch.inf
+        return scores.index_fill(-1, torch.tensor(never, device=scores.device), -torch.inf)
+
+
+def _check_lengths(source_lengths: object, call: str) -> None:
+    """Raises TypeError for a single number, and names the call that takes it."""
+    if isinstance(source_lengths, Number):
+        raise TypeError(
+            f"source_lengths should be integers, one for each source, got {source_lengths}; "
+            f"did you mean {call.format(source_lengths)}?"
         )

@@ -19,7 +19,6 @@ from rnnfast.models.layers import (
     Device,
     Lengths,
     RecurrentModel,
-    State,
     as_lengths,
     check_batch,
     check_sizes,
@@ -27,6 +26,7 @@ from rnnfast.models.layers import (
     hidden_of,
     zero_beyond,
 )
+from rnnfast.models.results import State, pair
 from rnnfast.modules import RNN
 
 
@@ -62,7 +62,7 @@ class SequenceClassifier(RecurrentModel):
         """
         check_batch(self, input)
         _, state = self.rnn(input, hidden, lengths=lengths)
-        return self.fc(self.dropout(hidden_of(state)[-1])), state
+        return pair(self.fc(self.dropout(hidden_of(state)[-1])), state)
 
 
 class SequenceTagger(RecurrentModel):
@@ -97,7 +97,7 @@ class SequenceTagger(RecurrentModel):
         """
         check_batch(self, input)
         h, state = self.rnn(input, hidden, lengths=lengths)
-        return zero_beyond(self.fc(self.dropout(h)), lengths), state
+        return pair(zero_beyond(self.fc(self.dropout(h)), lengths), state)
 
 
 class SequenceGenerator(RecurrentModel):
@@ -151,7 +151,11 @@ class SequenceGenerator(RecurrentModel):
             dtype=dtype,
             backend=backend,
         )
-        self.input_size = input_size
+
+    @property
+    def input_size(self) -> int:
+        """I, the number of features of z."""
+        return self.rnn.input_size - self.fc.out_features
 
     def forward(
         self, input: Tensor, steps: int, hidden: State | None = None, *, lengths: Lengths = None
@@ -189,7 +193,7 @@ class SequenceGenerator(RecurrentModel):
         lengths = as_lengths(z, lengths)
         run = self._step_by_step if self.rnn.mode == "GRU" else self._folded
         output, state = run(z, self.init_hidden(len(z)) if hidden is None else hidden, lengths)
-        return zero_beyond(output, lengths), state
+        return pair(zero_beyond(output, lengths), state)
 
     def _folded(self, z: Tensor, state: Any, lengths: Tensor | None) -> tuple[Tensor, State]:
         """`forward` in one call, with z (B, T, I)."""

@@ -16,6 +16,7 @@ from rnnfast.models.layers import (
     check_state,
     zero_beyond,
 )
+from rnnfast.models.results import pair
 
 
 class SimpleRNN(nn.Module):
@@ -53,8 +54,6 @@ class SimpleRNN(nn.Module):
     ) -> None:
         super().__init__()
         check_sizes(input_size=input_size, hidden_size=hidden_size, output_size=output_size)
-        self.input_size = input_size
-        self.hidden_size = hidden_size
         self.backend = None if backend is None else check_name(backend, "backend")
         both = input_size + hidden_size
         self.i2h = nn.Linear(both, hidden_size, device=device, dtype=dtype)
@@ -93,8 +92,23 @@ class SimpleRNN(nn.Module):
         former = torch.cat([hidden.unsqueeze(1), h[:, :-1]], 1)
         output = self.i2o(torch.cat([x, former], 2)).log_softmax(2)
         output = zero_beyond(output, lengths)
-        return output if input.dim() == 3 else output.squeeze(1), final.squeeze(0)
+        return pair(output if input.dim() == 3 else output.squeeze(1), final.squeeze(0))
 
-    def init_hidden(self, batch_size: int) -> Tensor:
+    @property
+    def input_size(self) -> int:
+        """I, the number of features of an input."""
+        return self.i2h.in_features - self.i2h.out_features
+
+    @property
+    def hidden_size(self) -> int:
+        """H, the number of features of the state."""
+        return self.i2h.out_features
+
+    @property
+    def output_size(self) -> int:
+        """O, the number of classes."""
+        return self.i2o.out_features
+
+    def init_hidden(self, batch_size: int = 1) -> Tensor:
         """The state before the first step: zeros (B, H)."""
         return self.i2h.weight.new_zeros(batch_size, self.hidden_size)

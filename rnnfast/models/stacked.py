@@ -12,12 +12,12 @@ from rnnfast.models.layers import (
     Device,
     Lengths,
     RecurrentModel,
-    State,
     check_batch,
     hidden_of,
     last_step,
     zero_beyond,
 )
+from rnnfast.models.results import State, pair
 from rnnfast.models.sequence import SequenceClassifier, SequenceTagger
 
 Reading = Literal["ends", "last_step", "every_step"]
@@ -187,10 +187,10 @@ class BidirectionalRNN(RecurrentModel):
         check_batch(self, input)
         h, state = self.rnn(input, hidden, lengths=lengths)
         if self.reading == "every_step":
-            return zero_beyond(self.fc(self.dropout(h)), lengths), state
+            return pair(zero_beyond(self.fc(self.dropout(h)), lengths), state)
         if self.reading == "ends":
             forward, backward = hidden_of(state)[-2:]
             read = torch.cat([forward, backward], 1)
         else:
             read = last_step(h, lengths)
-        return self.fc(self.dropout(read)), state
+        return pair(self.fc(self.dropout(read)), state)

@@ -1,0 +1,118 @@
+"""What the recurrent models return, and what they say where it is taken for something else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+State = Tensor | tuple[Tensor, Tensor]
+AnyState = TypeVar("AnyState", bound=State)
+
+
+class OutputAndState(NamedTuple):
+    """A pair to be unpacked: ``output, state = model(x)``.
+
+    Networks written by hand often return the output alone. Where this pair is used as a tensor, as
+    in ``loss_function(model(x), target)`` or ``model(x).shape``, the error says what to write.
+
+    Attributes:
+        output: The output of the model.
+        state: The state after the last step, to be given to a further call as ``hidden``.
+    """
+
+    output: Tensor
+    state: Any
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"{_PAIR}; a pair has no attribute {name!r}")
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        function: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> NoReturn:
+        """Called by torch's functions that get the pair where they expect a tensor."""
+        raise TypeError(f"{_PAIR}; {function.__name__} takes the output alone")
+
+
+_PAIR = (
+    "the model returned a pair (output, state): write `output, state = model(...)`, or "
+    "`output, _ = model(...)`"
+)
+
+
+def pair(output: Tensor, state: AnyState) -> tuple[Tensor, AnyState]:
+    """The pair that a model returns; a plain one in compiled and exported programs."""
+    return (output, state) if torch.compiler.is_compiling() else OutputAndState(output, state)
+
+
+class StepLogits(Tensor):
+    """Logits (B, 1, V) of a single step, which know that the vocabulary lies along the last axis.
+
+    A loop written for logits (B, V) takes ``softmax(logits, dim=1)``. Here that axis has length 1:
+    every probability would be 1, and what is sampled would be noise. So a softmax over an axis of
+    length 1 that is not the last raises ValueError. In all else this is a tensor, and it is copied
+    and saved as a plain one.
+    """
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _SOFTMAX:
+            _check_softmax(func.__name__, *args, **kwargs)
+        result = super().__torch_function__(func, types, args, kwargs)
+        # What has lost its axes, such as a loss, is a plain tensor again.
+        return (
+            result.as_subclass(Tensor) if isinstance(result, cls) and not result.dim() else result
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return self.as_subclass(Tensor).__deepcopy__(memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.as_subclass(Tensor).__reduce_ex__(protocol)
+
+
+_SOFTMAX = {
+    *(F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax),
+    *(F.log_softmax, torch.log_softmax, Tensor.log_softmax, torch.special.log_softmax),
+    *(F.softmin, F.gumbel_softmax),
+}
+
+
+def _check_softmax(name: str, input: Tensor, *args: Any, **kwargs: Any) -> None:
+    """Raises ValueError for an axis of length 1 which is not that of the vocabulary."""
+    position = 3 if name == "gumbel_softmax" else 0
+    dim = kwargs.get("dim", args[position] if len(args) > position else None)
+    if dim is None and name == "gumbel_softmax":
+        dim = -1
+    elif dim is None:
+        dim = 0 if input.dim() in (0, 1, 3) else 1  # as torch.nn.functional chooses
+    shape = tuple(input.shape)
+    if -len(shape) <= dim < len(shape) - 1 and dim != -1 and shape[dim] == 1:
+        raise ValueError(
+            f"{name} over dimension {dim} of logits of shape {shape}, which has length 1, makes "
+            f"every probability 1. CharLSTM returns logits (batch, time, vocabulary): take "
+            f"dim=-1, or logits[:, -1] for logits (batch, vocabulary); `CharLSTM.generate` is the "
+            f"whole loop"
+        )
+
+
+def as_step(logits: Tensor) -> Tensor:
+    """Logits (B, T, V), as `StepLogits` where T is 1, outside of compiled programs."""
+    if logits.shape[1] != 1 or torch.compiler.is_compiling():
+        return logits
+    return logits.as_subclass(StepLogits)
