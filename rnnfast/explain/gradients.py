@@ -1,4 +1,4 @@
-"""How the gradient of a loss fades on its way back through time.
+"""Vanishing and exploding gradients: how that of a loss fades or grows on its way back in time.
 
 The derivative of the state h_T by h_t is a product of T - t Jacobians, whose norm shrinks or grows
 geometrically: Hochreiter, "Untersuchungen zu dynamischen neuronalen Netzen", diploma thesis, TU
@@ -83,6 +83,8 @@ def compare_gradients(
     forget_bias: float = 1.0,
 ) -> Norms:
     """`gradient_norms` of an untrained Elman layer, GRU and LSTM on the same random sequence.
+
+    They show how fast the gradient of each vanishes, or explodes, on its way back.
 
     The loss is the product of the last state with a random vector of norm 1, so that the gradient
     by h_T has norm 1. Everything is in float64: a gradient may fade far below what float32 holds.

@@ -14,7 +14,7 @@ from torch import Tensor
 from rnnfast.text.errors import TextError
 
 
-def as_tokens(tokens: Tensor | NDArray[Any] | Iterable[Any], vocab_size: int) -> Tensor:
+def as_tokens(tokens: Tensor | NDArray[Any] | Iterable[Any] | int, vocab_size: int) -> Tensor:
     """Turn tokens of any kind and shape into an int64 tensor, on the device they are on.
 
     Raises:
@@ -29,6 +29,11 @@ def as_tokens(tokens: Tensor | NDArray[Any] | Iterable[Any], vocab_size: int) ->
         checked = tokens.to(torch.int64)
     else:
         array = _as_array(tokens)
+        if array.dtype.kind == "U":
+            raise TextError(
+                f"expected integer tokens, got the symbols {array.tolist()!r:.50}: give a "
+                f"CharVocabulary or WordVocabulary, which numbers them, in place of the size"
+            )
         if array.dtype.kind not in "iu":
             raise TextError(f"expected integer tokens, got {array.dtype}")
         # A copy in C order: torch knows no negative strides, nor arrays that are read-only.
@@ -63,9 +68,9 @@ def as_strings(items: Iterable[Any]) -> list[str]:
     return strings
 
 
-def _as_array(tokens: NDArray[Any] | Iterable[Any]) -> NDArray[Any]:
+def _as_array(tokens: NDArray[Any] | Iterable[Any] | int) -> NDArray[Any]:
     """An array of what was given; no tokens count as integers."""
-    if isinstance(tokens, np.ndarray):
-        return tokens
+    if isinstance(tokens, (np.ndarray, str)) or not isinstance(tokens, Iterable):
+        return np.asarray(tokens)
     items = list(tokens)
     return np.array(items) if items else np.zeros(0, np.int64)

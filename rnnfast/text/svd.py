@@ -1,4 +1,4 @@
-"""Dense vectors of few dimensions from large matrices, by the singular value decomposition."""
+"""Dense vectors of few dimensions from large matrices: truncated SVD, and so PCA."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ class TruncatedSVD:
 
     A (N, D) is about U S V^T with the `size` largest singular values in S; the dense vectors of the
     rows are A V = U S. For counts of words this is latent semantic analysis (Deerwester et al.,
-    1990). Columns are not centred, so a sparse matrix stays sparse.
+    1990). Columns are not centred, so a sparse matrix stays sparse. Of a matrix whose columns have
+    mean 0, ``A - A.mean(0)``, this is principal component analysis (PCA): `components` are the
+    principal axes, `transform` gives the principal components.
 
     It is computed by `torch.svd_lowrank` (Halko et al., 2009): unlike `torch.linalg.svd` it takes
     sparse matrices and does not compute all min(N, D) directions, and unlike scikit-learn's class
@@ -111,6 +113,8 @@ class TruncatedSVD:
 
 def reduce_svd(matrix: Any, size: int) -> Any:
     """Turn the rows of a matrix (N, D) into vectors (N, size): `TruncatedSVD(size)` at once.
+
+    ``reduce_svd(A - A.mean(0), size)`` is the PCA of A.
 
     The rows of `cooccurrence` become word vectors, close to each other for words used alike. Those
     of `one_hot` have nothing in common but the token: of them the `size` most frequent tokens keep

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, overload
 
 import numpy as np
@@ -11,39 +12,59 @@ from torch import Tensor
 
 from rnnfast.text.checks import as_tokens, check_positive
 from rnnfast.text.errors import TextError
-
-
-@overload
-def one_hot(tokens: Tensor, vocab_size: int, dtype: torch.dtype | None = ...) -> Tensor: ...
+from rnnfast.text.vocabulary import Vocabulary
 
 
 @overload
 def one_hot(
-    tokens: NDArray[np.integer], vocab_size: int, dtype: DTypeLike | None = ...
+    tokens: NDArray[np.integer], vocab_size: int | Vocabulary, dtype: DTypeLike | None = ...
 ) -> NDArray[Any]: ...
 
 
+@overload
 def one_hot(
-    tokens: Tensor | NDArray[np.integer], vocab_size: int, dtype: Any = None
-) -> Tensor | NDArray[Any]:
+    tokens: Tensor | int | str | Iterable[int] | Iterable[str],
+    vocab_size: int | Vocabulary,
+    dtype: torch.dtype | None = ...,
+) -> Tensor: ...
+
+
+def one_hot(tokens: Any, vocab_size: int | Vocabulary, dtype: Any = None) -> Any:
     """Write each token as a vector with a one at the token's place and zeros elsewhere.
 
     >>> one_hot(torch.tensor([2, 0]), 3)
     tensor([[0., 0., 1.],
             [1., 0., 0.]])
+    >>> one_hot(2, 3)
+    tensor([0., 0., 1.])
+    >>> from rnnfast.text import CharVocabulary
+    >>> one_hot("b", CharVocabulary("abc"))
+    tensor([0., 1., 0.])
 
     Args:
-        tokens: integers of any shape, an array or a tensor.
-        vocab_size: V, the length of the vectors.
-        dtype: of the result, NumPy's for an array and torch's for a tensor; float32 if None.
+        tokens: integers of any shape, in an array or a tensor; one integer; or, with a vocabulary,
+            one of its symbols or several of them. A string is one symbol: for a text give
+            ``vocabulary.encode(text)``.
+        vocab_size: V, the length of the vectors; or the vocabulary, whose length it is.
+        dtype: of the result, NumPy's for an array and torch's for the others; float32 if None.
 
     Returns:
-        (*tokens.shape, V), an array for an array, a tensor on the same device for a tensor.
+        (*tokens.shape, V), an array for an array, else a tensor, on the same device for a tensor;
+        (V,) for one integer or symbol.
 
     Raises:
-        TextError: the tokens are not integers between 0 and V - 1.
+        TextError: the tokens are not integers between 0 and V - 1, the vocabulary lacks a symbol,
+            or there are symbols and no vocabulary.
+        TypeError: the vocabulary is a list or another container: see `WordVocabulary`.
         ValueError: V is not a positive integer.
     """
+    if isinstance(vocab_size, Vocabulary):
+        tokens, vocab_size = _numbers(tokens, vocab_size), len(vocab_size)
+    elif isinstance(vocab_size, Iterable):
+        raise TypeError(
+            f"vocab_size should be an integer or a vocabulary, got {vocab_size!r:.50}: make "
+            f"one with WordVocabulary(words) or CharVocabulary(text)"
+        )
     checked = as_tokens(tokens, vocab_size).unsqueeze(-1)
     shape = (*checked.shape[:-1], vocab_size)
     if isinstance(tokens, np.ndarray):
@@ -53,6 +74,24 @@ def one_hot(
     return torch.zeros(shape, dtype=dtype or torch.float32, device=checked.device).scatter_(
         -1, checked, 1
     )
+
+
+def _numbers(tokens: Any, vocabulary: Vocabulary) -> Any:
+    """The tokens as they were given, but symbols as numbers."""
+    if not isinstance(tokens, Iterable) or isinstance(tokens, (Tensor, np.ndarray)):
+        return tokens
+    if not isinstance(tokens, str):
+        items = list(tokens)
+        return vocabulary.encode(items) if any(isinstance(item, str) for item in items) else items
+    if tokens in vocabulary:
+        return vocabulary.token(tokens)
+    encoded = vocabulary.encode(tokens)
+    if len(encoded) != 1:
+        raise TextError(
+            f"expected one symbol, got {tokens!r:.50}, a text of {len(encoded)}: "
+            f"one_hot(vocabulary.encode(text), vocabulary) takes texts"
+        )
+    return encoded[0]
 
 
 @overload
