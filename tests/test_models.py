@@ -131,7 +131,7 @@ def test_forward_needs_batch_and_time():
         ((4, 0), {"embedding_size": 4}, "hidden_size must be greater than zero"),
         ((4, 4, 0), {}, "num_layers must be greater than zero"),
         ((4, 4), {"dropout": 1.5}, "probability"),
-        ((4, 4), {"vocabulary": CharVocabulary("abc")}, "vocabulary has 3 characters"),
+        ((4, 4), {"vocabulary": CharVocabulary("abc")}, "vocabulary has 3 symbols"),
     ],
 )
 def test_impossible_models_are_refused(sizes, options, words):

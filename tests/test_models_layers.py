@@ -241,7 +241,7 @@ def test_a_state_of_another_batch_is_refused(kind, options):
 def test_a_pair_is_no_state_of_a_textbook_network(kind):
     model = build(kind, {})
     state = model.init_hidden(4)
-    with pytest.raises(RuntimeError, match=r"Expected (hidden|previous) size .*, got tuple"):
+    with pytest.raises(RuntimeError, match=r"Expected (hidden|previous_output) size .*, got tuple"):
         model(torch.zeros(4, 5, 3, dtype=torch.float64), (state, state))
 
 
