@@ -1,6 +1,7 @@
 """Sampling: the choice of a token, the fused run, and CharLSTM.generate."""
 
 import math
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -12,7 +13,7 @@ import rnnfast
 from rnnfast import backend, generation
 from rnnfast.generation import Sampling, continue_tokens, sample
 from rnnfast.models import CharLSTM
-from rnnfast.text import CharVocabulary, TextError
+from rnnfast.text import CharVocabulary, TextError, WordVocabulary
 
 VOCABULARY = CharVocabulary("the cat sat on the mat; ")
 CHOICES = {
@@ -387,6 +388,67 @@ def test_every_prompt_stops_by_itself():
     stop = whole[1][40:42]
     expected = [text[: text.index(stop)] if stop in text else text for text in whole]
     assert model.generate(prompts, 90, 2.0, seed=5, stop=stop) == expected
+
+
+# ---- words ----
+
+WORDS = WordVocabulary("the cat sat on a mat, and slept.", unknown="<unk>", special=("<end>",))
+
+
+def of_words():
+    model = CharLSTM(len(WORDS), 32, embedding_size=16, vocabulary=WORDS)
+    with torch.no_grad():
+        model.head.weight.mul_(6)
+    return model
+
+
+@pytest.mark.parametrize("length", [0, 1, 2, 31, 32, 33, 64, 100])
+def test_pieces_of_words_are_the_text_that_the_vocabulary_writes(length):
+    model, pieces = of_words(), []
+    text = model.generate("the cat", length, seed=1, callback=pieces.append)
+    tokens = model.generate(WORDS.encode("the cat"), length, seed=1)
+    assert "".join(pieces) == text == WORDS.decode(tokens)
+    assert text == model.generate("the cat", length, seed=1)
+    assert len(text.split()) == length
+    assert len(pieces) == math.ceil(length / 32)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+@pytest.mark.parametrize("at", [0, 7, 30, 31, 32, 63, 90])
+def test_stop_at_words(at, size):
+    model, pieces = of_words(), []
+    words = model.generate("the cat", 100, 2.0, seed=4).split()
+    stop = " ".join(words[at : at + size])
+    whole = " ".join(words)
+    expected = whole[: whole.index(stop)]
+    found = model.generate("the cat", 100, 2.0, seed=4, stop=stop, callback=pieces.append)
+    assert found == "".join(pieces) == expected
+
+
+def test_several_texts_of_words_stop_by_themselves():
+    model, pieces, prompts = of_words(), [], ["the cat", "a mat", "slept"]
+    whole = model.generate(prompts, 90, 2.0, seed=5)
+    expected = [text.split(" mat")[0] for text in whole]
+    assert len({len(text) for text in expected}) > 1
+    found = model.generate(prompts, 90, 2.0, seed=5, stop=" mat", callback=pieces.append)
+    assert found == expected == ["".join(parts) for parts in zip(*pieces, strict=True)]
+
+
+def test_a_stop_may_be_a_special_symbol():
+    model = of_words()
+    whole = model.generate("the", 100, 3.0, seed=1)
+    assert "<end>" in whole
+    assert model.generate("the", 100, 3.0, seed=1, stop="<end>") == whole.split("<end>")[0]
+
+
+@pytest.mark.parametrize(
+    ("stop", "written"),
+    [("mat,", "mat ,"), ("the  cat", "the cat"), ("\n", ""), ("dog", "<unk>")],
+)
+def test_a_stop_that_the_vocabulary_never_writes(stop, written):
+    words = re.escape(f"the stop {stop!r} cannot occur: the vocabulary writes it as {written!r}")
+    with pytest.raises(TextError, match=words):
+        of_words().generate("the", 3, stop=stop)
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from rnnfast.text import (
+    CharVocabulary,
     TextError,
     TruncatedSVD,
     WordVocabulary,
@@ -62,6 +63,60 @@ def test_one_hot_has_the_dtype_asked_for(dtype):
     np.testing.assert_array_equal(one_hot(np.array([3, 0]), 4, dtype), expected, strict=True)
     hot = one_hot(torch.tensor([3, 0]), 4, getattr(torch, dtype))
     np.testing.assert_array_equal(hot.numpy(), expected, strict=True)
+
+
+LETTERS = CharVocabulary("abc", special=("<s>",))
+WORDS = WordVocabulary("the cat sat", unknown="<unk>")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "vocabulary", "places"),
+    [
+        (2, 4, 2),
+        (np.int64(2), 4, 2),
+        ([2, 0], 4, [2, 0]),
+        ([[2], [0]], 4, [[2], [0]]),
+        ("b", LETTERS, 2),
+        ("<s>", LETTERS, 0),
+        (["b", "<s>"], LETTERS, [2, 0]),
+        (iter("ab"), LETTERS, [1, 2]),
+        (LETTERS.encode("ca"), LETTERS, [3, 1]),
+        (3, LETTERS, 3),
+        ("cat", WORDS, 2),
+        ("dog", WORDS, 0),
+    ],
+)
+def test_one_hot_of_symbols_and_numbers(tokens, vocabulary, places):
+    hot = one_hot(tokens, vocabulary)
+    assert torch.equal(hot, torch.eye(4)[torch.tensor(places)])
+    assert hot.dtype is torch.float32
+
+
+def test_one_hot_of_an_array_with_a_vocabulary():
+    hot = one_hot(np.array([2, 0]), LETTERS, np.int8)
+    np.testing.assert_array_equal(hot, np.eye(4, dtype=np.int8)[[2, 0]], strict=True)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "vocabulary", "error", "message"),
+    [
+        ("b", 4, TextError, "got the symbols 'b': give a CharVocabulary or WordVocabulary"),
+        (["b"], 4, TextError, "got the symbols .'b'.: give a CharVocabulary"),
+        ("ab", LETTERS, TextError, r"one symbol, got 'ab', a text of 2: .*encode\(text\)"),
+        ("the cat", WORDS, TextError, "one symbol, got 'the cat', a text of 2"),
+        ("", LETTERS, TextError, "one symbol, got '', a text of 0"),
+        ("x", LETTERS, TextError, "lacks 'x'"),
+        (["a", "x"], LETTERS, TextError, "lacks 'x'"),
+        ("a", ["a", "b"], TypeError, r"a vocabulary, got \['a', 'b'\]: make one with WordVoc"),
+        ("a", {"a": 0}, TypeError, "should be an integer or a vocabulary"),
+        (True, 4, TextError, "integer tokens, got bool"),
+        (1.0, 4, TextError, "integer tokens, got float"),
+        (4, LETTERS, TextError, "between 0 and 3, got 4"),
+    ],
+)
+def test_one_hot_says_what_it_takes(tokens, vocabulary, error, message):
+    with pytest.raises(error, match=message):
+        one_hot(tokens, vocabulary)
 
 
 def test_arrays_of_any_layout_are_taken():
@@ -330,3 +385,15 @@ def test_words_used_alike_have_vectors_alike():
             alike = min(likeness(word, peer) for peer in group)
             unlike = max(likeness(word, other) for other in others)
             assert alike > unlike, (word, alike, unlike)
+
+
+def test_reduce_svd_of_centred_columns_is_principal_component_analysis():
+    torch.manual_seed(0)
+    rows = torch.randn(40, 6, dtype=torch.float64) @ torch.randn(6, 6, dtype=torch.float64) + 3
+    _, _, axes = torch.pca_lowrank(rows, q=6, center=True)
+    expected = (rows - rows.mean(0)) @ axes[:, :2]
+    components = reduce_svd(rows - rows.mean(0), 2)
+    signs = (components * expected).sum(0).sign()
+    torch.testing.assert_close(components, expected * signs)
+    variance = components.var(0)
+    torch.testing.assert_close(variance, torch.linalg.eigvalsh(rows.T.cov()).flip(0)[:2])

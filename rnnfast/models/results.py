@@ -74,10 +74,9 @@ class StepLogits(Tensor):
         if func in _SOFTMAX:
             _check_softmax(func.__name__, *args, **kwargs)
         result = super().__torch_function__(func, types, args, kwargs)
-        # What has lost its axes, such as a loss, is a plain tensor again.
-        return (
-            result.as_subclass(Tensor) if isinstance(result, cls) and not result.dim() else result
-        )
+        if isinstance(result, cls) and not _is_logits(func, result):
+            return result.as_subclass(Tensor)
+        return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         return self.as_subclass(Tensor).__deepcopy__(memo)
@@ -91,6 +90,11 @@ _SOFTMAX = {
     *(F.log_softmax, torch.log_softmax, Tensor.log_softmax, torch.special.log_softmax),
     *(F.softmin, F.gumbel_softmax),
 }
+
+
+def _is_logits(function: Callable[..., Any], result: Tensor) -> bool:
+    """Whether a function of logits returns logits, not probabilities, a loss or tokens."""
+    return function not in _SOFTMAX and result.dim() > 0 and result.is_floating_point()
 
 
 def _check_softmax(name: str, input: Tensor, *args: Any, **kwargs: Any) -> None:

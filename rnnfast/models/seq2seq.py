@@ -163,7 +163,7 @@ class Seq2SeqLSTM(nn.Module):
         Raises:
             ValueError: source or target is not two-dimensional, their batch sizes differ, the
                 targets have no step, the ratio is no probability, or a length is out of range.
-            TypeError: a single number in place of the lengths: the ratio goes in by name.
+            TypeError: a number in place of the lengths; `teacher_forcing_ratio` goes in by name.
             TypeError, RuntimeError: as `rnnfast.LSTM`, for the lengths and the state.
         """
         if target.dim() != 2 or target.size(1) < 1 or target.shape[:1] != source.shape[:1]:
@@ -171,7 +171,11 @@ class Seq2SeqLSTM(nn.Module):
                 f"Seq2SeqLSTM: expected targets of shape (batch, time), one step or more, for "
                 f"sources of shape {tuple(source.shape)}, got {tuple(target.shape)}"
             )
-        _check_lengths(source_lengths, "model(source, target, teacher_forcing_ratio={})")
+        if isinstance(source_lengths, Number):
+            raise TypeError(
+                f"source_lengths should be integers, one for each source, got {source_lengths}; "
+                f"did you mean model(source, target, teacher_forcing_ratio={source_lengths})?"
+            )
         if not 0 <= teacher_forcing_ratio <= 1:
             raise ValueError(
                 f"teacher_forcing_ratio must be from 0 to 1, got {teacher_forcing_ratio}"
@@ -273,9 +277,7 @@ class Seq2SeqLSTM(nn.Module):
 
         Raises:
             ValueError: as `beam_search`, and as `forward` for the sources.
-            TypeError: a single number in place of the lengths: `max_length` goes in by name.
         """
-        _check_lengths(source_lengths, "model.decode(source, max_length={})")
         was_training = self.training
         self.eval()
         try:
@@ -318,12 +320,3 @@ class Seq2SeqLSTM(nn.Module):
         """Scores (..., V) in which the symbols that are never written cannot win."""
         never = [self.config.padding_token, self.config.start_token]
         return scores.index_fill(-1, torch.tensor(never, device=scores.device), -torch.inf)
-
-
-def _check_lengths(source_lengths: object, call: str) -> None:
-    """Raises TypeError for a single number, and names the call that takes it."""
-    if isinstance(source_lengths, Number):
-        raise TypeError(
-            f"source_lengths should be integers, one for each source, got {source_lengths}; "
-            f"did you mean {call.format(source_lengths)}?"
-        )
