@@ -446,7 +446,9 @@ def test_a_stop_may_be_a_special_symbol():
     [("mat,", "mat ,"), ("the  cat", "the cat"), ("\n", ""), ("dog", "<unk>")],
 )
 def test_a_stop_that_the_vocabulary_never_writes(stop, written):
-    words = re.escape(f"the stop {stop!r} cannot occur: the vocabulary writes it as {written!r}")
+    words = re.escape(
+        f"the stop {stop!r} cannot occur: the vocabulary writes {stop!r} as {written!r}"
+    )
     with pytest.raises(TextError, match=words):
         of_words().generate("the", 3, stop=stop)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, TypeVar
 
@@ -355,8 +356,13 @@ class _Text:
 
 def _check_stop(vocabulary: Vocabulary, stop: str) -> None:
     """Raises TextError for a stop that no text of the vocabulary contains."""
-    if stop in vocabulary:
-        return
-    written = vocabulary.decode(vocabulary.encode(stop))
-    if stop.strip(" ") not in written:
-        raise TextError(f"the stop {stop!r} cannot occur: the vocabulary writes it as {written!r}")
+    special = filter(None, (vocabulary.unknown, vocabulary.padding, *vocabulary.special))
+    pattern = "|".join(map(re.escape, special))
+    for part in re.split(pattern, stop) if pattern else [stop]:
+        if part in vocabulary:
+            continue
+        written = vocabulary.decode(vocabulary.encode(part))
+        if part.strip(" ") not in written:
+            raise TextError(
+                f"the stop {stop!r} cannot occur: the vocabulary writes {part!r} as {written!r}"
+            )
