@@ -9,10 +9,11 @@ from torch import nn
 import rnnfast
 from rnnfast.models import CharLSTM, checkpoint
 from rnnfast.models.training import Run, Trainer, TrainingOptions, evaluate
-from rnnfast.text import CharVocabulary, TextError
+from rnnfast.text import CharVocabulary, TextError, WordVocabulary
 
 TEXT = "the cat sat on the mat; " * 60
 VOCABULARY = CharVocabulary(TEXT)
+WORDS = WordVocabulary([*VOCABULARY.characters])  # as many symbols
 QUICK = TrainingOptions(
     seq_length=24, batch_size=8, epochs=30, max_seconds=60, learning_rate=2e-2, clip=1.0
 )
@@ -140,7 +141,7 @@ def test_impossible_models_are_refused(sizes, options, words):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("vocabulary", [VOCABULARY, None])
+@pytest.mark.parametrize("vocabulary", [VOCABULARY, WORDS, None])
 def test_a_model_survives_its_file(tmp_path, dtype, vocabulary):
     model = small(num_layers=2, dropout=0.25, dtype=dtype, vocabulary=vocabulary)
     checkpoint.save(model, tmp_path / checkpoint.FILE_NAME)

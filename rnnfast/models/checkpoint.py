@@ -12,8 +12,8 @@ from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
 from rnnfast.models.atomic import write_atomically
-from rnnfast.models.char_lstm import CharLSTM, CharLSTMConfig
-from rnnfast.text import CharVocabulary
+from rnnfast.models.char_lstm import CharLSTM
+from rnnfast.text import Vocabulary
 
 FILE_NAME = "model.safetensors"
 _KEY = "rnnfast.CharLSTM"
@@ -65,7 +65,7 @@ def load(path: str | Path, device: torch.device | str | None = None, **options: 
         vocabulary = description["vocabulary"]
         model = CharLSTM(
             **description["config"],
-            vocabulary=None if vocabulary is None else CharVocabulary.from_state(vocabulary),
+            vocabulary=None if vocabulary is None else Vocabulary.from_state(vocabulary),
             device="meta",  # the weights come from the file: neither allocate nor draw them
             **options,
         )
