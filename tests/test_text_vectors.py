@@ -100,8 +100,8 @@ def test_one_hot_of_an_array_with_a_vocabulary():
 @pytest.mark.parametrize(
     ("tokens", "vocabulary", "error", "message"),
     [
-        ("b", 4, TextError, "got the symbols 'b': give a CharVocabulary or WordVocabulary"),
-        (["b"], 4, TextError, "got the symbols .'b'.: give a CharVocabulary"),
+        ("b", 4, TextError, "integer tokens, got <U1; the `encode` of a vocabulary"),
+        (["b"], 4, TextError, "integer tokens, got <U1; the `encode` of a vocabulary"),
         ("ab", LETTERS, TextError, r"one symbol, got 'ab', a text of 2: .*encode\(text\)"),
         ("the cat", WORDS, TextError, "one symbol, got 'the cat', a text of 2"),
         ("", LETTERS, TextError, "one symbol, got '', a text of 0"),

@@ -29,13 +29,12 @@ def as_tokens(tokens: Tensor | NDArray[Any] | Iterable[Any] | int, vocab_size: i
         checked = tokens.to(torch.int64)
     else:
         array = _as_array(tokens)
-        if array.dtype.kind == "U":
-            raise TextError(
-                f"expected integer tokens, got the symbols {array.tolist()!r:.50}: give a "
-                f"CharVocabulary or WordVocabulary, which numbers them, in place of the size"
-            )
         if array.dtype.kind not in "iu":
-            raise TextError(f"expected integer tokens, got {array.dtype}")
+            hint = "; the `encode` of a vocabulary makes them of symbols"
+            of_strings = array.dtype.kind == "U"
+            raise TextError(
+                f"expected integer tokens, got {array.dtype}{hint if of_strings else ''}"
+            )
         # A copy in C order: torch knows no negative strides, nor arrays that are read-only.
         checked = torch.from_numpy(array.astype(np.int64, order="C"))
     if checked.numel():
