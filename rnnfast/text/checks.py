@@ -69,7 +69,7 @@ def as_strings(items: Iterable[Any]) -> list[str]:
 
 def _as_array(tokens: NDArray[Any] | Iterable[Any] | int) -> NDArray[Any]:
     """An array of what was given; no tokens count as integers."""
-    if isinstance(tokens, (np.ndarray, str)) or not isinstance(tokens, Iterable):
+    if isinstance(tokens, np.ndarray) or not isinstance(tokens, Iterable):
         return np.asarray(tokens)
     items = list(tokens)
     return np.array(items) if items else np.zeros(0, np.int64)
