@@ -12,6 +12,7 @@ from . import backend, functional, reference
 from .acceleration import accelerate, restore
 from .backend import doctor, release_memory, use_backend
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from .patching import patch, unpatch
 
 if TYPE_CHECKING:
     from . import cli as cli
@@ -44,8 +45,10 @@ __all__ = [
     "doctor",
     "explain",
     "functional",
+    "patch",
     "reference",
     "release_memory",
     "restore",
+    "unpatch",
     "use_backend",
 ]

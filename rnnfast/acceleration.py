@@ -5,14 +5,18 @@ module then stays, for it is the same object: parameters, buffers, hooks, parame
 ties, and references from optimisers, lists and closures. What the classes here keep that torch.nn's
 lack are their keyword-only arguments (``backend``).
 
-``isinstance(module, torch.nn.LSTM)`` is false afterwards, as the classes here derive from
-torch.nn.RNNBase and RNNCellBase only.
+By default a torch.nn.LSTM becomes a `rnnfast.LSTM`, which torch.compile can compile and
+``isinstance(module, torch.nn.LSTM)`` denies. With ``keep_class`` it becomes an instance of a class
+that is made for its own one and derives from it, so that ``isinstance`` stays true; subclasses of
+torch.nn's can then be replaced, too. `rnnfast.patching` speeds up modules without changing them.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
@@ -27,6 +31,9 @@ _THEIRS: dict[type[nn.Module], type[nn.Module]] = {ours: theirs for theirs, ours
 _NAMES = frozenset(kind.__name__ for kind in _OURS)
 _MARK = "_accelerated"
 """The attribute of the modules that `accelerate` replaced; copies and pickles carry it along."""
+_FORMER = "_accelerated_from"
+"""The attribute of the classes that `_kept` makes: the one that each was made for."""
+_kept_classes: WeakValueDictionary[type[nn.Module], type[nn.Module]] = WeakValueDictionary()
 
 
 class Report(NamedTuple):
@@ -38,7 +45,7 @@ class Report(NamedTuple):
     module: nn.Module
     """The tree, which was changed in place."""
     replaced: dict[str, str]
-    """Name of each module that was replaced -> name of its class, the same in both packages."""
+    """Name of each module that was replaced -> name of its class, the same before and after."""
     left: dict[str, str]
     """Name of each recurrent module that was left as it is -> why."""
 
@@ -51,20 +58,51 @@ class Report(NamedTuple):
         return "\n".join(f"{a:<8}  {name or '(root)':<{width}}  {b}" for a, name, b in rows)
 
 
-def accelerate(module: nn.Module, *, backend: str | None = None) -> Report:
+def accelerate(
+    module: nn.Module, *, backend: str | None = None, keep_class: bool = False
+) -> Report:
     """Replaces every RNN, LSTM, GRU and cell of torch.nn in a module tree, in place.
 
-    Only torch.nn's own classes are replaced: not subclasses, quantized modules, ScriptModules and
-    modules with methods set on the instance, whose behaviour may be another. What is not registered
-    as a submodule is not found. Code that asks whether a module is a torch.nn.LSTM (initialisation,
-    quantization) has to run before this, or after `restore`, and so has torch.jit.script.
+    Quantized modules, ScriptModules and modules with methods set on the instance are left as they
+    are, as their behaviour may be another. What is not registered as a submodule is not found.
 
-    Calling it again is harmless; what it replaced before is reported as replaced, and gets the
-    ``backend`` of this call.
+    By default only torch.nn's own classes are replaced, and ``isinstance(module, torch.nn.LSTM)``
+    is false afterwards. Code that asks for it (weight initialisation, quantization, TorchRL's
+    LSTMModule) has to run before, or ``keep_class`` keeps it true. torch.compile compiles the
+    modules without a graph break.
+
+    With ``keep_class`` a module's class becomes one that derives from its former class. Subclasses
+    of torch.nn's classes are replaced, too, if they inherit ``forward`` or call it by
+    ``super().forward``. torch.compile breaks the graph at such modules, as it does at torch.nn's
+    RNN, LSTM and GRU.
+
+    torch.jit.script has to run before this, or after `restore`.
+
+    Calling it again is harmless: what it replaced before gets the ``backend`` and ``keep_class`` of
+    this call and is reported again.
+
+    **What undoes it silently.** Some code builds new modules, or makes torch.nn's of those here;
+    nothing fails, but the modules are torch.nn's again. ``print(rnnfast.accelerate(model))`` after
+    such a step tells what it found and replaces that.
+
+    - skorch: ``NeuralNet.fit`` builds the module anew, and so does ``set_params`` of its arguments.
+      Call ``net.initialize()``, ``accelerate(net.module_)``, then ``net.partial_fit`` in place of
+      ``fit``; or accelerate at the end of the module's own ``__init__``.
+    - Lightning: ``LightningModule.load_from_checkpoint`` builds the model anew. Accelerate at the
+      end of the model's ``__init__``, or the model that it returns.
+    - Stable-Baselines3: ``load`` builds the policy anew. Accelerate ``model.policy`` after it.
+    - TorchRL: ``make_cudnn_based`` and ``make_python_based`` put a new LSTM or GRU in place of the
+      one there. Accelerate after them, with ``keep_class``, which LSTMModule and GRUModule need.
+    - ``torch.ao.quantization.quantize_dynamic``: takes torch.nn's classes only, so that it leaves
+      those here in full precision, and with ``keep_class`` as well. Quantize torch.nn's modules
+      (`restore` first); quantized modules run on torch's kernels.
+
+    Where a model is built anew in many places, `rnnfast.patch` does not depend on the objects.
 
     Args:
         module: The root, which may itself be replaced.
         backend: For all modules replaced: None, or the backend to force; see `rnnfast.backend`.
+        keep_class: Whether modules stay instances of their former classes.
 
     Returns:
         The report; its ``module`` is the argument.
@@ -76,22 +114,25 @@ def accelerate(module: nn.Module, *, backend: str | None = None) -> Report:
     replaced: dict[str, str] = {}
     left: dict[str, str] = {}
     for name, each in module.named_modules():
+        if _MARK in vars(each):
+            _restore(each)
         kind = parametrize.type_before_parametrizations(each)
         if _MARK not in vars(each):
-            if reason := _reason_to_leave(each, kind):
+            if reason := _reason_to_leave(each, kind, keep_class):
                 left[name] = reason
                 continue
-            if kind not in _OURS:
+            theirs = torch_class_of(kind)
+            if theirs is None:
                 continue
-            _change_class(each, _OURS[kind])
-            vars(each).update({**_additions(_OURS[kind]), _MARK: True})
+            _change_class(each, _kept(kind, theirs) if keep_class else _OURS[theirs])
+            vars(each)[_MARK] = True
         vars(each)["backend"] = backend
-        replaced[name] = kind.__name__
+        replaced[name] = _name(kind)
     return Report(module, replaced, left)
 
 
 def restore(module: nn.Module) -> Report:
-    """Undoes `accelerate`: what it replaced in a module tree is torch.nn's again, in place.
+    """Undoes `accelerate`, in place: what it replaced has its former class again.
 
     Args:
         module: The root of a tree that was accelerated, or of a part or a copy of one.
@@ -102,44 +143,147 @@ def restore(module: nn.Module) -> Report:
     replaced: dict[str, str] = {}
     left: dict[str, str] = {}
     for name, each in module.named_modules():
-        kind = parametrize.type_before_parametrizations(each)
-        if _MARK not in vars(each):
-            if isinstance(each, _Backed):
-                left[name] = "was not torch.nn's before"
-        elif kind not in _THEIRS:
-            left[name] = f"its class is {_path(kind)} by now"
-        elif own := _own_methods(each):
-            left[name] = own
-        else:
-            _change_class(each, _THEIRS[kind])
-            for attribute in (_MARK, *_additions(kind)):
-                vars(each).pop(attribute, None)  # a pickle of an older version may lack some
-            replaced[name] = kind.__name__
+        if _MARK in vars(each):
+            if reason := _restore(each):
+                left[name] = reason
+            else:
+                replaced[name] = _name(parametrize.type_before_parametrizations(each))
+        elif isinstance(each, _Backed):
+            left[name] = "was not torch.nn's before"
     return Report(module, replaced, left)
 
 
-def _reason_to_leave(module: nn.Module, kind: type[nn.Module]) -> str | None:
+def _restore(module: nn.Module) -> str | None:
+    """Gives a module that was replaced its former class; returns why it cannot, else None."""
+    kind = parametrize.type_before_parametrizations(module)
+    former = _THEIRS.get(kind) or vars(kind).get(_FORMER)
+    if former is None:
+        return f"its class is {_path(kind)} by now"
+    if own := _own_methods(module):
+        return own
+    for attribute in (_MARK, *_additions(torch_class_of(former))):
+        vars(module).pop(attribute, None)  # what was never set is the class's
+    _change_class(module, former)
+    return None
+
+
+def _reason_to_leave(module: nn.Module, kind: type[nn.Module], keep_class: bool) -> str | None:
     """Why ``module`` of class ``kind`` is not replaced; None if it is or is not recurrent."""
     if isinstance(module, torch.jit.ScriptModule):
         return "is compiled by TorchScript" if module.original_name in _NAMES else None
     if isinstance(module, _Backed):
         return "is rnnfast's already"
-    if kind in _OURS:
-        clashes = [name for name in _additions(_OURS[kind]) if name in vars(module)]
-        return f"has an attribute {clashes[0]}" if clashes else _own_methods(module)
-    for theirs in _OURS:
-        if issubclass(kind, theirs):
+    theirs = torch_class_of(kind)
+    if theirs is None:
+        quantized = kind.__module__.startswith("torch.ao.") and kind.__name__ in _NAMES
+        if quantized or issubclass(kind, (nn.RNNBase, nn.RNNCellBase)):
+            return f"{_path(kind)} is not of torch.nn"
+        return None
+    if kind is not theirs:
+        if not keep_class:
             return f"{_path(kind)} is a subclass of torch.nn.{theirs.__name__}"
-    quantized = kind.__module__.startswith("torch.ao.") and kind.__name__ in _NAMES
-    if quantized or issubclass(kind, (nn.RNNBase, nn.RNNCellBase)):
-        return f"{_path(kind)} is not of torch.nn"
+        if reason := _reason_to_leave_class(kind, theirs):
+            return reason
+    clashes = [name for name in _additions(theirs) if name in vars(module)]
+    return f"has an attribute {clashes[0]}" if clashes else _own_methods(module)
+
+
+def _reason_to_leave_class(kind: type[nn.Module], theirs: type[nn.Module]) -> str | None:
+    """Why instances of ``kind``, a subclass of ``theirs``, cannot be replaced; None if they can."""
+    path = _path(kind)
+    for name in called_by_forward(theirs):
+        if is_overridden(kind, theirs, name):
+            return f"{path} has its own {name}"
+    for name in _additions(theirs):
+        if hasattr(kind, name):
+            return f"{path} has an attribute {name}"
+    if is_overridden(kind, theirs, "forward"):
+        code = getattr(inspect.unwrap(kind.forward), "__code__", None)
+        # what calls super().forward then calls ours
+        if code is None or not {"super", "forward"} <= {*code.co_names}:
+            return f"{path} has its own forward, which does not call super().forward"
+    try:
+        _kept(kind, theirs)
+    except Exception as error:  # of a metaclass or an __init_subclass__ of the user's
+        return f"no class can be derived from {path}: {error}"
     return None
 
 
-def _additions(kind: type[nn.Module]) -> dict[str, Any]:
-    """The attributes that the modules of our class ``kind`` have and torch.nn's have not."""
-    arguments = inspect.signature(kind).parameters.values()
-    return {each.name: each.default for each in arguments if each.kind is each.KEYWORD_ONLY}
+def _kept(former: type[nn.Module], theirs: type[nn.Module]) -> type[nn.Module]:
+    """A class derived from ``former``, which is ``theirs`` or derives from it, that runs ours.
+
+    The order of its bases is: ``former`` and what it adds to torch.nn's class, our ``forward``,
+    torch.nn's class, our class. So ``super().forward`` in ``former`` is ours, all else that it and
+    torch.nn define stays, and what our ``forward`` needs besides is there.
+    """
+    if former in _kept_classes:
+        return _kept_classes[former]
+    ours = _OURS[theirs]
+
+    def construct(self: Any, *args: Any, **kwargs: Any) -> None:
+        # as a former one, because super().__init__() in torch.nn's is not to be ours
+        own = type(self)
+        object.__setattr__(self, "__class__", former)
+        former.__init__(self, *args, **kwargs)
+        object.__setattr__(self, "__class__", own)
+        vars(self)[_MARK] = True
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        reduced = super(kept, self).__reduce_ex__(protocol)
+        # (function, (class, ...), state, ...), and pickle does not find this class by its name
+        if isinstance(reduced, tuple) and reduced[1][:1] == (kept,):
+            function, (_, *args), *rest = reduced
+            return _rebuild, (function, former, *args), *rest
+        return reduced
+
+    names = {name: getattr(former, name) for name in ("__module__", "__qualname__", "__doc__")}
+    own = {**names, _FORMER: former, "__init__": construct, "__reduce_ex__": reduce}
+    middle = type(ours.__name__, (theirs, ours), {**names, "forward": ours.forward})
+    bases = (middle,) if former is theirs else (former, middle)
+    kept = type(former.__name__, bases, own)
+    _kept_classes[former] = kept
+    return kept
+
+
+def _rebuild(function: Any, former: type[nn.Module], *args: Any) -> Any:
+    """Starts a copy, or the content of a pickle, whose class is `_kept` of ``former``."""
+    theirs = torch_class_of(former)
+    assert theirs is not None
+    return function(_kept(former, theirs), *args)
+
+
+def torch_class_of(kind: type) -> type[nn.Module] | None:
+    """The one of torch.nn's recurrent classes that ``kind`` is or derives from, if any."""
+    return next((theirs for theirs in _OURS if issubclass(kind, theirs)), None)
+
+
+@functools.cache
+def called_by_forward(theirs: type[nn.Module]) -> frozenset[str]:
+    """The methods that torch.nn's forward of a class calls, and the list where it finds weights.
+
+    What has its own of these is not to be replaced, as our forward does without. It also does
+    without flatten_parameters, which weight-drop layers empty.
+    """
+    found, names = {"_flat_weights"}, ["forward"]
+    while names:
+        function = inspect.unwrap(getattr(theirs, names.pop()))
+        for name in function.__code__.co_names:
+            method = getattr(theirs, name, None)
+            if name not in found and getattr(method, "__module__", None) == theirs.__module__:
+                found.add(name)
+                names.append(name)
+    return frozenset(found - {"forward", "flatten_parameters"})
+
+
+def is_overridden(kind: type[nn.Module], theirs: type[nn.Module], name: str) -> bool:
+    """Whether a subclass of one of torch.nn's classes has an attribute of its own of this name."""
+    return getattr(kind, name, None) is not getattr(theirs, name, None)
+
+
+@functools.cache
+def _additions(theirs: type[nn.Module]) -> list[str]:
+    """The attributes that our modules have and those of torch.nn's class have not."""
+    return sorted({*dir(_OURS[theirs])} - {*dir(theirs)})
 
 
 def _own_methods(module: nn.Module) -> str | None:
@@ -150,6 +294,11 @@ def _own_methods(module: nn.Module) -> str | None:
     names = [name for name in vars(module) if callable(getattr(type(module), name, None))]
     names = [name for name in names if name != "flatten_parameters"]
     return f"has its own {', '.join(names)}, set on the instance" if names else None
+
+
+def _name(kind: type[nn.Module]) -> str:
+    """The name of a class of torch.nn or of ours, the path of any other."""
+    return kind.__name__ if kind in _OURS or kind in _THEIRS else _path(kind)
 
 
 def _path(kind: type[nn.Module]) -> str:

@@ -39,7 +39,9 @@ class _Backed(nn.Module):
 
     torch_class: ClassVar[type[nn.Module]]
     """The module of torch.nn whose ``forward`` takes over what is not served here."""
-    backend: str | None
+    backend: str | None = None
+    """The backend to force. Every attribute that has a default has it here, in the class, too: that
+    is what a module has which was pickled before there was the attribute."""
 
     def _read(self, names: list[str]) -> Any:
         """The parameters of these names, as functional_call or a parametrization has them now."""

@@ -1,0 +1,221 @@
+"""Speeds up torch.nn's recurrent modules without changing them: their ``forward`` is exchanged.
+
+`patch` puts a function of ours in the place of ``forward`` in the classes torch.nn.RNN, LSTM, GRU,
+RNNCell, LSTMCell and GRUCell. Calls that it can serve are run by a module of ours that shares the
+attributes of torch.nn's, all others by torch.nn's own ``forward``.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import warnings
+from types import FunctionType, TracebackType
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils._device import DeviceContext
+
+from . import backend
+from .acceleration import _OURS, _additions, called_by_forward, is_overridden
+from .modules import _CELL_WEIGHTS, _Backed
+
+_PLAIN = frozenset({Tensor, nn.Parameter})
+_enabled = False
+_exchanged: dict[type[nn.Module], Any] = {}
+"""The classes whose ``forward`` `patch` has exchanged, and what it has put there."""
+
+
+class Patch:
+    """What `patch` returns: a context manager, at whose end all is as it was before the call."""
+
+    def __init__(self, before: bool) -> None:
+        self._before = before
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if not self._before:
+            unpatch()
+
+
+def patch() -> Patch:
+    """Speeds up every RNN, LSTM, GRU and cell of torch.nn in the process.
+
+    Modules that exist and modules that are made later, by whatever library, run on this package's
+    kernels and stay what they are: their classes, attributes and pickles are torch.nn's. Subclasses
+    gain where they inherit ``forward`` or call it.
+
+    Results are those of torch.nn, up to rounding. What is not an ordinary call goes to torch.nn's
+    own ``forward``: malformed calls, devices without kernels, subclasses of Tensor, torch.func
+    transforms and forward-mode AD, FakeTensorMode and other modes, torch.compile, torch.export,
+    torch.jit.trace and script. `rnnfast.use_backend` and ``RNNFAST_BACKEND`` apply.
+
+    Calling it again changes nothing.
+
+    >>> rnnfast.patch()  # until rnnfast.unpatch()
+    >>> with rnnfast.patch():  # or for a while
+    ...     train(model)
+
+    Returns:
+        A context manager. At its end the process is as it was before this call.
+
+    Warns:
+        UserWarning: Another package has exchanged the ``forward`` of a class. It is left as it is.
+    """
+    global _enabled
+    before, _enabled = _enabled, True
+    for theirs in _OURS:
+        found = vars(theirs)["forward"]
+        if _is_of_torch(found, theirs):
+            _exchanged[theirs] = theirs.forward = _replacement(theirs, found)
+        elif theirs not in _exchanged:
+            warnings.warn(
+                f"rnnfast.patch leaves torch.nn.{theirs.__name__} as it is, because its forward "
+                f"has been exchanged for {found.__module__}.{found.__qualname__}",
+                stacklevel=2,
+            )
+    return Patch(before)
+
+
+def unpatch() -> None:
+    """Undoes `patch`, however often that was called."""
+    global _enabled
+    _enabled = False  # for what another package has put something around
+    for theirs, ours in list(_exchanged.items()):
+        if vars(theirs)["forward"] is ours:
+            theirs.forward = _exchanged.pop(theirs).__wrapped__
+
+
+def _is_of_torch(forward: Any, theirs: type[nn.Module]) -> bool:
+    own_globals = getattr(forward, "__globals__", None) is vars(sys.modules[theirs.__module__])
+    return own_globals and not hasattr(forward, "__wrapped__")
+
+
+def _replacement(theirs: type[nn.Module], original: Any) -> Any:
+    """The function that takes the place of ``original``, the ``forward`` of a class."""
+    stand_in = _stand_in(theirs, original)
+
+    def forward(self: Any, input: Any, hx: Any = None) -> Any:
+        served = serve(stand_in, self, input, hx)
+        return original(self, input, hx) if served is None else served
+
+    # TorchScript compiles the source of what is wrapped, with the globals of what wraps it
+    serve = _serve
+    own = FunctionType(
+        forward.__code__, original.__globals__, None, forward.__defaults__, forward.__closure__
+    )
+    return functools.wraps(original)(own)
+
+
+class _StandIn(NamedTuple):
+    """What runs the calls of one class of torch.nn."""
+
+    theirs: type[nn.Module]
+    kind: Any
+    """A class of ours. Its instances share the attributes of torch.nn's for the time of a call."""
+    reserved: frozenset[str]
+    """What must not be set on the instance: methods of torch.nn's, and what only ours have."""
+
+
+def _stand_in(theirs: type[nn.Module], original: Any) -> _StandIn:
+    ours = _OURS[theirs]
+
+    def read(self: Any, names: list[str]) -> Any:
+        return self._weights
+
+    def forward_in_torch(self: Any, input: Any, hx: Any, reason: str) -> Any:
+        return original(self._of, input, hx)
+
+    own = {"__slots__": ("_of", "_weights"), "_read": read, "_forward_in_torch": forward_in_torch}
+    reserved = called_by_forward(theirs) - {"_flat_weights"}
+    return _StandIn(theirs, type(ours.__name__, (ours,), own), reserved.union(_additions(theirs)))
+
+
+def _serve(stand_in: _StandIn, module: Any, input: Any, hx: Any) -> Any:
+    """The result of a call, or None where torch.nn's own ``forward`` is to run."""
+    if torch.compiler.is_compiling() or not _enabled or not _is_ordinary_context():
+        return None
+    theirs, kind, reserved = stand_in
+    if not _is_ordinary(type(module), theirs) or not reserved.isdisjoint(vars(module)):
+        return None
+    data = input[0] if type(input) is PackedSequence else input
+    states = hx if type(hx) in (tuple, list) else () if hx is None else (hx,)
+    weights = _weights(module)
+    given = [weight for weight in weights if weight is not None]
+    if not _PLAIN.issuperset(map(type, (data, *states, *given))):
+        return None
+    if backend.choose(None, data) == "aten":
+        return None
+    own = kind.__new__(kind)
+    for name, value in (("__dict__", vars(module)), ("_of", module), ("_weights", weights)):
+        object.__setattr__(own, name, value)
+    result = kind.forward(own, input, hx)
+    return _changeable(result) if issubclass(theirs, nn.RNNBase) else result
+
+
+def _is_ordinary_context() -> bool:
+    """Whether nothing is on that looks at or changes what torch.nn calls."""
+    if torch._C._is_tracing() or backend.transforms_active():
+        return False
+    if torch._C._len_torch_dispatch_stack():
+        return False
+    modes = range(torch._C._len_torch_function_stack())
+    # that of torch.set_default_device: all that is made here says on which device
+    return all(type(torch._C._get_function_stack_at(k)) is DeviceContext for k in modes)
+
+
+_ordinary: WeakKeyDictionary[type, bool] = WeakKeyDictionary()
+"""The subclasses of torch.nn's classes that have called: whether ours do what they do."""
+
+
+def _is_ordinary(kind: type, theirs: type[nn.Module]) -> bool:
+    if kind is theirs:
+        return True
+    if kind not in _ordinary:
+        called = called_by_forward(theirs)
+        _ordinary[kind] = (
+            issubclass(kind, theirs)
+            and not issubclass(kind, _Backed)
+            and not any(is_overridden(kind, theirs, name) for name in called)
+        )
+    return _ordinary[kind]
+
+
+def _weights(module: Any) -> list[Any]:
+    """The weights and biases that torch.nn's own ``forward`` would use."""
+    parameters = module._parameters
+    if not isinstance(module, nn.RNNBase):
+        return [
+            parameters[name] if name in parameters else getattr(module, name)
+            for name in _CELL_WEIGHTS
+        ]
+    names, weights = module._flat_weights_names, module._flat_weights
+    if any(
+        parameters.get(name) is not weight for name, weight in zip(names, weights, strict=False)
+    ):
+        module._update_flat_weights()
+    return module._flat_weights
+
+
+def _changeable(result: Any) -> Any:
+    """``result`` with an output of which the backward does not keep the memory.
+
+    So it may be changed in place before the backward, as that of torch.nn may.
+    """
+    output, *rest = result
+    data = output.data if isinstance(output, PackedSequence) else output
+    if not data.requires_grad:
+        return result
+    if data is not output:
+        return output._replace(data=data.clone()), *rest
+    return data.clone(), *rest
