@@ -8,6 +8,7 @@ attributes of torch.nn's, all others by torch.nn's own ``forward``.
 from __future__ import annotations
 
 import functools
+import operator
 import sys
 import warnings
 from types import FunctionType, TracebackType
@@ -24,6 +25,8 @@ from .acceleration import _OURS, _additions, called_by_forward, is_overridden
 from .modules import _CELL_WEIGHTS, _Backed
 
 _PLAIN = frozenset({Tensor, nn.Parameter})
+_PLAIN_OR_NONE = _PLAIN | {type(None)}
+_set = object.__setattr__  # without nn.Module's search for parameters
 _enabled = False
 _exchanged: dict[type[nn.Module], Any] = {}
 """The classes whose ``forward`` `patch` has exchanged, and what it has put there."""
@@ -56,9 +59,9 @@ def patch() -> Patch:
     gain where they inherit ``forward`` or call it.
 
     Results are those of torch.nn, up to rounding. What is not an ordinary call goes to torch.nn's
-    own ``forward``: malformed calls, devices without kernels, subclasses of Tensor, torch.func
-    transforms and forward-mode AD, FakeTensorMode and other modes, torch.compile, torch.export,
-    torch.jit.trace and script. `rnnfast.use_backend` and ``RNNFAST_BACKEND`` apply.
+    own ``forward``: malformed calls, devices without kernels, subclasses of Tensor, autocast,
+    torch.func transforms and forward-mode AD, FakeTensorMode and other modes, torch.compile,
+    torch.export, torch.jit.trace and script. `rnnfast.use_backend` and ``RNNFAST_BACKEND`` apply.
 
     Calling it again changes nothing.
 
@@ -125,6 +128,8 @@ class _StandIn(NamedTuple):
     """A class of ours. Its instances share the attributes of torch.nn's for the time of a call."""
     reserved: frozenset[str]
     """What must not be set on the instance: methods of torch.nn's, and what only ours have."""
+    weights: frozenset[type]
+    """What weights and biases are; a cell's may be None."""
 
 
 def _stand_in(theirs: type[nn.Module], original: Any) -> _StandIn:
@@ -138,39 +143,53 @@ def _stand_in(theirs: type[nn.Module], original: Any) -> _StandIn:
 
     own = {"__slots__": ("_of", "_weights"), "_read": read, "_forward_in_torch": forward_in_torch}
     reserved = called_by_forward(theirs) - {"_flat_weights"}
-    return _StandIn(theirs, type(ours.__name__, (ours,), own), reserved.union(_additions(theirs)))
+    return _StandIn(
+        theirs,
+        type(ours.__name__, (ours,), own),
+        reserved.union(_additions(theirs)),
+        _PLAIN if issubclass(theirs, nn.RNNBase) else _PLAIN_OR_NONE,
+    )
 
 
 def _serve(stand_in: _StandIn, module: Any, input: Any, hx: Any) -> Any:
     """The result of a call, or None where torch.nn's own ``forward`` is to run."""
-    if torch.compiler.is_compiling() or not _enabled or not _is_ordinary_context():
+    if torch.compiler.is_compiling() or not _enabled or _is_watched():
         return None
-    theirs, kind, reserved = stand_in
-    if not _is_ordinary(type(module), theirs) or not reserved.isdisjoint(vars(module)):
+    theirs, kind, reserved, weight_types = stand_in
+    attributes = vars(module)
+    if not _is_ordinary(type(module), theirs) or not attributes.keys().isdisjoint(reserved):
         return None
     data = input[0] if type(input) is PackedSequence else input
-    states = hx if type(hx) in (tuple, list) else () if hx is None else (hx,)
-    weights = _weights(module)
-    given = [weight for weight in weights if weight is not None]
-    if not _PLAIN.issuperset(map(type, (data, *states, *given))):
+    states = hx if type(hx) in (tuple, list) else (hx,)
+    weights = _weights(module, attributes["_parameters"])
+    if type(data) not in _PLAIN or not _PLAIN_OR_NONE.issuperset(map(type, states)):
         return None
-    if backend.choose(None, data) == "aten":
+    if not weight_types.issuperset(map(type, weights)):
+        return None
+    name = backend.choose(None, data)
+    if name == "aten" or (name == "reference" and backend.transforms_active()):
         return None
     own = kind.__new__(kind)
-    for name, value in (("__dict__", vars(module)), ("_of", module), ("_weights", weights)):
-        object.__setattr__(own, name, value)
+    _set(own, "__dict__", attributes)
+    _set(own, "_of", module)
+    _set(own, "_weights", weights)
     result = kind.forward(own, input, hx)
-    return _changeable(result) if issubclass(theirs, nn.RNNBase) else result
+    return _changeable(result) if issubclass(kind, nn.RNNBase) else result
 
 
-def _is_ordinary_context() -> bool:
-    """Whether nothing is on that looks at or changes what torch.nn calls."""
-    if torch._C._is_tracing() or backend.transforms_active():
-        return False
-    if torch._C._len_torch_dispatch_stack():
-        return False
+def _is_watched() -> bool:
+    """Whether something is on that looks at or changes what torch.nn calls."""
+    return (
+        torch._C._is_tracing()
+        or torch._C._is_any_autocast_enabled()  # torch's results have other dtypes than ours
+        or torch._C._len_torch_dispatch_stack() > 0
+        or (torch._C._len_torch_function_stack() > 0 and not _has_device_only())
+    )
+
+
+def _has_device_only() -> bool:
+    """Whether the only mode is that of torch.set_default_device; ours name the device they use."""
     modes = range(torch._C._len_torch_function_stack())
-    # that of torch.set_default_device: all that is made here says on which device
     return all(type(torch._C._get_function_stack_at(k)) is DeviceContext for k in modes)
 
 
@@ -191,18 +210,15 @@ def _is_ordinary(kind: type, theirs: type[nn.Module]) -> bool:
     return _ordinary[kind]
 
 
-def _weights(module: Any) -> list[Any]:
+def _weights(module: Any, parameters: dict[str, Any]) -> list[Any]:
     """The weights and biases that torch.nn's own ``forward`` would use."""
-    parameters = module._parameters
     if not isinstance(module, nn.RNNBase):
-        return [
-            parameters[name] if name in parameters else getattr(module, name)
-            for name in _CELL_WEIGHTS
-        ]
-    names, weights = module._flat_weights_names, module._flat_weights
-    if any(
-        parameters.get(name) is not weight for name, weight in zip(names, weights, strict=False)
-    ):
+        try:
+            return [parameters[name] for name in _CELL_WEIGHTS]
+        except KeyError:
+            return [getattr(module, name) for name in _CELL_WEIGHTS]
+    named = map(parameters.get, module._flat_weights_names)
+    if not all(map(operator.is_, named, module._flat_weights)):
         module._update_flat_weights()
     return module._flat_weights
 
