@@ -13,7 +13,6 @@ torch.nn's can then be replaced, too. `rnnfast.patching` speeds up modules witho
 
 from __future__ import annotations
 
-import functools
 import inspect
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
@@ -157,11 +156,12 @@ def _restore(module: nn.Module) -> str | None:
     """Gives a module that was replaced its former class; returns why it cannot, else None."""
     kind = parametrize.type_before_parametrizations(module)
     former = _THEIRS.get(kind) or vars(kind).get(_FORMER)
-    if former is None:
+    theirs = former and torch_class_of(former)
+    if former is None or theirs is None:
         return f"its class is {_path(kind)} by now"
     if own := _own_methods(module):
         return own
-    for attribute in (_MARK, *_additions(torch_class_of(former))):
+    for attribute in (_MARK, *ADDITIONS[theirs]):
         vars(module).pop(attribute, None)  # what was never set is the class's
     _change_class(module, former)
     return None
@@ -184,17 +184,17 @@ def _reason_to_leave(module: nn.Module, kind: type[nn.Module], keep_class: bool)
             return f"{_path(kind)} is a subclass of torch.nn.{theirs.__name__}"
         if reason := _reason_to_leave_class(kind, theirs):
             return reason
-    clashes = [name for name in _additions(theirs) if name in vars(module)]
+    clashes = [name for name in ADDITIONS[theirs] if name in vars(module)]
     return f"has an attribute {clashes[0]}" if clashes else _own_methods(module)
 
 
 def _reason_to_leave_class(kind: type[nn.Module], theirs: type[nn.Module]) -> str | None:
     """Why instances of ``kind``, a subclass of ``theirs``, cannot be replaced; None if they can."""
     path = _path(kind)
-    for name in called_by_forward(theirs):
+    for name in sorted(CALLED_BY_FORWARD[theirs]):
         if is_overridden(kind, theirs, name):
             return f"{path} has its own {name}"
-    for name in _additions(theirs):
+    for name in ADDITIONS[theirs]:
         if hasattr(kind, name):
             return f"{path} has an attribute {name}"
     if is_overridden(kind, theirs, "forward"):
@@ -229,7 +229,7 @@ def _kept(former: type[nn.Module], theirs: type[nn.Module]) -> type[nn.Module]:
         vars(self)[_MARK] = True
 
     def reduce(self: Any, protocol: Any) -> Any:
-        reduced = super(kept, self).__reduce_ex__(protocol)
+        reduced = former.__reduce_ex__(self, protocol)
         # (function, (class, ...), state, ...), and pickle does not find this class by its name
         if isinstance(reduced, tuple) and reduced[1][:1] == (kept,):
             function, (_, *args), *rest = reduced
@@ -257,13 +257,7 @@ def torch_class_of(kind: type) -> type[nn.Module] | None:
     return next((theirs for theirs in _OURS if issubclass(kind, theirs)), None)
 
 
-@functools.cache
-def called_by_forward(theirs: type[nn.Module]) -> frozenset[str]:
-    """The methods that torch.nn's forward of a class calls, and the list where it finds weights.
-
-    What has its own of these is not to be replaced, as our forward does without. It also does
-    without flatten_parameters, which weight-drop layers empty.
-    """
+def _called_by_forward(theirs: type[nn.Module]) -> frozenset[str]:
     found, names = {"_flat_weights"}, ["forward"]
     while names:
         function = inspect.unwrap(getattr(theirs, names.pop()))
@@ -275,15 +269,19 @@ def called_by_forward(theirs: type[nn.Module]) -> frozenset[str]:
     return frozenset(found - {"forward", "flatten_parameters"})
 
 
+CALLED_BY_FORWARD = {theirs: _called_by_forward(theirs) for theirs in _OURS}
+"""The methods that torch.nn's forward of a class calls, and the list where it finds weights.
+
+What has its own of these is not to be replaced, as our forward does without. It also does without
+flatten_parameters, which weight-drop layers empty.
+"""
+ADDITIONS = {theirs: sorted({*dir(ours)} - {*dir(theirs)}) for theirs, ours in _OURS.items()}
+"""The attributes that our modules have and those of torch.nn's class have not."""
+
+
 def is_overridden(kind: type[nn.Module], theirs: type[nn.Module], name: str) -> bool:
     """Whether a subclass of one of torch.nn's classes has an attribute of its own of this name."""
     return getattr(kind, name, None) is not getattr(theirs, name, None)
-
-
-@functools.cache
-def _additions(theirs: type[nn.Module]) -> list[str]:
-    """The attributes that our modules have and those of torch.nn's class have not."""
-    return sorted({*dir(_OURS[theirs])} - {*dir(theirs)})
 
 
 def _own_methods(module: nn.Module) -> str | None:

@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._device import DeviceContext
 
 from . import backend
-from .acceleration import _OURS, _additions, called_by_forward, is_overridden
+from .acceleration import _OURS, ADDITIONS, CALLED_BY_FORWARD, is_overridden
 from .modules import _CELL_WEIGHTS, _Backed
 
 _PLAIN = frozenset({Tensor, nn.Parameter})
@@ -142,11 +142,11 @@ def _stand_in(theirs: type[nn.Module], original: Any) -> _StandIn:
         return original(self._of, input, hx)
 
     own = {"__slots__": ("_of", "_weights"), "_read": read, "_forward_in_torch": forward_in_torch}
-    reserved = called_by_forward(theirs) - {"_flat_weights"}
+    reserved = CALLED_BY_FORWARD[theirs] - {"_flat_weights"}
     return _StandIn(
         theirs,
         type(ours.__name__, (ours,), own),
-        reserved.union(_additions(theirs)),
+        reserved.union(ADDITIONS[theirs]),
         _PLAIN if issubclass(theirs, nn.RNNBase) else _PLAIN_OR_NONE,
     )
 
@@ -201,7 +201,7 @@ def _is_ordinary(kind: type, theirs: type[nn.Module]) -> bool:
     if kind is theirs:
         return True
     if kind not in _ordinary:
-        called = called_by_forward(theirs)
+        called = CALLED_BY_FORWARD[theirs]
         _ordinary[kind] = (
             issubclass(kind, theirs)
             and not issubclass(kind, _Backed)

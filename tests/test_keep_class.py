@@ -326,7 +326,7 @@ def test_from_one_mode_to_the_other() -> None:
 
 def test_errors_are_torchs() -> None:
     module = keep(nn.LSTM(3, 4))
-    with pytest.raises(RuntimeError, match="input.size\\(-1\\) must be equal to input_size"):
+    with pytest.raises(RuntimeError, match=r"input\.size\(-1\) must be equal to input_size"):
         module(torch.randn(5, 2, 7))
 
 

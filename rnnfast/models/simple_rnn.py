@@ -42,6 +42,8 @@ class SimpleRNN(nn.Module):
         ValueError: a size is not positive, or there is no such backend.
     """
 
+    backend: str | None = None
+
     def __init__(
         self,
         input_size: int,

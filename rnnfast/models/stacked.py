@@ -129,6 +129,7 @@ class BidirectionalRNN(RecurrentModel):
     """
 
     bidirectional: ClassVar[bool] = True
+    reading: Reading = "ends"
 
     def __init__(
         self,
