@@ -80,23 +80,26 @@ def accelerate(
     Calling it again is harmless: what it replaced before gets the ``backend`` and ``keep_class`` of
     this call and is reported again.
 
-    **What undoes it silently.** Some code builds new modules, or makes torch.nn's of those here;
-    nothing fails, but the modules are torch.nn's again. ``print(rnnfast.accelerate(model))`` after
-    such a step tells what it found and replaces that.
+    **What undoes it silently.** Where code builds a model anew, or puts new layers into it, these
+    are torch.nn's again, and nothing fails. Call ``print(rnnfast.accelerate(model))`` after such a
+    step: it replaces what is torch.nn's and shows what it did.
 
-    - skorch: ``NeuralNet.fit`` builds the module anew, and so does ``set_params`` of its arguments.
-      Call ``net.initialize()``, ``accelerate(net.module_)``, then ``net.partial_fit`` in place of
-      ``fit``; or accelerate at the end of the module's own ``__init__``.
-    - Lightning: ``LightningModule.load_from_checkpoint`` builds the model anew. Accelerate at the
-      end of the model's ``__init__``, or the model that it returns.
-    - Stable-Baselines3: ``load`` builds the policy anew. Accelerate ``model.policy`` after it.
-    - TorchRL: ``make_cudnn_based`` and ``make_python_based`` put a new LSTM or GRU in place of the
-      one there. Accelerate after them, with ``keep_class``, which LSTMModule and GRUModule need.
-    - ``torch.ao.quantization.quantize_dynamic``: takes torch.nn's classes only, so that it leaves
-      those here in full precision, and with ``keep_class`` as well. Quantize torch.nn's modules
-      (`restore` first); quantized modules run on torch's kernels.
+    - skorch: ``net.fit`` builds the module anew, and so does ``net.set_params(module__...)``. Call
+      ``net.initialize()``, ``accelerate(net.module_)`` and then ``net.partial_fit``, or create the
+      net with ``warm_start=True``. ``clone`` and grid search build it anew in any case.
+    - Lightning: ``load_from_checkpoint`` builds the model anew. Accelerate the model that it
+      returns. ``trainer.fit(model, ckpt_path=...)`` keeps what is there.
+    - Stable-Baselines3: ``RecurrentPPO.load`` builds the policy anew. Accelerate ``model.policy``
+      after it. ``model.set_parameters`` keeps what is there.
+    - TorchRL: ``make_cudnn_based`` puts a torch.nn.LSTM or GRU in the place of those here, but not
+      with ``keep_class``, which LSTMModule and GRUModule need anyway. ``make_python_based`` puts
+      layers of TorchRL there, which are left as they are.
+    - ``torch.ao.quantization.quantize_dynamic`` goes the other way: it takes modules of exactly
+      torch.nn's classes and leaves those here in full precision, with ``keep_class``, too. Call
+      `restore` first. Quantized modules run on torch's kernels.
 
-    Where a model is built anew in many places, `rnnfast.patch` does not depend on the objects.
+    Code of all these kinds can stay as it is with `rnnfast.patch`, or if the model calls
+    ``rnnfast.accelerate(self)`` at the end of its own ``__init__``.
 
     Args:
         module: The root, which may itself be replaced.
@@ -113,9 +116,10 @@ def accelerate(
     replaced: dict[str, str] = {}
     left: dict[str, str] = {}
     for name, each in module.named_modules():
-        if _MARK in vars(each):
-            _restore(each)
         kind = parametrize.type_before_parametrizations(each)
+        if _MARK in vars(each) and (_FORMER in vars(kind)) is not keep_class:
+            _restore(each)
+            kind = parametrize.type_before_parametrizations(each)
         if _MARK not in vars(each):
             if reason := _reason_to_leave(each, kind, keep_class):
                 left[name] = reason

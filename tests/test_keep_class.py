@@ -324,6 +324,17 @@ def test_from_one_mode_to_the_other() -> None:
     assert [type(module) for module in model] == [rnnfast.GRU, Named]
 
 
+@pytest.mark.parametrize("keep_class", [False, True])
+def test_settings_survive_a_second_call(keep_class: bool) -> None:
+    module = nn.GRU(3, 4)
+    rnnfast.accelerate(module, keep_class=keep_class)
+    module.recompute = True
+    rnnfast.accelerate(module, keep_class=keep_class, backend="aten")
+    assert (module.recompute, module.backend) == (True, "aten")
+    rnnfast.restore(module)
+    assert not hasattr(module, "recompute")
+
+
 def test_errors_are_torchs() -> None:
     module = keep(nn.LSTM(3, 4))
     with pytest.raises(RuntimeError, match=r"input\.size\(-1\) must be equal to input_size"):
