@@ -98,8 +98,8 @@ def accelerate(
       torch.nn's classes and leaves those here in full precision, with ``keep_class``, too. Call
       `restore` first. Quantized modules run on torch's kernels.
 
-    Code of all these kinds can stay as it is with `rnnfast.patch`, or if the model calls
-    ``rnnfast.accelerate(self)`` at the end of its own ``__init__``.
+    A model that calls ``rnnfast.accelerate(self)`` at the end of its own ``__init__`` is built
+    accelerated. With `rnnfast.patch` torch.nn's own modules are fast, however often they are built.
 
     Args:
         module: The root, which may itself be replaced.
