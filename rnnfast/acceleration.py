@@ -264,8 +264,8 @@ def torch_class_of(kind: type) -> type[nn.Module] | None:
 def _called_by_forward(theirs: type[nn.Module]) -> frozenset[str]:
     found, names = {"_flat_weights"}, ["forward"]
     while names:
-        function = inspect.unwrap(getattr(theirs, names.pop()))
-        for name in function.__code__.co_names:
+        code = getattr(inspect.unwrap(getattr(theirs, names.pop())), "__code__", None)
+        for name in code.co_names if code else ():  # there is none if another package exchanged it
             method = getattr(theirs, name, None)
             if name not in found and getattr(method, "__module__", None) == theirs.__module__:
                 found.add(name)
