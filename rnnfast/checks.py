@@ -195,7 +195,8 @@ def _problem(
     if x.shape[-1] != inputs:
         return f"input.size(-1) must be equal to input_size. Expected {inputs}, got {x.shape[-1]}"
     if states is None:
-        return _mismatch(x, weights, "parameter") or _freed(x, (), weights)
+        refuse_freed(x, (), weights)
+        return _mismatch(x, weights, "parameter")
     if not isinstance(states, (tuple, list)) or len(states) != cell.states:
         return "lstm expects two hidden states"
     for k, (state, shape) in enumerate(zip(states, shapes, strict=True)):
@@ -204,7 +205,16 @@ def _problem(
             return f"Expected {name} to be a tensor, got {type(state).__name__}"
         if state.shape != shape:
             return f"Expected {name} size {shape}, got {list(state.shape)}"
+    refuse_freed(x, states, weights)
     return _mismatch(x, states, "hidden") or _mismatch(x, weights, "parameter")
+
+
+def refuse_freed(x: Tensor, states: States, weights: Sequence[Tensor | None]) -> None:
+    """RuntimeError for a tensor whose memory is gone: torch's own kernels might crash as well."""
+    place = find_freed((x, *states, *weights))
+    if place is not None:
+        kind = "input" if place == 0 else "hidden" if place <= len(states) else "parameter"
+        raise RuntimeError(f"The storage of the {kind} tensor has been freed or resized")
 
 
 def _mismatch(x: Tensor, tensors: Sequence[Tensor | None], kind: str) -> str | None:

@@ -210,6 +210,7 @@ class _Layers(_Backed, nn.RNNBase):
         if not isinstance(data, Tensor) or not 1 <= data.dim() <= (1 if rest else 2):
             found = list(data.shape) if isinstance(data, Tensor) else type(data).__name__
             raise RuntimeError(f"expected tokens of 1 or 2 dimensions, time and batch, got {found}")
+        checks.refuse_freed(data, (), weights)
         steps = None
         if lengths is not None and data.dim() == 2:
             # refused here already where wrong, as the tokens beyond are replaced

@@ -12,6 +12,13 @@ from rnnfast import reference
 from rnnfast.reference import CELLS
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+TORCH_CLASS: dict[str, tuple[type[torch.nn.Module], dict[str, str]]] = {
+    "elman_tanh": (torch.nn.RNN, {"nonlinearity": "tanh"}),
+    "elman_relu": (torch.nn.RNN, {"nonlinearity": "relu"}),
+    "gru": (torch.nn.GRU, {}),
+    "lstm": (torch.nn.LSTM, {}),
+}
+"""The module of torch.nn that has a cell, and its options."""
 
 
 class Case(NamedTuple):

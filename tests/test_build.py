@@ -101,12 +101,43 @@ def test_force_cuda_needs_a_cuda_torch(source_copy):
 BUILD_EDITABLE = "from setuptools import build_meta; build_meta.build_editable('wheels')"
 
 
-def test_an_editable_install_is_a_path_that_type_checkers_follow(source_copy):
-    """Not a hook, which only Python itself would run."""
-    built = run_python("-c", BUILD_EDITABLE, cwd=source_copy, CXX="no-such-c++")
-    assert built.returncode == 0, built.stdout + built.stderr
-    (wheel,) = (source_copy / "wheels").glob("*.whl")
-    with zipfile.ZipFile(wheel) as files:
-        (path,) = (name for name in files.namelist() if name.endswith(".pth"))
-        assert files.read(path).decode().splitlines() == [str(source_copy)]
-    assert (source_copy / "rnnfast" / "py.typed").exists()
+@pytest.mark.parametrize(("targets", "kernels"), [("", 5), ("portable", 1)])
+def test_cpu_targets(targets, kernels):
+    environment = {"RNNFAST_CUDA": "0", "RNNFAST_CPU_TARGETS": targets}
+    done = run_python("-c", WHAT_IS_COMPILED, cwd=ROOT, **environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    sources, macros = json.loads(done.stdout.splitlines()[-1])[0]
+    assert sum("isa_" in source for source in sources) == kernels
+    assert "csrc/cpu/isa_portable.cpp" in sources
+    assert macros == ["RNNFAST_PORTABLE_ONLY"] * (targets == "portable")
+    assert ("portable only" in done.stdout) == (targets == "portable")
+
+
+def test_unknown_cpu_targets_are_refused():
+    done = run_python("setup.py", "build", cwd=ROOT, RNNFAST_CPU_TARGETS="avx2")
+    assert done.returncode != 0
+    assert "RNNFAST_CPU_TARGETS should be all or portable, got: 'avx2'" in done.stderr
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+@pytest.mark.parametrize(("macros", "targets"), [([], 5), (["-DRNNFAST_PORTABLE_ONLY"], 1)])
+def test_what_is_dispatched_to(tmp_path, macros, targets):
+    """Every instruction set that was compiled, and none that was not."""
+    if platform.machine() != "x86_64":
+        targets = 1
+    source, assembly = ROOT / "csrc" / "cpu" / "dispatch.cpp", tmp_path / "dispatch.s"
+    command = [
+        COMPILER,
+        "-std=c++20",
+        "-O1",
+        "-fopenmp",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        *macros,
+        "-S",
+    ]
+    subprocess.run([*command, "-I", ROOT / "csrc", "-o", assembly, source], check=True)
+    tables = set(re.findall(r"7rnnfast3cpu\d{1,2}([a-z]\w*?)12kernel_table", assembly.read_text()))
+    assert "portable" in tables
+    assert len(tables) == targets

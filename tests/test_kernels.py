@@ -14,10 +14,10 @@ from cases import (
     CASES,
     DTYPES,
     GRADCHECK_CASES,
+    TORCH_CLASS,
     Case,
     bound,
     cast,
-    distance,
     error,
     is_number,
     lengths_of,
@@ -36,13 +36,6 @@ from torch.nn.utils.rnn import PackedSequence
 import rnnfast
 from rnnfast import autograd, backend, reference
 from rnnfast.reference import CELLS
-
-TORCH_CLASS = {
-    "elman_tanh": (torch.nn.RNN, {"nonlinearity": "tanh"}),
-    "elman_relu": (torch.nn.RNN, {"nonlinearity": "relu"}),
-    "gru": (torch.nn.GRU, {}),
-    "lstm": (torch.nn.LSTM, {}),
-}
 
 
 def dtype_name(value: object) -> str | None:
@@ -315,38 +308,6 @@ def test_opcheck(cell: str, device: str) -> None:
     backward = getattr(torch.ops.rnnfast, f"{cell}_backward").default
     for mask in ([True] * len(inputs), [k % 2 == 0 for k in range(len(inputs))]):
         torch.library.opcheck(backward, (*grads, *inputs, y, *saved, False, mask), test_utils=tests)
-
-
-@pytest.mark.parametrize("shape", [(60, 12, 40, 72), (6, 3, 600, 700)], ids=str)
-@pytest.mark.parametrize("cell", CELLS)
-def test_float32_errors_are_torch_nns(
-    cell: str, shape: tuple[int, int, int, int], device: str
-) -> None:
-    """Against the float64 oracle, no worse than torch.nn in the same dtype, gradients included."""
-    case = Case(cell, *shape)
-    exact, exact_grads, expected = sample_with_oracle(case, torch.float32)
-    inputs = cast(exact, torch.float32, device)
-    grads = cast(exact_grads, torch.float32, device)
-    forward = run_forward(case, inputs, save=True)
-    ours = [*forward[: 1 + CELLS[cell].states], *run_backward(case, inputs, grads, forward)]
-
-    states = CELLS[cell].states
-    make, options = TORCH_CLASS[cell]
-    module = make(case.I, case.H, **options).to(device)
-    for parameter, value in zip(module.parameters(), inputs[1 + states :], strict=True):
-        parameter.data.copy_(value)
-    leaves = [t.detach().clone().requires_grad_() for t in inputs[: 1 + states]]
-    hx = tuple(t.unsqueeze(0) for t in leaves[1:])
-    y, finals = module(leaves[0], hx if states > 1 else hx[0])
-    theirs = [y, *(t.squeeze(0) for t in (finals if states > 1 else (finals,)))]
-    theirs += torch.autograd.grad(theirs, [*leaves, *module.parameters()], grads)
-
-    exact_values = [*expected.outputs, *expected.grads]
-    for mine, torchs, value in zip(ours, theirs, exact_values, strict=True):
-        assert distance(mine, value) < 1.1 * distance(torchs, value) + 2e-8, (
-            distance(mine, value),
-            distance(torchs, value),
-        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=dtype_name)

@@ -1,4 +1,4 @@
-"""Tensors that change, lose their memory or come back changed between a forward and its backward."""
+"""Tensors that change, lose their memory or come back otherwise before a backward."""
 
 from __future__ import annotations
 
@@ -43,8 +43,12 @@ def sample(layer: torch.nn.Module) -> Tensor:
     return torch.randn(T, B, layer.input_size, requires_grad=True)
 
 
-def forward(layer: torch.nn.Module, x: Tensor) -> Tensor:
-    output, state = layer(x)
+def forward(
+    layer: torch.nn.Module, x: Tensor, unpack: Callable[[Tensor], Tensor] = lambda t: t
+) -> Tensor:
+    """A loss; what the layer saves passes through ``unpack``."""
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
+        output, state = layer(x)
     states = state if isinstance(state, tuple) else (state,)
     return output.pow(2).sum() + sum(s.sin().sum() for s in states)
 
@@ -88,8 +92,7 @@ def test_hooks_may_return_other_strides_and_addresses(
     x = sample(layer)
     forward(layer, x).backward()
     expected = gradients(layer, x)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
-        loss = forward(layer, x)
+    loss = forward(layer, x, unpack)
     loss.backward()
     expect_equal(gradients(layer, x), expected)
 
@@ -109,8 +112,7 @@ def test_hooks_that_return_something_else_are_refused(
     unpack: Callable[[Tensor], Tensor], words: str, layer: torch.nn.Module, way: str
 ) -> None:
     x = sample(layer)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
-        loss = forward(layer, x)
+    loss = forward(layer, x, unpack)
     with pytest.raises(RuntimeError, match=f"rnnfast::.*expected .*{words}"):
         loss.backward()
 
@@ -122,8 +124,7 @@ def test_hooks_that_return_freed_memory_are_refused(layer: torch.nn.Module, way:
         return t
 
     x = sample(layer)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, free):
-        loss = forward(layer, x)
+    loss = forward(layer, x, free)
     with pytest.raises(RuntimeError, match=r"rnnfast::.*storage of .* freed or resized"):
         loss.backward()
 
@@ -133,24 +134,21 @@ def test_hooks_on_lengths_and_resets(lengths: list[int], layer: torch.nn.Module,
     """What is no floating-point number is saved, too, and checked when it comes back."""
     x, reset = sample(layer), torch.rand(T, B) < 0.3
 
-    def loss() -> Tensor:
-        output, _ = layer(x, lengths=lengths, reset=reset)
+    def loss(unpack: Callable[[Tensor], Tensor] = lambda t: t) -> Tensor:
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
+            output, _ = layer(x, lengths=lengths, reset=reset)
         return output.pow(2).sum()
 
     loss().backward()
     expected = gradients(layer, x)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, other_strides):
-        kept = loss()
-    kept.backward()
+    loss(other_strides).backward()
     expect_equal(gradients(layer, x), expected)
 
     def longer(t: Tensor) -> Tensor:
         return t if t.is_floating_point() else t + 100
 
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, longer):
-        wrong = loss()
     with pytest.raises(RuntimeError, match="expected"):
-        wrong.backward()
+        loss(longer).backward()
 
 
 # ---- weights and inputs that change between forward and backward ----
@@ -194,8 +192,6 @@ def test_changed_tensors_are_refused(change: str, layer: torch.nn.Module, way: s
         with pytest.raises(RuntimeError, match="rnnfast::"):
             loss.backward()
         tensor.data = before
-        gradients_of = [t.grad for t in (x, *layer.parameters())]
-        assert gradients_of == [None] * len(gradients_of)
 
 
 def test_errors_name_the_tensor(way: str) -> None:

@@ -108,8 +108,8 @@ struct Parts;
 
 // One chain of more words than this would lose more bits than torch's products do; a longer product
 // is summed in parts: of kChain terms in products with weights, of kLongChain in those over many
-// rows.
-inline constexpr int64_t kChain = 256, kLongChain = 64;
+// rows. Torch's own chains are shorter where vectors are.
+inline constexpr int64_t kChain = RNNFAST_REGISTERS == 32 ? 256 : 128, kLongChain = 64;
 
 // Memory that a tile fetches into L2 while it is computed: what is needed soon and lies in L3,
 // where the hardware's own prefetching comes too late.

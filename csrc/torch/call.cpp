@@ -96,10 +96,18 @@ struct Call {
   int64_t count() const { return layers * directions; }
   // of h, the first, and c, the second state
   c10::DimVector state_shape(size_t k) const {
-    const int64_t B = batch(), size = k == 0 ? h_size() : hidden();
-    return step ? c10::DimVector{B, size} : c10::DimVector{count(), B, size};
+    return step ? one_state_shape(k)
+                : c10::DimVector{count(), batch(), k == 0 ? h_size() : hidden()};
+  }
+  // The same of one layer and direction. A lone one's states are the call's, as they are: views
+  // would cost more than the step.
+  c10::DimVector layer_state_shape(size_t k) const {
+    return count() == 1 ? state_shape(k) : one_state_shape(k);
   }
   size_t per_layer() const { return size_t(2 + 2 * biases + projects); }
+
+ private:
+  c10::DimVector one_state_shape(size_t k) const { return {batch(), k == 0 ? h_size() : hidden()}; }
 };
 
 bool needs_grad(const Call& call) {
@@ -145,16 +153,11 @@ bool fits(const Call& call) {
 
 LayerOutputs allocate(const Call& call, const LayerInputs& in, bool save) {
   const CellInfo& cell = call.cell;
-  const int64_t batch = call.batch(), hidden = call.hidden();
-  // a lone layer's final states are the call's, as they are: views would cost more than the step
-  const auto state = [&](size_t k) {
-    return call.count() == 1 ? call.state_shape(k)
-                             : c10::DimVector{batch, k == 0 ? call.h_size() : hidden};
-  };
+  const int64_t hidden = call.hidden();
   LayerOutputs out;
   out.y = empty(in.shape(call.h_size()), in.x);
-  out.h_n = empty(state(0), in.x);
-  if (cell.has_cell) out.c_n = empty(state(1), in.x);
+  out.h_n = empty(call.layer_state_shape(0), in.x);
+  if (cell.has_cell) out.c_n = empty(call.layer_state_shape(1), in.x);
   if (save)
     out.gates = call.recompute && CpuDevice::complete()
                     ? empty({0}, in.x)
@@ -353,10 +356,10 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
 Tensor run(const Call& call, std::vector<Tensor>& finals) {
   RECORD_FUNCTION(call.cell.name, std::vector<c10::IValue>());
   const bool record = needs_grad(call);
-  const int64_t B = call.batch(), count = call.count();
+  const int64_t count = call.count();
   const bool given = !call.states.empty();
-  const Tensor no_h = given ? Tensor() : zeros({B, call.h_size()}, call.x);
-  const Tensor no_c = given || !call.projects ? no_h : zeros({B, call.hidden()}, call.x);
+  const Tensor no_h = given ? Tensor() : zeros(call.layer_state_shape(0), call.x);
+  const Tensor no_c = given || !call.projects ? no_h : zeros(call.layer_state_shape(1), call.x);
   const auto state = [&](size_t k, int64_t i) {
     if (!given) return k == 0 ? no_h : no_c;
     return (count == 1 ? call.states[k] : call.states[k].select(0, i)).contiguous();
@@ -491,7 +494,8 @@ py::object run_layers(int cell, py::handle input, py::handle hx, const py::list&
 py::object run_step(int cell, py::handle input, py::handle hx, const py::list& weights,
                     bool biases) {
   Tensor x;
-  if (!is_plain_context() || !unpack(input, x) || x.dim() != 2) return py::none();
+  if (!is_plain_context() || !unpack(input, x) || x.dim() != 2 || !has_memory(x))
+    return py::none();
   Call call{
       .cell = cell_info(CellKind(cell)),
       .x = x.unsqueeze(0),
