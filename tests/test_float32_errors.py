@@ -22,7 +22,13 @@ from torch import Tensor
 from rnnfast import backend
 from rnnfast.reference import CELLS
 
-SHAPES = [(60, 12, 40, 72), (6, 3, 600, 700), (20, 8, 300, 700), (10, 16, 512, 512)]
+SHAPES = [
+    (60, 12, 40, 72),
+    (6, 3, 600, 700),
+    (6, 3, 1024, 1024),
+    (20, 8, 300, 700),
+    (10, 16, 512, 512),
+]
 SEEDS = range(6)
 
 
@@ -91,4 +97,4 @@ def test_float32_errors_are_torch_nns(cell: str, shape: tuple[int, int, int, int
     theirs = root_mean_squares(errors.pop("torch.nn"))
     for name, samples in errors.items():
         for ours, torchs in zip(root_mean_squares(samples), theirs, strict=True):
-            assert ours < 1.1 * torchs, (name, ours, torchs)
+            assert ours < 1.1 * torchs + 1e-8, (name, ours, torchs)

@@ -141,25 +141,33 @@ struct GatePanels {
   template <int R, class S>
   __attribute__((noinline)) void dots(const S* w, int64_t K, int64_t panel, const Element* const* a,
                                       const A* bias, A* out, int64_t row_stride) const {
+    constexpr int64_t kPart = kChain * kLanesA;  // lanes have chains of their own
     for (int j = 0; j < vectors(panel); ++j) {
-      Vec<A> sum[R][kLanesA] = {};
       const int64_t left = H - panel * kUnits - (j % kUnitVectors) * kLanesA;
-      dot_rows(w + weight_row(panel, j, 0) * K, K, left < kLanesA ? int(left) : kLanesA, a, sum);
-      for (int r = 0; r < R; ++r)
-        store(out + r * row_stride + j * kLanesA, lane_sums<A>(sum[r]) + load(bias + j * kLanesA));
+      const int units = left < kLanesA ? int(left) : kLanesA;
+      const S* rows = w + weight_row(panel, j, 0) * K;
+      Vec<A> total[R];
+      for (int r = 0; r < R; ++r) total[r] = load(bias + j * kLanesA);
+      for (int64_t k = 0; k == 0 || k < K; k += kPart) {
+        Vec<A> sum[R][kLanesA] = {};
+        dot_rows(rows, K, units, {k, std::min(K, k + kPart)}, a, sum);
+        for (int r = 0; r < R; ++r) total[r] += lane_sums<A>(sum[r]);
+      }
+      for (int r = 0; r < R; ++r) store(out + r * row_stride + j * kLanesA, total[r]);
     }
   }
 
-  // sum[r][i] += the products of row i of w and a[r], eight rows of w at a time: so many have their
-  // addresses in registers. In place of rows that w has not, the last one is read again.
+  // sum[r][i] += the products of row i of w and a[r] over some of k, eight rows of w at a time: so
+  // many have their addresses in registers. In place of rows that w has not, the last one is read
+  // again.
   template <int R, class S>
-  RNNFAST_HD static void dot_rows(const S* w, int64_t K, int rows, const Element* const* a,
-                                  Vec<A> (&sum)[R][kLanesA]) {
+  RNNFAST_HD static void dot_rows(const S* w, int64_t pitch, int rows, Span k_range,
+                                  const Element* const* a, Vec<A> (&sum)[R][kLanesA]) {
     constexpr int kGroup = kLanesA < 8 ? kLanesA : 8;
 #pragma GCC unroll 2
     for (int first = 0; first < kLanesA; first += kGroup) {
       const S* from[kGroup];
-      for (int i = 0; i < kGroup; ++i) from[i] = w + std::min(first + i, rows - 1) * K;
+      for (int i = 0; i < kGroup; ++i) from[i] = w + std::min(first + i, rows - 1) * pitch;
       const auto add = [&](int64_t k, auto... left) __attribute__((always_inline)) {
         Vec<A> value[R];
 #pragma GCC unroll 3
@@ -172,9 +180,9 @@ struct GatePanels {
           for (int r = 0; r < R; ++r) sum[r][first + i] += value[r] * weights;
         }
       };
-      int64_t k = 0;
-      for (; k + kLanesA <= K; k += kLanesA) add(k);
-      if (k < K) add(k, K - k);
+      int64_t k = k_range.begin;
+      for (; k + kLanesA <= k_range.end; k += kLanesA) add(k);
+      if (k < k_range.end) add(k, k_range.end - k);
     }
   }
 };
