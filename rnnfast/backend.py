@@ -132,6 +132,11 @@ def transforms_active() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def is_tracing() -> bool:
+    """Whether torch.jit.trace is recording."""
+    return not torch.compiler.is_compiling() and torch._C._is_tracing()
+
+
 def choose(requested: str | None, tensor: Tensor, beyond_torch: bool = False) -> str:
     """Chooses the backend of a call whose tensors are like ``tensor``.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 
-from .backend import find_freed, transforms_active
+from .backend import find_freed, is_tracing, transforms_active
 from .reference import Cell, States
 from .sequences import Extras, Options, StepWeights, is_cast, state_sizes
 
@@ -46,7 +46,7 @@ def check_extras(
             raise RuntimeError(f"Expected lengths of shape ({batch},), got {shape}")
         lengths = lengths.to("cpu", torch.int64, copy=True)
         # values that are not known yet are left to the operator
-        unknown = torch.compiler.is_compiling() or torch._C._is_tracing() or transforms_active()
+        unknown = torch.compiler.is_compiling() or is_tracing() or transforms_active()
         if not unknown and batch > 0:
             low, high = (int(limit) for limit in lengths.aminmax())
             if low < 0 or high > steps:
@@ -65,7 +65,7 @@ def check_extras(
                 f"{x.device} and reset tensor at {reset.device}"
             )
         reset = reset.transpose(0, 1) if batch_first else reset
-        if torch.is_grad_enabled() or torch._C._is_tracing():
+        if torch.is_grad_enabled() or is_tracing():
             reset = reset.clone(memory_format=torch.contiguous_format)
     return Extras(lengths, reset, return_cells)
 

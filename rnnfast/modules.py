@@ -242,7 +242,7 @@ class _Layers(_Backed, nn.RNNBase):
             raise RuntimeError(problem)
         name = _backend.choose(self.backend, weights[1])
         served = name == "reference" or (name == "fused" and data.device.type == "cpu")
-        served = served and not torch._C._is_tracing()  # which would keep the number of sequences
+        served = served and not _backend.is_tracing()  # which would keep the number of sequences
         states, options, batch = _states(cell, hx), self._options(), int(batch_sizes[0])
         problem = checks.sequence_problem(cell, data, states, weights, options, batch, tokens)
         if problem and tokens:

@@ -125,7 +125,7 @@ def refuse_unknown(operator: str) -> None:
             return
         frame = frame.f_back
     table = frame.f_locals["custom_translation_table"] or {}
-    if torch._C._is_tracing() or operator not in {known.name() for known in table}:
+    if backend.is_tracing() or operator not in {known.name() for known in table}:
         raise RuntimeError(
             f"torch.onnx.export has no translation of {operator}. Use rnnfast.onnx.export(model, "
             f"...), or export torch's own layers: rnnfast.restore(model) undoes "

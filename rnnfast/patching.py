@@ -180,7 +180,7 @@ def _serve(stand_in: _StandIn, module: Any, input: Any, hx: Any) -> Any:
 def _is_watched() -> bool:
     """Whether something is on that looks at or changes what torch.nn calls."""
     return (
-        torch._C._is_tracing()
+        backend.is_tracing()
         or torch._C._is_any_autocast_enabled()  # torch's results have other dtypes than ours
         or torch._C._len_torch_dispatch_stack() > 0
         or (torch._C._len_torch_function_stack() > 0 and not _has_device_only())

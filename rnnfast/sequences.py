@@ -15,7 +15,7 @@ from torch import _VF, Tensor
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from . import autograd, reference, torchscript
-from .backend import choose, in_force, refuse
+from .backend import choose, in_force, is_tracing, refuse
 from .reference import Cell, States
 
 _Layer = Callable[..., tuple[Tensor, States, Tensor | None]]
@@ -142,7 +142,7 @@ def run_step(
 
 def _layer_of(name: str) -> _Layer:
     """What runs a layer in one direction on a backend of ours."""
-    if not torch._C._is_tracing() or (name == "reference" and torch.onnx.is_in_onnx_export()):
+    if not is_tracing() or (name == "reference" and torch.onnx.is_in_onnx_export()):
         return _LAYERS[name]
     return partial(torchscript.traced_layer, name)
 

@@ -56,7 +56,7 @@ def one_hot_input(
     """
     if _runs_here(weights[0], requested):
         return _with_tables(tokens, [weights[i].t() for i in _first(options)], weights, options)
-    unknown = torch.compiler.is_compiling() or torch._C._is_tracing()
+    unknown = torch.compiler.is_compiling() or _backend.is_tracing()
     if tokens.numel() and not (unknown or _backend.transforms_active()):
         low, high = (int(limit) for limit in tokens.aminmax())
         if low < 0 or high >= weights[0].shape[1]:
@@ -121,7 +121,7 @@ def _hides_values() -> bool:
     """Whether how many tokens there are must not depend on which they are."""
     return (
         torch.compiler.is_compiling()
-        or torch._C._is_tracing()
+        or _backend.is_tracing()
         or _backend.transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
     )

@@ -65,8 +65,8 @@ def _run(
     recompute: bool,
 ) -> list[Tensor]:
     """``rnnfast::layer``: y, the final states and, where they are there, the c of every step."""
-    w_ih, w_hh, b_ih, b_hh = (*weights, None, None)[:4]
-    arguments: tuple[Any, ...] = (CELLS[cell], x, tuple(states), w_ih, w_hh, b_ih, b_hh, reverse)
+    biases = weights[2:] or [None, None]
+    arguments: tuple[Any, ...] = (CELLS[cell], x, tuple(states), *weights[:2], *biases, reverse)
     arguments += (lengths, reset, w_hr)
     if backend.choose(backend_name, weights[1]) == "fused":
         y, finals, cells = autograd.layer(*arguments, save_cells=save_cells, recompute=recompute)

@@ -60,7 +60,7 @@ class CharLSTM(nn.Module):
             or the vocabulary does not have `vocab_size` symbols.
     """
 
-    vocabulary: CharVocabulary | None = None
+    vocabulary: Vocabulary | None = None
 
     def __init__(
         self,
