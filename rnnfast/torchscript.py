@@ -65,7 +65,7 @@ def _run(
     recompute: bool,
 ) -> list[Tensor]:
     """``rnnfast::layer``: y, the final states and, where they are there, the c of every step."""
-    biases = weights[2:] or [None, None]
+    biases: list[Tensor | None] = [*weights[2:]] or [None, None]
     arguments: tuple[Any, ...] = (CELLS[cell], x, tuple(states), *weights[:2], *biases, reverse)
     arguments += (lengths, reset, w_hr)
     if backend.choose(backend_name, weights[1]) == "fused":
