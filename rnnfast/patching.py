@@ -18,7 +18,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils._device import DeviceContext
 
 from . import backend
 from .acceleration import _OURS, ADDITIONS, CALLED_BY_FORWARD, is_overridden
@@ -189,6 +188,8 @@ def _is_watched() -> bool:
 
 def _has_device_only() -> bool:
     """Whether the only mode is that of torch.set_default_device; ours name the device they use."""
+    from torch.utils._device import DeviceContext  # there already, where there is a mode
+
     modes = range(torch._C._len_torch_function_stack())
     return all(type(torch._C._get_function_stack_at(k)) is DeviceContext for k in modes)
 

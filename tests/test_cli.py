@@ -595,7 +595,7 @@ def test_generate_refuses_damaged_files(folder, content, capsys):
         (f'{{"vocabulary": {AB}, "config": {{}}}}', "missing"),
         (
             f'{{"vocabulary": {AB}, "config": {{"vocab_size": 3, "hidden_size": 8}}}}',
-            "2 characters",
+            "2 symbols",
         ),
         ('{"vocabulary": null, "config": {"vocab_size": 3, "hidden_size": 8}}', "size mismatch"),
         ('{"vocabulary": null, "config": {"vocab_size": 3, "hidden_size": -8}}', "zero"),

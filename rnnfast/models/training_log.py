@@ -6,13 +6,15 @@ import csv
 import os
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rnnfast.models.atomic import write_atomically
 from rnnfast.models.training import Record
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray  # slow to import
 
 FILE_NAME = "log.csv"
 COLUMNS = (*Record._fields, "seconds")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from rnnfast.text.errors import TextError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray  # slow to import
 
 _PIECE = 1 << 16  # characters that are counted together, at least
 

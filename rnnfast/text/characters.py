@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from rnnfast.text.errors import TextError
 from rnnfast.text.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray  # slow to import
 
 _PIECE = 1 << 16  # characters that are looked at together: they stay in the cache
 _CODE_POINTS = 0x110000

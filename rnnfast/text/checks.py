@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from numbers import Integral
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from rnnfast.text.errors import TextError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray  # slow to import
 
 
 def as_tokens(tokens: Tensor | NDArray[Any] | Iterable[Any] | int, vocab_size: int) -> Tensor:

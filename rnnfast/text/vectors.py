@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import torch
-from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
 from rnnfast.text.checks import as_tokens, check_positive
 from rnnfast.text.errors import TextError
 from rnnfast.text.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from numpy.typing import DTypeLike, NDArray  # slow to import
 
 
 @overload

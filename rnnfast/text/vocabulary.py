@@ -6,16 +6,18 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from rnnfast.text.checks import as_strings, as_tokens
 from rnnfast.text.errors import TextError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray  # slow to import
 
 AnyVocabulary = TypeVar("AnyVocabulary", bound="Vocabulary")
 
