@@ -157,7 +157,7 @@ def test_wrong_numbers_are_not_timed(monkeypatch, capsys, cell, wrong, mode):
 def test_peers_that_cannot_run_are_named(monkeypatch, capsys):
     monkeypatch.setitem(compare.PEERS, "absent", peers.Peer(build_missing))
     monkeypatch.setitem(compare.PEERS, "refusing", peers.Peer(build_refusing))
-    argv = [*QUICK, "--case", "2,1,3,4", "--cell", "GRU", "--peers", "absent", "refusing"]
+    argv = [*QUICK, "--case", "2,1,3,4", "--cell", "GRU", "--peers", "absent", "refusing", "torch"]
     assert compare.main(argv) == 0
     rows = capsys.readouterr().out
     assert rows.count("not installed: No module named 'a_package_that_nobody_has'") == 2
