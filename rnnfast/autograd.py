@@ -228,9 +228,11 @@ def _reference_backward(
     """
     row = CELLS[cell]
     grads, tensors = arguments[: _count_grads(cell)], arguments[_count_grads(cell) :][: len(mask)]
-    if backend.find_freed(tensors) is not None:
+    freed = backend.find_freed(tensors)
+    if freed is not None:
+        names = ("x", *("h0", "c0")[: row.states], "w_ih", "w_hh", "b_ih", "b_hh", "w_hr")
         raise RuntimeError(
-            f"rnnfast::{cell}: the storage of a saved tensor has been freed or resized"
+            f"rnnfast::{cell}: the storage of {names[freed]} has been freed or resized"
         )
     states = tensors[1 : 1 + row.states]
     w_ih, w_hh, b_ih, b_hh = tensors[1 + row.states : 5 + row.states]

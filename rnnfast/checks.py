@@ -34,6 +34,7 @@ def check_extras(
             under torch.func nobody does.
     """
     steps, batch = x.shape[1::-1] if batch_first else x.shape[:2]
+    refuse_freed(lengths=lengths, reset=reset)
     # copies, as the caller may use the memory again before the backward
     if lengths is not None:
         if not isinstance(lengths, Tensor):
@@ -118,6 +119,7 @@ def packed_problem(packed: PackedSequence) -> str | None:
     data, batch_sizes, order, inverse = packed
     if not isinstance(data, Tensor) or data.dim() < 1:
         return "data of a PackedSequence should be a tensor of at least 1 dimension"
+    refuse_freed(data=data, batch_sizes=batch_sizes, sorted_indices=order, unsorted_indices=inverse)
     if not _is_integers(batch_sizes, "cpu"):
         return "batch_sizes should be an int64 tensor on the CPU with 1 dimension"
     sizes = batch_sizes.tolist()
@@ -195,7 +197,7 @@ def _problem(
     if x.shape[-1] != inputs:
         return f"input.size(-1) must be equal to input_size. Expected {inputs}, got {x.shape[-1]}"
     if states is None:
-        refuse_freed(x, (), weights)
+        refuse_freed(input=x, parameter=weights)
         return _mismatch(x, weights, "parameter")
     if not isinstance(states, (tuple, list)) or len(states) != cell.states:
         return "lstm expects two hidden states"
@@ -205,16 +207,19 @@ def _problem(
             return f"Expected {name} to be a tensor, got {type(state).__name__}"
         if state.shape != shape:
             return f"Expected {name} size {shape}, got {list(state.shape)}"
-    refuse_freed(x, states, weights)
+    refuse_freed(input=x, hidden=states, parameter=weights)
     return _mismatch(x, states, "hidden") or _mismatch(x, weights, "parameter")
 
 
-def refuse_freed(x: Tensor, states: States, weights: Sequence[Tensor | None]) -> None:
-    """RuntimeError for a tensor whose memory is gone: torch's own kernels might crash as well."""
-    place = find_freed((x, *states, *weights))
-    if place is not None:
-        kind = "input" if place == 0 else "hidden" if place <= len(states) else "parameter"
-        raise RuntimeError(f"The storage of the {kind} tensor has been freed or resized")
+def refuse_freed(**tensors: Any) -> None:
+    """RuntimeError for a tensor whose memory is gone: torch's own kernels might crash as well.
+
+    Each argument is a tensor or a sequence of them; anything else is passed over.
+    """
+    for name, value in tensors.items():
+        values = value if isinstance(value, (tuple, list)) else (value,)
+        if find_freed([t for t in values if isinstance(t, Tensor)]) is not None:
+            raise RuntimeError(f"The storage of the {name} tensor has been freed or resized")
 
 
 def _mismatch(x: Tensor, tensors: Sequence[Tensor | None], kind: str) -> str | None:

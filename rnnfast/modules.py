@@ -178,6 +178,7 @@ class _Layers(_Backed, nn.RNNBase):
         x, states, single = input, _states(cell, hx), input.dim() == 2
         time = 1 if self.batch_first else 0
         if single:
+            checks.refuse_freed(input=x, hidden=states)
             x, states = x.unsqueeze(1 - time), _unsqueeze(states, 1)
         options = self._options()
         problem = checks.sequence_problem(cell, x, states, weights, options, tokens=tokens)
@@ -210,7 +211,9 @@ class _Layers(_Backed, nn.RNNBase):
         if not isinstance(data, Tensor) or not 1 <= data.dim() <= (1 if rest else 2):
             found = list(data.shape) if isinstance(data, Tensor) else type(data).__name__
             raise RuntimeError(f"expected tokens of 1 or 2 dimensions, time and batch, got {found}")
-        checks.refuse_freed(data, (), weights)
+        checks.refuse_freed(tokens=data, parameter=weights)
+        if embedding is not None:
+            checks.refuse_freed(embedding=embedding.weight)
         steps = None
         if lengths is not None and data.dim() == 2:
             # refused here already where wrong, as the tokens beyond are replaced
@@ -530,6 +533,7 @@ class _OneStep(_Backed, nn.RNNCellBase):
                 return result
         x, states, single = input, _states(cell, hx), input.dim() == 1
         if single:
+            checks.refuse_freed(input=x, hidden=states)
             x, states = x.unsqueeze(0), _unsqueeze(states, 0)
         problem = checks.step_problem(cell, x, states, weights)
         if problem:

@@ -12,7 +12,8 @@ namespace {
 
 // Of the thread that forked, in the new process; threads that this one starts get teams of their
 // own.
-thread_local bool team_is_lost = false, has_warned = false;
+thread_local bool team_is_lost = false;
+thread_local bool should_warn = false;  // it would have run on several threads
 bool several_threads_before_fork = false;
 
 int count_threads() {
@@ -25,18 +26,19 @@ int count_threads() {
 void prepare_fork() { several_threads_before_fork = count_threads() > 1; }
 
 void continue_child() {
-  if (!several_threads_before_fork || at::get_num_threads() == 1) return;
+  if (!several_threads_before_fork) return;
   team_is_lost = true;
+  should_warn = at::get_num_threads() > 1;
   // torch's own operations, before the first call here, would wait for the same team
   if (cpu::has_team) at::set_num_threads(1);
 }
 
 [[maybe_unused]] const int registered = pthread_atfork(&prepare_fork, nullptr, &continue_child);
 
-void use_one_thread() {
+void warn() {
+  static bool has_warned = false;
   if (has_warned) return;
   has_warned = true;
-  at::set_num_threads(1);
   const pybind11::gil_scoped_acquire acquire;
   if (PyErr_WarnEx(PyExc_RuntimeWarning,
                    "rnnfast: this process was forked from one that ran on several threads, which "
@@ -49,11 +51,11 @@ void use_one_thread() {
 }  // namespace
 
 int usable_threads() {
-  if (team_is_lost) {
-    use_one_thread();
-    return 1;
-  }
-  return at::get_num_threads();
+  const int threads = at::get_num_threads();
+  if (!team_is_lost) return threads;
+  if (threads > 1) at::set_num_threads(1);
+  if (threads > 1 || should_warn) warn();
+  return 1;
 }
 
 }  // namespace rnnfast

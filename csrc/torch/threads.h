@@ -4,8 +4,8 @@
 namespace rnnfast {
 
 // torch's number of threads. But 1 in a process that was forked off one with several threads: the
-// forking thread's OpenMP team has stayed behind, and to call it would wait for ever. The first
-// such call warns, sets torch's own number to 1 as well, and needs Python's lock for that.
+// forking thread's OpenMP team has stayed behind, and to call it would wait for ever. There torch's
+// own number is set to 1 as well, and the first call warns, for which it takes Python's lock.
 int usable_threads();
 
 }  // namespace rnnfast
