@@ -251,7 +251,7 @@ def test_second_derivative_of_freed_weights(layer: torch.nn.Module, way: str) ->
     x = sample(layer)
     (grad,) = torch.autograd.grad(forward(layer, x), x, create_graph=True)
     free_storage(layer.weight_hh_l0)
-    with pytest.raises(RuntimeError, match="freed"):
+    with pytest.raises(RuntimeError, match="storage of w_hh has been freed"):
         grad.pow(2).sum().backward()
 
 
@@ -335,3 +335,51 @@ def test_a_view_of_what_is_left() -> None:
     x.untyped_storage().resize_((T + 1) * B * I * 4 - 1)
     with pytest.raises(RuntimeError, match="freed"):
         layer(x)
+
+
+def cut(t: Tensor) -> None:
+    t.untyped_storage().resize_(t.untyped_storage().nbytes() // 2)
+
+
+@pytest.mark.parametrize("shrink", [free_storage, cut])
+@pytest.mark.parametrize("name", [None, "aten", "reference"])
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
+def test_lengths_and_resets_without_memory(
+    shrink: Callable[[Tensor], None], name: str | None, grad: bool
+) -> None:
+    layer, x = rnnfast.LSTM(I, H, backend=name), torch.randn(T, B, I)
+    lengths, reset = torch.tensor([2, 5, 3]), torch.zeros(T, B, dtype=torch.bool)
+    shrink(lengths)
+    shrink(reset)
+    with torch.set_grad_enabled(grad):
+        with pytest.raises(RuntimeError, match="storage of the lengths tensor"):
+            layer(x, lengths=lengths)
+        with pytest.raises(RuntimeError, match="storage of the reset tensor"):
+            layer(x, reset=reset)
+
+
+@pytest.mark.parametrize("shrink", [free_storage, cut])
+@pytest.mark.parametrize("field", ["data", "batch_sizes", "sorted_indices", "unsorted_indices"])
+def test_packed_fields_without_memory(shrink: Callable[[Tensor], None], field: str) -> None:
+    packed = torch.nn.utils.rnn.pack_padded_sequence(
+        torch.randn(T, B, I), torch.tensor([2, 5, 3]), enforce_sorted=False
+    )
+    shrink(getattr(packed, field))
+    with pytest.raises(RuntimeError, match=f"storage of the {field} tensor"):
+        rnnfast.GRU(I, H)(packed)
+
+
+@pytest.mark.parametrize("shrink", [free_storage, cut])
+def test_embeddings_and_single_inputs_without_memory(shrink: Callable[[Tensor], None]) -> None:
+    embedding, layer = torch.nn.Embedding(50, I), rnnfast.LSTM(I, H)
+    shrink(embedding.weight)
+    with pytest.raises(RuntimeError, match="storage of the embedding tensor"):
+        layer(torch.randint(50, (T, B)), embedding=embedding)
+    single = torch.randn(T, I)
+    shrink(single)
+    with pytest.raises(RuntimeError, match="storage of the input tensor"):
+        layer(single)
+    step = torch.randn(I)
+    shrink(step)
+    with pytest.raises(RuntimeError, match="storage of the input tensor"):
+        rnnfast.GRUCell(I, H)(step)

@@ -159,6 +159,27 @@ def test_children_of_one_thread_are_not_warned() -> None:
     assert run(FORK, 1, "lstm mm", "lstm train").splitlines() == ["0 1 same", "1"]
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_child_that_asks_for_several_threads() -> None:
+    """Of a parent that had several once, and in a child that has been told."""
+    script = """
+        import os, torch, rnnfast
+
+        layer, x = rnnfast.LSTM(256, 256, backend="fused"), torch.randn(20, 16, 256)
+        torch.set_num_threads(4)
+        expected = layer(x)[0]
+        torch.set_num_threads(1)
+        child = os.fork()
+        if child == 0:
+            for _ in range(2):
+                torch.set_num_threads(4)
+                same = torch.equal(layer(x)[0], expected)
+            os._exit(0 if same and torch.get_num_threads() == 1 else 1)
+        print(os.waitpid(child, 0)[1])
+    """
+    assert run(script).endswith("0\n")
+
+
 def test_a_generator_that_was_made_before_the_fork() -> None:
     script = """
         import os, torch
