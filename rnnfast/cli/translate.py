@@ -118,9 +118,9 @@ def _train(options: argparse.Namespace) -> None:
         f"backend {options.backend}"
     )
     results.begin(Processes())
-    bits = _learn(translator, pairs, options, results, deadline)
+    untrained, bits = _learn(translator, pairs, options, results, deadline)
     translator.save(results.work / FILE_NAME)
-    ignorant = math.log2(len(translator.target))
+    ignorant = max(untrained, math.log2(len(translator.target)))
     if bits <= ignorant:
         results.finish()
     _judge(translator, held_out, options.beam, deadline)
@@ -154,8 +154,8 @@ def _learn(
     options: argparse.Namespace,
     results: Results,
     deadline: float,
-) -> float:
-    """Train behind a progress bar; returns the loss of the last step.
+) -> tuple[float, float]:
+    """Train behind a progress bar; returns the losses of the first step and of the last.
 
     Raises:
         SystemExit: with 128 + the signal's number, once what was learnt so far is saved.
@@ -170,14 +170,14 @@ def _learn(
         teacher_forcing=options.teacher_forcing,
     )
     total = settings.epochs * sum(len(target) + 1 for _, target in pairs)
-    steps, bits = train(translator, pairs, settings), math.inf
+    steps, losses = train(translator, pairs, settings), []
     with (
         Interruption() as interruption,
         ProgressBar(total, seconds=settings.max_seconds) as bar,
     ):
         for step in steps:
-            bits = step.bits_per_char
-            bar.set_postfix_str(f"loss {bits:.3f} bits/char", refresh=False)
+            losses.append(step.bits_per_char)
+            bar.set_postfix_str(f"loss {losses[-1]:.3f} bits/char", refresh=False)
             bar.update(step.characters)
             if interruption.signal:
                 translator.save(results.work / FILE_NAME)
@@ -195,7 +195,7 @@ def _learn(
             f"the time limit of {options.max_seconds:g} s ended the training after "
             f"{done / total:.1%} of it"
         )
-    return bits
+    return losses[0], losses[-1]
 
 
 def _judge(translator: Translator, held_out: list[Pair], beam_size: int, deadline: float) -> None:
