@@ -170,14 +170,15 @@ def _learn(
         teacher_forcing=options.teacher_forcing,
     )
     total = settings.epochs * sum(len(target) + 1 for _, target in pairs)
-    steps, losses = train(translator, pairs, settings), []
+    steps, first, last = train(translator, pairs, settings), None, math.inf
     with (
         Interruption() as interruption,
         ProgressBar(total, seconds=settings.max_seconds) as bar,
     ):
         for step in steps:
-            losses.append(step.bits_per_char)
-            bar.set_postfix_str(f"loss {losses[-1]:.3f} bits/char", refresh=False)
+            last = step.bits_per_char
+            first = last if first is None else first
+            bar.set_postfix_str(f"loss {last:.3f} bits/char", refresh=False)
             bar.update(step.characters)
             if interruption.signal:
                 translator.save(results.work / FILE_NAME)
@@ -195,7 +196,7 @@ def _learn(
             f"the time limit of {options.max_seconds:g} s ended the training after "
             f"{done / total:.1%} of it"
         )
-    return losses[0], losses[-1]
+    return last if first is None else first, last
 
 
 def _judge(translator: Translator, held_out: list[Pair], beam_size: int, deadline: float) -> None:
