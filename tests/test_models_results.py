@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 
 import pytest
 import torch
@@ -120,9 +121,56 @@ def test_a_pair_is_no_tensor_and_says_so(kind, use, error):
         use(result, target)
 
 
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda result, target: result[..., 0],
+        lambda result, target: result[:, -1],
+        lambda result, target: result[None],
+        lambda result, target: result[target > 0],
+        lambda result, target: result - target,
+        lambda result, target: target - result,
+        lambda result, target: result**2,
+        lambda result, target: result + 1,
+        lambda result, target: result + result,
+        lambda result, target: 2 * result,
+        lambda result, target: result * 2,
+        lambda result, target: result @ target,
+        lambda result, target: target @ result,
+        lambda result, target: -result,
+        lambda result, target: result > 0.5,
+        lambda result, target: target > result,
+        lambda result, target: result == target,
+        lambda result, target: target == result,
+        lambda result, target: result != target,
+        lambda result, target: float(result),
+    ],
+)
+def test_operators_of_tensors_refuse_a_pair(use):
+    result, target = result_of(RNNModel)
+    with pytest.raises(TypeError, match=r"returned a pair .* write `output, state = model"):
+        use(result, target)
+
+
 def test_a_pair_of_a_char_lstm():
     with pytest.raises(TypeError, match=r"returned a pair .* cross_entropy takes the output alone"):
         F.cross_entropy(CharLSTM(7, 5)(TOKEN), TOKEN.flatten())
+
+
+def test_a_pair_is_else_a_tuple():
+    result = RNNModel(3, 5, 2)(torch.randn(4, 6, 3))
+    output, state = result
+    assert result[0] is result[-2] is result.output is output
+    assert result[1] is result[-1] is result.state is state
+    assert result[1:] == (state,)
+    assert result == (output, state)
+    assert (output, state) == result
+    assert result != (output,)
+    assert (result != (output, state)) is False
+    assert {result: 1}[result] == 1
+    again = pickle.loads(pickle.dumps(result))
+    assert type(again) is type(result)
+    assert torch.equal(again[0], output)
 
 
 def test_a_pair_passes_through_what_takes_pairs():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, SupportsIndex, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,21 @@ class OutputAndState(NamedTuple):
     def __getattr__(self, name: str) -> NoReturn:
         raise AttributeError(f"{_PAIR}; a pair has no attribute {name!r}")
 
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, (SupportsIndex, slice)) and not isinstance(index, Tensor):
+            return tuple.__getitem__(self, index)
+        raise TypeError(f"{_PAIR}; a pair has no index {index!r:.60}")
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, Tensor):
+            raise TypeError(f"{_PAIR}; == compares the output alone with a tensor")
+        return tuple.__eq__(self, other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = tuple.__hash__
+
     @classmethod
     def __torch_function__(
         cls,
@@ -46,6 +61,29 @@ _PAIR = (
     "the model returned a pair (output, state): write `output, state = model(...)`, or "
     "`output, _ = model(...)`"
 )
+
+_BINARY = (
+    *("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow"),
+    *("and", "or", "xor", "lshift", "rshift"),
+)
+_OPERATORS = (
+    *_BINARY,
+    *(f"r{name}" for name in _BINARY),
+    *("neg", "pos", "abs", "invert", "float", "int", "lt", "le", "gt", "ge"),
+)
+
+
+def _refusal(name: str) -> Callable[..., NoReturn]:
+    """A method for an operator of tensors, which a tuple has in another sense or not at all."""
+
+    def refuse(self: OutputAndState, *operands: object) -> NoReturn:
+        raise TypeError(f"{_PAIR}; {name} takes the output alone")
+
+    return refuse
+
+
+for _name in _OPERATORS:
+    setattr(OutputAndState, f"__{_name}__", _refusal(f"__{_name}__"))
 
 
 def pair(output: Tensor, state: AnyState) -> tuple[Tensor, AnyState]:
