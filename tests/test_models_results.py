@@ -51,7 +51,10 @@ def test_sizes_are_attributes(kind):
 
 def test_sizes_of_stacks_and_of_models_of_tokens():
     for kind in LAYERED:
-        assert kind(3, 5, 2, 4).num_layers == 4
+        assert kind(3, 5, 2, num_layers=4).num_layers == 4
+    for kind in (RNNModel, MultiLayerRNN):
+        with pytest.raises(TypeError, match="positional argument"):
+            kind(10, 20, 3, 5)  # input, hidden, layers and output in the order of many programs
     assert (RNNModel(3, 5, 2).num_layers, MultiLayerRNN(3, 5, 2).num_layers) == (1, 2)
     assert SequenceGenerator(3, 5, 2).num_layers == 1
     model = CharLSTM(7, 5, 3, embedding_size=4)
@@ -87,7 +90,10 @@ def test_arguments_have_the_names_that_people_write():
 @pytest.mark.parametrize("kind", TEXTBOOK)
 def test_the_state_of_one_sequence_for_a_batch(kind):
     model = kind(3, 5, 2)
-    with pytest.raises(RuntimeError, match=r"got \[1, \d\]; init_hidden\(4\) makes such zeros"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"got \[1, \d\]; init_hidden\(4\) makes such zeros, .* is \(batch, time, features\)",
+    ):
         model(torch.randn(4, 3), model.init_hidden())
 
 
@@ -239,6 +245,14 @@ def test_logits_of_a_step_are_else_a_tensor():
     assert isinstance(logits, StepLogits)
     loss = F.cross_entropy(logits.flatten(0, 1), TOKEN.flatten())
     assert type(loss) is type(logits.softmax(-1)) is type(logits.argmax(-1)) is torch.Tensor
+    for function in (lambda x: x.topk(3), lambda x: x.max(-1), lambda x: torch.sort(x)):
+        values, indices = found = function(logits)
+        expected = function(logits.as_subclass(torch.Tensor))
+        assert type(found) is type(expected)
+        assert type(indices) is torch.Tensor
+        assert torch.equal(indices, expected[1])
+        assert torch.equal(values, expected[0])
+    assert [type(part) for part in logits.split(4, -1)] == [StepLogits, StepLogits]
     loss.backward()
     assert model.head.weight.grad.any()
     file = io.BytesIO()

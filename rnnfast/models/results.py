@@ -111,8 +111,15 @@ class StepLogits(Tensor):
         kwargs = kwargs or {}
         if func in _SOFTMAX:
             _check_softmax(func.__name__, *args, **kwargs)
-        result = super().__torch_function__(func, types, args, kwargs)
-        if isinstance(result, cls) and not _is_logits(func, result):
+        return cls._unwrapped(func, super().__torch_function__(func, types, args, kwargs))
+
+    @classmethod
+    def _unwrapped(cls, function: Callable[..., Any], result: Any) -> Any:
+        """The result of a function, in which what are no logits are plain tensors."""
+        if isinstance(result, (tuple, list)):
+            parts = [cls._unwrapped(function, part) for part in result]
+            return type(result)._make(parts) if hasattr(result, "_make") else type(result)(parts)
+        if isinstance(result, cls) and not _is_logits(function, result):
             return result.as_subclass(Tensor)
         return result
 
