@@ -196,5 +196,6 @@ def check_state(name: str, state: Tensor, shape: tuple[int, ...]) -> None:
     if not isinstance(state, Tensor) or state.shape != shape:
         found = list(state.shape) if isinstance(state, Tensor) else type(state).__name__
         raise RuntimeError(
-            f"Expected {name} size {shape}, got {found}; init_hidden({shape[-2]}) makes such zeros"
+            f"Expected {name} size {shape}, got {found}; init_hidden({shape[-2]}) makes such "
+            f"zeros, if the batch is {shape[-2]}: an input of several steps is (batch, time, features)"
         )

@@ -31,6 +31,7 @@ class RNNModel(SequenceClassifier):
 
     ``rnn`` are the layers, ``fc`` has W (O, H) and b. Takes an input (B, T, I) and returns y (B, O)
     and the state (L, B, H). The arguments are those of `RecurrentModel`, with another default cell.
+    All after ``output_size`` are given by name: others have ``num_layers`` before it.
     """
 
     def __init__(
@@ -38,8 +39,8 @@ class RNNModel(SequenceClassifier):
         input_size: int,
         hidden_size: int,
         output_size: int,
-        num_layers: int = 1,
         *,
+        num_layers: int = 1,
         cell: CellName = "rnn_tanh",
         dropout: float = 0.0,
         device: Device = None,
@@ -67,7 +68,7 @@ class MultiLayerRNN(SequenceTagger):
 
     ``rnn`` are the layers, ``fc`` has W (O, H) and b. Takes an input (B, T, I) and returns y
     (B, T, O) and the state (L, B, H). The arguments are those of `RecurrentModel`, with other
-    defaults.
+    defaults. All after ``output_size`` are given by name: others have ``num_layers`` before it.
     """
 
     def __init__(
@@ -75,8 +76,8 @@ class MultiLayerRNN(SequenceTagger):
         input_size: int,
         hidden_size: int,
         output_size: int,
-        num_layers: int = 2,
         *,
+        num_layers: int = 2,
         cell: CellName = "rnn_tanh",
         dropout: float = 0.0,
         device: Device = None,
