@@ -197,5 +197,5 @@ def check_state(name: str, state: Tensor, shape: tuple[int, ...]) -> None:
         found = list(state.shape) if isinstance(state, Tensor) else type(state).__name__
         raise RuntimeError(
             f"Expected {name} size {shape}, got {found}; init_hidden({shape[-2]}) makes such "
-            f"zeros, if the batch is {shape[-2]}: an input of several steps is (batch, time, features)"
+            f"zeros, if the batch is {shape[-2]}: an input sequence is (batch, time, features)"
         )
