@@ -138,7 +138,9 @@ def test_train_with_tied_weights(text_file, tmp_path, capsys):
     assert train(text_file, tmp_path / "small", "--epochs", 1, "--greedy", "--embedding", 5) == 0
     assert "sample from 'the ' without chance" in capsys.readouterr().out
     arguments = [*text, tmp_path / "other", "--hidden", 20, "--tied-weights", "--embedding", 5]
-    assert "tied_weights needs embedding_size to be hidden_size" in refusal(arguments, capsys)
+    words = "--tied-weights needs --embedding to be --hidden, got 5 and 20; leave --embedding out"
+    assert words in refusal(arguments, capsys)
+    assert not (tmp_path / "other").exists()
 
 
 def log_of(folder):
@@ -229,7 +231,8 @@ def finished(text_file, tmp_path_factory):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (["--lr", 0.5], "with other settings: --lr was 0.02, is 0.5"),
+        (["--lr", 0.5], "with other settings: --lr was 0.02, is 0.5. Leave out what differs to"),
+        (["--lr", 0.5], "or begin anew with --overwrite"),
         (["--seed", 1, "--clip", 2], "--clip was 1.0, is 2.0; --seed was 0, is 1"),
         (["--tied-weights", "--embedding", 32], "--embedding was 16, is 32; --tied-weights was"),
         (["--text", __file__], "the text of --text was 1,980 characters, 17 distinct"),
@@ -244,6 +247,7 @@ def test_only_the_same_training_is_resumed(
     monkeypatch.chdir(tmp_path)
     arguments = ["train", "--out", finished, "--resume", *changes]
     assert words in refusal(arguments, capsys)
+    assert not os.listdir(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"the cat sat on the mat", "truncated"])
@@ -313,12 +317,23 @@ def test_results_stay_until_others_replace_them_whole(text_file, tmp_path, capsy
         with pytest.raises(SystemExit):
             main([str(part) for part in [*again, "--overwrite", *options]])
         assert contents(tmp_path) == old
+        words = f"delete {tmp_path}/unfinished to return to the older training"
+        assert (words in capsys.readouterr().err) == (options[1] == 1e30)
+    diverging = [*again, "--overwrite", "--lr", 1e9, "--schedule", "constant", "--patience", 1]
+    with pytest.raises(SystemExit):
+        main([str(part) for part in [*diverging, "--eval-every", 1]])
+    output = capsys.readouterr()
+    assert "1 validations without a better loss ended the training after step" in output.out
+    assert "goes on" not in output.out
+    assert f"rnnfast train --resume --out {tmp_path} goes on with it; {words}" in output.err
 
     options = ["--epochs", 5, "--dropout", 0.3, "--seed", 1]
     with pytest.raises(SystemExit), signal_at(13, signal.SIGINT):
         train(text_file, tmp_path, *options, "--overwrite")
     assert contents(tmp_path) == old
-    assert f"its model so far is in {tmp_path}/unfinished" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"its model so far is in {tmp_path}/unfinished, and rnnfast train --resume" in said
+    assert words in said
     assert "unfinished" in refusal(again, capsys)
     assert main(["generate", "--model", f"{tmp_path}/unfinished", "--prompt", "the"]) == 0
     assert resume(tmp_path) == 0
@@ -501,11 +516,11 @@ def test_doctor_prints_the_report(capsys):
         (None, "--text {}: No such file"),
         (b"", "--text: {} is empty"),
         (b"\xff\xfe\x00", "not UTF-8"),
-        (b"abc", "too short: --text has 3 characters"),
+        (b"abc", "too short: of its 3 characters --validation"),
         (
             b"abcd" * 50,
-            "--validation 0.1 leaves 180 to learn from, where --batch-size 8 and --seq-length 24 "
-            "need 193",
+            "--validation 0.1 leaves 180 to learn from, and --batch-size 8 with --seq-length 24 "
+            "needs 193. Give a longer --text, or a smaller --batch-size or --seq-length",
         ),
     ],
 )
@@ -515,6 +530,7 @@ def test_train_refuses_useless_texts(tmp_path, content, words, capsys):
         path.write_bytes(content)
     arguments = ["train", "--text", path, "--out", tmp_path / "out", *SMALL]
     assert words.format(path) in refusal(arguments, capsys)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -533,7 +549,7 @@ def test_train_refuses_useless_texts(tmp_path, content, words, capsys):
         ("--lr", "fast", "above zero, got 'fast'"),
         ("--dropout", "1", "below 1"),
         ("--validation", "1", "between 0 and 1"),
-        ("--validation", "1e-9", "--validation 1e-09 leaves 1,980 to learn from"),
+        ("--validation", "1e-9", "--validation 1e-09 holds out 0, and 2 are needed"),
         ("--device", "abacus", "device 'abacus' cannot be used"),
         ("--backend", "warp", "invalid choice"),
         ("--out", __file__, f"--out {__file__}: File exists"),
@@ -569,7 +585,7 @@ def test_train_says_when_it_diverges(text_file, tmp_path, rate, capsys):
         ("--model", "", "--model: expected the name of a file or folder, got an empty one"),
         ("--temperature", "-0.5", "above zero"),
         ("--length", "-3", "1 or more"),
-        ("--model", "nowhere", "nowhere does not exist"),
+        ("--model", "nowhere", "/nowhere does not exist; expected a file model.safetensors of"),
     ],
 )
 def test_generate_refuses_useless_options(folder, option, value, words, capsys):
@@ -839,12 +855,12 @@ def test_an_interruption_ends_without_a_traceback(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["train", "--hidden", 10**8], "too large|memory"),
+        (["train", "--hidden", 10**8], "more memory than there is: a smaller --hidden or --layers"),
         (["train", "--hidden", 10**20], "1 or more"),
         (["train", "--layers", 10**20], "from 1 to 1000"),
         (["train", "--seed", 10**20], "from 0 to"),
         (["train", "--device", "meta"], "expected cpu or cuda"),
-        (["translate", "--hidden", 10**8], "too large|memory"),
+        (["translate", "--hidden", 10**8], "than there is: a smaller --hidden or"),
         (["translate", "--lr", 1e300], "lower learning rate"),
         (["generate", "--prompt", "a", "--top-k", 10**30], "1 or more"),
     ],

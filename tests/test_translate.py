@@ -350,7 +350,7 @@ def test_an_unchanged_description_is_accepted(tmp_path):
 
 
 def test_missing_files_and_folders_are_os_errors(tmp_path):
-    with pytest.raises(FileNotFoundError, match="rnnfast translate writes such a file"):
+    with pytest.raises(FileNotFoundError, match="of rnnfast translate, or the folder"):
         Translator.load(tmp_path)
     with pytest.raises(OSError, match="missing"):
         small().save(tmp_path / "missing" / "file")

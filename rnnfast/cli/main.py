@@ -22,6 +22,7 @@ _TOO_LARGE = (
     *("allocate memory", "not enough memory", "out of memory", "could not allocate"),
     *("overflow", "Overflow", "too large"),
 )
+_SIZES = ("hidden", "layers", "embedding", "batch_size", "seq_length", "length", "size")
 _EXTRAS = ("matplotlib", "safetensors", "tqdm")
 
 
@@ -63,11 +64,11 @@ def _run(parser: Parser, options: argparse.Namespace) -> int:
     except OSError as error:
         parser.error(_describe(error))
     except (ArithmeticError, MemoryError, ValueError) as error:
-        parser.error(str(error) or "not enough memory")
+        parser.error(str(error) or _describe_memory(options))
     except RuntimeError as error:
         if not any(words in str(error) for words in _TOO_LARGE):
             raise
-        parser.error(f"too large for this machine: {str(error).splitlines()[0]}")
+        parser.error(_describe_memory(options))
     return 0
 
 
@@ -77,6 +78,13 @@ def _describe(error: OSError) -> str:
         return str(error)
     files = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
     return f"{files}: {error.strerror}" if files else error.strerror
+
+
+def _describe_memory(options: argparse.Namespace) -> str:
+    """That the sizes asked for are too large, and by which options they can be made smaller."""
+    flags = [f"--{name.replace('_', '-')}" for name in _SIZES if name in options]
+    remedy = f": a smaller {' or '.join(flags)} needs less" if flags else ""
+    return f"this needs more memory than there is{remedy}"
 
 
 @contextmanager

@@ -57,16 +57,25 @@ class Results:
     Attributes:
         work: where the new files are written.
 
-    Raises:
-        OSError: the files cannot be written there.
     """
 
     def __init__(self, folder: Path, *names: str) -> None:
         self.folder, self.names = folder, names
-        with naming("--out"):
-            prepare_folder(folder, *names)
         self._staging = folder / _UNFINISHED
         self.work = folder
+
+    @property
+    def remains(self) -> str:
+        """What to know of a training whose files do not take the place of older ones; or nothing.
+
+        This is the end of a message, with its semicolon.
+        """
+        if self.work == self.folder:
+            return ""
+        return (
+            f"; its model so far is in {self.work}, and rnnfast train --resume --out {self.folder} "
+            f"goes on with it; delete {self.work} to return to the older training"
+        )
 
     def resume(self, state: str) -> None:
         """Go on in the folder that has the latest file of this name."""
@@ -82,11 +91,21 @@ class Results:
             FileExistsError: there are older files, and it must not `overwrite` them; the message
                 ends with the `remedy`.
         """
-        there = [name for name in (*self.names, _UNFINISHED) if (self.folder / name).exists()]
+        with naming("--out"):
+            there = [name for name in (*self.names, _UNFINISHED) if (self.folder / name).exists()]
         if there and not overwrite:
             raise FileExistsError(f"--out {self.folder} has {', '.join(there)} already; {remedy}")
         if there or (self.folder / _FINISHED).is_dir():
             self.work = self._staging
+
+    def prepare(self) -> None:
+        """Make the folder, once there is something to write.
+
+        Raises:
+            OSError: the files cannot be written there.
+        """
+        with naming("--out"):
+            prepare_folder(self.folder, *self.names)
 
     def begin(self, processes: Processes) -> None:
         """Make room for the files of a new training; all processes must call this."""

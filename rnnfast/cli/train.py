@@ -144,6 +144,7 @@ def run(options: argparse.Namespace) -> None:
             options.device = processes.device
             data = _read(options)
             training = _prepare(options, data, processes)
+            results.prepare()
             yardsticks = _train(training, options, data, results, state, clock)
     except (ArithmeticError, OSError, ValueError) as error:
         if not is_first_process():  # which says it for all
@@ -194,12 +195,17 @@ def _read(options: argparse.Namespace) -> _Data:
     vocabulary = CharVocabulary(text)
     tokens, held_out = split(vocabulary.encode(text).to(options.device), options.validation)
     needed = options.batch_size * options.seq_length + 1
+    short = f"the text is too short: of its {len(text):,} characters --validation "
+    short += f"{options.validation:g} "
+    if len(held_out) < 2 <= len(text) - needed:
+        raise TextError(
+            f"{short}holds out {len(held_out):,}, and 2 are needed. Give a larger --validation"
+        )
     if len(tokens) < needed or len(held_out) < 2:
         raise TextError(
-            f"the text is too short: --text has {len(text):,} characters, of which --validation "
-            f"{options.validation:g} leaves {len(tokens):,} to learn from, where --batch-size "
-            f"{options.batch_size} and --seq-length {options.seq_length} need {needed:,}, and "
-            f"{len(held_out):,} to judge by, where 2 are needed"
+            f"{short}leaves {len(tokens):,} to learn from, and --batch-size {options.batch_size} "
+            f"with --seq-length {options.seq_length} needs {needed:,}. Give a longer --text, or a "
+            f"smaller --batch-size or --seq-length"
         )
     with naming("--prompt"):
         vocabulary.encode(options.prompt or "")
@@ -213,6 +219,11 @@ def _prepare(options: argparse.Namespace, data: _Data, processes: Processes) -> 
     torch.manual_seed(options.seed)
     if options.embedding is None:
         options.embedding = options.hidden if options.tied_weights else _UNTIED_EMBEDDING
+    if options.tied_weights and options.embedding != options.hidden:
+        raise ValueError(
+            f"--tied-weights needs --embedding to be --hidden, got {options.embedding} and "
+            f"{options.hidden}; leave --embedding out"
+        )
     streams = (len(data.tokens) - 1) // options.batch_size
     steps_per_epoch = math.ceil(streams / options.seq_length)
     if options.epochs is None:
@@ -386,6 +397,8 @@ def _take_steps(
                 if run.ended or record.step % options.checkpoint_every == 0:
                     save()
                 stop_if_asked()
+        except ArithmeticError as error:
+            raise type(error)(f"{error}{results.remains}") from error
         except StoppedError as stop:
             number = stop.args[0]
             save()
@@ -396,11 +409,11 @@ def _take_steps(
         finally:
             run.on_validation = None
     if run.processes.is_first:
-        where = f"; its model so far is in {results.work}" if results.work != results.folder else ""
+        goes_on = f"; rnnfast train --resume --out {options.out} goes on from there"
+        goes_on = results.remains or goes_on
         print(
             f"rnnfast train: stopped by {signal.Signals(number).name} after step {run.steps:,} "
-            f"of {run.total:,}; rnnfast train --resume --out {options.out} goes on from there"
-            f"{where}",
+            f"of {run.total:,}{goes_on}",
             file=sys.stderr,
         )
     raise SystemExit(128 + number)
@@ -422,12 +435,11 @@ def _report(
             run.out_of_patience,
         ),
     }
+    diverged = max(run.best_bits, run.last_bits) > yardsticks.ignorant
     for reason, (option, applies) in limits.items():
         if applies and run.steps < run.total:
-            print(
-                f"{reason} ended the training after step {run.steps:,} of {run.total:,}; "
-                f"--resume with a larger {option} goes on"
-            )
+            remedy = "" if diverged else f"; --resume with a larger {option} goes on"
+            print(f"{reason} ended the training after step {run.steps:,} of {run.total:,}{remedy}")
     run.restore_best()
     checkpoint.save(run.model, results.work / checkpoint.FILE_NAME)
     _plot(read_log(results.work / LOG_NAME), yardsticks.bigram, results.work / PLOT_NAME)
@@ -462,8 +474,7 @@ def _warn(run: Run, yardsticks: _Yardsticks, results: Results) -> None:
     remedy, ignorant = "a lower --lr may help", yardsticks.ignorant
     if run.best_bits > ignorant:
         words = f"the model is worse than one that knows nothing ({ignorant:.3f}): it diverged"
-        if results.work != results.folder:
-            remedy += f"; it is in {results.work}, and the older one stays"
+        remedy += results.remains
     elif run.last_bits > ignorant:
         words = f"the training diverged, to {run.last_bits:.3f}; what is kept is the best of it"
     elif run.best_bits > yardsticks.bigram:

@@ -109,6 +109,7 @@ def _train(options: argparse.Namespace) -> None:
         device=options.device,
         backend=options.backend,
     )
+    results.prepare()
     print(
         f"pairs  {options.pairs or 'dates in many spellings'}: {len(pairs):,} to learn, "
         f"{len(held_out):,} held out; {len(translator.source)} symbols to read, "

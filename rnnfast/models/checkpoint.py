@@ -55,7 +55,10 @@ def load(path: str | Path, device: torch.device | str | None = None, **options: 
     if path.is_dir():
         path = path / FILE_NAME
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; rnnfast train writes such a file")
+        raise FileNotFoundError(
+            f"{path.absolute()} does not exist; expected a file {FILE_NAME} of rnnfast train, or "
+            f"the folder that has it"
+        )
     tensors, metadata = read(path)
     if _KEY not in metadata:
         raise CheckpointError(f"{path} holds no model of rnnfast train: it does not name {_KEY}")

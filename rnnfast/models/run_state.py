@@ -75,7 +75,8 @@ def merge(saved: Settings, given: Settings, path: Path) -> Settings:
     ]
     if differences:
         raise CheckpointError(
-            f"{path} is of a training with other settings: {'; '.join(differences)}"
+            f"{path} is of a training with other settings: {'; '.join(differences)}. Leave out "
+            f"what differs to go on with it, or begin anew with --overwrite"
         )
     return {**saved, **given}
 

@@ -181,7 +181,10 @@ class Translator:
         if path.is_dir():
             path = path / checkpoint.FILE_NAME
         if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist; rnnfast translate writes such a file")
+            raise FileNotFoundError(
+                f"{path.absolute()} does not exist; expected a file {checkpoint.FILE_NAME} of "
+                f"rnnfast translate, or the folder that has it"
+            )
         tensors, metadata = checkpoint.read(path)
         if _KEY not in metadata:
             raise checkpoint.CheckpointError(f"{path} is no translator: it does not name {_KEY}")

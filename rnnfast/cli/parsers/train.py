@@ -33,19 +33,25 @@ and the speed beside torch.nn.LSTM. The folder --out then has
   training.pt        all that --resume needs
 
 A folder that has such files already is left alone, unless --resume or --overwrite says
-what to do with them. With --overwrite the new files are in DIR/unfinished until the
-training has ended, and the old ones stay until then.
+what to do with them. With --overwrite the new files are in DIR/unfinished. They replace
+the old ones only once the training has ended well. Where it was interrupted or diverged,
+--resume goes on with DIR/unfinished. Delete that folder to return to the old training.
 
 Ctrl-C, SIGTERM, or the end of the machine: rnnfast train --resume --out DIR goes on from
 the last checkpoint, and ends with the weights and the log of a training that was never
 interrupted, bit for bit on a CPU with as many threads. Only where the clock decides,
 that is once half of --max-seconds is used up, no two trainings are quite alike.
 
-Options are read from the checkpoint then, and need not be given. These may be others:
---epochs, --max-seconds, --eval-every, --patience (a training that has ended goes on, if
-they now allow more; the learning rate is then that of the longer training, so that it
-rises again where it had come down), --device and --backend (numbers agree up to
-rounding), --text, if the same text is elsewhere now, and all under "output".
+--resume reads the options from the checkpoint. They need not be given again. Most must
+stay as they were. These may change:
+
+  --epochs, --max-seconds, --patience  A training that has ended goes on if they now allow
+                     more. Its learning rate is then that of the longer training: it rises
+                     again where it had come down.
+  --eval-every       The validations come at other steps.
+  --device, --backend  Numbers agree up to rounding.
+  --text             The same text may lie elsewhere.
+  all under "output"
 """
 _EPILOG = """\
 exit status:
@@ -141,8 +147,9 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
         "--schedule",
         choices=SCHEDULES,
         default=SCHEDULES[0],
-        help="of the learning rate: a short rise and half a cosine down to 0, the latter alone, "
-        "no change, or half of it whenever two validations in a row brought nothing",
+        help="how the learning rate changes; one-cycle: a short rise, then half a cosine down "
+        "to 0; cosine: half a cosine down to 0; constant: no change; plateau: halved after two "
+        "validations without a better loss",
     )
     group.add_argument(
         "--clip", type=positive, default=1.0, metavar="NORM", help="longest gradient allowed"
@@ -209,7 +216,7 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
     again.add_argument(
         "--overwrite",
         action="store_true",
-        help="begin anew, and replace what is in DIR once that has ended",
+        help="begin anew, and replace what is in DIR only once that has ended well",
     )
     group.add_argument(
         "--tensorboard",
