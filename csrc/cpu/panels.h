@@ -146,14 +146,14 @@ struct GatePanels {
       const int64_t left = H - panel * kUnits - (j % kUnitVectors) * kLanesA;
       const int units = left < kLanesA ? int(left) : kLanesA;
       const S* rows = w + weight_row(panel, j, 0) * K;
-      Vec<A> total[R];
-      for (int r = 0; r < R; ++r) total[r] = load(bias + j * kLanesA);
       for (int64_t k = 0; k == 0 || k < K; k += kPart) {
         Vec<A> sum[R][kLanesA] = {};
         dot_rows(rows, K, units, {k, std::min(K, k + kPart)}, a, sum);
-        for (int r = 0; r < R; ++r) total[r] += lane_sums<A>(sum[r]);
+        for (int r = 0; r < R; ++r) {
+          A* to = out + r * row_stride + j * kLanesA;
+          store(to, lane_sums<A>(sum[r]) + load(k == 0 ? bias + j * kLanesA : to));
+        }
       }
-      for (int r = 0; r < R; ++r) store(out + r * row_stride + j * kLanesA, total[r]);
     }
   }
 
