@@ -6,9 +6,10 @@ aten        torch's own kernels, the ones torch.nn uses
 reference   the formulas of `rnnfast.reference` in plain PyTorch
 =========== ====================================================================
 
-``auto``, the default, takes the first of them that can run. A name given to a module or function
-goes before `use_backend`, that before the environment variable ``RNNFAST_BACKEND`` (read when
-rnnfast is imported), and that before ``auto``.
+``auto``, the default, takes the first of them that can run. On CUDA, where the fused kernels have
+not been measured yet, it takes ``aten`` for what torch's kernels can do. A name given to a module
+or function goes before `use_backend`, that before the environment variable ``RNNFAST_BACKEND``
+(read when rnnfast is imported), and that before ``auto``.
 """
 
 from __future__ import annotations

@@ -98,7 +98,13 @@ def test_force_cuda_needs_a_cuda_torch(source_copy):
     assert "is not a CUDA build" in asked.stderr
 
 
-BUILD_EDITABLE = "from setuptools import build_meta; build_meta.build_editable('wheels')"
+WHAT_IS_COMPILED = """
+import json, runpy, setuptools
+setuptools.setup = lambda ext_modules, **_: print(json.dumps(
+    [[ext.sources, [name for name, _ in ext.define_macros]] for ext in ext_modules]
+))
+runpy.run_path("setup.py")
+"""
 
 
 @pytest.mark.parametrize(("targets", "kernels"), [("", 5), ("portable", 1)])
@@ -126,18 +132,23 @@ def test_what_is_dispatched_to(tmp_path, macros, targets):
     if platform.machine() != "x86_64":
         targets = 1
     source, assembly = ROOT / "csrc" / "cpu" / "dispatch.cpp", tmp_path / "dispatch.s"
-    command = [
-        COMPILER,
-        "-std=c++20",
-        "-O1",
-        "-fopenmp",
-        "-Wall",
-        "-Wextra",
-        "-Werror",
-        *macros,
-        "-S",
-    ]
-    subprocess.run([*command, "-I", ROOT / "csrc", "-o", assembly, source], check=True)
+    flags = ["-std=c++20", "-O1", "-fopenmp", "-Wall", "-Wextra", "-Werror", "-S"]
+    command = [COMPILER, *flags, *macros, "-I", ROOT / "csrc", "-o", assembly, source]
+    subprocess.run(command, check=True)
     tables = set(re.findall(r"7rnnfast3cpu\d{1,2}([a-z]\w*?)12kernel_table", assembly.read_text()))
     assert "portable" in tables
     assert len(tables) == targets
+
+
+BUILD_EDITABLE = "from setuptools import build_meta; build_meta.build_editable('wheels')"
+
+
+def test_an_editable_install_is_a_path_that_type_checkers_follow(source_copy):
+    """Not a hook, which only Python itself would run."""
+    built = run_python("-c", BUILD_EDITABLE, cwd=source_copy, CXX="no-such-c++")
+    assert built.returncode == 0, built.stdout + built.stderr
+    (wheel,) = (source_copy / "wheels").glob("*.whl")
+    with zipfile.ZipFile(wheel) as files:
+        (path,) = (name for name in files.namelist() if name.endswith(".pth"))
+        assert files.read(path).decode().splitlines() == [str(source_copy)]
+    assert (source_copy / "rnnfast" / "py.typed").exists()

@@ -23,6 +23,7 @@ from rnnfast.cli import main
 from rnnfast.cli.output import Results
 from rnnfast.cli.progress import ProgressBar
 from rnnfast.cli.speed import compare_speed
+from rnnfast.cli.timing import compare, time_in_turn
 from rnnfast.models import CharLSTM, CharLSTMConfig, checkpoint, run_state
 from rnnfast.models.processes import Processes
 from rnnfast.models.training import TrainingOptions

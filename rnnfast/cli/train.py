@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rnnfast import backend
+from rnnfast.cli.loss_plot import plot_loss
 from rnnfast.cli.output import Results, naming
 from rnnfast.cli.progress import Interruption, ProgressBar, StoppedError
 from rnnfast.cli.speed import compare_speed
@@ -442,7 +443,7 @@ def _report(
             print(f"{reason} ended the training after step {run.steps:,} of {run.total:,}{remedy}")
     run.restore_best()
     checkpoint.save(run.model, results.work / checkpoint.FILE_NAME)
-    _plot(read_log(results.work / LOG_NAME), yardsticks.bigram, results.work / PLOT_NAME)
+    plot_loss(read_log(results.work / LOG_NAME), yardsticks.bigram, results.work / PLOT_NAME)
     sane = run.best_bits <= yardsticks.ignorant
     if sane:
         results.finish()
@@ -509,23 +510,3 @@ def _show_sample(model: CharLSTM, data: _Data, options: argparse.Namespace, cloc
     except TimeoutError:
         print(" (no time is left)", end="")
     print()
-
-
-def _plot(log: dict[str, NDArray[np.float64]], bigram: float, path: Path) -> None:
-    """Draw the training loss, the validation loss, and the bigram model's as a level line."""
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(log["characters"], log["bits_per_char"], linewidth=0.8, label="training")
-    validation = log["validation_bits_per_char"]
-    seen = ~np.isnan(validation)
-    axes.plot(
-        log["characters"][seen],
-        validation[seen],
-        marker="o",
-        markersize=4,
-        label=f"held-out (best {validation[seen].min():.2f})",
-    )
-    axes.axhline(bigram, color="C2", linestyle="--", label=f"bigram, held-out ({bigram:.2f})")
-    axes.set(xlabel="characters read", ylabel="loss, bits per character", ylim=(0, None))
-    axes.legend()
-    figure.savefig(path, dpi=120)

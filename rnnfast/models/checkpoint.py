@@ -12,7 +12,7 @@ from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
 from rnnfast.models.atomic import write_atomically
-from rnnfast.models.char_lstm import CharLSTM
+from rnnfast.models.char_lstm import CharLSTM, CharLSTMConfig
 from rnnfast.text import Vocabulary
 
 FILE_NAME = "model.safetensors"

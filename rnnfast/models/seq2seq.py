@@ -319,4 +319,5 @@ class Seq2SeqLSTM(nn.Module):
     def _allow(self, scores: Tensor) -> Tensor:
         """Scores (..., V) in which the symbols that are never written cannot win."""
         never = [self.config.padding_token, self.config.start_token]
-        return scores.index_fill(-1, torch.tensor(never, device=scores.device), -torch.inf)
+        places = torch.tensor(never, dtype=torch.int64, device=scores.device)
+        return scores.index_fill(-1, places, -torch.inf)

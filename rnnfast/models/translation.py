@@ -309,7 +309,7 @@ def _steps(
     done = 0
     model.train()
     for _ in range(options.epochs):
-        for rows in torch.randperm(len(sources)).split(options.batch_size):
+        for rows in torch.randperm(len(sources), device="cpu").split(options.batch_size):
             elapsed = (time.monotonic() - start) / options.max_seconds
             if done and elapsed >= 1:
                 return
