@@ -494,8 +494,7 @@ py::object run_layers(int cell, py::handle input, py::handle hx, const py::list&
 py::object run_step(int cell, py::handle input, py::handle hx, const py::list& weights,
                     bool biases) {
   Tensor x;
-  if (!is_plain_context() || !unpack(input, x) || x.dim() != 2 || !has_memory(x))
-    return py::none();
+  if (!is_plain_context() || !unpack(input, x) || x.dim() != 2 || !has_memory(x)) return py::none();
   Call call{
       .cell = cell_info(CellKind(cell)),
       .x = x.unsqueeze(0),
