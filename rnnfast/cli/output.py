@@ -37,6 +37,11 @@ def prepare_folder(folder: Path, *names: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder):
         pass
+    refuse_folders(folder, *names)
+
+
+def refuse_folders(folder: Path, *names: str) -> None:
+    """Raises IsADirectoryError where a folder has the name of a file that is to be written."""
     for name in names:
         if (folder / name).is_dir():
             raise IsADirectoryError(f"{folder / name} is a folder; a file is to be written there")
@@ -88,9 +93,11 @@ class Results:
         """Find out whether a new training may begin here.
 
         Raises:
+            IsADirectoryError: a folder has the name of a file.
             FileExistsError: there are older files, and it must not `overwrite` them; the message
                 ends with the `remedy`.
         """
+        refuse_folders(self.folder, *self.names)
         with naming("--out"):
             there = [name for name in (*self.names, _UNFINISHED) if (self.folder / name).exists()]
         if there and not overwrite:
