@@ -8,7 +8,7 @@ CSRC := $(shell find csrc -type f -not -name '*.md')
 RESULTS ?= benchmarks/results/cpu
 # what is timed as a machine without AVX-512 would run it, by rnnfast and by torch
 AVX2_CASES := 1,1,512,512 100,1,256,256 100,16,128,128 100,32,256,256 50,64,512,512
-FORMATTED := $(filter %.h %.cpp %.cu %.cuh,$(CSRC)) $(wildcard benchmarks/*.cu)
+FORMATTED := $(filter %.h %.cpp %.cu %.cuh,$(CSRC)) $(wildcard benchmarks/*.cu tests/native/*)
 
 .PHONY: help build test test-held-back demo lint format bench cuda-build gpu-check clean
 .DELETE_ON_ERROR:

@@ -31,15 +31,15 @@ os.environ["PATH"] = str(Path(sys.executable).parent) + os.pathsep + os.environ.
 
 # -fopenmp only when compiling: the OpenMP runtime is the one that torch has loaded already.
 CXX_FLAGS = [
-    *("-O3", "-g0", "-std=c++20", "-fopenmp", "-fno-math-errno", "-ffp-contract=fast"),
+    *("-O3", "-g0", "-std=c++20", "-fopenmp", "-fno-math-errno", "-ffp-contract=off"),
     *("-fvisibility=hidden", "-Wall", "-Wextra"),
 ]
 NVCC_FLAGS = ["-O3", "-std=c++20", "--compiler-options", "-fvisibility=hidden,-Wall,-Wextra"]
 INCLUDE_DIR = str(Path(__file__).resolve().parent / "csrc")
 DEFAULT_CUDA_ARCHS = "8.0;9.0+PTX"
-CPU_SOURCES = ["csrc/cpu/*.cpp", "csrc/cuda/*.cpp", "csrc/torch/*.cpp"]
+CPU_SOURCES = ["csrc/torch/*.cpp", "csrc/cpu/kernels/*.cpp", "csrc/cpu/drivers/*.cpp", "csrc/cpu/*.cpp"]
 CUDA_SOURCES = ["csrc/cuda/*.cu", "csrc/torch/cuda/*.cpp"]
-BEYOND_PORTABLE = "csrc/cpu/isa_avx*.cpp"
+BEYOND_PORTABLE = "csrc/cpu/kernels/avx*.cpp"
 CPU_TARGETS = os.environ.get("RNNFAST_CPU_TARGETS") or "all"
 if CPU_TARGETS not in ("all", "portable"):
     sys.exit(f"rnnfast: RNNFAST_CPU_TARGETS should be all or portable, got: {CPU_TARGETS!r}")

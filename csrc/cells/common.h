@@ -3,10 +3,11 @@
 
 #include <cstdint>
 
+#define RNNFAST_INLINE inline __attribute__((always_inline))
 #if defined(__CUDACC__)
 #define RNNFAST_HD __host__ __device__ __forceinline__
 #else
-#define RNNFAST_HD inline __attribute__((always_inline))
+#define RNNFAST_HD RNNFAST_INLINE
 #endif
 
 // The table of cells. A new cell is a header in this folder, its #include in all.h and its entry

@@ -11,12 +11,16 @@ struct ElmanTraits {
   static constexpr int kGradBlocks = 1;    // blocks of H of gate gradients per step
   static constexpr bool kHasCell = false;  // a second state c
   static constexpr bool kDirect = false;   // h reaches h' other than through W_hh
+  static constexpr bool kReadsH = true;    // the backward reads h'
   // gate block of w_ih to which gradient block j belongs; w_hh takes the last kGates blocks in
   // order
   RNNFAST_HD static constexpr int input_gate(int j) { return j; }
 };
 
-// M supplies sigmoid, tanh and select(condition, yes, no) for V, which is a scalar or SIMD vectors.
+// M supplies the maths of V, a scalar or SIMD vectors: sigmoid, tanh, select(condition, yes, no),
+// fma(a, b, c) = a * b + c, fnma(a, b, c) = c - a * b and one_minus_square(a). Multiply-adds are
+// written out, for compilers are told not to make any: the same formula gives the same bits
+// wherever it is inlined.
 template <class M>
 struct TanhActivation {
   template <class V>
@@ -25,7 +29,7 @@ struct TanhActivation {
   }
   template <class V>
   RNNFAST_HD static V backward(V h, V d_h) {
-    return d_h * (1 - h * h);
+    return d_h * M::one_minus_square(h);
   }
 };
 

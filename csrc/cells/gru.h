@@ -15,6 +15,7 @@ struct Gru {
                                          // takes the first three blocks, the hidden side the last
   static constexpr bool kHasCell = false;
   static constexpr bool kDirect = true;
+  static constexpr bool kReadsH = false;
   RNNFAST_HD static constexpr int input_gate(int j) { return j == 0 ? 2 : j - 1; }
 
   template <class M, class V>
@@ -23,8 +24,8 @@ struct Gru {
     const V r = M::sigmoid(from_x[0] + from_h[0]);
     const V z = M::sigmoid(from_x[1] + from_h[1]);
     const V hn = from_h[2];
-    const V n = M::tanh(from_x[2] + r * hn);
-    h = n + z * (h_prev - n);
+    const V n = M::tanh(M::fma(r, hn, from_x[2]));
+    h = M::fma(z, h_prev - n, n);
     saved[0] = n;
     saved[1] = r;
     saved[2] = z;
@@ -36,7 +37,7 @@ struct Gru {
   RNNFAST_HD static void backward(const V* saved, V /*h*/, V h_prev, V /*c*/, V /*c_prev*/, V d_h,
                                   V& /*d_c*/, V& d_h_direct, V* d_gates) {
     const V n = saved[0], r = saved[1], z = saved[2], hn = saved[3];
-    const V d_n = d_h * (1 - z) * (1 - n * n);
+    const V d_n = d_h * (1 - z) * M::one_minus_square(n);
     d_gates[0] = d_n;
     d_gates[1] = d_n * hn * r * (1 - r);
     d_gates[2] = d_h * (h_prev - n) * z * (1 - z);

@@ -16,6 +16,7 @@ struct Lstm {
   static constexpr int kGradBlocks = 4;
   static constexpr bool kHasCell = true;
   static constexpr bool kDirect = false;
+  static constexpr bool kReadsH = false;
   RNNFAST_HD static constexpr int input_gate(int j) { return j; }
 
   template <class M, class V>
@@ -25,7 +26,7 @@ struct Lstm {
     const V f = M::sigmoid(from_x[1] + from_h[1]);
     const V g = M::tanh(from_x[2] + from_h[2]);
     const V o = M::sigmoid(from_x[3] + from_h[3]);
-    c = f * c + i * g;
+    c = M::fma(f, c, i * g);
     h = o * M::tanh(c);
     saved[0] = i;
     saved[1] = f;
@@ -45,10 +46,10 @@ struct Lstm {
                                   V& d_c, V& /*d_h_direct*/, V* d_gates) {
     const V i = saved[0], f = saved[1], g = saved[2], o = saved[3];
     const V tanh_c = M::tanh(c);
-    const V d_c_total = d_c + d_h * o * (1 - tanh_c * tanh_c);
+    const V d_c_total = M::fma(d_h * o, M::one_minus_square(tanh_c), d_c);
     d_gates[0] = d_c_total * g * i * (1 - i);
     d_gates[1] = d_c_total * c_prev * f * (1 - f);
-    d_gates[2] = d_c_total * i * (1 - g * g);
+    d_gates[2] = d_c_total * i * M::one_minus_square(g);
     d_gates[3] = d_h * tanh_c * o * (1 - o);
     d_c = d_c_total * f;
   }

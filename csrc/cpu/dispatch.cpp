@@ -2,6 +2,8 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <list>
+#include <mutex>
 #include <stdexcept>
 
 #if defined(__linux__)
@@ -9,47 +11,31 @@
 #include <unistd.h>
 #endif
 
-#include "cpu/kernels.h"
+#include "cpu/engine.h"
+#include "cpu/targets.h"
 
 // RNNFAST_PORTABLE_ONLY (setup.py) leaves the other instruction sets out, for a build in less time.
 #if defined(__x86_64__) && !defined(RNNFAST_PORTABLE_ONLY)
 #define RNNFAST_X86_TARGETS
 #endif
 
-namespace rnnfast {
-
-namespace cuda_emulation {
-const cpu::KernelTable& kernel_table();
-}
-
-namespace cpu {
-namespace portable {
-const KernelTable& kernel_table();
-}
-#if defined(RNNFAST_X86_TARGETS)
-namespace avx2 {
-const KernelTable& kernel_table();
-}
-namespace avx512 {
-const KernelTable& kernel_table();
-}
-namespace avx512_bf16 {
-const KernelTable& kernel_table();
-}
-namespace avx512_amx {
-const KernelTable& kernel_table();
-}
-#endif
-
+namespace rnnfast::cpu {
 namespace {
 
 struct Capability {
-  const char* name;
-  const KernelTable& table;
+  std::string name;
+  const Engine& engine;
+  const Target* target;  // null where the engine has other kernels
 };
 
+// Lives as long as the process.
+Capability make_capability(const std::string& name, const Target& target) {
+  const CpuEngine& engine = *new CpuEngine(target);
+  return {name, engine, &engine.target()};
+}
+
 #if defined(RNNFAST_X86_TARGETS)
-// Linux lends the matrix unit's registers to processes that ask for them.
+// Linux lends AMX's registers to processes that ask for them.
 bool may_use_amx() {
 #if defined(__linux__)
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
@@ -58,35 +44,60 @@ bool may_use_amx() {
   return false;
 #endif
 }
+
+Target with_bf16(Target target) {
+  target.kernels[int(Dtype::kBFloat16)] = kAvx512Bf16Kernels;
+  return target;
+}
+Target with_amx(Target target) {
+  static WeightFormat pairs;
+  add_amx(target, pairs);
+  return target;
+}
 #endif
 
-const std::vector<Capability>& usable() {
-  static const std::vector<Capability> list = [] {
-    std::vector<Capability> found{{"portable", portable::kernel_table()}};
+// Worst first.
+const std::list<Capability>& usable() {
+  static const std::list<Capability> list = [] {
+    std::list<Capability> found;
+    const auto add = [&](const char* name, const Target& target) {
+      found.push_back(make_capability(name, target));
+    };
+    add("portable", kPortable);
 #if defined(RNNFAST_X86_TARGETS)
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-      found.push_back({"avx2", avx2::kernel_table()});
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-      found.push_back({"avx512", avx512::kernel_table()});
-    if (found.back().name == std::string("avx512") && __builtin_cpu_supports("avx512bf16"))
-      found.push_back({"avx512_bf16", avx512_bf16::kernel_table()});
-    if (found.back().name == std::string("avx512_bf16") && __builtin_cpu_supports("amx-bf16") &&
-        may_use_amx())
-      found.push_back({"avx512_amx", avx512_amx::kernel_table()});
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") ||
+        !__builtin_cpu_supports("f16c"))
+      return found;
+    add("avx2", kAvx2);
+    if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+        !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
+      return found;
+    add("avx512", kAvx512);
+    if (!__builtin_cpu_supports("avx512bf16")) return found;
+    add("avx512_bf16", with_bf16(kAvx512));
+    if (!__builtin_cpu_supports("amx-bf16") || !may_use_amx()) return found;
+    add("avx512_amx", with_amx(with_bf16(kAvx512)));
 #endif
     return found;
   }();
   return list;
 }
 
+// Those that tests have added.
+std::list<Capability>& added() {
+  static std::list<Capability> list;
+  return list;
+}
+std::mutex added_mutex;
+
 const Capability* find(const std::string& name) {
   for (const Capability& one : usable())
     if (name == one.name) return &one;
-  static const Capability emulation{"cuda_emulation", cuda_emulation::kernel_table()};
-  if (name == emulation.name) return &emulation;
+  const std::lock_guard lock(added_mutex);
+  for (const Capability& one : added())
+    if (name == one.name) return &one;
   std::string names;
-  for (const Capability& one : usable()) names += std::string(names.empty() ? "" : ", ") + one.name;
+  for (const Capability& one : usable()) names += (names.empty() ? "" : ", ") + one.name;
   throw std::invalid_argument("rnnfast: CPU capability '" + name +
                               "' is not available here; available: " + names);
 }
@@ -103,7 +114,7 @@ std::atomic<const Capability*>& current() {
 
 std::vector<std::string> capabilities() {
   std::vector<std::string> names;
-  for (const Capability& one : usable()) names.emplace_back(one.name);
+  for (const Capability& one : usable()) names.push_back(one.name);
   return names;
 }
 
@@ -111,7 +122,24 @@ std::string capability() { return current().load()->name; }
 
 void set_capability(const std::string& name) { current().store(find(name)); }
 
-const KernelTable& kernel_table() { return current().load(std::memory_order_relaxed)->table; }
+const Engine& engine() { return current().load(std::memory_order_relaxed)->engine; }
 
-}  // namespace cpu
-}  // namespace rnnfast
+const Target& target_of(const std::string& name) {
+  const Target* target = find(name)->target;
+  if (!target) throw std::invalid_argument("rnnfast: '" + name + "' has no micro-kernels");
+  return *target;
+}
+
+void add_engine(const std::string& name, const Engine& engine) {
+  const std::lock_guard lock(added_mutex);
+  added().push_back({name, engine, nullptr});
+}
+
+void add_target(const std::string& name, const std::string& base, void (*change)(Target&)) {
+  Target target = target_of(base);
+  change(target);
+  const std::lock_guard lock(added_mutex);
+  added().push_back(make_capability(name, target));
+}
+
+}  // namespace rnnfast::cpu

@@ -37,7 +37,7 @@ struct GenerateJob {
   void* workspace = nullptr;  // aligned to Arena::kAlignment
   std::vector<Sampler> samplers;  // of each thread
   GenerateSteps steps{};
-  Barrier barrier;
+  Barriers barriers;
 
   void give_to_one_thread() {}  // nothing is laid out for a number of threads
 };

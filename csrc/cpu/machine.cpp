@@ -1,9 +1,9 @@
-// What planning needs to know of this machine, measured where it matters.
+// What planning needs to know of this machine, measured once.
 #include <algorithm>
 #include <array>
 #include <atomic>
-#include <chrono>
 #include <limits>
+#include <mutex>
 #include <vector>
 
 #include "cpu/parallel.h"
@@ -12,74 +12,74 @@
 namespace rnnfast::cpu {
 namespace {
 
-using Clock = std::chrono::steady_clock;
-constexpr double kCyclesPerNanosecond = 3.5;
-
-double nanoseconds_since(Clock::time_point start) {
-  return std::chrono::duration<double, std::nano>(Clock::now() - start).count();
-}
-
-// the fastest of a few rounds, in nanoseconds; 0 if there are not so many threads
+// The fastest of some short rounds, in nanoseconds; 0 if there are not so many threads. The first
+// rounds wait for threads to wake up. Where threads share a core a round takes as long as time
+// slices, and few are enough to see that.
 double wait_together(int threads) {
-  constexpr int kRounds = 3, kWaits = 4;
+  constexpr int kRounds = 12, kWaits = 8;
+  constexpr int64_t kEnough = 2'000'000;
   Barrier barrier;
-  double least = 0;
+  std::atomic<bool> enough{false};
+  double fastest = 0;
   run_in_team(threads, [&](int index) {
     double best = std::numeric_limits<double>::infinity();
-    for (int round = 0; round < kRounds; ++round) {
-      const auto start = Clock::now();
+    const int64_t begin = nanoseconds_now();
+    for (int round = 0; round < kRounds && !enough; ++round) {
+      const int64_t start = nanoseconds_now();
       for (int i = 0; i < kWaits; ++i) barrier.wait(threads);
-      best = std::min(best, nanoseconds_since(start) / kWaits);
+      const int64_t end = nanoseconds_now();
+      best = std::min(best, double(end - start) / kWaits);
+      if (index == 0 && end - begin > kEnough) enough = true;
+      barrier.wait(threads);  // all see `enough`
     }
-    if (index == 0) least = best;
+    if (index == 0) fastest = best;
   });
-  return least;
+  return fastest;
+}
+
+// For so many threads, in cycles.
+double measured_barrier(int threads) {
+  constexpr size_t kMaxThreads = 1 << (BarrierCycles::kSizes - 1);
+  static std::array<std::atomic<double>, kMaxThreads + 1> kept{};  // 0: not measured
+  static std::mutex one_at_a_time;
+  std::atomic<double>& cycles = kept[std::min(size_t(threads), kMaxThreads)];
+  if (cycles.load(std::memory_order_relaxed) > 0) return cycles;
+  const double typical = BarrierCycles::typical()(threads);
+  const std::lock_guard lock(one_at_a_time);
+  if (cycles > 0) return cycles;
+  const double nanoseconds = wait_together(threads);
+  if (nanoseconds == 0) return typical;
+  cycles = nanoseconds < kSharedCoreNanoseconds ? nanoseconds * kCyclesPerNanosecond : typical;
+  return cycles;
 }
 
 // to read one line of so many bytes of memory, over and over, in nanoseconds
 double read_line(int64_t bytes) {
   constexpr int kRounds = 4;
   constexpr int64_t kWords = kLineBytes / int64_t(sizeof(uint64_t));
-  const std::vector<uint64_t> memory(bytes / int64_t(sizeof(uint64_t)), 1);
+  const std::vector<uint64_t> memory(size_t(bytes) / sizeof(uint64_t), 1);
   double best = std::numeric_limits<double>::infinity();
   uint64_t sum = 0;
   for (int round = 0; round < kRounds; ++round) {
-    const auto start = Clock::now();
+    const int64_t start = nanoseconds_now();
     for (size_t i = 0; i < memory.size(); i += kWords) sum += memory[i];
-    best = std::min(best, nanoseconds_since(start));
+    best = std::min(best, double(nanoseconds_now() - start));
   }
-  static volatile uint64_t sink;  // keeps the reads from being optimised away
+  [[maybe_unused]] static volatile uint64_t sink;  // keeps the reads from being optimised away
   sink = sum;
   return best * kLineBytes / double(bytes);
 }
 
-struct Measurement {
-  std::atomic<double> cycles{0};  // 0: none yet
-  std::atomic<int> patience{0};  // see below
-  std::atomic<Clock::rep> until{0};  // when it is to be repeated
-};
-
 }  // namespace
 
-double measured_barrier(int threads) {
-  // Threads that share a core wait for each other's time slices, and measuring them takes
-  // milliseconds. They may do so just after they have been woken, or always, where they outnumber
-  // the cores: it is measured again soon, and then less and less often.
-  constexpr Clock::duration kFresh = std::chrono::milliseconds(20);
-  constexpr double kShared = 10e3;  // nanoseconds
-  constexpr int kFirst = 4, kMost = 256;  // of the time that measuring takes
-  static std::array<Measurement, 1024> measurements;  // by number of threads
-  Measurement& last = measurements[std::min<size_t>(size_t(threads), measurements.size() - 1)];
-  const Clock::time_point now = Clock::now();
-  if (last.cycles > 0 && now.time_since_epoch().count() < last.until) return last.cycles;
-  const double nanoseconds = wait_together(threads);
-  if (nanoseconds == 0) return kTypicalBarrier;
-  last.patience = nanoseconds < kShared ? 0 : std::clamp(2 * last.patience.load(), kFirst, kMost);
-  last.cycles = nanoseconds * kCyclesPerNanosecond;
-  const Clock::time_point end = Clock::now();
-  last.until =
-      (end + std::max(kFresh, last.patience.load() * (end - now))).time_since_epoch().count();
-  return last.cycles;
+BarrierCycles measured_barriers(int threads) {
+  BarrierCycles all;
+  double last = 0;
+  for (int k = 0; k < BarrierCycles::kSizes; ++k) {
+    if (k > 0 && 1 << (k - 1) < threads) last = measured_barrier(std::min(1 << k, threads));
+    all.of_doublings[size_t(k)] = last;
+  }
+  return all;
 }
 
 double measured_l3_line(int64_t l2_bytes) {

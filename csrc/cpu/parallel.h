@@ -1,12 +1,18 @@
-// A team of threads for one whole sequence, and its barrier.
+// The team of threads that runs one whole sequence: its shares of the work, its barriers, and how
+// it ends when one of its threads fails.
 #pragma once
 
 #include <omp.h>
-#include <sched.h>
 
 #include <atomic>
 #include <cstdint>
+#include <exception>
+#include <memory>
+#include <mutex>
 #include <span>
+
+#include "cpu/cores.h"
+#include "cpu/tuning.h"
 
 namespace rnnfast::cpu {
 
@@ -15,113 +21,221 @@ struct Span {
   int64_t size() const { return end - begin; }
 };
 
-// Waits by spinning: steps are a few microseconds apart. Yields once that has gone on for long, so
-// that more threads than cores still make progress.
-template <class Condition>
-void spin_until(Condition&& condition) {
-  constexpr int kSpins = 10000;
-  for (int spins = 0; !condition();) {
-    if (spins < kSpins) {
-      ++spins;
-#if defined(__x86_64__)
-      __builtin_ia32_pause();
-#elif defined(__aarch64__)
-      asm volatile("yield");
-#endif
-    } else {
-      sched_yield();
-    }
-  }
-}
+// What a barrier or a wait throws in a thread whose team has failed. It ends that thread's work;
+// parallel() catches it.
+struct Cancelled {};
 
+int64_t nanoseconds_now();
+
+// Threads that wait spin first, as steps are a few microseconds apart, and then park. So a thread
+// that waits for long leaves its core to others, also to the one that it waits for.
 class Barrier {
  public:
-  void wait(int threads) {
-    const uint32_t round = round_.load(std::memory_order_relaxed);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) == threads - 1) {
-      arrived_.store(0, std::memory_order_relaxed);
-      round_.store(round + 1, std::memory_order_release);
-    } else {
-      spin_until([&] { return round_.load(std::memory_order_acquire) != round; });
-    }
+  void wait(int threads) { meet(threads, true); }
+  // Counts this thread as one that has come. It does not wait for the others.
+  void arrive(int threads) { meet(threads, false); }
+
+  // Makes this and every later wait throw Cancelled. Only for a thread that the others wait for,
+  // and that does not come to this barrier again.
+  void cancel();
+  // Only where no thread waits.
+  void reset() {
+    arrived_.store(0, std::memory_order_relaxed);
+    round_.store(0, std::memory_order_relaxed);
   }
 
  private:
-  alignas(64) std::atomic<int> arrived_{0};
+  static constexpr uint32_t kCancelled = 1, kRound = 2;  // in round_
+  static constexpr uint32_t kParked = uint32_t(1) << 31;  // in arrived_
+
+  void meet(int threads, bool waits) {
+    const uint32_t round = round_.load(std::memory_order_relaxed);
+    if (round & kCancelled) throw Cancelled{};
+    const uint32_t arrived = arrived_.fetch_add(1, std::memory_order_acq_rel);
+    if ((arrived & ~kParked) == uint32_t(threads - 1)) {
+      arrived_.store(0, std::memory_order_relaxed);
+      round_.store(round + kRound, std::memory_order_release);
+      if (arrived & kParked) unpark();
+    } else if (waits) {
+      wait_for_end(round, threads);
+    }
+  }
+  void wait_for_end(uint32_t round, int threads);
+  void unpark();
+
+  alignas(64) std::atomic<uint32_t> arrived_{0};
   alignas(64) std::atomic<uint32_t> round_{0};
+};
+
+// The barriers of one job: of all its threads, and of those that share the same rows.
+class Barriers {
+ public:
+  // Makes them ready for a team that has not met yet.
+  void prepare(int threads, int row_shares, int unit_shares);
+  Barrier& all() { return all_; }
+  Barrier& of_rows(int row_index) { return groups_ > 0 ? of_rows_[size_t(row_index)] : all_; }
+  // Ends the waiting of all that meet a thread of this row.
+  void cancel(int row_index);
+
+ private:
+  Barrier all_;
+  std::unique_ptr<Barrier[]> of_rows_;
+  int groups_ = 0;  // 0 where the threads of the same rows are all threads
 };
 
 // How many steps of a sequence are done, for a team that reads them while others are being written.
 class Progress {
  public:
-  void reach(int64_t steps) { steps_.store(steps, std::memory_order_release); }
+  void reach(int64_t steps) {
+    steps_.store(steps);
+    if (parked_.load()) unpark();
+  }
+  // Throws Cancelled where they will never be reached.
   void wait_for(int64_t steps) const {
-    spin_until([&] { return steps_.load(std::memory_order_acquire) >= steps; });
+    if (steps_.load(std::memory_order_acquire) < steps) wait_long(steps);
+  }
+  void cancel() {
+    cancelled_.store(true);
+    unpark();
   }
 
  private:
+  void unpark();
+  void wait_long(int64_t steps) const;
+
   alignas(64) std::atomic<int64_t> steps_{0};
+  std::atomic<bool> cancelled_{false};
+  mutable std::atomic<uint32_t> parked_{0};  // threads
+  mutable std::atomic<uint32_t> news_{0};  // what they park on
 };
 
+// One thread's view of the threads of a job. They form a grid of row_shares x unit_shares for the
+// recurrence; those beyond the grid are idle in it and share the other work.
 class Team {
  public:
-  Team(Barrier& barrier, int index, int size) : barrier_(barrier), index_(index), size_(size) {}
+  // a thread alone
+  Team() = default;
+  Team(Barriers& barriers, int index, int size, int row_shares, int unit_shares)
+      : barriers_(&barriers),
+        index_(index),
+        size_(size),
+        row_shares_(row_shares),
+        unit_shares_(unit_shares) {}
+
   int index() const { return index_; }
   int size() const { return size_; }
-  void barrier() const {
-    if (size_ > 1) barrier_.wait(size_);
+  int row_shares() const { return row_shares_; }
+  int unit_shares() const { return unit_shares_; }
+  int row_index() const { return index_ / unit_shares_; }
+  int unit_index() const { return index_ % unit_shares_; }
+  bool idle() const { return index_ >= row_shares_ * unit_shares_; }
+
+  // This thread's part of n items that all threads share.
+  Span share(int64_t n) const { return part(n, index_, size_); }
+  // Its part of n rows, in the recurrence. The threads of one row_index have the same.
+  Span share_rows(int64_t n) const {
+    return idle() ? Span{n, n} : part(n, row_index(), row_shares_);
   }
-  // this thread's part of n items
-  Span share(int64_t n) const { return {n * index_ / size_, n * (index_ + 1) / size_}; }
+  // Its part of n units, or panels of units. The threads of one unit_index have the same.
+  Span share_units(int64_t n) const {
+    return idle() ? Span{n, n} : part(n, unit_index(), unit_shares_);
+  }
+
+  // Waits for all threads of the job.
+  void barrier() const {
+    if (size_ > 1) barriers_->all().wait(size_);
+  }
+  // Waits for the threads that have the same rows.
+  void unit_barrier() const {
+    if (unit_shares_ > 1 && !idle()) barriers_->of_rows(row_index()).wait(unit_shares_);
+  }
 
  private:
-  Barrier& barrier_;
-  int index_, size_;
+  static Span part(int64_t n, int index, int shares) {
+    return {n * index / shares, n * (index + 1) / shares};
+  }
+
+  Barriers* barriers_ = nullptr;
+  int index_ = 0, size_ = 1, row_shares_ = 1, unit_shares_ = 1;
 };
 
 // Whether this thread has called its OpenMP team.
 inline constinit thread_local bool has_team = false;
 
-// Runs f(index) in this thread's OpenMP team, which is the one that torch uses, on as many of its
-// threads as are asked for; the others return at once. Returns false, and runs nothing, where the
-// team has fewer. It is always the whole team that is called: OpenMP ends and creates threads where
-// the size changes from call to call.
+// Runs f(index), which must not throw, in this thread's OpenMP team, which is the one that torch
+// uses, on as many of its threads as are asked for; the others return at once. Returns false, and
+// runs nothing, where the team has fewer. It is always the whole team that is called: OpenMP ends
+// and creates threads where the size changes from call to call.
 template <class F>
 bool run_in_team(int threads, F&& f) {
   if (omp_get_max_threads() < threads || omp_in_parallel()) return false;
   has_team = true;
   bool complete = true;
+  // Where there are more threads in the team than cores, the first ones to get a core do the work.
+  const bool first_come = omp_get_max_threads() > usable_cores();
+  std::atomic<int> next{1};
+  Barrier end;
 #pragma omp parallel
   {
-    const int index = omp_get_thread_num();
+    int index = omp_get_thread_num();
     if (omp_get_num_threads() < threads) {
       if (index == 0) complete = false;
-    } else if (index < threads) {
-      f(index);
+    } else {
+      if (first_come && index > 0) index = next.fetch_add(1, std::memory_order_relaxed);
+      if (index < threads) f(index);
+      // OpenMP's own wait for the end spins for milliseconds. This one leaves the core to a thread
+      // that has lost its own.
+      if (index == 0 && threads > 1) end.wait(threads);
+      if (index > 0 && index < threads) end.arrive(threads);
     }
   }
   return complete;
 }
 
+// The first exception of a team, for the thread that has called it.
+class Failure {
+ public:
+  void take();  // the current exception, if it is the first
+  void rethrow() const;  // if there is one
+
+ private:
+  std::mutex mutex_;
+  std::exception_ptr first_;
+};
+
 // Runs f(job, team) for all jobs side by side, each on plan.threads threads; or one after the other
 // on one thread if the team has fewer in all: the work has been planned, and its memory laid out,
-// for that number.
+// for that number. If f throws, in whichever thread, the others end at their next wait and the
+// exception is thrown here.
 template <class Job, class F>
 void parallel(std::span<Job> jobs, F&& f) {
   int threads = 0;
   for (const Job& job : jobs) threads += job.plan.threads;
-  const auto alone = [&] {
-    for (Job& job : jobs) {
-      if (job.plan.threads > 1) job.give_to_one_thread();
-      f(job, Team(job.barrier, 0, 1));
-    }
-  };
-  const auto work = [&](int index) {
-    Job* job = jobs.data();
-    for (; index >= job->plan.threads; ++job) index -= job->plan.threads;
-    f(*job, Team(job->barrier, index, job->plan.threads));
-  };
-  if (threads == 1 || !run_in_team(threads, work)) alone();
+  if (threads > 1) {
+    for (Job& job : jobs)
+      job.barriers.prepare(job.plan.threads, job.plan.row_shares, job.plan.unit_shares);
+    Failure failure;
+    const auto work = [&](int index) {
+      Job* job = jobs.data();
+      for (; index >= job->plan.threads; ++job) index -= job->plan.threads;
+      const Team team(job->barriers, index, job->plan.threads, job->plan.row_shares,
+                      job->plan.unit_shares);
+      try {
+        f(*job, team);
+        return;
+      } catch (const Cancelled&) {  // by another thread, whose exception it is
+      } catch (...) {
+        failure.take();
+      }
+      job->barriers.cancel(team.row_index());
+      if constexpr (requires { job->progress.cancel(); }) job->progress.cancel();
+    };
+    if (run_in_team(threads, work)) return failure.rethrow();
+  }
+  for (Job& job : jobs) {
+    if (job.plan.threads > 1) job.give_to_one_thread();
+    f(job, Team());
+  }
 }
 
 }  // namespace rnnfast::cpu

@@ -1,138 +1,198 @@
+// The cost model behind a plan.
+//
+// A step on r x u threads (r row shares, u unit shares) takes one thread the time of the products
+// of B / r rows with 1 / u of the panels, whose weights it reads from the cache that holds them.
+// Three things come on top:
+//
+// - u > 1: in every step a barrier of u threads, and the lines of h that the u - 1 others have
+//   written, of B / r rows. Rows that other threads have do not matter here, so u and not r x u is
+//   what waiting grows with.
+// - r > 1: once in a sequence, each thread reads the weights that r - 1 others have packed.
+// - r x u > 1: the region itself.
+//
+// What that means on many cores, on paper. Say a barrier takes 0.3, 0.6, 0.9, 1.2 thousand cycles
+// for 2, 4, 8, 16 threads, L2 has 1 MiB, and an LSTM has B = 8, H = 1024: 16 MiB of W_hh, 64 panels
+// of 16 units.
+//
+// - 16 x units: 1 MiB of weights a thread, which L2 does not hold beside other things: 16 K lines
+//   from L3 at 3 to 7 cycles, 50 to 115 thousand cycles. Tiles of 6 rows or less reuse a line from
+//   L1, so 8 rows are two tiles. Barrier and exchange, 3 thousand, and up to 480 of 512 lines of h.
+// - 8 x rows, the most there can be: 16 MiB of weights a thread in every step, 16 times as much.
+// - 2 x 8, rows and units: 2 MiB of weights a thread for 4 rows. A line is loaded for 4 rows, not
+//   for 8, which pays only where products and not loads bind.
+//
+// So units come first where weights do not fit, rows where they do (H = 128: 256 KiB, in L2 whole),
+// and a grid is between the two: more threads than B, but so small a product that the barrier of
+// all of them would be longer than what it saves. B = 8, H = 256 on 16 threads: by rows only 8
+// threads have work. By units a step is 8 rows of one panel, 4 KiB of products in 2,100 cycles, and
+// the barrier and exchange of 16 threads is 3,000 and more. On 8 x 2 it is 1 row of 8 panels at 750
+// for the barrier of two.
+//
+// Weights that several rows of the grid read come from L3, which they share, or were packed by a
+// thread elsewhere: others_weights. Memory is touched first by the thread that uses it, so pages of
+// a thread's workspace lie at its own node; shared weights lie where they were packed, dealt to all
+// threads evenly.
 #include "cpu/plan.h"
 
 #include <algorithm>
+#include <bit>
 #include <numeric>
 
 namespace rnnfast::cpu {
 namespace {
 
-// Rough costs in cycles; only their ratios matter. Measured on Zen 4, see csrc/README.md.
-constexpr double kRegion = 5000;
-constexpr double kExchange = 2.5;  // barriers: a step waits, then fetches what others have written
-constexpr double kBarrierOfLine = 0.02;  // a line from another core, one of many, in barriers
-constexpr double kBarrierOfRowLine = 0.12;  // the same, of a few rows, which come side by side
-constexpr double kFarBarrier = 2000;  // a longer one waits for a core that is not free
-constexpr double kL1Vector = 1, kL2Vector = 2.1;  // to load one vector of weights, up to a line
-constexpr int64_t kL1Bytes = 24 * 1024;
-
-// A projection of the whole sequence may take this much memory: read once, it only passes the
-// caches.
-constexpr int64_t kWholeProjectionBytes = 4 << 20;
-
 double step_cycles(const StepShape& s, int64_t rows, int64_t panels, const Machine& machine) {
   const int64_t vector_bytes = s.lanes * s.weight_bytes;
   const int64_t bytes = panels * s.vectors * s.depth * vector_bytes;
-  const double line = bytes <= kL1Bytes ? kL1Vector
-                      : bytes <= machine.l2_bytes * 3 / 4
-                          ? kL2Vector
-                          : machine.l3_line_cycles(machine.l2_bytes);
+  const double line = bytes <= kL1Bytes                   ? kL1Vector
+                      : bytes <= machine.l2_bytes * 3 / 4 ? kL2Vector
+                                                          : machine.l3_line_cycles;
   const double load = line * std::max(1.0, double(vector_bytes) / double(kLineBytes));
   const int64_t tiles = ceil_div(rows, s.tile_rows);
   // of a tile; they are nearly equally high
-  const double products =
-      s.row_cycles * std::max(double(s.least_rows), double(rows) / double(tiles));
+  const double products = s.row_cycles * std::max(double(s.min_rows), double(rows) / double(tiles));
   const double first = std::max(products, load);  // brings in the panel
   const double rest = std::max(products, kL1Vector) * double(tiles - 1);
   return double(panels) *
          (double(s.depth) * s.vectors * (first + rest) + s.cell_cycles * double(rows));
 }
 
-// Where rows are dealt every thread reads all weights, also those that others have packed, and
-// where units are dealt only its own: the difference, once in a sequence, decides short ones. A
-// line that another core has just written comes from L3 or, where cores are far apart, from further
-// away.
-double others_weights(const Sizes& size, const StepShape& s, int threads, const Machine& machine) {
+// What a thread reads, once in a sequence, of weights that others have packed: its unit share of
+// them, of which r threads have packed their parts. It decides short sequences. A line that another
+// core has just written comes from L3 or, where cores are far apart, from further away.
+double others_weights(const Sizes& size, const StepShape& s, int r, int u, const Machine& machine) {
   const double of_h = double(s.panels) * s.vectors * double(s.depth);
   const double all = of_h * double(size.H + size.I) / double(size.H);
-  return all * (threads - 1) / threads *
-         std::max(machine.l3_line_cycles(machine.l2_bytes),
-                  kBarrierOfLine * std::min(kFarBarrier, machine.barrier_cycles(threads)));
+  return all / u * (r - 1) / r *
+         std::max(machine.l3_line_cycles,
+                  kBarrierOfLine * std::min(kFarBarrier, machine.barrier_cycles(r * u)));
 }
 
-struct Choice {
-  int threads;
-  Split split;
+// What a step takes where u threads have the same rows: they wait for each other, and each fetches
+// what the others have written of the lhs.
+double exchange(const StepShape& s, int64_t rows, int u, const Machine& machine) {
+  const double lines = double(rows * s.depth * s.weight_bytes) / double(kLineBytes) * (u - 1) / u;
+  const double barrier = machine.barrier_cycles(u);
+  const double line =
+      std::max(s.exchange_cycles, kBarrierOfRowLine * std::min(kFarBarrier, barrier));
+  return kExchange * barrier + line * lines;
+}
+
+struct Grid {
+  int row_shares, unit_shares;
   double cycles;
+
+  int threads() const { return row_shares * unit_shares; }
 };
 
-Choice choose_split(const Sizes& size, const StepShape& s, const Machine& machine) {
-  Choice best{1, Split::kNone, double(size.T) * step_cycles(s, s.rows, s.panels, machine)};
-  for (int n = 2; n <= machine.threads;
-       n = n < machine.threads ? std::min(2 * n, machine.threads) : n + 1) {
-    double by_rows =
-        kRegion + double(size.T) * step_cycles(s, ceil_div(s.rows, n), s.panels, machine);
-    if (n <= s.rows && by_rows < best.cycles) {
-      by_rows += others_weights(size, s, n, machine);
-      if (by_rows < best.cycles) best = {n, Split::kRows, by_rows};
+class Search {
+ public:
+  Search(const Sizes& size, const StepShape& step, const Machine& machine)
+      : size_(size), step_(step), machine_(machine) {
+    best_ = {1, 1, double(size.T) * step_cycles(step, step.rows, step.panels, machine)};
+    for (int n = 2; n <= machine.threads;
+         n = n < machine.threads ? std::min(2 * n, machine.threads) : n + 1) {
+      for (int r = n; r >= 1; --r)
+        if (n % r == 0) consider(r, n / r);
+      // as many rows as there are, and units for the threads that are left over
+      if (0 < step.rows && step.rows < n && n % step.rows != 0)
+        consider(int(step.rows), n / int(step.rows));
     }
-    double by_units =
-        kRegion + double(size.T) * step_cycles(s, s.rows, ceil_div(s.panels, n), machine);
-    if (n > s.panels || by_units >= best.cycles) continue;
-    // of the left side, of which a thread has written its own part
-    const double lines =
-        double(s.rows * s.depth * s.weight_bytes) / double(kLineBytes) * (n - 1) / n;
-    const double barrier = machine.barrier_cycles(n);
-    const double line =
-        std::max(s.exchange_cycles, kBarrierOfRowLine * std::min(kFarBarrier, barrier));
-    by_units += double(size.T) * (kExchange * barrier + line * lines);
-    if (by_units < best.cycles) best = {n, Split::kUnits, by_units};
   }
-  return best;
+  Grid best() const { return best_; }
+
+ private:
+  void consider(int r, int u) {
+    const StepShape& s = step_;
+    if (r > s.rows || u > s.panels) return;
+    const int64_t rows = ceil_div(s.rows, r), panels = ceil_div(s.panels, u);
+    double cycles = kRegion + double(size_.T) * step_cycles(s, rows, panels, machine_);
+    if (cycles >= best_.cycles) return;
+    if (r > 1) cycles += others_weights(size_, s, r, u, machine_);
+    if (u > 1) cycles += double(size_.T) * exchange(s, rows, u, machine_);
+    if (cycles < best_.cycles) best_ = {r, u, cycles};
+  }
+
+  const Sizes& size_;
+  const StepShape& step_;
+  const Machine& machine_;
+  Grid best_;
+};
+
+Grid choose_grid(const Sizes& size, const StepShape& step, const Machine& machine) {
+  return Search(size, step, machine).best();
 }
 
 }  // namespace
 
-Plan plan_forward(const Sizes& size, const StepShape& step, bool pack, const Machine& machine,
-                  int64_t most_steps) {
-  const Choice choice = choose_split(size, step, machine);
-  const bool by_rows = choice.split == Split::kRows;
-  const int64_t T = std::max<int64_t>(1, size.T), B = std::max<int64_t>(1, size.B);
-  const int64_t rows = by_rows ? ceil_div(B, choice.threads) : B;
-  const int64_t panels =
-      choice.split == Split::kUnits ? ceil_div(step.panels, choice.threads) : step.panels;
-  const int64_t row_bytes = panels * step.vectors * step.lanes * step.element_bytes;
+BarrierCycles BarrierCycles::constant(double cycles) {
+  BarrierCycles all;
+  all.of_doublings.fill(cycles);
+  return all;
+}
 
+BarrierCycles BarrierCycles::typical() {
+  BarrierCycles all;
+  for (int k = 0; k < kSizes; ++k)
+    all.of_doublings[size_t(k)] = kTypicalBarrier + kBarrierPerDoubling * std::max(0, k - 1);
+  return all;
+}
+
+double BarrierCycles::operator()(int threads) const {
+  const int k = std::bit_width(unsigned(threads - 1));
+  return of_doublings[size_t(std::min(k, kSizes - 1))];
+}
+
+Plan plan_forward(const Sizes& size, const StepShape& step, bool pack, const Machine& machine,
+                  int64_t max_steps) {
+  const Grid grid = choose_grid(size, step, machine);
+  const int64_t T = std::max<int64_t>(1, size.T), B = std::max<int64_t>(1, size.B);
+  const int64_t rows = ceil_div(B, grid.row_shares);
+  const int64_t panels = ceil_div(step.panels, grid.unit_shares);
+  const int64_t row_bytes = panels * step.vectors * step.lanes * step.element_bytes;
+  Plan plan{.threads = grid.threads(),
+            .row_shares = grid.row_shares,
+            .unit_shares = grid.unit_shares,
+            .input = pack ? Packing::kOnce : Packing::kNone,
+            .hidden = pack ? Packing::kOnce : Packing::kNone,
+            .block_steps = T,
+            .cycles = grid.cycles};
   // With few rows the whole sequence is projected at once, and W_ih need not be kept packed; nor
   // W_hh where there is only one step.
   const bool few_rows = T == 1 || T * rows * row_bytes <= kWholeProjectionBytes;
-  if (!by_rows && T <= most_steps && few_rows) {
-    return {choice.threads,
-            choice.split,
-            pack ? Packing::kPanelwise : Packing::kNone,
-            !pack    ? Packing::kNone
-            : T == 1 ? Packing::kPanelwise
-                     : Packing::kOnce,
-            T,
-            choice.cycles};
+  if (!plan.by_rows() && T <= max_steps && few_rows) {
+    if (pack) plan.input = Packing::kPanelwise;
+    if (pack && T == 1) plan.hidden = Packing::kPanelwise;
+    return plan;
   }
   // Else the projected block should stay in L2, yet be high enough to reuse each panel of W_ih.
   const int64_t fitting = machine.l2_bytes / 4 / (rows * row_bytes);
   const int64_t useful = ceil_div(4 * step.tile_rows, rows);
-  const int64_t steps = std::clamp<int64_t>(std::max(fitting, useful), 1, std::min(T, most_steps));
-  const Packing packing = pack ? Packing::kOnce : Packing::kNone;
-  return {choice.threads, choice.split, packing, packing, steps, choice.cycles};
+  plan.block_steps = std::clamp<int64_t>(std::max(fitting, useful), 1, std::min(T, max_steps));
+  return plan;
 }
 
 Plan plan_backward(const Sizes& size, const StepShape& step, const Machine& machine) {
-  const Choice choice = choose_split(size, step, machine);
-  // The weight gradients sum over the rows of a block: enough of them to pay for reading and
-  // writing the gradient, few enough for the gate gradients to stay in cache.
-  constexpr int64_t kBlockRows = 512;
-  const int64_t steps = std::clamp<int64_t>(ceil_div(kBlockRows, std::max<int64_t>(size.B, 1)), 1,
-                                            std::max<int64_t>(1, size.T));
-  // Products over the whole sequence use every thread even where the recurrence cannot.
+  const Grid grid = choose_grid(size, step, machine);
+  Plan plan{
+      .threads = grid.threads(),
+      .row_shares = grid.row_shares,
+      .unit_shares = grid.unit_shares,
+      .input = Packing::kOnce,
+      .hidden = Packing::kOnce,
+      .block_steps = std::clamp<int64_t>(ceil_div(kGradientRows, std::max<int64_t>(size.B, 1)), 1,
+                                         std::max<int64_t>(1, size.T)),
+      .cycles = grid.cycles};
   const double products = double(size.T) * double(size.B) * double(step.depth) * step.row_cycles *
                           double(size.H + size.I) / step.lanes;
-  const int threads = choice.threads > 1        ? choice.threads
-                      : products > 40 * kRegion ? machine.threads
-                                                : 1;
+  if (plan.threads == 1 && products > kProductsForAllThreads * kRegion)
+    plan.threads = machine.threads;
   // What has a single use is packed panel by panel for it: W_ih in a single block, W_hh in a single
   // step.
   const int64_t panels = ceil_div(size.I, int64_t(step.vectors) * step.lanes);
-  const Packing input = steps >= size.T && panels >= threads ? Packing::kPanelwise : Packing::kOnce;
-  const Packing hidden =
-      size.T == 1 && choice.split != Split::kRows ? Packing::kPanelwise : Packing::kOnce;
-  return {threads, choice.split, input, hidden, steps, choice.cycles};
+  if (plan.block_steps >= size.T && panels >= plan.threads) plan.input = Packing::kPanelwise;
+  if (size.T == 1 && !plan.by_rows()) plan.hidden = Packing::kPanelwise;
+  return plan;
 }
 
 Ragged Arrangement::view() const {
@@ -155,7 +215,7 @@ void Arrangement::deal(std::span<const int64_t> of_sequences, int64_t shares) {
   lengths.resize(of_sequences.size());
   places.resize(of_sequences.size());
   rows.resize(of_sequences.size());
-  // in turn to each thread's share of the rows, as Team::share has it
+  // in turn to each share of the rows, as Team::share_rows has it
   auto next = falling.begin();
   for (int64_t i = 0; next != falling.end(); ++i)
     for (int64_t share = 0; share < shares; ++share)
@@ -169,7 +229,7 @@ void Arrangement::deal(std::span<const int64_t> of_sequences, int64_t shares) {
 
 Arrangement arrange(std::span<const int64_t> lengths, bool packed, int64_t T, const Plan& plan) {
   Arrangement result;
-  result.deal(lengths, plan.split == Split::kRows ? plan.threads : 1);
+  result.deal(lengths, plan.row_shares);
   if (!packed) return result;
   result.offsets.resize(T);
   int64_t at = 0, running = int64_t(lengths.size());
@@ -180,18 +240,17 @@ Arrangement arrange(std::span<const int64_t> lengths, bool packed, int64_t T, co
   return result;
 }
 
-int side_by_side(int count, int threads, int64_t stacked_steps,
-                 const std::function<double(int threads)>& cycles) {
+int side_by_side(int count, int threads, int64_t stacked_steps, std::span<const double> cycles) {
   const auto group = [&](int layers) {
     const double blocks = double(std::min(kStackBlocks, stacked_steps));
     const double waiting = blocks > 0 ? double(layers - 1) / blocks : 0;
-    return (layers > 1 ? kRegion : 0) + cycles(threads / layers) * (1 + waiting);
+    return (layers > 1 ? kRegion : 0) + cycles[size_t(layers - 1)] * (1 + waiting);
   };
   int best = 1;
-  double least = count * group(1);
+  double best_cycles = count * group(1);
   for (int n = 2; n <= std::min(count, threads); ++n) {
     const double all = count / n * group(n) + (count % n ? group(count % n) : 0);
-    if (all < least) best = n, least = all;
+    if (all < best_cycles) best = n, best_cycles = all;
   }
   return best;
 }

@@ -1,21 +1,34 @@
 // How one sequence is cut into work: a pure function of sizes, instruction set, threads and caches.
+// Numbers go in and a plan comes out; nothing is measured here.
 #pragma once
 
+#include <array>
 #include <cstdint>
-#include <functional>
 #include <span>
 #include <vector>
 
 #include "arguments.h"
+#include "cpu/tuning.h"
 
 namespace rnnfast::cpu {
+
+// What a barrier takes, in cycles, by the number of threads: entry k is for up to 2^k threads.
+struct BarrierCycles {
+  static constexpr int kSizes = 11;
+  std::array<double, kSizes> of_doublings{};
+
+  // The same for all numbers of threads.
+  static BarrierCycles constant(double cycles);
+  // What is typical where nothing has been measured.
+  static BarrierCycles typical();
+  double operator()(int threads) const;
+};
 
 struct Machine {
   int threads;
   int64_t l2_bytes;  // per core
-  // asked for only where they matter
-  std::function<double(int threads)> barrier_cycles;
-  std::function<double(int64_t l2_bytes)> l3_line_cycles;  // to load a line that lies beyond L2
+  double l3_line_cycles;  // to load a line that lies beyond L2
+  BarrierCycles barrier_cycles;
 
   Machine with(int other_threads) const {
     Machine part = *this;
@@ -24,24 +37,11 @@ struct Machine {
   }
 };
 
-// What a barrier of so many threads takes now, in cycles, roughly: between two cores 200 or 1700,
-// as they share a cache or not, which changes in a virtual machine. Measured again, in some
-// microseconds, where the last measurement is old.
-double measured_barrier(int threads);
-inline constexpr double kTypicalBarrier = 300;
-
-// What a line from L3 takes one thread, in cycles, roughly: 3 on Zen 4, 7 on a Xeon with many
-// cores. Measured once, in a millisecond or two.
+// What barriers take on this machine in teams of up to so many threads. Each size is measured once,
+// in some microseconds, and kept.
+BarrierCycles measured_barriers(int threads);
+// What a line from L3 takes one thread. Measured once, in a millisecond or two.
 double measured_l3_line(int64_t l2_bytes);
-inline constexpr double kTypicalL3Line = 2.9;
-inline constexpr int64_t kLineBytes = 64;  // of a line of cache
-
-// How the recurrence is dealt to threads.
-enum class Split {
-  kNone,  // one thread runs it
-  kRows,  // each thread runs all steps for its rows of the batch, without waiting for the others
-  kUnits,  // each thread computes its hidden units for the whole batch; one barrier per step
-};
 
 // What is done to a weight matrix before its products.
 enum class Packing {
@@ -52,19 +52,25 @@ enum class Packing {
 
 struct Plan {
   int threads;
-  Split split;
+  // The recurrence runs on a grid of row_shares x unit_shares threads. Threads with the same rows
+  // meet at a barrier in every step, and each computes its hidden units; those with other rows do
+  // not wait for each other within a block. Only the backward has threads beyond the grid, for its
+  // products over blocks of steps.
+  int row_shares, unit_shares;
   // Of W_ih and W_hh; W_hr is packed once if W_hh is packed. The backward packs all, for products
   // with their columns.
   Packing input, hidden;
   int64_t block_steps;  // steps between input projection (forward) or gradient products (backward)
   double cycles;  // of the recurrence, roughly: to compare plans
-  // Whether each number goes into products as the sum of several parts (cpu/parts.h): into those
-  // with x and of a block of steps, and into those of a single step.
-  bool block_in_parts = false, step_in_parts = false;
+  // Whether numbers go into products in split precision (cpu/parts.h): into those with x and of a
+  // block of steps, and into those of a single step.
+  bool block_split_precision = false, step_split_precision = false;
 
-  Plan without_parts() const {
+  bool by_rows() const { return row_shares > 1; }
+  bool by_units() const { return unit_shares > 1; }
+  Plan without_split_precision() const {
     Plan other = *this;
-    other.block_in_parts = other.step_in_parts = false;
+    other.block_split_precision = other.step_split_precision = false;
     return other;
   }
 };
@@ -77,39 +83,38 @@ struct StepShape {
   int64_t depth;  // length of the sums
   int vectors;  // vectors of columns in a panel
   int tile_rows;  // rows of the register tile
-  int least_rows;  // fewer rows take a tile as long
+  int min_rows;  // fewer rows take a tile as long
   int element_bytes;  // of the compute type
   int weight_bytes;  // of what stands for one in packed weights
   int lanes;  // elements of a vector
   double row_cycles;  // of a tile, for one row, a vector of columns and one element of the sum
   double cell_cycles;  // gate maths for one row of one panel
-  // where units are dealt: the least to fetch a line of the left side that another thread has
-  // written, beyond what kExchange stands for
+  // where units are dealt: the min to fetch a line of the lhs that another thread has written,
+  // beyond what kExchange stands for
   double exchange_cycles;
 };
 
-// `pack`: whether weights are packed, else read as they lie. Blocks take `most_steps` at most.
+// `pack`: whether weights are packed, else read as they lie. Blocks take `max_steps` at most.
 Plan plan_forward(const Sizes& size, const StepShape& step, bool pack, const Machine& machine,
-                  int64_t most_steps);
+                  int64_t max_steps);
 Plan plan_backward(const Sizes& size, const StepShape& step, const Machine& machine);
 
 // Sequences of unequal length as kernels take them; `view` is valid as long as this lives.
 struct Arrangement {
   std::vector<int64_t> lengths, places, rows, offsets;
   Ragged view() const;
-  // Deals sequences of these lengths to so many threads' shares of the rows.
+  // Deals sequences of these lengths to so many shares of the rows.
   void deal(std::span<const int64_t> of_sequences, int64_t shares);
   void give_to_one_thread();
 };
-// Deals sequences to threads so that each gets long and short ones, the longer ones first.
+// Deals sequences to shares of the rows so that each gets long and short ones, the longer ones
+// first.
 Arrangement arrange(std::span<const int64_t> lengths, bool packed, int64_t T, const Plan& plan);
 
-// How many of `count` equal layers run side by side, each on its part of the threads, where
-// `cycles` has a plan's estimate for a number of threads. In a stack a layer starts when the one
-// before it has done the first of kStackBlocks blocks of its `stacked_steps`; 0 where layers do not
-// wait for each other.
-inline constexpr int64_t kStackBlocks = 8;
-int side_by_side(int count, int threads, int64_t stacked_steps,
-                 const std::function<double(int threads)>& cycles);
+// How many of `count` equal layers run side by side, each on its part of the threads. `cycles` has
+// a plan's estimate where 1, 2, ... layers share the threads, up to the smaller of `count` and
+// `threads`. In a stack a layer starts when the one before it has done the first of kStackBlocks
+// blocks of its `stacked_steps`; 0 where layers do not wait for each other.
+int side_by_side(int count, int threads, int64_t stacked_steps, std::span<const double> cycles);
 
 }  // namespace rnnfast::cpu

@@ -42,6 +42,16 @@ struct ScalarMath {
   RNNFAST_HD static double sigmoid(double x) { return 1 / (1 + ::exp(-x)); }
   RNNFAST_HD static float tanh(float x) { return ::tanhf(x); }
   RNNFAST_HD static double tanh(double x) { return ::tanh(x); }
+  RNNFAST_HD static float fma(float a, float b, float c) { return ::fmaf(a, b, c); }
+  RNNFAST_HD static double fma(double a, double b, double c) { return ::fma(a, b, c); }
+  template <class T>
+  RNNFAST_HD static T fnma(T a, T b, T c) {
+    return fma(-a, b, c);
+  }
+  template <class T>
+  RNNFAST_HD static T one_minus_square(T a) {
+    return fma(-a, a, T(1));
+  }
   template <class T>
   RNNFAST_HD static T select(bool condition, T yes, T no) {
     return condition ? yes : no;

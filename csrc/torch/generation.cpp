@@ -3,7 +3,7 @@
 
 #include <mutex>
 
-#include "cpu/kernels.h"
+#include "cpu/layer.h"
 #include "torch/layer.h"
 #include "torch/memory.h"
 
@@ -23,7 +23,7 @@ class Generation {
              const std::vector<Tensor>& states, const Tensor& head_weight,
              const std::optional<Tensor>& head_bias, double temperature, int64_t top_k,
              double top_p)
-      : kernels_(kernels(kind, states.at(0))) {
+      : engine_(complete_engine()), kind_(layer_kind(kind, states.at(0))) {
     const CellInfo& cell = cell_info(CellKind(kind));
     const size_t per_layer = biases ? 4 : 2;
     TORCH_CHECK(!weights.empty() && weights.size() % per_layer == 0, "expected ", per_layer,
@@ -56,12 +56,12 @@ class Generation {
         .sampling = {temperature, top_k, top_p},
     };
     const int64_t many = 1000;  // steps, of which the plan should not think as few
-    job_.plan = kernels_.plan_forward({many, B, H, H}, this_machine(), many);
+    job_.plan = engine_.plan_forward(kind_, {many, B, H, H}, this_machine(), many);
     job_.samplers.resize(size_t(job_.plan.threads));
-    workspace_ = new_on_cpu({int64_t(kernels_.generate_workspace(job_.args))}, at::kByte);
+    workspace_ = new_on_cpu({int64_t(engine_.generate_workspace(kind_, job_.args))}, at::kByte);
     job_.workspace = workspace_.data_ptr();
     const py::gil_scoped_release release;
-    kernels_.start_generating(job_);
+    engine_.start_generating(kind_, job_);
   }
 
   // tokens (B), the latest, and uniforms (N, B), float64 from [0, 1) -> the N that follow (N, B)
@@ -86,7 +86,7 @@ class Generation {
     job_.steps.count = uniforms.size(0);
     job_.steps.uniforms = numbers.const_data_ptr<double>();
     job_.steps.tokens = all.data_ptr<int64_t>();
-    kernels_.generate(job_);
+    engine_.generate(kind_, job_);
     job_.steps.done += job_.steps.count;
     const Tensor result = all.slice(0, 1);
     for (int64_t i = B; i < all.numel(); ++i) failed_ = failed_ || all.data_ptr<int64_t>()[i] < 0;
@@ -95,11 +95,13 @@ class Generation {
   }
 
  private:
-  static const cpu::Kernels& kernels(int kind, const Tensor& like) {
-    const cpu::KernelTable& table = cpu::kernel_table();
+  static const cpu::Engine& complete_engine() {
+    TORCH_CHECK(cpu::engine().is_complete(), "rnnfast: there are no kernels here that generate");
+    return cpu::engine();
+  }
+  static cpu::LayerKind layer_kind(int kind, const Tensor& like) {
     TORCH_CHECK(0 <= kind && kind < kCells, "rnnfast: there is no cell ", kind);
-    TORCH_CHECK(table.complete, "rnnfast: there are no kernels here that generate");
-    return table.kernels[int(cell_info(CellKind(kind)).kind)][int(dtype_of(like))];
+    return {CellKind(kind), dtype_of(like)};
   }
 
   const void* keep(const Tensor& t, at::IntArrayRef shape) {
@@ -111,7 +113,8 @@ class Generation {
     return kept_.back().const_data_ptr();
   }
 
-  const cpu::Kernels& kernels_;
+  const cpu::Engine& engine_;
+  const cpu::LayerKind kind_;
   at::ScalarType dtype_;
   std::vector<Tensor> kept_;
   std::vector<cpu::GenerateArgs::Layer> layers_;

@@ -1,7 +1,10 @@
 // The Python module rnnfast._C: loading it registers the ops; its functions tell and set what runs.
 #include <torch/extension.h>
 
-#include "cpu/kernels.h"
+#include <algorithm>
+#include <variant>
+
+#include "cpu/layer.h"
 #include "torch/layer.h"
 #include "torch/memory.h"
 
@@ -20,6 +23,7 @@ py::object run_step(int cell, py::handle input, py::handle hx, const py::list& w
 void set_python_backward(py::object function);
 int64_t find_freed(const std::vector<std::optional<at::Tensor>>& tensors);
 void bind_generation(py::module_& m);  // of generation.cpp
+void bind_threads(py::module_& m);  // of threads.cpp
 
 namespace {
 
@@ -50,56 +54,94 @@ Dtype dtype_named(const std::string& name) {
   throw py::value_error("expected dtype float64, float32, bfloat16 or float16, got '" + name + "'");
 }
 
+// In cycles: the same for every number of threads, or for 2, 4, 8, ... of them, the last for more.
+using BarrierCosts = std::variant<double, std::vector<double>>;
+
+cpu::BarrierCycles barrier_table(const BarrierCosts& costs) {
+  if (const double* one = std::get_if<double>(&costs)) return cpu::BarrierCycles::constant(*one);
+  const auto& list = std::get<std::vector<double>>(costs);
+  if (list.empty()) throw py::value_error("expected barrier_cycles of 2 threads, and more");
+  cpu::BarrierCycles table = cpu::BarrierCycles::constant(list.back());
+  for (size_t i = 0; i < list.size() && i + 1 < table.of_doublings.size(); ++i)
+    table.of_doublings[i + 1] = list[i];
+  return table;
+}
+
 // A machine with so much L2 a core, or as much as this one has where l2_bytes is 0.
 cpu::Machine assumed_machine(int threads, int64_t l2_bytes,
-                             double barrier_cycles = cpu::kTypicalBarrier,
+                             const BarrierCosts& barrier_cycles = cpu::kTypicalBarrier,
                              double l3_line_cycles = cpu::kTypicalL3Line) {
-  return {threads, l2_bytes > 0 ? l2_bytes : this_machine().l2_bytes,
-          [=](int) { return barrier_cycles; }, [=](int64_t) { return l3_line_cycles; }};
+  return {threads, l2_bytes > 0 ? l2_bytes : this_machine().l2_bytes, l3_line_cycles,
+          barrier_table(barrier_cycles)};
 }
 
 py::dict plan(const std::string& cell, int64_t T, int64_t B, int64_t I, int64_t H,
               const std::string& dtype, int threads, bool backward, int64_t l2_bytes,
-              double barrier_cycles, double l3_line_cycles) {
+              const BarrierCosts& barrier_cycles, double l3_line_cycles) {
   if (T < 1 || B < 1 || I < 0 || H < 1 || threads < 1)
     throw py::value_error("expected positive sizes and threads");
-  const int row = int(cell_info(cell).kind), column = int(dtype_named(dtype));
-  const cpu::Kernels& kernels = cpu::kernel_table().kernels[row][column];
+  const cpu::Engine& engine = cpu::engine();
+  const cpu::LayerKind kind{cell_info(cell).kind, dtype_named(dtype)};
   const Sizes size{T, B, I, H};
   const cpu::Machine machine = assumed_machine(threads, l2_bytes, barrier_cycles, l3_line_cycles);
-  const cpu::Plan plan =
-      backward ? kernels.plan_backward(size, machine) : kernels.plan_forward(size, machine, T);
-  const char* splits[] = {"none", "rows", "units"};
+  const cpu::Plan plan = backward ? engine.plan_backward(kind, size, machine)
+                                  : engine.plan_forward(kind, size, machine, T);
   const char* packings[] = {"none", "once", "panelwise"};
   py::dict facts;
   facts["threads"] = plan.threads;
-  facts["split"] = splits[int(plan.split)];
+  facts["row_shares"] = plan.row_shares;
+  facts["unit_shares"] = plan.unit_shares;
+  facts["split"] = plan.by_rows()    ? (plan.by_units() ? "rows and units" : "rows")
+                   : plan.by_units() ? "units"
+                                     : "none";
   facts["input_packing"] = packings[int(plan.input)];
   facts["hidden_packing"] = packings[int(plan.hidden)];
   facts["block_steps"] = plan.block_steps;
-  facts["block_in_parts"] = plan.block_in_parts;
-  facts["step_in_parts"] = plan.step_in_parts;
+  facts["block_split_precision"] = plan.block_split_precision;
+  facts["step_split_precision"] = plan.step_split_precision;
   ForwardArgs forward_args{};
   BackwardArgs backward_args{};
   forward_args.size = backward_args.size = size;
   forward_args.h_size = backward_args.h_size = H;
   backward_args.gates = &size;  // there, so not to be computed again
-  facts["workspace_bytes"] = backward ? kernels.backward_workspace(backward_args, plan)
-                                      : kernels.forward_workspace(forward_args, plan);
+  facts["workspace_bytes"] = backward ? engine.backward_workspace(kind, backward_args, plan)
+                                      : engine.forward_workspace(kind, forward_args, plan);
   return facts;
 }
 
 // How many of `count` layers of a module run at once, each on its part of the threads.
 int layers_at_once(const std::string& cell, int64_t T, int64_t B, int64_t I, int64_t H, int count,
                    bool stacked, int threads, bool backward, int64_t l2_bytes) {
-  const cpu::Kernels& kernels =
-      cpu::kernel_table().kernels[int(cell_info(cell).kind)][int(Dtype::kFloat32)];
+  const cpu::Engine& engine = cpu::engine();
+  const cpu::LayerKind kind{cell_info(cell).kind, Dtype::kFloat32};
   const Sizes size{T, B, I, H};
   const cpu::Machine machine = assumed_machine(threads, l2_bytes);
-  return cpu::side_by_side(count, threads, stacked ? T : 0, [&](int n) {
-    return backward ? kernels.plan_backward(size, machine.with(n)).cycles
-                    : kernels.plan_forward(size, machine.with(n), T).cycles;
-  });
+  std::vector<double> cycles;
+  for (int layers = 1; layers <= std::min(count, threads); ++layers) {
+    const cpu::Machine part = machine.with(threads / layers);
+    cycles.push_back(backward ? engine.plan_backward(kind, size, part).cycles
+                              : engine.plan_forward(kind, size, part, T).cycles);
+  }
+  return cpu::side_by_side(count, threads, stacked ? T : 0, cycles);
+}
+
+// What tests put in the place of kernels, by the address of what they have compiled.
+void bind_test_hooks(py::module_& m) {
+  m.def(
+      "target_address", [](const std::string& name) { return uintptr_t(&cpu::target_of(name)); },
+      py::arg("name"));
+  m.def(
+      "add_engine",
+      [](const std::string& name, uintptr_t engine) {
+        cpu::add_engine(name, *reinterpret_cast<const cpu::Engine*>(engine));
+      },
+      py::arg("name"), py::arg("engine"));
+  m.def(
+      "add_target",
+      [](const std::string& name, const std::string& base, uintptr_t change) {
+        cpu::add_target(name, base, reinterpret_cast<void (*)(cpu::Target&)>(change));
+      },
+      py::arg("name"), py::arg("base"), py::arg("change"));
 }
 
 }  // namespace
@@ -117,12 +159,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("set_python_backward", &set_python_backward);
   m.def("find_freed", &find_freed, py::arg("tensors"));
   bind_generation(m);
+  bind_threads(m);
+  bind_test_hooks(m);
   m.def("layers_at_once", &layers_at_once, py::arg("cell"), py::arg("T"), py::arg("B"),
         py::arg("I"), py::arg("H"), py::arg("count"), py::arg("stacked"), py::arg("threads"),
         py::arg("backward") = false, py::arg("l2_bytes") = 0);
   m.def("plan", &plan, py::arg("cell"), py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"),
         py::arg("dtype") = "float32", py::arg("threads") = 1, py::arg("backward") = false,
-        py::arg("l2_bytes") = 0, py::arg("barrier_cycles") = cpu::kTypicalBarrier,
+        py::arg("l2_bytes") = 0, py::arg("barrier_cycles") = BarrierCosts(cpu::kTypicalBarrier),
         py::arg("l3_line_cycles") = cpu::kTypicalL3Line);
 }
 

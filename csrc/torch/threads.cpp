@@ -5,6 +5,9 @@
 #include <pybind11/pybind11.h>
 #include <sys/stat.h>
 
+#include <algorithm>
+#include <vector>
+
 #include "cpu/parallel.h"
 
 namespace rnnfast {
@@ -52,10 +55,54 @@ void warn() {
 
 int usable_threads() {
   const int threads = at::get_num_threads();
-  if (!team_is_lost) return threads;
+  if (!team_is_lost) return threads > 1 ? std::min(threads, cpu::usable_cores()) : 1;
   if (threads > 1) at::set_num_threads(1);
   if (threads > 1 || should_warn) warn();
   return 1;
+}
+
+namespace {
+
+// What a job of the kernels has for parallel(), and nothing to compute.
+struct EmptyJob {
+  struct {
+    int threads, row_shares, unit_shares;
+  } plan;
+  cpu::Barriers barriers;
+  cpu::Progress progress;
+  cpu::Progress* upstream = nullptr;
+
+  void give_to_one_thread() {}
+};
+
+// A thread of a team of row_shares x unit_shares throws as it comes to its n-th barrier. The others
+// wait for it there, those of a second job for what the first would have done. For tests.
+void fail_in_team(int row_shares, int unit_shares, int failing_thread, int nth_barrier) {
+  std::vector<EmptyJob> jobs(2);
+  jobs[0].plan = {row_shares * unit_shares, row_shares, unit_shares};
+  jobs[1].plan = {1, 1, 1};
+  jobs[1].upstream = &jobs[0].progress;
+  cpu::parallel(std::span(jobs), [&](EmptyJob& job, const cpu::Team& team) {
+    if (job.upstream) return job.upstream->wait_for(1);
+    for (int n = 1; n <= nth_barrier + 10; ++n) {
+      if (team.index() == failing_thread && n == nth_barrier)
+        throw std::runtime_error("thread " + std::to_string(team.index()) + " of " +
+                                 std::to_string(team.size()) + " failed");
+      n % 3 == 0 ? team.barrier() : team.unit_barrier();
+    }
+  });
+}
+
+}  // namespace
+
+void bind_threads(pybind11::module_& m) {
+  namespace py = pybind11;
+  m.def("usable_cores", &cpu::usable_cores);
+  m.def("assume_cores", &cpu::assume_cores, py::arg("cores"));
+  m.def("quota_cores", &cpu::quota_cores, py::arg("root") = "");
+  m.def("fail_in_team", &fail_in_team, py::arg("row_shares"), py::arg("unit_shares"),
+        py::arg("failing_thread"), py::arg("nth_barrier"),
+        py::call_guard<py::gil_scoped_release>());
 }
 
 }  // namespace rnnfast

@@ -1,0 +1,146 @@
+// The affinity of threads, and the quota of the process's control groups.
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cmath>
+#include <cstdlib>
+#include <fstream>
+#include <limits>
+#include <sstream>
+#include <string>
+#include <thread>
+
+#include "cpu/cores.h"
+
+#if defined(__linux__)
+#include <sched.h>
+#endif
+
+namespace rnnfast::cpu {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+constexpr double kNoLimit = std::numeric_limits<double>::infinity();
+
+std::string read(const std::string& path) {
+  std::ifstream file(path);
+  std::ostringstream text;
+  text << file.rdbuf();
+  return text.str();
+}
+
+bool has_word(std::string words, const std::string& word) {
+  return ("," + words + ",").find("," + word + ",") != std::string::npos;
+}
+
+// in one folder of a hierarchy of version 2 or 1
+double quota_in(const std::string& folder) {
+  double quota = 0, period = 0;
+  std::istringstream version2(read(folder + "/cpu.max"));  // "max 100000" or "150000 100000"
+  if (version2 >> quota >> period) return quota / period;
+  std::istringstream quota1(read(folder + "/cpu.cfs_quota_us"));  // -1 for none
+  std::istringstream period1(read(folder + "/cpu.cfs_period_us"));
+  if (quota1 >> quota && period1 >> period && quota > 0 && period > 0) return quota / period;
+  return kNoLimit;
+}
+
+// Where a hierarchy is mounted, and which of its folders is there.
+struct Mount {
+  std::string root, point;
+};
+
+// of a line of /proc/self/mountinfo: "36 35 98:0 /root /point options ... - type source super"
+bool parse_mount(const std::string& line, bool version2, Mount& mount) {
+  const size_t dash = line.find(" - ");
+  if (dash == std::string::npos) return false;
+  std::istringstream first(line), second(line.substr(dash + 3));
+  std::string skipped, type, source, super;
+  first >> skipped >> skipped >> skipped >> mount.root >> mount.point;
+  second >> type >> source >> super;
+  return version2 ? type == "cgroup2" : type == "cgroup" && has_word(super, "cpu");
+}
+
+// The min of a group and its parents, as far as they are mounted.
+double quota_of(const std::string& root, const Mount& mount, std::string group) {
+  if (mount.root != "/" && group.starts_with(mount.root)) group.erase(0, mount.root.size());
+  double quota = kNoLimit;
+  for (;;) {
+    quota = std::min(quota, quota_in(root + mount.point + group));
+    const size_t slash = group.rfind('/');
+    if (slash == std::string::npos) return quota;
+    group.erase(slash);
+  }
+}
+
+int affinity_cores() {
+#if defined(__linux__)
+  cpu_set_t cores;
+  if (sched_getaffinity(0, sizeof cores, &cores) == 0) return std::max(1, CPU_COUNT(&cores));
+#endif
+  return std::max(1, int(std::thread::hardware_concurrency()));
+}
+
+std::atomic<int>& assumed() {
+  static std::atomic<int> cores{[] {
+    const char* number = std::getenv("RNNFAST_ASSUME_CORES");
+    return number ? std::max(0, std::atoi(number)) : 0;
+  }()};
+  return cores;
+}
+
+// A value that is found again once it is old.
+template <class T>
+class Kept {
+ public:
+  template <class Find>
+  T get(Clock::time_point now, Clock::duration keep, Find&& find) {
+    if (now.time_since_epoch().count() >= until_.load(std::memory_order_acquire)) {
+      value_.store(find(), std::memory_order_relaxed);
+      until_.store((now + keep).time_since_epoch().count(), std::memory_order_release);
+    }
+    return value_.load(std::memory_order_relaxed);
+  }
+
+ private:
+  std::atomic<T> value_{};
+  std::atomic<Clock::rep> until_{0};
+};
+
+}  // namespace
+
+double quota_cores(const std::string& root) {
+  const std::string mounts = read(root + "/proc/self/mountinfo");
+  std::istringstream groups(read(root + "/proc/self/cgroup"));
+  double quota = kNoLimit;
+  for (std::string line; std::getline(groups, line);) {  // "0::/group" or "4:cpu,cpuacct:/group"
+    const size_t first = line.find(':'), second = line.find(':', first + 1);
+    if (second == std::string::npos) continue;
+    const std::string controllers = line.substr(first + 1, second - first - 1);
+    const bool version2 = controllers.empty();
+    if (!version2 && !has_word(controllers, "cpu")) continue;
+    std::istringstream lines(mounts);
+    Mount mount;
+    for (std::string one; std::getline(lines, one);)
+      if (parse_mount(one, version2, mount))
+        quota = std::min(quota, quota_of(root, mount, line.substr(second + 1)));
+  }
+  return quota;
+}
+
+int usable_cores() {
+  if (const int cores = assumed().load(std::memory_order_relaxed)) return cores;
+  // The system call takes 0.3 us, to read the files 50.
+  constexpr Clock::duration kKeepAffinity = std::chrono::milliseconds(50);
+  constexpr Clock::duration kKeepQuota = std::chrono::seconds(2);
+  static thread_local Kept<int> affinity;  // each thread has its own
+  static Kept<double> quota;
+  const Clock::time_point now = Clock::now();
+  const int cores = affinity.get(now, kKeepAffinity, affinity_cores);
+  const double limit = quota.get(now, kKeepQuota, [] { return quota_cores(""); });
+  // a quota of 1.5 cores lets two threads work most of the time
+  return limit < cores ? std::max(1, int(std::ceil(limit))) : cores;
+}
+
+void assume_cores(int cores) { assumed().store(cores); }
+
+}  // namespace rnnfast::cpu

@@ -1,0 +1,336 @@
+#include "cpu/drivers/block_products.h"
+
+namespace rnnfast::cpu {
+namespace {
+
+constexpr int kSamePlace[] = {0, 1, 2, 3, 4, 5, 6, 7};
+static_assert(std::size(kSamePlace) == kMaxGradBlocks);
+
+}  // namespace
+
+BlockProducts::BlockProducts(const Context& context, const BackwardArgs& args, const Plan& plan,
+                             const History& history, const StepRows& d_gates, const StepRows& d_h,
+                             const StepRows& unprojected, Arena& arena)
+    : context_(context),
+      args_(args),
+      history_(history),
+      d_gates_(d_gates),
+      d_h_(d_h),
+      unprojected_(unprojected),
+      hidden_element_((context.cell.grad_blocks - context.cell.gates) * args.size.H),
+      hidden_(context, context.format(plan.block_split_precision), args.h_size),
+      input_(context, context.format(plan.block_split_precision), args.size.I),
+      units_(context, *context.kernels.dense, args.size.H),
+      panelwise_(plan.input == Packing::kPanelwise) {
+  const int64_t rows = plan.block_steps * args.size.B, H = args.size.H;
+  const int64_t depth = context.cell.gates * H;
+  const WeightFormat& format = hidden_.format();
+  if (args.grad_x) {
+    const int64_t panels = panelwise_ ? plan.threads : input_.count();
+    w_ih_ = arena.take<char>(panels * input_.panel_bytes(depth));
+    if (format.converts_lhs) {
+      const int64_t bytes = format.row_bytes(depth);
+      lhs_rows_ = {arena.take<char>(rows * bytes), bytes};
+    }
+  }
+  lhs_ = take_transposed(arena, context.cell.grad_blocks * H, rows, format);
+  x_ = arena.take<char>(input_.bytes(rows));
+  h_ = arena.take<char>(hidden_.bytes(rows));
+  if (!args.grad_w_hr) return;
+  projection_lhs_ = take_transposed(arena, args.h_size, rows, units_.format());
+  packed_unprojected_ = arena.take<char>(units_.bytes(rows));
+}
+
+BlockProducts::Transposed BlockProducts::take_transposed(Arena& arena, int64_t elements,
+                                                         int64_t rows,
+                                                         const WeightFormat& format) const {
+  // A vector longer than they need be: at multiples of 4 KiB rows would compete for the same lines
+  // of L1.
+  const int64_t whole = context_.kernels.lanes * format.word;
+  const int64_t bytes = format.converts_lhs ? format.row_bytes(rows)
+                                            : format.row_bytes((ceil_div(rows, whole) + 1) * whole);
+  return {{arena.take<char>(elements * bytes), bytes}, &format};
+}
+
+void BlockProducts::pack(const Team& team) {
+  if (!args_.grad_x || panelwise_) return;
+  const Span own = team.share(input_.count());
+  const int64_t bytes = input_.panel_bytes(context_.cell.gates * args_.size.H);
+  for (int64_t p = own.begin; p < own.end; ++p) pack_w_ih(p, w_ih_ + p * bytes);
+}
+
+void BlockProducts::run(const Block& block, const Team& team) const {
+  grad_input(block, team);
+  grad_parameters(block, team);
+}
+
+void BlockProducts::pack_w_ih(int64_t panel, char* to) const {
+  const int64_t H = args_.size.H, row_bytes = context_.storage(args_.size.I);
+  input_.pack_all(context_.cell.gates * H, panel, to, [&](int64_t k) {
+    return at(args_.w_ih, (context_.cell.input_gate[k / H] * H + k % H) * row_bytes);
+  });
+}
+
+// grad_x[t] = d_gates[t] W_ih, rows of the block dealt to threads, or panels
+void BlockProducts::grad_input(const Block& block, const Team& team) const {
+  if (!args_.grad_x) return;
+  const auto [T, B, I, H] = args_.size;
+  const int64_t depth = context_.cell.gates * H, row_bytes = context_.storage(I);
+  const auto target = [&](int64_t step, int64_t b) {
+    return at(args_.grad_x, history_.batch.row(history_.time(step), b) * row_bytes);
+  };
+  const WeightFormat& format = input_.format();
+  const Span own = panelwise_ ? Span{0, block.count} : team.share(block.count);
+  const Span panels = panelwise_ ? team.share(input_.count()) : Span{0, input_.count()};
+  if (lhs_rows_) {
+    const Span converted = panelwise_ ? team.share(block.count) : own;
+    for (int64_t r = converted.begin; r < converted.end; ++r)
+      format.load_lhs(lhs_rows_[r], d_gates_(block.rows[r]), depth);
+    if (panelwise_) team.barrier();
+  }
+  TileBuffer out;
+  const TileOptions options{.chain = format.long_chain};
+  for (int64_t p = panels.begin; p < panels.end; ++p) {
+    char* packed = w_ih_ + (panelwise_ ? team.index() : p) * input_.panel_bytes(depth);
+    if (panelwise_) pack_w_ih(p, packed);
+    for_row_tiles(own.size(), input_.tile_rows(p), [&](int64_t r, int n) {
+      const int64_t first = own.begin + r;
+      const BlockRow* rows = block.rows + first;
+      const void* lhs[kMaxTileRows];
+      for (int i = 0; i < n; ++i) lhs[i] = lhs_rows_ ? lhs_rows_[first + i] : d_gates_(rows[i]);
+      input_.multiply(p, n, depth, lhs, packed, out.data, input_.width(), options);
+      for (int i = 0; i < n; ++i)
+        context_.kernels.store(
+            target(rows[i].step, rows[i].b) + context_.storage(p * input_.width()),
+            out.data + context_.compute(i * input_.width()), input_.columns(p));
+    });
+  }
+  if (!history_.batch.is_ragged() || history_.batch.is_packed()) return;
+  const Span cleared = team.share(B);
+  for (int64_t step = block.steps.begin; step < block.steps.end; ++step)
+    for (int64_t b = cleared.begin; b < cleared.end; ++b)
+      if (history_.time(step) >= history_.batch.length(b))
+        std::memset(target(step, b), 0, size_t(row_bytes));
+}
+
+BlockProducts::WeightGrad BlockProducts::grad_of_w_ih() const {
+  return {args_.grad_w_ih, context_.cell.gates, context_.cell.input_gate, args_.size.H, input_};
+}
+BlockProducts::WeightGrad BlockProducts::grad_of_w_hh() const {
+  return {args_.grad_w_hh, context_.cell.gates, kSamePlace, args_.size.H, hidden_};
+}
+BlockProducts::WeightGrad BlockProducts::grad_of_w_hr() const {
+  return {args_.grad_w_hr, 1, kSamePlace, args_.h_size, units_};
+}
+
+// Of weights and biases. d_gates is transposed, and x and h are packed, once for all threads.
+void BlockProducts::grad_parameters(const Block& block, const Team& team) const {
+  if (args_.tokens && args_.grad_w_ih) grad_table(block, team);
+  const bool of_x = args_.grad_w_ih && !args_.tokens;
+  const bool any_weight = of_x || args_.grad_w_hh || args_.grad_w_hr;
+  if (!any_weight && !args_.grad_b_ih && !args_.grad_b_hh) return;
+  const auto x = [&](BlockRow row) { return history_.x(row.step, row.b); };
+  const auto h = [&](BlockRow row) { return history_.h_before(row.step, row.b); };
+  const Span own = share_vectors(team, context_.cell.grad_blocks * args_.size.H);
+  if (block.count > 0 && block.count <= kFewRows) {
+    grad_bias(block, own, [&](int64_t m, int64_t n, void* sums) {
+      const void* rows[kFewRows];
+      for (int64_t k = 0; k < block.count; ++k) rows[k] = d_gates_(block.rows[k]);
+      context_.kernels.add_elements(sums, rows, block.count, m, n, false);
+    });
+    if (of_x) sum_few(block, team, d_gates_, x, 0, grad_of_w_ih());
+    if (args_.grad_w_hh) sum_few(block, team, d_gates_, h, hidden_element_, grad_of_w_hh());
+    if (args_.grad_w_hr) sum_few(block, team, d_h_, unprojected_, 0, grad_of_w_hr());
+    return;
+  }
+  transpose(block, own, d_gates_, lhs_);
+  grad_bias(block, own, [&](int64_t m, int64_t n, void* sums) {
+    lhs_.format->sum_lhs(lhs_.rows[m], lhs_.rows.pitch, n, block.count, sums);
+  });
+  if (!any_weight) return;
+  if (of_x) pack_rows(block, team, input_, x, x_);
+  if (args_.grad_w_hh) pack_rows(block, team, hidden_, h, h_);
+  if (args_.grad_w_hr) {
+    transpose(block, share_vectors(team, args_.h_size), d_h_, projection_lhs_);
+    pack_rows(block, team, units_, unprojected_, packed_unprojected_);
+  }
+  team.barrier();
+  if (of_x) accumulate(block, team, lhs_, x_, grad_of_w_ih());
+  if (args_.grad_w_hh) accumulate(block, team, lhs_.from(hidden_element_), h_, grad_of_w_hh());
+  if (args_.grad_w_hr)
+    accumulate(block, team, projection_lhs_, packed_unprojected_, grad_of_w_hr());
+}
+
+// The same of a few rows as they lie, for transposing and packing them would take longer.
+template <class Lhs, class Rhs>
+void BlockProducts::sum_few(const Block& block, const Team& team, Lhs&& lhs, Rhs&& rhs,
+                            int64_t first_element, const WeightGrad& grad) const {
+  const void *lhs_rows[kFewRows], *rhs_rows[kFewRows];
+  for (int64_t k = 0; k < block.count; ++k) {
+    lhs_rows[k] = lhs(block.rows[k]);
+    rhs_rows[k] = rhs(block.rows[k]);
+  }
+  const int64_t height = grad.height, N = grad.columns.N();
+  const Span own = share_vectors(team, grad.count * height);
+  for (int64_t j = own.begin / height; j * height < own.end; ++j) {
+    const int64_t begin = std::max(own.begin, j * height),
+                  end = std::min(own.end, (j + 1) * height);
+    const int64_t row = grad.place[j] * height + begin - j * height;
+    context_.kernels.outer_few(lhs_rows, rhs_rows, int(block.count), first_element + begin,
+                               end - begin, N, at(grad.grad, context_.compute(row * N)),
+                               !block.is_first());
+  }
+}
+
+// The rows of tokens; a thread has its part of the columns.
+void BlockProducts::grad_table(const Block& block, const Team& team) const {
+  const int64_t H = args_.size.H, G = context_.cell.gates;
+  const Span own = share_vectors(team, G * H);
+  for (int64_t k = 0; k < block.count; ++k) {
+    const BlockRow row = block.rows[k];
+    const void* d_gates = d_gates_(row);
+    const int64_t first = history_.token(row.step, row.b) * G * H;
+    for (int64_t j = own.begin / H; j * H < own.end; ++j) {
+      const int64_t begin = std::max(own.begin, j * H), end = std::min(own.end, (j + 1) * H);
+      const int64_t to = first + context_.cell.input_gate[j] * H + begin - j * H;
+      context_.kernels.add_elements(at(args_.grad_w_ih, context_.compute(to)), &d_gates, 1, begin,
+                                    end - begin, true);
+    }
+  }
+}
+
+// sums(m, n, to) has the sums of n gate gradients from the m-th on, over the rows of the block
+template <class Sums>
+void BlockProducts::grad_bias(const Block& block, Span own, Sums&& sums) const {
+  if (!args_.grad_b_ih && !args_.grad_b_hh) return;
+  constexpr int64_t kAtOnce = 256;
+  alignas(64) char buffer[kAtOnce * sizeof(double)];
+  const int64_t H = args_.size.H, G = context_.cell.gates, D = context_.cell.grad_blocks;
+  for (int64_t m = own.begin; m < own.end;) {
+    const int64_t j = m / H, unit = m % H;
+    const int64_t n = std::min({kAtOnce, H - unit, own.end - m});
+    sums(m, n, buffer);
+    const auto add = [&](void* grad, int64_t gate) {
+      context_.kernels.add(at(grad, context_.compute(gate * H + unit)), buffer, n,
+                           !block.is_first());
+    };
+    if (args_.grad_b_ih && j < G) add(args_.grad_b_ih, context_.cell.input_gate[j]);
+    if (args_.grad_b_hh && j >= D - G) add(args_.grad_b_hh, j - (D - G));
+    m += n;
+  }
+}
+
+// a thread's part of so many elements, in whole vectors
+Span BlockProducts::share_vectors(const Team& team, int64_t elements) const {
+  const int64_t lanes = context_.kernels.lanes;
+  const Span vectors = team.share(ceil_div(elements, lanes));
+  return {vectors.begin * lanes, std::min(vectors.end * lanes, elements)};
+}
+
+// Elements `own` of the rows of a block, read down.
+template <class Source>
+void BlockProducts::transpose(const Block& block, Span own, Source&& source,
+                              const Transposed& to) const {
+  const WeightFormat& format = *to.format;
+  const void* rows[kPackedRows];
+  for (int64_t k = 0; k < block.count; k += kPackedRows) {
+    const int64_t n = std::min(kPackedRows, block.count - k);
+    for (int64_t i = 0; i < n; ++i) rows[i] = source(block.rows[k + i]);
+    format.transpose_lhs(rows, n, own.begin, own.end,
+                         to.rows[own.begin] + format.steps(k) * format.row_step_bytes,
+                         to.rows.pitch);
+  }
+}
+
+template <class Source>
+void BlockProducts::pack_rows(const Block& block, const Team& team, const Columns& columns,
+                              Source&& source, char* to) const {
+  const Span own = team.share(columns.count());
+  const void* rows[kPackedRows];
+  for (int64_t k = 0; own.size() > 0 && k < block.count; k += kPackedRows) {
+    const int64_t n = std::min(kPackedRows, block.count - k);
+    for (int64_t i = 0; i < n; ++i) rows[i] = source(block.rows[k + i]);
+    for (int64_t p = own.begin; p < own.end; ++p)
+      columns.pack(rows, k, n, p, to + p * columns.panel_bytes(block.count));
+  }
+}
+
+// Bands of rows times panels of columns are dealt to threads: a band for each thread, unless that
+// would make them too narrow for the tiles, or several, which stay in L2 while the panels pass.
+void BlockProducts::accumulate(const Block& block, const Team& team, const Transposed& lhs,
+                               const char* packed, const WeightGrad& grad) const {
+  const Columns& columns = grad.columns;
+  const int64_t height = grad.height, rows = grad.count * height, depth = block.count;
+  const int64_t panels = columns.count();
+  const int64_t tile_rows = columns.format().tile_rows[kMaxTileVectors - 1];
+  const int64_t tiles = ceil_div(rows, tile_rows);
+  const int64_t max_tiles = std::max(kMinBandTiles, kBandBytes / (tile_rows * lhs.rows.pitch));
+  const int64_t threads = std::clamp<int64_t>(tiles / kMinBandTiles, 1, team.size());
+  const int64_t bands = ceil_div(tiles, threads * max_tiles) * threads;
+  const int64_t at_once =
+      std::max<int64_t>(kPanelGroupBytes / std::max<int64_t>(columns.panel_bytes(depth), 1), 1);
+  const Span own = team.share(bands * panels);
+  for (int64_t i = own.begin; i < own.end;) {
+    const int64_t band = i / panels, p = i % panels;
+    const Span group{p, std::min(p + at_once, std::min(panels, p + own.end - i))};
+    const int64_t begin = tiles * band / bands * tile_rows;
+    const int64_t end = std::min(rows, tiles * (band + 1) / bands * tile_rows);
+    for (int64_t j = begin / height; j * height < end; ++j) {
+      const Span part{std::max(begin, j * height), std::min(end, (j + 1) * height)};
+      const int64_t row = grad.place[j] * height + part.begin - j * height;
+      outer_product(lhs.from(part.begin), part.size(), depth, packed, columns, group,
+                    !block.is_first(), at(grad.grad, context_.compute(row * columns.N())));
+    }
+    i += group.size();
+  }
+}
+
+// to[m][columns of the panels] (+)= sum_k lhs[m][k] packed[k]
+void BlockProducts::outer_product(const Transposed& lhs, int64_t rows, int64_t depth,
+                                  const char* packed, const Columns& columns, Span panels, bool add,
+                                  char* to) const {
+  const WeightFormat& format = columns.format();
+  const int64_t N = columns.N(), lanes = context_.kernels.lanes;
+  TileOptions options{.chain = format.long_chain};
+  // the first panel is the widest
+  for_row_tiles(rows, columns.tile_rows(panels.begin), [&](int64_t m, int n) {
+    const void* from[kMaxTileRows];
+    for (int i = 0; i < n; ++i) from[i] = lhs.rows[m + i];
+    options.prefetch = lhs.rows[m + n];
+    options.prefetch_bytes = n * lhs.rows.pitch;
+    for (int64_t p = panels.begin; p < panels.end; ++p) {
+      const char* panel = packed + p * columns.panel_bytes(depth);
+      char* target = to + context_.compute(m * N + p * columns.width());
+      // a tile of so few terms would wait for the lines that it writes
+      if (depth <= kLongChain && p + 1 < panels.end)
+        fetch_tile(target + context_.compute(columns.width()), n, columns, p + 1);
+      const bool whole = columns.vectors(p) * lanes <= N - p * columns.width();
+      if (whole) {
+        // AMX would wait for the lines to add to
+        if (add && format.defers && format.converts_lhs) fetch_tile(target, n, columns, p);
+        options.add = add;
+        columns.multiply(p, n, depth, from, panel, target, N, options);
+      } else {
+        TileBuffer edge;
+        options.add = false;
+        columns.multiply(p, n, depth, from, panel, edge.data, columns.width(), options);
+        for (int i = 0; i < n; ++i)
+          context_.kernels.add(target + context_.compute(i * N),
+                               edge.data + context_.compute(i * columns.width()),
+                               columns.columns(p), add);
+      }
+      options.prefetch = nullptr;
+    }
+  });
+}
+
+void BlockProducts::fetch_tile(const char* to, int rows, const Columns& columns,
+                               int64_t panel) const {
+  const int64_t row_bytes = context_.compute(columns.N());
+  const int64_t vector_bytes = context_.compute(context_.kernels.lanes);
+  for (int i = 0; i < rows; ++i)
+    for (int v = 0; v < columns.vectors(panel); ++v)
+      __builtin_prefetch(to + i * row_bytes + v * vector_bytes, 1, 2);
+}
+
+}  // namespace rnnfast::cpu

@@ -1,0 +1,82 @@
+// What every driver needs: the micro-kernels of a call, rows in memory whose element type only
+// these know, and the loop over tiles.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+
+#include "arguments.h"
+#include "cpu/microkernels.h"
+#include "cpu/parallel.h"
+#include "cpu/plan.h"
+
+namespace rnnfast::cpu {
+
+// The micro-kernels and the cell of one call.
+struct Context {
+  const MicroKernels& kernels;
+  const CellFunctions& functions;
+  const Cell& cell = functions.cell;
+
+  void forward(const ForwardTile& tile) const {
+    (kernels.stage_forward ? kernels.stage_forward : functions.forward)(functions, tile);
+  }
+  void backward(const BackwardTile& tile) const {
+    (kernels.stage_backward ? kernels.stage_backward : functions.backward)(functions, tile);
+  }
+
+  // bytes of so many elements of S, A and E
+  int64_t storage(int64_t n) const { return n * kernels.storage_bytes; }
+  int64_t compute(int64_t n) const { return n * kernels.compute_bytes; }
+  int64_t element(int64_t n) const { return n * kernels.element_bytes; }
+  int64_t whole_vectors(int64_t n) const { return ceil_div(n, kernels.lanes) * kernels.lanes; }
+
+  const WeightFormat& format(bool split_precision) const {
+    return split_precision ? *kernels.split : *kernels.dense;
+  }
+  // elements of a row of states: whole vectors, and one more, as rows at multiples of 4 KiB would
+  // compete for the same lines of L1
+  int64_t state_pitch(int64_t n) const {
+    return (whole_vectors(n) + kernels.lanes) * kernels.state_align;
+  }
+};
+
+inline const char* at(const void* base, int64_t bytes) {
+  return static_cast<const char*>(base) + bytes;
+}
+inline char* at(void* base, int64_t bytes) { return static_cast<char*>(base) + bytes; }
+
+// Rows at equal distances.
+struct Rows {
+  char* data = nullptr;
+  int64_t pitch = 0;  // bytes
+
+  char* operator[](int64_t row) const { return data + row * pitch; }
+  explicit operator bool() const { return data; }
+};
+
+// A tile of results on a thread's stack: of up to kMaxTileRows rows and kMaxTileVectors vectors.
+struct TileBuffer {
+  static constexpr int64_t kBytes = int64_t(kMaxTileRows) * kMaxTileVectors * 64;
+  alignas(64) char data[kBytes];
+};
+
+// Calls f(first row, number of rows) for tiles of nearly equal height.
+template <class F>
+inline void for_row_tiles(int64_t rows, int tile_rows, F&& f) {
+  const int64_t tiles = ceil_div(rows, tile_rows);
+  for (int64_t i = 0; i < tiles; ++i) {
+    const int64_t begin = rows * i / tiles, end = rows * (i + 1) / tiles;
+    f(begin, int(end - begin));
+  }
+}
+
+// Has a tile of some of the rows fetch its part of what is needed soon and lies in L3, where the
+// hardware's own prefetching comes too late. Null: nothing.
+inline void prefetch_part(TileOptions& options, const void* from, int64_t bytes, int64_t first,
+                          int count, int64_t rows) {
+  options.prefetch = from ? at(from, bytes * first / rows) : nullptr;
+  options.prefetch_bytes = bytes * count / rows;
+}
+
+}  // namespace rnnfast::cpu

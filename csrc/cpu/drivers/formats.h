@@ -1,0 +1,34 @@
+// Which weight formats the products of a layer take. By sizes alone, for results must not depend on
+// the number of threads.
+#pragma once
+
+#include "cpu/drivers/weights.h"
+
+namespace rnnfast::cpu {
+
+struct ForwardFormats {
+  bool pack;  // whether weights are packed, else read as they lie
+  bool x_split, h_split;  // split precision in the products with x and with h
+};
+
+inline ForwardFormats choose_forward_formats(const Context& context, const Sizes& size) {
+  const int64_t G = context.cell.gates, H = size.H;
+  const bool pack = pays_to_pack(size.T * size.B, context.storage(G * H * H),
+                                 context.kernels.converts(), context.kernels.state_align > 1);
+  const bool split = context.kernels.split && pack;
+  return {pack, split && split_pays_at_once(size.T * size.B, size.I, G * H),
+          split && split_pays_in_steps(size.B, size.T, H, G * H)};
+}
+
+struct BackwardFormats {
+  bool block_split, step_split;  // in the products of a block of steps and of a step
+};
+
+inline BackwardFormats choose_backward_formats(const Context& context, const Sizes& size) {
+  const int64_t G = context.cell.gates, H = size.H;
+  const bool split = context.kernels.split;
+  return {split && split_pays_in_gradients(size.T * size.B, G * H, H + size.I),
+          split && split_pays_in_steps(size.B, size.T - 1, G * H, H)};
+}
+
+}  // namespace rnnfast::cpu

@@ -1,0 +1,318 @@
+#include "cpu/drivers/forward.h"
+
+namespace rnnfast::cpu {
+
+Forward::Forward(const Context& context, const ForwardArgs& args, const Plan& plan, Arena& arena)
+    : context_(context),
+      args_(args),
+      plan_(plan),
+      batch_(args),
+      hidden_(context, context.format(plan.step_split_precision), context.cell.gates, args.size.H,
+              args.h_size, plan.hidden),
+      max_rows_(ceil_div(args.size.B, plan.row_shares)),
+      input_(context, args, plan, batch_, plan.block_steps * max_rows_, arena) {
+  const auto [T, B, I, H] = args.size;
+  hidden_.set(args.w_hh);
+  hidden_.take(arena, plan.threads);
+  const int64_t others = plan.threads - 1;
+  const auto take_rows = [&](int64_t count, int64_t bytes) {
+    return Rows{arena.take<char>(count * bytes + others * kApartBytes), bytes};
+  };
+  for (Rows& h : h_) h = take_rows(B, context.element(context.state_pitch(args.h_size)));
+  const int64_t c_bytes = context.compute(context.state_pitch(H));
+  if (args.w_hr) {
+    projection_.emplace(context, *context.kernels.dense, 1, args.h_size, H,
+                        plan.hidden == Packing::kNone ? Packing::kNone : Packing::kOnce);
+    projection_->set(args.w_hr);
+    projection_->take(arena, plan.threads);
+    unprojected_ = take_rows(B, context.element(context.state_pitch(H)));
+  }
+  tile_rows_ =
+      reinterpret_cast<ForwardRow*>(take_rows(plan.threads * max_rows_, sizeof(ForwardRow)).data);
+  if (context.cell.has_c) c_ = take_rows(plan.threads * max_rows_, c_bytes);
+  if (hidden_.format().converts_lhs) {
+    const int64_t bytes = hidden_.format().row_bytes(args.h_size);
+    lhs_ = {arena.take<char>(plan.threads * max_rows_ * bytes), bytes};
+  }
+  if (batch_.has_resets()) zeros_ = arena.take<char>(h_[0].pitch);
+}
+
+StepShape Forward::step_shape(const Context& context, const Sizes& size, bool split_precision) {
+  const WeightFormat& format = context.format(split_precision);
+  const GateWeights weights(context, format, context.cell.gates, size.H, size.H, Packing::kNone);
+  const int vectors = weights.vectors(0);
+  return {.rows = size.B,
+          .panels = weights.count(),
+          .depth = ceil_div(size.H, format.word),
+          .vectors = vectors,
+          .tile_rows = format.tile_rows[vectors - 1],
+          .min_rows = format.min_rows,
+          .element_bytes = context.kernels.compute_bytes,
+          .weight_bytes = format.weight_bytes,
+          .lanes = context.kernels.lanes,
+          .row_cycles = format.row_cycles,
+          .cell_cycles = vectors * kCellCycles,
+          .exchange_cycles = format.exchange_cycles};
+}
+
+// Threads that divide the units of the same rows have h in common. All else is a thread's own.
+void Forward::take_own(const Team& team) {
+  for (Rows& h : h_) h.data += team.row_index() * kApartBytes;
+  if (unprojected_) unprojected_.data += team.row_index() * kApartBytes;
+  input_.take_own(team.index());
+  hidden_.take_own(team.index());
+  if (lhs_) lhs_.data += team.index() * max_rows_ * lhs_.pitch;
+  const int64_t rows = team.index() * max_rows_;
+  tile_rows_ = reinterpret_cast<ForwardRow*>(reinterpret_cast<char*>(tile_rows_ + rows) +
+                                             team.index() * kApartBytes);
+  if (c_) c_.data += rows * c_.pitch + team.index() * kApartBytes;
+}
+
+bool Forward::run(const Team& team, const Progress* upstream, Progress& done) {
+  const int64_t T = args_.size.T;
+  rows_ = team.share_rows(args_.size.B);
+  panels_ = team.share_units(hidden_.count());
+  take_own(team);
+  pack(team);
+  // Rows of h are loaded by one of the threads that have them in common.
+  const auto part = [&](Span of) {
+    const Span own = team.share_units(of.size());
+    return Span{of.begin + own.begin, of.begin + own.end};
+  };
+  load_h(part(rows_));
+  load_c();
+  if (zeros_ && team.index() == 0) std::memset(zeros_, 0, size_t(h_[0].pitch));
+  team.barrier();
+  for (int64_t s = 0; s < T; s += plan_.block_steps) {
+    const Span steps{s, std::min(T, s + plan_.block_steps)};
+    if (upstream) upstream->wait_for(steps.end);
+    input_.run(steps, rows_, panels_);
+    int64_t first = 0;  // row of the step in the block
+    Outputs before{steps.begin, {0, 0}};
+    for (int64_t step = steps.begin; step < steps.end; ++step) {
+      const Span active = batch_.active(time(step), rows_);
+      advance(step, active, first, before);
+      if (projection_) {
+        team.unit_barrier();
+        project_state(step, active, team.share_units(projection_->count()));
+      }
+      first += active.size();
+      team.unit_barrier();
+      before = {step, part(active)};  // of rows that are complete now
+      clear(step, part({active.end, rows_.end}));
+    }
+    write(before);
+    team.barrier();
+    if (team.index() == 0) done.reach(steps.end);
+  }
+  store_h(part(rows_));
+  store_c();
+  return good_ && input_.good();
+}
+
+void Forward::pack(const Team& team) {
+  input_.pack(team);
+  good_ &= hidden_.pack(args_.b_hh, team.share(hidden_.count()));
+  if (projection_) projection_->pack(nullptr, team.share(projection_->count()));
+}
+
+void Forward::load_h(Span rows) {
+  const int64_t H = args_.size.H, P = args_.h_size;
+  // what completes the last word of a row
+  const auto complete = [&](const Rows& to, int64_t b, int64_t n) {
+    const int64_t rest =
+        ceil_div(n, context_.kernels.state_align) * context_.kernels.state_align - n;
+    std::memset(to[b] + context_.element(n), 0, size_t(context_.element(rest)));
+  };
+  for (int64_t b = rows.begin; b < rows.end; ++b) {
+    context_.kernels.load_state(h_[0][b], at(args_.h0, context_.storage(batch_.place(b) * P)), P);
+    for (const Rows& h : h_) complete(h, b, P);
+    if (unprojected_) complete(unprojected_, b, H);
+    // a sequence that starts late may start at an odd step
+    if (batch_.is_ragged()) std::memcpy(h_[1][b], h_[0][b], size_t(context_.element(P)));
+  }
+}
+
+void Forward::store_h(Span rows) const {
+  const int64_t P = args_.h_size;
+  for (int64_t b = rows.begin; b < rows.end; ++b) {
+    const int64_t steps = args_.reverse ? args_.size.T : batch_.length(b);
+    context_.kernels.store_state(at(args_.h_n, context_.storage(batch_.place(b) * P)),
+                                 h_[steps & 1][b], P);
+  }
+}
+
+// f(of S, of A, units) for the rows of this thread's part of c, in a tensor (B, H) and in memory
+template <class F>
+void Forward::for_c(F&& f) const {
+  const int64_t begin = panels_.begin * hidden_.units();
+  const int64_t count = std::min(args_.size.H, panels_.end * hidden_.units()) - begin;
+  for (int64_t b = rows_.begin; c_ && count > 0 && b < rows_.end; ++b)
+    f(context_.storage(batch_.place(b) * args_.size.H + begin), c(b) + context_.compute(begin),
+      count);
+}
+void Forward::load_c() {
+  for_c([&](int64_t from, char* to, int64_t count) {
+    context_.kernels.load(to, at(args_.c0, from), count);
+  });
+}
+void Forward::store_c() const {
+  for_c([&](int64_t to, const char* from, int64_t count) {
+    context_.kernels.store(at(args_.c_n, to), from, count);
+  });
+}
+
+// Copies y from h row by row: written unit by unit, it would have threads meet at the borders of
+// their parts (see kApartBytes).
+void Forward::write(const Outputs& outputs) const {
+  const int64_t P = args_.h_size, t = time(outputs.step);
+  for (int64_t b = outputs.rows.begin; b < outputs.rows.end; ++b)
+    context_.kernels.store_state(at(args_.y, context_.storage(batch_.row(t, b) * P)),
+                                 h_after(outputs.step, b), P);
+}
+
+// zeros as the outputs of sequences that have no such step
+void Forward::clear(int64_t step, Span rows) const {
+  if (batch_.is_packed()) return;
+  for (int64_t b = rows.begin; b < rows.end; ++b) {
+    const int64_t row = batch_.row(time(step), b);
+    const int64_t y_bytes = context_.storage(args_.h_size),
+                  c_bytes = context_.compute(args_.size.H);
+    std::memset(at(args_.y, row * y_bytes), 0, size_t(y_bytes));
+    if (args_.cells) std::memset(at(args_.cells, row * c_bytes), 0, size_t(c_bytes));
+  }
+}
+
+// The cell on a tile: at once, or in pieces between the steps of the next tile's product where the
+// weight format defers.
+class Forward::CellWork : public Deferred {
+ public:
+  explicit CellWork(const Forward& all)
+      : Deferred{&do_some, 0},
+        context_(all.context_),
+        tile_{.H = all.args_.size.H,
+              .first_unit = 0,
+              .units = 0,
+              .rows = nullptr,
+              .count = 0,
+              .from_x = nullptr,
+              .x_stride = 0,
+              .from_h = nullptr,
+              .h_stride = all.hidden_.width()} {}
+
+  void take(int64_t first_unit, int64_t units, const ForwardRow* rows, int count,
+            const InputProjection::Projected& from_x, const void* from_h) {
+    tile_.first_unit = first_unit, tile_.units = units;
+    tile_.rows = rows, tile_.count = count;
+    tile_.from_x = from_x.first, tile_.x_stride = from_x.stride;
+    tile_.from_h = from_h;
+    left = ceil_div(count, kPiece);
+  }
+  void finish() {
+    if (left > 0) context_.forward(tile_);
+    left = 0;
+  }
+
+ private:
+  static constexpr int kPiece = 3;  // rows
+
+  static void do_some(Deferred& deferred, int64_t pieces) {
+    CellWork& work = static_cast<CellWork&>(deferred);
+    ForwardTile& tile = work.tile_;
+    const int rest = tile.count;
+    tile.count = int(std::min<int64_t>(rest, pieces * kPiece));
+    work.context_.forward(tile);
+    const auto& context = work.context_;
+    tile.rows += tile.count;
+    tile.from_x = at(tile.from_x, context.compute(tile.count * tile.x_stride));
+    tile.from_h = at(tile.from_h, context.compute(tile.count * tile.h_stride));
+    tile.count = rest - tile.count;
+    work.left = ceil_div(tile.count, kPiece);
+  }
+
+  const Context& context_;
+  ForwardTile tile_;
+};
+
+// Where a step reads and writes the states of these rows.
+void Forward::set_rows(int64_t step, Span rows) {
+  const int64_t t = time(step), H = args_.size.H;
+  const int64_t saved_bytes = context_.storage(context_.cell.saved * H);
+  for (int64_t b = rows.begin; b < rows.end; ++b) {
+    const int64_t row = batch_.row(t, b);
+    const bool reset = batch_.resets(t, b);
+    char* own_c = c_ ? c(b) : nullptr;
+    tile_rows_[b - rows_.begin] = {
+        .h_prev = reset ? zeros_ : h_[step & 1][b],
+        .c_prev = reset ? nullptr : own_c,
+        .h = unprojected_ ? unprojected_[b] : h_after(step, b),
+        .c = own_c,
+        .saved = args_.gates ? at(args_.gates, row * saved_bytes) : nullptr,
+        .c_copy = args_.cells ? at(args_.cells, row * context_.compute(H)) : nullptr};
+  }
+}
+
+// One step of the recurrence: the product with W_hh and, on each tile, the cell. Meanwhile writes
+// the outputs of the step before, a few rows after each tile: at once, they would wait for memory.
+void Forward::advance(int64_t step, Span rows, int64_t first_row, Outputs before) {
+  const int64_t tiles = panels_.size() * ceil_div(rows.size(), hidden_.max_tile_rows());
+  const int64_t at_once = ceil_div(before.rows.size(), std::max<int64_t>(tiles, 1));
+  const auto write_some = [&] {
+    const int64_t end = std::min(before.rows.begin + at_once, before.rows.end);
+    write({before.step, {before.rows.begin, end}});
+    before.rows.begin = end;
+  };
+  set_rows(step, rows);
+  ForwardRow* tile_rows = tile_rows_ + (rows.begin - rows_.begin);
+  for (int64_t r = 0; lhs_ && r < rows.size(); ++r)
+    good_ &= hidden_.format().load_lhs(lhs_[r], tile_rows[r].h_prev, args_.h_size);
+
+  const bool defers = hidden_.format().defers;
+  TileBuffer from_h[2], from_x[2];
+  CellWork cell(*this);
+  TileOptions options = hidden_.options();
+  options.deferred = &cell;
+  int64_t count = 0;
+  // To and fro: a step begins with the panels that the last one left in cache.
+  const int64_t way = step % 2 ? -1 : 1, first = way > 0 ? panels_.begin : panels_.end - 1;
+  for (int64_t i = 0; i < panels_.size(); ++i) {
+    const int64_t p = first + way * i;
+    const GateWeights::Panel panel = hidden_.panel(p, good_);
+    const char* next = i + 1 < panels_.size() ? hidden_.neighbour(panel, way) : nullptr;
+    for_row_tiles(rows.size(), panel.tile_rows, [&](int64_t r, int n) {
+      const void* lhs[kMaxTileRows];
+      for (int i = 0; i < n; ++i) lhs[i] = lhs_ ? lhs_[r + i] : tile_rows[r + i].h_prev;
+      const int buffer = defers ? count++ % 2 : 0;
+      prefetch_part(options, next, hidden_.panel_bytes(), r, n, rows.size());
+      hidden_.multiply(panel, lhs, n, from_h[buffer].data, hidden_.width(), options);
+      cell.finish();
+      cell.take(p * hidden_.units(), hidden_.units(p), tile_rows + r, n,
+                input_.rows(first_row + r, n, p, from_x[buffer].data), from_h[buffer].data);
+      if (!defers) cell.finish();
+      write_some();
+    });
+  }
+  cell.finish();
+  write(before);
+}
+
+// h = W_hr times what the cells have put out
+void Forward::project_state(int64_t step, Span rows, Span panels) {
+  TileBuffer h;
+  const TileOptions options = projection_->options();
+  const int64_t width = projection_->width();
+  for (int64_t p = panels.begin; p < panels.end; ++p) {
+    const GateWeights::Panel panel = projection_->panel(p, good_);
+    for_row_tiles(rows.size(), panel.tile_rows, [&](int64_t r, int n) {
+      const void* lhs[kMaxTileRows];
+      for (int i = 0; i < n; ++i) lhs[i] = unprojected_[rows.begin + r + i];
+      projection_->multiply(panel, lhs, n, h.data, width, options);
+      for (int i = 0; i < n; ++i)
+        context_.kernels.round_state(
+            h_after(step, rows.begin + r + i) + context_.element(p * width),
+            h.data + context_.compute(i * width), projection_->units(p));
+    });
+  }
+}
+
+}  // namespace rnnfast::cpu

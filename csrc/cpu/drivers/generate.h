@@ -1,0 +1,40 @@
+// A stack of layers that reads back what is sampled from its outputs. Every thread computes its
+// panels of each layer's units and of the scores; a barrier follows each.
+#pragma once
+
+#include <vector>
+
+#include "cpu/drivers/weights.h"
+#include "cpu/generation.h"
+
+namespace rnnfast::cpu {
+
+class Generate {
+ public:
+  Generate(const Context& context, const GenerateArgs& args, Arena& arena);
+
+  // Packs the weights and loads the states.
+  void start(const Team& team);
+  // Ends early where a token cannot be sampled; that is -1 then.
+  void run(const GenerateSteps& steps, Sampler* samplers, const Team& team);
+
+ private:
+  char* h(int64_t layer, int64_t parity, int64_t b) const {
+    return h_[parity][layer * args_.B + b];
+  }
+  void advance(int64_t layer, int64_t parity, const int64_t* tokens, Span panels);
+  void score(int64_t parity, Span panels);
+
+  const Context& context_;
+  const GenerateArgs& args_;
+  struct Layer {
+    GateWeights input, hidden;
+  };
+  std::vector<Layer> layers_;
+  GateWeights head_;
+  Rows h_[2];    // E [layer][B], before even and odd steps
+  Rows c_;       // A [layer][B]
+  Rows scores_;  // A [B]
+};
+
+}  // namespace rnnfast::cpu

@@ -1,0 +1,177 @@
+// Rhs of products: a weight matrix by panels of units, and columns of anything.
+#pragma once
+
+#include "cpu/drivers/context.h"
+
+namespace rnnfast::cpu {
+
+// A weight matrix (G*H, K) and its bias by panels of units (GateShape), packed or as they lie.
+class GateWeights {
+ public:
+  GateWeights(const Context& context, const WeightFormat& format, int gates, int64_t H, int64_t K,
+              Packing packing)
+      : kernels_(context.kernels),
+        format_(format),
+        shape_{H, gates, gates == 1 ? kMaxTileVectors : 1},
+        K_(K),
+        packing_(packing),
+        lanes_(context.kernels.lanes),
+        vectors_(gates * shape_.unit_vectors),
+        units_(int64_t(shape_.unit_vectors) * lanes_),
+        width_(int64_t(vectors_) * lanes_),
+        panel_bytes_(format.panel_bytes(vectors_, K)) {}
+
+  // One panel, ready to be multiplied.
+  struct Panel {
+    int64_t index;
+    const TileFunction* tiles;  // by rows - 1
+    int tile_rows;
+    const char* packed;  // null: as the weights lie
+    const char* bias;
+  };
+
+  const WeightFormat& format() const { return format_; }
+  const GateShape& shape() const { return shape_; }
+  int64_t K() const { return K_; }
+  int vectors() const { return vectors_; }
+  int64_t units() const { return units_; }  // of a panel
+  int64_t width() const { return width_; }  // columns of a panel
+  int64_t panel_bytes() const { return panel_bytes_; }
+  int64_t count() const { return ceil_div(shape_.H, units_); }
+  // The last panel of one gate has no more vectors than its units need.
+  int vectors(int64_t panel) const {
+    const int64_t left = ceil_div(shape_.H - panel * units_, lanes_);
+    return shape_.gates == 1 && left < vectors_ ? int(left) : vectors_;
+  }
+  int tile_rows(int64_t panel) const { return format_.tile_rows[vectors(panel) - 1]; }
+  int max_tile_rows() const { return format_.tile_rows[vectors_ - 1]; }
+  int64_t units(int64_t panel) const { return std::min(units_, shape_.H - panel * units_); }
+  // columns of some panels side by side
+  int64_t width(Span panels) const {
+    return panels.size() > 0 ? (panels.size() - 1) * width_ + vectors(panels.end - 1) * lanes_ : 0;
+  }
+
+  void take(Arena& arena, int threads) {
+    take_packed(arena, threads);
+    bias_ = arena.take<char>(count() * width_ * kernels_.compute_bytes);
+  }
+  void take_packed(Arena& arena, int threads) {
+    const int64_t panels = packing_ == Packing::kNone   ? 0
+                           : packing_ == Packing::kOnce ? count()
+                                                        : threads;
+    if (panels > 0) packed_ = arena.take<char>(panels * panel_bytes_);
+  }
+  // From here on memory for a panel at a time is this thread's.
+  void take_own(int thread) {
+    if (packing_ == Packing::kPanelwise) packed_ += thread * panel_bytes_;
+  }
+  void set(const void* w) { w_ = w; }
+
+  // Packs what is packed once, and the bias (null for zeros). False if a weight has no
+  // representation in the format.
+  bool pack(const void* bias, Span panels) {
+    bool good = true;
+    for (int64_t p = panels.begin; p < panels.end && packing_ == Packing::kOnce; ++p)
+      good &= format_.pack_gates(shape_, w_, K_, p, packed_ + p * panel_bytes_);
+    if (bias_) kernels_.pack_bias(shape_, bias, panels.begin, panels.end, bias_at(panels.begin));
+    return good;
+  }
+
+  // Packs it if it is packed panel by panel; then not good where that fails.
+  Panel panel(int64_t p, bool& good) const {
+    const int n = vectors(p);
+    const char* packed = packed_;
+    if (packing_ == Packing::kOnce) packed += p * panel_bytes_;
+    if (packing_ == Packing::kPanelwise) good &= format_.pack_gates(shape_, w_, K_, p, packed_);
+    return {p, format_.tiles[n - 1], format_.tile_rows[n - 1], packed, bias_at(p)};
+  }
+  // The same with weights as they lie.
+  Panel unpacked_panel(int64_t p) const {
+    const int n = vectors(p);
+    return {p, format_.tiles[n - 1], format_.tile_rows[n - 1], nullptr, bias_at(p)};
+  }
+  // The panel that follows in memory, in this direction, if all are packed.
+  const char* neighbour(const Panel& panel, int64_t way) const {
+    return packing_ == Packing::kOnce ? panel.packed + way * panel_bytes_ : nullptr;
+  }
+
+  // W a + bias for a tile of up to tile_rows rows; rows of `out` are `stride` elements apart.
+  void multiply(const Panel& panel, const void* const* lhs, int rows, void* out, int64_t stride,
+                const TileOptions& options) const {
+    if (panel.packed)
+      return panel.tiles[rows - 1](rows, K_, lhs, panel.packed, panel.bias, out, stride, options);
+    for_row_tiles(rows, kernels_.dot_rows, [&](int64_t first, int n) {
+      kernels_.dots(shape_, n, K_, lhs + first, w_, panel.index, panel.bias,
+                    at(out, first * stride * kernels_.compute_bytes), stride);
+    });
+  }
+
+  TileOptions options() const { return {.chain = format_.chain}; }
+  char* bias_at(int64_t panel) const { return bias_ + panel * width_ * kernels_.compute_bytes; }
+
+ private:
+  const MicroKernels& kernels_;
+  const WeightFormat& format_;
+  const GateShape shape_;
+  const int64_t K_;
+  const Packing packing_;
+  const int lanes_, vectors_;
+  const int64_t units_, width_, panel_bytes_;
+  const void* w_ = nullptr;
+  char* packed_ = nullptr;  // panels, all or one; null: as they lie
+  char* bias_ = nullptr;    // A [panel][width]
+};
+
+// A general rhs (K, N) in panels of up to kMaxTileVectors vectors of columns. A narrow last panel
+// is not padded.
+class Columns {
+ public:
+  Columns(const Context& context, const WeightFormat& format, int64_t N)
+      : format_(format), N_(N), lanes_(context.kernels.lanes), width_(kMaxTileVectors * lanes_) {}
+
+  const WeightFormat& format() const { return format_; }
+  int64_t N() const { return N_; }
+  int64_t width() const { return width_; }
+  int64_t count() const { return ceil_div(N_, width_); }
+  int vectors(int64_t panel) const {
+    const int64_t left = ceil_div(N_ - panel * width_, lanes_);
+    return left < kMaxTileVectors ? int(left) : kMaxTileVectors;
+  }
+  int64_t columns(int64_t panel) const { return std::min(width_, N_ - panel * width_); }
+  int tile_rows(int64_t panel) const { return format_.tile_rows[vectors(panel) - 1]; }
+  int64_t panel_bytes(int64_t K) const { return format_.panel_bytes(kMaxTileVectors, K); }
+  int64_t bytes(int64_t K) const { return count() * panel_bytes(K); }
+
+  // Rows [begin, begin + count) of the K rows of a panel: rows[i] of S, null for zeros. begin is a
+  // multiple of the format's step.
+  void pack(const void* const* rows, int64_t begin, int64_t count, int64_t panel,
+            void* packed) const {
+    const int n = vectors(panel);
+    format_.pack_columns(rows, count, panel * width_, N_, n,
+                         at(packed, format_.panel_bytes(n, begin)));
+  }
+  // All K rows of a panel, where row(k) has them.
+  template <class F>
+  void pack_all(int64_t K, int64_t panel, void* packed, F&& row) const {
+    const void* rows[kPackedRows];
+    for (int64_t begin = 0; begin < K; begin += kPackedRows) {
+      const int64_t n = std::min(kPackedRows, K - begin);
+      for (int64_t i = 0; i < n; ++i) rows[i] = row(begin + i);
+      pack(rows, begin, n, panel, packed);
+    }
+  }
+
+  void multiply(int64_t panel, int rows, int64_t K, const void* const* lhs, const void* packed,
+                void* out, int64_t stride, const TileOptions& options) const {
+    format_.tiles[vectors(panel) - 1][rows - 1](rows, K, lhs, packed, nullptr, out, stride,
+                                                options);
+  }
+
+ private:
+  const WeightFormat& format_;
+  const int64_t N_;
+  const int lanes_;
+  const int64_t width_;
+};
+
+}  // namespace rnnfast::cpu

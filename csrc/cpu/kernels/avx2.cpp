@@ -1,0 +1,13 @@
+// AVX2 with FMA and F16C (x86-64-v3).
+#if defined(__x86_64__)
+#include "cpu/kernels/baseline.h"
+#include "cpu/targets.h"
+
+#pragma GCC target("avx2,fma,f16c")
+#define RNNFAST_TARGET avx2
+#define RNNFAST_VECTOR_BYTES 32
+#define RNNFAST_REGISTERS 16
+#include "cpu/kernels/table.h"
+
+constinit const rnnfast::cpu::Target rnnfast::cpu::kAvx2 = RNNFAST_TARGET::make_target();
+#endif

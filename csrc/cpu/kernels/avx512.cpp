@@ -1,0 +1,13 @@
+// AVX-512 (x86-64-v4).
+#if defined(__x86_64__)
+#include "cpu/kernels/baseline.h"
+#include "cpu/targets.h"
+
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#define RNNFAST_TARGET avx512
+#define RNNFAST_VECTOR_BYTES 64
+#define RNNFAST_REGISTERS 32
+#include "cpu/kernels/table.h"
+
+constinit const rnnfast::cpu::Target rnnfast::cpu::kAvx512 = RNNFAST_TARGET::make_target();
+#endif

@@ -1,0 +1,24 @@
+// Everything that the kernels share, included before an instruction set is selected so that it is
+// compiled for the baseline. The cells' formulas are not among it: GCC inlines a function only into
+// code for the same instruction set, so kernels/cell_tile.h and convert.h include them after that.
+#pragma once
+
+#if !defined(__GNUC__) || defined(__clang__)
+#error "rnnfast's CPU kernels are written for GCC: set CXX=g++"
+#endif
+
+#include <array>
+#include <cstdint>
+#include <iterator>
+#include <type_traits>
+#include <utility>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#include "cells/common.h"
+#include "cpu/cell.h"
+#include "cpu/microkernels.h"

@@ -1,0 +1,102 @@
+// Products that packing would not pay for: weights as they lie, and outer products of few rows.
+#pragma once
+
+#include "cpu/kernels/pack.h"
+
+namespace rnnfast::cpu::RNNFAST_TARGET {
+
+inline constexpr int kDotRows = RNNFAST_REGISTERS == 32 ? 3 : 1;
+
+// sum[r][i] += the products of row i of w and lhs[r] for k in [begin, end), eight rows of w at a
+// time: so many have their addresses in registers. In place of rows that w has not, the last one is
+// read again.
+template <int R, class S, class E>
+RNNFAST_INLINE void dot_rows(const S* w, int64_t pitch, int rows, int64_t begin, int64_t end,
+                             const void* const* lhs,
+                             Vec<Compute<S>> (&sum)[R][kLanes<Compute<S>>]) {
+  using A = Compute<S>;
+  constexpr int lanes = kLanes<A>, kGroup = lanes < 8 ? lanes : 8;
+#pragma GCC unroll 2
+  for (int first = 0; first < lanes; first += kGroup) {
+    const S* from[kGroup];
+    for (int i = 0; i < kGroup; ++i) from[i] = w + smaller(first + i, rows - 1) * pitch;
+    const auto add = [&](int64_t k, auto... left) __attribute__((always_inline)) {
+      Vec<A> value[R];
+#pragma GCC unroll 3
+      for (int r = 0; r < R; ++r) value[r] = load(static_cast<const E*>(lhs[r]) + k, left...);
+#pragma GCC unroll 8
+      for (int i = 0; i < kGroup; ++i) {
+        Vec<A> weights = load(from[i] + k, left...);
+        if (R > 1) keep_in_register(weights);
+#pragma GCC unroll 3
+        for (int r = 0; r < R; ++r) sum[r][first + i] = fma(value[r], weights, sum[r][first + i]);
+      }
+    };
+    int64_t k = begin;
+    for (; k + lanes <= end; k += lanes) add(k);
+    if (k < end) add(k, end - k);
+  }
+}
+
+template <class S, class E>
+void dots(const GateShape& shape, int rows, int64_t K, const void* const* lhs, const void* w,
+          int64_t panel, const void* bias, void* out, int64_t stride) {
+  using A = Compute<S>;
+  constexpr int lanes = kLanes<A>;
+  // Lanes have chains of their own, which are cut where those of a tile are.
+  constexpr int64_t kChain = int64_t(RNNFAST_REGISTERS == 32 ? 256 : 128) * lanes;
+  const GateColumns columns{shape, panel, lanes};
+  const int vectors = columns.vectors();
+  const auto of_rows = [&]<int R>() {
+    for (int j = 0; j < vectors; ++j) {
+      const int units = int(smaller(lanes, columns.units(j)));
+      const S* from = static_cast<const S*>(w) + columns.row(j) * K;
+      for (int64_t k = 0; k == 0 || k < K; k += kChain) {
+        Vec<A> sum[R][lanes] = {};
+        dot_rows<R, S, E>(from, K, units, k, smaller(K, k + kChain), lhs, sum);
+        for (int r = 0; r < R; ++r) {
+          A* to = static_cast<A*>(out) + r * stride + j * lanes;
+          store(to,
+                lane_sums<A>(sum[r]) + load(k == 0 ? static_cast<const A*>(bias) + j * lanes : to));
+        }
+      }
+    }
+  };
+  if constexpr (kDotRows > 1) {
+    if (rows == 3) return of_rows.template operator()<3>();
+    if (rows == 2) return of_rows.template operator()<2>();
+  }
+  of_rows.template operator()<1>();
+}
+
+template <class S, class E>
+void outer_few(const void* const* lhs, const void* const* rhs, int count, int64_t begin,
+               int64_t rows, int64_t columns, void* to, bool add) {
+  using A = Compute<S>;
+  constexpr int lanes = kLanes<A>;
+  as_constant(count, [&]<int R>() {
+    const S* values[R];
+    for (int r = 0; r < R; ++r) values[r] = static_cast<const S*>(rhs[r]);
+    for (int64_t m = 0; m < rows; m += lanes) {
+      const int64_t n = smaller(lanes, rows - m);
+      alignas(64) A factors[R][lanes];
+      for (int r = 0; r < R; ++r)
+        store(factors[r], load(static_cast<const E*>(lhs[r]) + begin + m, n));
+      for (int64_t i = 0; i < n; ++i) {
+        A* row = static_cast<A*>(to) + (m + i) * columns;
+        const auto sum_at = [&](int64_t at, auto... rest) __attribute__((always_inline)) {
+          Vec<A> sum = add ? load(row + at, rest...) : Vec<A>{};
+          unrolled<R>([&](auto r) __attribute__((always_inline)) {
+            sum = fma(Vec<A>{} + factors[r][i], load(values[r] + at, rest...), sum);
+          });
+          store(row + at, sum, rest...);
+        };
+        int64_t at = 0;
+        for (; at + lanes <= columns; at += lanes) sum_at(at);
+        if (at < columns) sum_at(at, columns - at);
+      }
+    }
+  });
+}
+
+}  // namespace rnnfast::cpu::RNNFAST_TARGET

@@ -1,0 +1,184 @@
+// Packing of panels (rhs) and of transposed rows (lhs), for the formats whose words are read as
+// they lie: dense ones and pairs of bfloat16.
+#pragma once
+
+#include "cpu/kernels/product.h"
+
+namespace rnnfast::cpu::RNNFAST_TARGET {
+
+// Where the columns of a panel lie in a weight matrix (G * H, K).
+struct GateColumns {
+  const GateShape& shape;
+  int64_t panel;
+  int lanes;
+
+  RNNFAST_INLINE int64_t unit(int j) const {  // of lane 0 of vector j
+    return (panel * shape.unit_vectors + j % shape.unit_vectors) * lanes;
+  }
+  RNNFAST_INLINE int64_t units(int j) const { return shape.H - unit(j); }  // left from there on
+  RNNFAST_INLINE int64_t row(int j) const {  // of the matrix
+    return j / shape.unit_vectors * shape.H + unit(j);
+  }
+  RNNFAST_INLINE int vectors() const {
+    const int all = shape.gates * shape.unit_vectors;
+    const int64_t left = (shape.H - panel * shape.unit_vectors * lanes + lanes - 1) / lanes;
+    return shape.gates == 1 && left < all ? int(left) : all;
+  }
+};
+
+// panel[word][j][lane] = the words of row `lane` of up to a vector of rows of w, K elements long
+template <class Op, class S>
+RNNFAST_INLINE void pack_transposed(const S* w, int64_t K, int64_t rows,
+                                    typename Op::Compute* panel, int64_t pitch) {
+  using A = typename Op::Compute;
+  constexpr int lanes = kLanes<A>;
+  for (int64_t k = 0; k < words<Op>(K); k += lanes) {
+    const int64_t n = words<Op>(K) - k, at = k * Op::kPerWord;
+    Vec<A> block[lanes];
+    for (int i = 0; i < lanes; ++i)
+      block[i] = i < rows ? Op::load_words(w + i * K + at, K - at) : Vec<A>{};
+    transpose<A>(block);
+    if (n >= lanes) {
+#pragma GCC unroll 16
+      for (int i = 0; i < lanes; ++i) store(panel + (k + i) * pitch, block[i]);
+    } else {
+      for (int64_t i = 0; i < n; ++i) store(panel + (k + i) * pitch, block[i]);
+    }
+  }
+}
+
+template <class Op, class S>
+bool pack_gates(const GateShape& shape, const void* w, int64_t K, int64_t panel, void* to) {
+  constexpr int lanes = kLanes<typename Op::Compute>;
+  const GateColumns columns{shape, panel, lanes};
+  const int vectors = columns.vectors();
+  for (int j = 0; j < vectors; ++j)
+    pack_transposed<Op>(static_cast<const S*>(w) + columns.row(j) * K, K, columns.units(j),
+                        static_cast<typename Op::Compute*>(to) + j * lanes, vectors * lanes);
+  return true;
+}
+
+// panel[word][vector] = the words of rows along k, columns from `column` on
+template <class Op, class S>
+void pack_columns(const void* const* rows, int64_t count, int64_t column, int64_t columns,
+                  int vectors, void* to) {
+  using A = typename Op::Compute;
+  constexpr int lanes = kLanes<A>;
+  A* panel = static_cast<A*>(to);
+  for (int64_t k = 0; k < count; k += Op::kPerWord) {
+    const S* from[Op::kPerWord];
+    for (int i = 0; i < Op::kPerWord; ++i)
+      from[i] =
+          k + i < count && rows[k + i] ? static_cast<const S*>(rows[k + i]) + column : nullptr;
+    for (int j = 0; j < vectors; ++j, panel += lanes) {
+      store(panel, Op::load_columns(from, columns - column - j * lanes));
+      for (const S*& row : from) row = row ? row + lanes : nullptr;
+    }
+  }
+}
+
+template <class Op, class S>
+bool load_lhs(void* to, const void* from, int64_t K) {
+  using Element = typename Op::Element;
+  convert_row<Element, S>(to, from, K);
+  for (int64_t k = K; k < words<Op>(K) * Op::kPerWord; ++k)
+    static_cast<Element*>(to)[k] = Element{};
+  return true;
+}
+
+template <class Op>
+void transpose_lhs(const void* const* rows, int64_t count, int64_t begin, int64_t end, void* to,
+                   int64_t pitch) {
+  using A = typename Op::Compute;
+  using Element = typename Op::Element;
+  constexpr int lanes = kLanes<A>;
+  for (int64_t k = 0; k < count; k += lanes * Op::kPerWord) {
+    const Element* from[lanes][Op::kPerWord];
+    for (int64_t i = 0; i < lanes * Op::kPerWord; ++i)
+      from[i / Op::kPerWord][i % Op::kPerWord] =
+          k + i < count ? static_cast<const Element*>(rows[k + i]) + begin : nullptr;
+    for (int64_t m = begin; m < end; m += lanes) {
+      Vec<A> square[lanes];
+      for (int i = 0; i < lanes; ++i) {
+        square[i] = Op::load_columns(from[i], end - m);
+        for (const Element*& row : from[i]) row = row ? row + lanes : nullptr;
+      }
+      transpose<A>(square);
+      const int64_t n = smaller(lanes, end - m);
+      for (int64_t i = 0; i < n; ++i)
+        __builtin_memcpy(static_cast<char*>(to) + (m - begin + i) * pitch + k * sizeof(Element),
+                         &square[i], sizeof(square[i]));
+    }
+  }
+}
+
+// Rounding errors must not grow with the length of the rows: sums of 16 vectors are added up.
+template <class Op>
+void sum_lhs(const void* lhs, int64_t pitch, int64_t count, int64_t depth, void* sums) {
+  using A = typename Op::Compute;
+  using Element = typename Op::Element;
+  constexpr int lanes = kLanes<A>;
+  constexpr int64_t kChain = 16 * lanes;
+  for (int64_t m = 0; m < count; m += lanes) {
+    const int64_t n = smaller(lanes, count - m);
+    Vec<A> of_rows[lanes] = {};
+    for (int64_t i = 0; i < n; ++i) {
+      const auto row =
+          reinterpret_cast<const Element*>(static_cast<const char*>(lhs) + (m + i) * pitch);
+      for (int64_t k = 0; k < depth; k += kChain) {
+        Vec<A> sum{};
+        for (int64_t at = k; at < smaller(depth, k + kChain); at += lanes) sum += load(row + at);
+        of_rows[i] += sum;
+      }
+    }
+    store(static_cast<A*>(sums) + m, lane_sums<A>(of_rows), n);
+  }
+}
+
+// ---- weights by gates that are not multiplied ----
+
+template <class S>
+void pack_bias(const GateShape& shape, const void* bias, int64_t begin, int64_t end, void* to) {
+  using A = Compute<S>;
+  constexpr int lanes = kLanes<A>;
+  A* panel = static_cast<A*>(to);
+  for (int64_t p = begin; p < end; ++p) {
+    const GateColumns columns{shape, p, lanes};
+    for (int j = 0; j < shape.gates * shape.unit_vectors; ++j, panel += lanes) {
+      const bool there = bias && columns.units(j) > 0;
+      store(panel, there ? load(static_cast<const S*>(bias) + columns.row(j), columns.units(j))
+                         : Vec<A>{});
+    }
+  }
+}
+
+// Rows of T, with a bias or (null) without.
+template <class T>
+RNNFAST_INLINE void gather(const GateShape& shape, const void* const* rows, int count,
+                           const void* bias, int64_t panel, void* to) {
+  using A = Compute<T>;
+  constexpr int lanes = kLanes<A>;
+  const GateColumns columns{shape, panel, lanes};
+  const int vectors = columns.vectors();
+  A* out = static_cast<A*>(to);
+  for (int i = 0; i < count; ++i, out += shape.gates * shape.unit_vectors * lanes) {
+    const T* row = static_cast<const T*>(rows[i]);
+    for (int j = 0; j < vectors; ++j) {
+      Vec<A> value = load(row + columns.row(j), columns.units(j));
+      if (bias) value += load(static_cast<const A*>(bias) + j * lanes);
+      store(out + j * lanes, value);
+    }
+  }
+}
+template <class S>
+void gather_tokens(const GateShape& shape, const void* const* rows, int count, const void* bias,
+                   int64_t panel, void* to) {
+  gather<S>(shape, rows, count, bias, panel, to);
+}
+template <class A>
+void gather_gates(const GateShape& shape, const void* const* rows, int count, int64_t panel,
+                  void* to) {
+  gather<A>(shape, rows, count, nullptr, panel, to);
+}
+
+}  // namespace rnnfast::cpu::RNNFAST_TARGET

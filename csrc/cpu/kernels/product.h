@@ -1,0 +1,134 @@
+// The register-tiled product (a TileFunction, see microkernels.h) on vectors, and how it reads its
+// operands.
+//
+// A tile of MR rows by NR vectors of columns is accumulated in registers. Every element is summed
+// over k in the same order whatever the tile, so results do not depend on how rows and columns are
+// dealt to threads.
+#pragma once
+
+#include "cpu/kernels/convert.h"
+
+namespace rnnfast::cpu::RNNFAST_TARGET {
+
+// The sum over k goes word by word; a word has the size of the compute type. Here it is one element
+// of that type; pairs of bfloat16 are in kernels/bf16_pairs.h.
+template <class A>
+struct DenseOperand {
+  using Compute = A;
+  using Element = A;  // E, of lhs rows
+  using Word = A;
+  static constexpr int kPerWord = 1;
+
+  RNNFAST_INLINE static Vec<A> multiply_add(Vec<A> sum, Word lhs, Vec<A> rhs) {
+    return fma(Vec<A>{} + lhs, rhs, sum);
+  }
+  // up to a vector of words along k, zeros beyond `elements`
+  template <class T>
+  RNNFAST_INLINE static Vec<A> load_words(const T* from, int64_t elements) {
+    return load(from, elements);
+  }
+  // one word of k for a vector of columns, from kPerWord rows along k; null for zeros
+  template <class T>
+  RNNFAST_INLINE static Vec<A> load_columns(const T* const* rows, int64_t columns) {
+    return rows[0] ? load(rows[0], columns) : Vec<A>{};
+  }
+};
+
+template <class Op>
+RNNFAST_INLINE int64_t words(int64_t elements) {
+  return (elements + Op::kPerWord - 1) / Op::kPerWord;
+}
+template <class Op>
+RNNFAST_INLINE typename Op::Word load_word(const typename Op::Element* from) {
+  typename Op::Word word;
+  __builtin_memcpy(&word, from, sizeof(word));
+  return word;
+}
+
+// MR for NR = 1 to 4: accumulators, one rhs vector and one broadcast must fit the register file.
+inline constexpr int kRegisterRows[] = {
+    RNNFAST_REGISTERS == 32 ? 8 : 6, RNNFAST_REGISTERS == 32 ? 8 : 6,
+    RNNFAST_REGISTERS == 32 ? 8 : 4, RNNFAST_REGISTERS == 32 ? 6 : 3};
+
+// Fetches memory line by line, up to one line with each word of k; `harmless` where there is
+// nothing to fetch.
+class Prefetcher {
+ public:
+  RNNFAST_INLINE Prefetcher(const TileOptions& options, int64_t words, const void* harmless)
+      : next_(static_cast<const char*>(options.prefetch ? options.prefetch : harmless)),
+        step_(words > 0 ? smaller(kLineBytes, (options.prefetch_bytes + words - 1) / words) : 0) {}
+  RNNFAST_INLINE void fetch() {
+    __builtin_prefetch(next_, 0, 2);
+    next_ += step_;
+  }
+
+ private:
+  const char* next_;
+  int64_t step_;
+};
+
+// panel[k][j][lane], k counting words
+template <class Op, int NR, int MR>
+void tile(int, int64_t K, const void* const* lhs, const void* packed, const void* bias, void* out,
+          int64_t stride, const TileOptions& options) {
+  using A = typename Op::Compute;
+  constexpr int lanes = kLanes<A>;
+  constexpr bool kFetches = MR > 2;  // lower tiles wait for their own panel anyway
+  // GCC would read weights from memory for each row, which is right only where registers are full.
+  constexpr bool kKeepsWeights = MR > 1 && MR * NR + NR < RNNFAST_REGISTERS;
+  const int64_t depth = words<Op>(K);
+  const A* panel = static_cast<const A*>(packed);
+  Prefetcher prefetcher(options, depth, panel);
+  const typename Op::Element* row[MR];
+#pragma GCC unroll 8
+  for (int i = 0; i < MR; ++i) row[i] = static_cast<const typename Op::Element*>(lhs[i]);
+  for (int64_t begin = 0; begin == 0 || begin < depth; begin += options.chain) {
+    const int64_t end = smaller(depth, begin + options.chain);
+    Vec<A> sum[MR][NR] = {};
+    for (int64_t k = begin; k < end; ++k, panel += NR * lanes) {
+      Vec<A> b[NR];
+#pragma GCC unroll 4
+      for (int j = 0; j < NR; ++j) {
+        b[j] = load(panel + j * lanes);
+        if (kKeepsWeights) keep_in_register(b[j]);
+      }
+      if (kFetches) prefetcher.fetch();
+#pragma GCC unroll 8
+      for (int i = 0; i < MR; ++i) {
+        const auto value = load_word<Op>(row[i] + k * Op::kPerWord);
+#pragma GCC unroll 4
+        for (int j = 0; j < NR; ++j) sum[i][j] = Op::multiply_add(sum[i][j], value, b[j]);
+      }
+    }
+    const bool add = options.add || begin > 0;
+    const A* add_bias = begin == 0 ? static_cast<const A*>(bias) : nullptr;
+    A* to = static_cast<A*>(out);
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; ++i, to += stride) {
+#pragma GCC unroll 4
+      for (int j = 0; j < NR; ++j) {
+        Vec<A> value = sum[i][j];
+        if (add_bias) value += load(add_bias + j * lanes);
+        if (add) value += load(to + j * lanes);
+        store(to + j * lanes, value);
+      }
+    }
+  }
+}
+
+template <class Op>
+constexpr void fill_tiles(WeightFormat& format) {
+  const auto of_width = [&]<int NR>() {
+    constexpr int kRows = kRegisterRows[NR - 1];
+    format.tile_rows[NR - 1] = kRows;
+    [&]<int... I>(std::integer_sequence<int, I...>) {
+      ((format.tiles[NR - 1][I] = tile<Op, NR, I + 1>), ...);
+    }(std::make_integer_sequence<int, kRows>());
+  };
+  of_width.template operator()<1>();
+  of_width.template operator()<2>();
+  of_width.template operator()<3>();
+  of_width.template operator()<4>();
+}
+
+}  // namespace rnnfast::cpu::RNNFAST_TARGET

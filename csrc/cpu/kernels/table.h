@@ -1,0 +1,96 @@
+// The tables of one instruction set, made of everything in this folder.
+#pragma once
+
+#include "cpu/kernels/cell_tile.h"
+#include "cpu/kernels/dots.h"
+#include "cpu/kernels/stage.h"
+#include "cpu/tuning.h"
+
+namespace rnnfast::cpu::RNNFAST_TARGET {
+
+// Words of Op, made from tensors of S.
+template <class Op, class S>
+constexpr WeightFormat dense_format() {
+  using A = typename Op::Compute;
+  WeightFormat format{};
+  format.name = Op::kPerWord > 1 ? "bf16 pairs" : "dense";
+  format.step = Op::kPerWord;
+  format.row_step_bytes = sizeof(A);
+  format.panel_step_bytes = kLanes<A> * int(sizeof(A));
+  format.word = Op::kPerWord;
+  format.row_cycles = 1;
+  format.min_rows = 1;
+  format.weight_bytes = sizeof(A);
+  format.chain = RNNFAST_REGISTERS == 32 ? kChain32 : kChain16;
+  format.long_chain = kLongChain;
+  fill_tiles<Op>(format);
+  format.pack_gates = pack_gates<Op, S>;
+  format.pack_columns = pack_columns<Op, S>;
+  format.load_lhs = load_lhs<Op, S>;
+  format.transpose_lhs = transpose_lhs<Op>;
+  format.sum_lhs = sum_lhs<Op>;
+  return format;
+}
+template <class Op, class S>
+inline constexpr WeightFormat kDenseFormat = dense_format<Op, S>();
+
+// Op reads E, its Element.
+template <class S, class Op>
+constexpr MicroKernels make_kernels(Dtype dtype) {
+  using A = Compute<S>;
+  using E = typename Op::Element;
+  MicroKernels k{};
+  k.dtype = dtype;
+  k.lanes = kLanes<A>;
+  k.storage_bytes = sizeof(S), k.compute_bytes = sizeof(A), k.element_bytes = sizeof(E);
+  k.state_align = Op::kPerWord;
+  k.dot_rows = kDotRows;
+  k.dense = &kDenseFormat<Op, S>;
+  k.load = convert_row<A, S>, k.store = convert_row<S, A>;
+  k.load_state = convert_row<E, S>, k.store_state = convert_row<S, E>;
+  k.round_state = round_row<E, S>;
+  k.add = add_row<A>, k.add_elements = add_elements<E>;
+  k.store_sum = store_sum<S>, k.gather_grad = gather_grad<E, S>;
+  k.pack_bias = pack_bias<S>;
+  k.gather_tokens = gather_tokens<S>, k.gather_gates = gather_gates<A>;
+  k.dots = dots<S, E>, k.outer_few = outer_few<S, E>;
+  if constexpr (kIsHalf<S>) {
+    k.stage_forward = rnnfast::cpu::RNNFAST_TARGET::stage_forward<S, E>;
+    k.stage_backward = rnnfast::cpu::RNNFAST_TARGET::stage_backward<S, E>;
+  }
+  return k;
+}
+
+template <class C>
+constexpr Cell cell_numbers() {
+  Cell cell{.gates = C::kGates,
+            .saved = C::kSaved,
+            .grad_blocks = C::kGradBlocks,
+            .has_c = C::kHasCell,
+            .direct = C::kDirect,
+            .reads_h = C::kReadsH,
+            .input_gate = {}};
+  for (int j = 0; j < C::kGates; ++j) cell.input_gate[j] = C::input_gate(j);
+  return cell;
+}
+template <class C, class A>
+constexpr CellFunctions cell_functions() {
+  return {cell_numbers<C>(), cell_forward<C, A>, cell_backward<C, A>};
+}
+
+constexpr Target make_target() {
+  Target target{};
+  target.kernels[int(Dtype::kFloat64)] =
+      make_kernels<double, DenseOperand<double>>(Dtype::kFloat64);
+  target.kernels[int(Dtype::kFloat32)] = make_kernels<float, DenseOperand<float>>(Dtype::kFloat32);
+  target.kernels[int(Dtype::kBFloat16)] = make_kernels<bf16, DenseOperand<float>>(Dtype::kBFloat16);
+  target.kernels[int(Dtype::kFloat16)] = make_kernels<f16, DenseOperand<float>>(Dtype::kFloat16);
+#define RNNFAST_CELL(C)                                              \
+  target.cells[int(CellKind::k##C)][0] = cell_functions<C, float>(); \
+  target.cells[int(CellKind::k##C)][1] = cell_functions<C, double>();
+  RNNFAST_FOR_EACH_CELL(RNNFAST_CELL)
+#undef RNNFAST_CELL
+  return target;
+}
+
+}  // namespace rnnfast::cpu::RNNFAST_TARGET
