@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "cpu/cache.h"
 #include "cpu/layer.h"
 #include "torch/layer.h"
 #include "torch/memory.h"
@@ -27,81 +28,128 @@ Ragged arrange(const LayerInputs& in, const cpu::Plan& plan, cpu::Arrangement& m
   return memory.view();
 }
 
-// How many of so many layers run side by side; `cycles` has what one takes on so many threads.
-template <class F>
-int side_by_side(size_t layers, int threads, int64_t stacked_steps, F&& cycles) {
-  const int max_count = std::min(int(layers), threads);
-  if (max_count == 1) return 1;
-  std::vector<double> of_shares;
-  for (int n = 1; n <= max_count; ++n) of_shares.push_back(cycles(threads / n));
-  return cpu::side_by_side(int(layers), threads, stacked_steps, of_shares);
-}
+// How layers of one kind are run on this machine. Plans depend on numbers alone, and a plan takes
+// as long as a step of a small layer: they are kept.
+class Planner {
+ public:
+  Planner(const CellInfo& cell, const LayerInputs& in)
+      : engine(cpu::engine()), kind{cell.kind, dtype_of(in.h0)}, machine(this_machine()) {}
+
+  struct Planned {
+    cpu::Plan plan;
+    size_t workspace;  // bytes
+  };
+  Planned forward(const ForwardArgs& args, int threads, int64_t max_steps) const {
+    thread_local cpu::Cache<Planned, 10> cache;
+    const int64_t options = (args.tokens ? 1 : 0) + (args.w_hr ? 2 : 0) + (args.reset ? 4 : 0);
+    return cache.get(key(args, threads, max_steps, options), [&]() -> Planned {
+      const cpu::Plan plan = engine.plan_forward(kind, args.size, machine.with(threads), max_steps);
+      return {plan, engine.forward_workspace(kind, args, plan)};
+    });
+  }
+  Planned backward(const BackwardArgs& args, int threads) const {
+    thread_local cpu::Cache<Planned, 10> cache;
+    const int64_t options = (args.tokens ? 1 : 0) + (args.w_hr ? 2 : 0) + (args.reset ? 4 : 0) +
+                            (args.gates ? 8 : 0) + (args.grad_x ? 16 : 0) +
+                            (args.grad_w_hr ? 32 : 0);
+    return cache.get(key(args, threads, 0, options), [&]() -> Planned {
+      const cpu::Plan plan = engine.plan_backward(kind, args.size, machine.with(threads));
+      return {plan, engine.backward_workspace(kind, args, plan)};
+    });
+  }
+
+  // How many of so many layers run side by side. In a stack each waits for the one before.
+  int side_by_side(size_t layers, const Sizes& size, bool backward, bool stacked) const {
+    const int max_count = std::min(int(layers), machine.threads);
+    if (max_count == 1) return 1;
+    thread_local cpu::Cache<int, 10> cache;
+    const auto [T, B, I, H] = size;
+    return cache.get({engine_number(), kind_number(), T, B, I, H, machine.threads, int64_t(layers),
+                      backward, stacked},
+                     [&] {
+                       std::vector<double> cycles;
+                       for (int n = 1; n <= max_count; ++n) {
+                         const cpu::Machine part = machine.with(machine.threads / n);
+                         cycles.push_back((backward ? engine.plan_backward(kind, size, part)
+                                                    : engine.plan_forward(kind, size, part, size.T))
+                                              .cycles);
+                       }
+                       return cpu::side_by_side(int(layers), machine.threads, stacked ? T : 0,
+                                                cycles);
+                     });
+  }
+
+  const cpu::Engine& engine;
+  const cpu::LayerKind kind;
+  const cpu::Machine machine;
+
+ private:
+  int64_t engine_number() const { return int64_t(reinterpret_cast<uintptr_t>(&engine)); }
+  int64_t kind_number() const { return int(kind.cell) * kDtypes + int(kind.dtype); }
+  template <class Args>
+  std::array<int64_t, 10> key(const Args& args, int threads, int64_t max_steps,
+                              int64_t options) const {
+    const auto [T, B, I, H] = args.size;
+    return {engine_number(), kind_number(), T, B, I, H, args.h_size, threads, max_steps, options};
+  }
+};
 
 }  // namespace
 
 bool CpuDevice::complete() { return cpu::engine().is_complete(); }
 
 void CpuDevice::forward(const CellInfo& cell, std::span<LayerForward> layers, bool stacked) {
-  const cpu::Engine& engine = cpu::engine();
-  const LayerInputs& first = layers[0].in;
-  const cpu::LayerKind kind{cell.kind, dtype_of(first.h0)};
-  const Sizes size = first.sizes();
-  const cpu::Machine machine = this_machine();
-  const int count = side_by_side(layers.size(), machine.threads, stacked ? size.T : 0, [&](int n) {
-    return engine.plan_forward(kind, size, machine.with(n), size.T).cycles;
-  });
+  const Planner planner(cell, layers[0].in);
+  const Sizes size = layers[0].in.sizes();
+  const int count = planner.side_by_side(layers.size(), size, false, stacked);
 
   for (size_t begin = 0; begin < layers.size(); begin += size_t(count)) {
     const auto group = layers.subspan(begin, std::min(size_t(count), layers.size() - begin));
-    const cpu::Machine part = machine.with(machine.threads / int(group.size()));
+    const int threads = planner.machine.threads / int(group.size());
     const bool waiting = stacked && group.size() > 1;
     const int64_t max_steps = waiting ? ceil_div(size.T, cpu::kStackBlocks) : size.T;
     std::vector<cpu::ForwardJob> jobs(group.size());
     std::vector<at::Tensor> memory;
     for (size_t i = 0; i < group.size(); ++i) {
       auto& [in, out] = group[i];
-      if (!engine.takes_strides()) in.x = in.x.contiguous();
+      if (!planner.engine.takes_strides()) in.x = in.x.contiguous();
       cpu::ForwardJob& job = jobs[i];
       job.args = forward_args(in, out);
-      job.plan = engine.plan_forward(kind, job.args.size, part, max_steps);
+      const auto planned = planner.forward(job.args, threads, max_steps);
+      job.plan = planned.plan;
       job.args.ragged = arrange(in, job.plan, job.arrangement);
-      memory.push_back(new_workspace(engine.forward_workspace(kind, job.args, job.plan)));
+      memory.push_back(new_workspace(planned.workspace));
       job.workspace = memory.back().data_ptr();
       if (waiting && i > 0) job.upstream = &jobs[i - 1].progress;
     }
-    engine.forward(kind, jobs);
+    planner.engine.forward(planner.kind, jobs);
   }
 }
 
 void CpuDevice::backward(const CellInfo& cell, std::span<LayerBackward> layers) {
-  const cpu::Engine& engine = cpu::engine();
-  const LayerInputs& first = layers[0].in;
-  const cpu::LayerKind kind{cell.kind, dtype_of(first.h0)};
-  const Sizes size = first.sizes();
-  const cpu::Machine machine = this_machine();
-  const int count = side_by_side(layers.size(), machine.threads, 0, [&](int n) {
-    return engine.plan_backward(kind, size, machine.with(n)).cycles;
-  });
+  const Planner planner(cell, layers[0].in);
+  const int count = planner.side_by_side(layers.size(), layers[0].in.sizes(), true, false);
   for (size_t begin = 0; begin < layers.size(); begin += size_t(count)) {
     const auto group = layers.subspan(begin, std::min(size_t(count), layers.size() - begin));
-    const cpu::Machine part = machine.with(machine.threads / int(group.size()));
+    const int threads = planner.machine.threads / int(group.size());
     std::vector<cpu::BackwardJob> jobs(group.size());
     std::vector<at::Tensor> memory;
     for (size_t i = 0; i < group.size(); ++i) {
       auto& [grad_out, in, out, grads] = group[i];
-      check_gates(cell, out, engine.is_complete());
-      if (!engine.takes_strides()) {
+      check_gates(cell, out, planner.engine.is_complete());
+      if (!planner.engine.takes_strides()) {
         in.x = in.x.contiguous();
         if (grad_out.y.defined()) grad_out.y = grad_out.y.contiguous();
       }
       cpu::BackwardJob& job = jobs[i];
       job.args = backward_args(grad_out, in, out, grads);
-      job.plan = engine.plan_backward(kind, job.args.size, part);
+      const auto planned = planner.backward(job.args, threads);
+      job.plan = planned.plan;
       job.args.ragged = arrange(in, job.plan, job.arrangement);
-      memory.push_back(new_workspace(engine.backward_workspace(kind, job.args, job.plan)));
+      memory.push_back(new_workspace(planned.workspace));
       job.workspace = memory.back().data_ptr();
     }
-    engine.backward(kind, jobs);
+    planner.engine.backward(planner.kind, jobs);
   }
 }
 

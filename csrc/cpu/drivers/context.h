@@ -75,7 +75,10 @@ inline void for_row_tiles(int64_t rows, int tile_rows, F&& f) {
 // hardware's own prefetching comes too late. Null: nothing.
 inline void prefetch_part(TileOptions& options, const void* from, int64_t bytes, int64_t first,
                           int count, int64_t rows) {
-  options.prefetch = from ? at(from, bytes * first / rows) : nullptr;
+  options.prefetch = nullptr;
+  options.prefetch_bytes = 0;
+  if (!from) return;
+  options.prefetch = at(from, bytes * first / rows);
   options.prefetch_bytes = bytes * count / rows;
 }
 

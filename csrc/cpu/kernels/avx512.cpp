@@ -3,6 +3,8 @@
 #include "cpu/kernels/baseline.h"
 #include "cpu/targets.h"
 
+// GCC 12 warns of its own intrinsics, which begin with an undefined register
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #define RNNFAST_TARGET avx512
 #define RNNFAST_VECTOR_BYTES 64
