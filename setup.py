@@ -33,6 +33,7 @@ os.environ["PATH"] = str(Path(sys.executable).parent) + os.pathsep + os.environ.
 CXX_FLAGS = [
     *("-O3", "-g0", "-std=c++20", "-fopenmp", "-fno-math-errno", "-ffp-contract=off"),
     *("-fvisibility=hidden", "-Wall", "-Wextra"),
+    "-DAT_PER_OPERATOR_HEADERS",  # torch's headers then declare only operators they need
 ]
 NVCC_FLAGS = ["-O3", "-std=c++20", "--compiler-options", "-fvisibility=hidden,-Wall,-Wextra"]
 INCLUDE_DIR = str(Path(__file__).resolve().parent / "csrc")

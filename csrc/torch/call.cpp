@@ -5,14 +5,18 @@
 // Only plain calls are taken: anything unusual (wrong shapes, other devices, tensor subclasses,
 // modes, autocast) is declined by returning None, for the general path to serve or refuse.
 #include <ATen/PythonTorchFunctionTLS.h>
-#include <ATen/autocast_mode.h>
+#include <ATen/TracerMode.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/dropout.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/stack.h>
 #include <ATen/record_function.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <pybind11/gil_safe_call_once.h>
 #include <torch/csrc/PyInterpreter.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <torch/csrc/jit/frontend/tracer.h>
-#include <torch/extension.h>
+#include <torch/csrc/autograd/python_variable.h>
 
 #include <cstring>
 
@@ -64,9 +68,12 @@ bool function_mode_watches() {
   return reinterpret_cast<const PyObject*>(Py_TYPE(mode)) != type.ptr();
 }
 
+// Tracing and autocast are known by their dispatch keys, as torch's own functions know them: the
+// headers of those include all operators.
 bool is_plain_context() {
   return !c10::impl::dispatch_mode_enabled() && !function_mode_watches() &&
-         !torch::jit::tracer::isTracing() && !at::autocast::is_autocast_enabled(at::kCPU);
+         !at::tracer::impl::is_dispatch_enabled() &&
+         c10::impl::tls_is_dispatch_key_excluded(c10::DispatchKey::AutocastCPU);
 }
 
 // Takes a tensor out of a Python object; false if it is no tensor or parameter, but a subclass of
@@ -266,7 +273,7 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
                                                             : run_python(cell, directions);
     for (size_t d = 0; d < found.size(); ++d) {
       const Tensor& d_x = found[d][0];
-      if (d_x.defined()) results[1] = results[1].defined() ? results[1] + d_x : d_x;
+      if (d_x.defined()) results[1] = results[1].defined() ? results[1].add(d_x) : d_x;
       std::copy(found[d].begin() + 1, found[d].end(), results.begin() + 2 + d * kOwn);
     }
     return results;

@@ -1,5 +1,6 @@
 // Sampling from a language model without a return to Python for each token: rnnfast._C.Generation.
-#include <torch/extension.h>
+#include <ATen/ops/empty.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include <mutex>
 
@@ -78,7 +79,7 @@ class Generation {
                     tokens.device().is_cpu(),
                 "expected tokens of shape (", B, "), int64 and on the CPU, got ", tokens.sizes(),
                 " of ", tokens.scalar_type());
-    TORCH_CHECK_INDEX((tokens.ge(0) & tokens.lt(V)).all().item<bool>(),
+    TORCH_CHECK_INDEX(tokens.ge(0).logical_and(tokens.lt(V)).all().item<bool>(),
                       "index out of range: expected tokens from 0 to ", V - 1);
     const Tensor numbers = uniforms.contiguous();
     Tensor all = at::empty({uniforms.size(0) + 1, B}, tokens.options());

@@ -1,5 +1,8 @@
 #include "torch/layer.h"
 
+#include <ATen/ops/aminmax.h>
+#include <ATen/ops/empty.h>
+
 #include <string>
 
 #include "cells/all.h"

@@ -1,7 +1,8 @@
 // One layer in one direction, as tensors: what every device shares before and after its kernels.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <c10/util/DimVector.h>
 
 #include <optional>
 #include <span>

@@ -3,7 +3,7 @@
 // one by one, and cleared.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 namespace rnnfast {
 

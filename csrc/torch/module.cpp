@@ -1,5 +1,6 @@
 // The Python module rnnfast._C: loading it registers the ops; its functions tell and set what runs.
-#include <torch/extension.h>
+#include <torch/csrc/utils/pybind.h>
+#include <torch/version.h>
 
 #include <algorithm>
 #include <variant>
