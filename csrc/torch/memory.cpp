@@ -117,7 +117,7 @@ class Pool {
 
 // Outlives every tensor, and is whole in a process that was forked off.
 Pool& pool() {
-  static Pool& one = [] -> Pool& {
+  static Pool& one = []() -> Pool& {
     pthread_atfork([] { pool().mutex().lock(); }, [] { pool().mutex().unlock(); },
                    [] { pool().mutex().unlock(); });
     return *new Pool();

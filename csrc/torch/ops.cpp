@@ -41,7 +41,8 @@ LayerOutputs forward(const CellInfo& cell, const LayerInputs& in, bool save, boo
 template <class Device>
 LayerGrads backward(const CellInfo& cell, LayerGradOutputs grad_out, const LayerInputs& in,
                     LayerOutputs out, const Mask& mask) {
-  const c10::SmallVector<bool, 8> wanted(mask.begin(), mask.end());
+  c10::SmallVector<bool, 8> wanted;
+  for (const bool one : mask) wanted.push_back(one);
   const LayerFormat format = format_of(in);
   check_saved(cell, format, out);
   check_grad_outputs(cell, format, grad_out);
