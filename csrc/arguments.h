@@ -1,9 +1,9 @@
 // One layer in one direction over a whole sequence: the arguments of every device's kernels.
 // Free of torch: sizes, strides in elements, pointers.
-// Sizes: T steps, B batch, I input, H hidden, P of h: H, or less where it is projected; G gates, K
-// saved blocks and D gradient blocks of the cell. S is the storage type (Dtype), A = Compute<S> the
-// type of arithmetic. With packed data (see Ragged) tensors of shape (T, B, ...) are (rows of all
-// steps, ...).
+// Sizes: T steps, B batch, I input, H hidden, P the size of h, which is H unless an LSTM projects h
+// (proj_size). Of a cell: G gates, `saved` blocks of H columns that the forward saves, D blocks of
+// gate gradients. S is the storage type (Dtype), A = Compute<S> the type of arithmetic. If data are
+// packed (see Ragged), tensors of shape (T, B, ...) have the shape (rows of all steps, ...).
 #pragma once
 
 #include <cstddef>
@@ -17,8 +17,8 @@ struct Sizes {
   int64_t T, B, I, H;
 };
 
-// Sequences of unequal length. Kernels number the rows of the batch in an order of their own, in
-// which lengths do not increase within the rows of a thread.
+// Sequences of unequal length. Kernels renumber the sequences of the batch as rows, so that lengths
+// do not increase within the rows of a thread.
 struct Ragged {
   const int64_t* lengths = nullptr;  // (B) of each row; null where every sequence has T steps
   const int64_t* places = nullptr;  // (B) the sequence behind each row; null where b is b
@@ -45,7 +45,7 @@ struct ForwardArgs {
   void* y;  // S (T, B, P)
   void *h_n, *c_n;  // S (B, P), (B, H)
   // for the backward, each null where not wanted
-  void* gates;  // S (T, B, K*H)
+  void* gates;  // S (T, B, saved*H)
   void* cells;  // A (T, B, H)
 };
 
@@ -68,7 +68,7 @@ struct BackwardArgs {
   const void *b_ih, *b_hh;  // S (G*H) or null; only used where gates are null
   const void* w_hr;  // S (P, H) or null
   const void* y;  // S (T, B, P)
-  const void* gates;  // S (T, B, K*H); on the CPU null to compute them again
+  const void* gates;  // S (T, B, saved*H); null (CPU only) to compute them again
   const void* cells;  // A (T, B, H)
   // results, each null where not wanted; those of parameters in A, for the caller to round
   void* grad_x;  // S (T, B, I)
@@ -81,7 +81,7 @@ struct BackwardArgs {
 
 inline constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Hands out aligned pieces of a workspace; with a null base it only measures.
+// Hands out aligned pieces of a workspace. With a null base it only counts the bytes needed.
 class Arena {
  public:
   static constexpr size_t kAlignment = 64;

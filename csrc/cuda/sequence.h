@@ -6,7 +6,8 @@
 //   void gemm(const Product&, const In* a, const In* b, Out* c)    row-major, see Product
 //   void for_each(int64_t n, const F& f)                           f(0) ... f(n - 1), any order
 //   void copy(void* to, const void* from, size_t bytes)
-// in the order of the calls. x, y and grad_y are contiguous. Nothing is allocated and nobody waits.
+// which run in the order of the calls. x, y and grad_y are contiguous. The driver allocates nothing
+// and never waits for the device.
 #pragma once
 
 #include <algorithm>
@@ -222,8 +223,8 @@ class Backward {
     if (args_.grad_b_ih || args_.grad_b_hh) sum_biases(device, rows, add);
   }
 
-  // The state before each step of the block is y one step earlier, save for h0 before the very
-  // first.
+  // Multiplies the gate gradients of each step by the state before it: y of the step before, or h0
+  // for the first step of the sequence.
   template <class Device>
   void grad_recurrent_weights(Device& device, int64_t begin, int64_t count) const {
     const auto [T, B, I, H] = args_.size;
@@ -232,8 +233,8 @@ class Backward {
     const int64_t inner = has_first ? count - 1 : count;
     const int64_t t = first_time(begin, count);
     const S* d_gates = d_gates_ + (D - G) * H;
-    // rows of d_gates whose state before is in y; in a reversed sequence the first step is the last
-    // row
+    // Skips the first step of the sequence, whose state before is h0 and not in y. It is the first
+    // row of the block or, in a reversed sequence, the last.
     const int64_t skip = has_first && !args_.reverse ? 1 : 0;
     const Product product{G * H, H, inner * B, true, false, D * H, H, H, begin > 0, true};
     if (inner > 0)
@@ -247,7 +248,7 @@ class Backward {
                 static_cast<const S*>(args_.h0), grad);
   }
 
-  // Column sums as a product with ones, never in TF32: d_gates would lose bits for nothing.
+  // Column sums as a product with a row of ones. Not in TF32, which would round d_gates.
   template <class Device>
   void sum_biases(Device& device, int64_t rows, bool add) const {
     const int64_t H = args_.size.H;
@@ -273,7 +274,7 @@ class Backward {
   S* d_gates_;  // (steps, B, D*H)
   S* w_ih_;  // (G*H, I), reordered where that is needed
   A* through_weights_;  // (B, H)
-  A* d_h_;  // (B, H): grad_h_n, then what bypasses W_hh
+  A* d_h_;  // (B, H): grad_h_n at first, then the gradient that reaches h other than through W_hh
   A *d_c_, *c0_;  // (B, H)
   S* ones_;  // (steps * B)
   A* bias_;  // (D*H)

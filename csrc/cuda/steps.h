@@ -121,7 +121,8 @@ struct BackwardStep {
   const S* grad_y;          // (B, H) or null
   const A* grad_c;          // (B, H) or null
   const A* through_weights; // (B, H): d loss/d h by way of W_hh, or null
-  A* d_h;                   // (B, H): on entry what else reaches h, or not used; see `add_d_h`
+  A* d_h;                   // (B, H): on entry, if add_d_h, the gradient of h that
+                            // bypasses W_hh; on return, if kDirect, that of h_prev
   A* d_c;                   // (B, H), updated in place
   S* d_gates;               // (B, D*H)
   bool add_d_h;
@@ -145,7 +146,7 @@ struct BackwardStep {
   }
 };
 
-// grad_h0 = what came through W_hh and, for some cells, past it
+// grad_h0 = the gradient through W_hh + for cells with kDirect, the one that does not go through it
 template <class S>
 struct GradState {
   using A = Compute<S>;

@@ -1,9 +1,10 @@
-// Whole calls of a module on the CPU: the same kernels, without a trip through Python and the
-// dispatcher for every tensor on the way. For a single step of a small layer that is most of the
-// time.
+// Whole calls of a module on the CPU, in C++. The kernels are the same, but calls of them do not
+// go through Python and the dispatcher, which take most of the time of a single step of a small
+// layer.
 //
-// Only plain calls are taken: anything unusual (wrong shapes, other devices, tensor subclasses,
-// modes, autocast) is declined by returning None, for the general path to serve or refuse.
+// Only plain calls run here. For anything else (wrong shapes, other devices, tensor subclasses,
+// modes, autocast) the functions return None, and the caller takes the general path in
+// Python, which runs the call or raises the error.
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/TracerMode.h>
 #include <ATen/ops/cat.h>
@@ -49,9 +50,9 @@ bool is_plain(const Tensor& t) {
   return (t.key_set().raw_repr() & ~ordinary) == 0 && t.device().is_cpu();
 }
 
-// Whether a torch-function mode may want to see a call. That of torch.set_default_device and of
-// `with torch.device(...)` does not: it names the device of tensors that are made without one, and
-// none here are.
+// Whether a torch-function mode is active that must see the call. DeviceContext, the mode of
+// torch.set_default_device and `with torch.device(...)`, need not: it only sets the device of new
+// tensors that name none, and tensors made here name theirs.
 bool function_mode_watches() {
   using Modes = at::impl::PythonTorchFunctionTLS;
   if (!at::impl::torch_function_mode_enabled()) return false;
@@ -76,8 +77,8 @@ bool is_plain_context() {
          c10::impl::tls_is_dispatch_key_excluded(c10::DispatchKey::AutocastCPU);
 }
 
-// Takes a tensor out of a Python object; false if it is no tensor or parameter, but a subclass of
-// them say, or not a plain one.
+// Unpacks a Python object into `tensor`. False if it is not exactly a torch.Tensor or Parameter (a
+// subclass, for example), or not plain (see is_plain).
 bool unpack(py::handle object, Tensor& tensor) {
   if (!THPVariable_CheckExact(object.ptr())) return false;
   tensor = THPVariable_Unpack(object.ptr());
@@ -89,11 +90,11 @@ struct Call {
   Tensor x;  // (T, B, I), or packed (N, I)
   std::vector<Tensor> states;   // (L*D, B, H) each, or (B, H) of a single step
   std::vector<Tensor> weights;  // per layer and direction: w_ih, w_hh[, b_ih, b_hh][, w_hr]
-  bool step;  // of a cell: states have no dimension of layers
+  bool step;  // a call of a cell module: states are (B, H), without a dimension of layers
   int64_t layers, directions;
   bool biases, projects;
   double dropout;  // between layers; 0 when not training
-  bool recompute;  // gates in the backward
+  bool recompute;  // do not save gates; the backward computes them again
   Tensor lengths, reset;  // see LayerInputs; undefined where there are none
 
   bool packed() const { return x.dim() == 2; }
@@ -101,13 +102,13 @@ struct Call {
   int64_t hidden() const { return weights[1].size(0) / cell.gates; }
   int64_t h_size() const { return weights[1].size(1); }  // P
   int64_t count() const { return layers * directions; }
-  // of h, the first, and c, the second state
+  // Shape of a state of the call: k = 0 for h, k = 1 for c.
   c10::DimVector state_shape(size_t k) const {
     return step ? one_state_shape(k)
                 : c10::DimVector{count(), batch(), k == 0 ? h_size() : hidden()};
   }
-  // The same of one layer and direction. A lone one's states are the call's, as they are: views
-  // would cost more than the step.
+  // Shape of a state of one layer and direction. If there is only one, it takes the call's states
+  // without a view: making views would cost more than the step itself.
   c10::DimVector layer_state_shape(size_t k) const {
     return count() == 1 ? state_shape(k) : one_state_shape(k);
   }
@@ -181,24 +182,24 @@ py::object& python_backward() {
   return *function;
 }
 
-// rnnfast.autograd's Function, for calls that take the short way: one layer, in one direction or in
-// both, so that both directions' backwards can run side by side.
+// The autograd node of calls that run here; rnnfast.autograd has that of the general path. A node
+// is one layer with all of its directions, so that their backwards can run at the same time.
 class LayerFunction : public torch::autograd::Function<LayerFunction> {
   using List = torch::autograd::variable_list;
   using In = LayerInputs;
-  // What a layer has gradients of: x, and what each direction has of its own.
+  // Inputs that have gradients: x, which both directions share, and kOwn inputs of each direction.
   static constexpr size_t kInputs = 8, kOwn = kInputs - 1;
   static constexpr Tensor In::* kMembers[kInputs] = {&In::x,    &In::h0,   &In::c0,   &In::w_ih,
                                                      &In::w_hh, &In::b_ih, &In::b_hh, &In::w_hr};
 
  public:
-  // What has been computed already, for `record`.
+  // A layer whose forward has run already: what `record` puts into the graph.
   struct Done {
     const CellInfo& cell;
     std::span<const LayerForward> directions;
   };
 
-  // Puts the outputs, which stay the tensors that they are, into the graph.
+  // Adds a node to the autograd graph and makes the outputs its results, without copying them.
   static void record(const Done& done) {
     const auto optional = [](const Tensor& t) {
       return t.defined() ? std::optional<Tensor>(t) : std::nullopt;
@@ -236,14 +237,14 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
         c10::static_intrusive_pointer_cast<Record>(context->saved_data["record"].toCapsule());
     const CellInfo& cell = record->cell;
     const List saved = context->get_saved_variables();
-    List results(1 + kInputs + kOwn);  // the first, of `done`, has none
+    List results(1 + kInputs + kOwn);  // results[0] belongs to `done` and stays undefined
     bool any = false, plain = true;
     for (const Tensor& grad : grads) {
       any = any || grad.defined();
       plain = plain && (!grad.defined() || is_plain(grad));
     }
     if (!any) return results;
-    // what hooks have unpacked may be anything
+    // saved-tensor hooks may have returned any kind of tensor
     for (const Tensor& t : saved) plain = plain && (!t.defined() || is_plain(t));
 
     const size_t outputs = cell.has_cell ? 3 : 2;
@@ -341,7 +342,7 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
       tensors.append(out.gates);
       if (cell.has_cell) {
         grads.append(plain_state(grad_out.c_n));
-        grads.append(Tensor());  // of cells, which are not given out here
+        grads.append(Tensor());  // gradient of cells: none, as calls here do not return cells
         tensors.append(out.cells);
       }
       tensors.append(in.lengths);
@@ -373,8 +374,8 @@ Tensor run(const Call& call, std::vector<Tensor>& finals) {
   };
   std::vector<Tensor> h_n, c_n;
   Tensor x = last_stride_one(call.x);
-  // What runs in one go: the two directions of a layer, or layers of a stack, no more of them than
-  // threads, as the outputs of all exist at once.
+  // How many layers or directions are handed to the kernels at once: both directions of a layer, or
+  // up to as many layers of a stack as there are threads. Memory holds the outputs of all of them.
   const bool stacked = call.directions == 1 && call.dropout == 0;
   const size_t together =
       size_t(stacked ? std::min<int64_t>(count, usable_threads()) : call.directions);
@@ -419,7 +420,7 @@ Tensor run(const Call& call, std::vector<Tensor>& finals) {
   return x;
 }
 
-// Collects the tensors of a call; false to decline it. x is there already, time first.
+// Fills in states and weights; x is set already, as (T, B, I) or packed. False to return None.
 bool collect(Call& call, py::handle hx, const py::list& weights) {
   if (!hx.is_none()) {
     const size_t states = call.cell.has_cell ? 2 : 1;
@@ -449,8 +450,8 @@ py::object pack(const Tensor& first, const std::vector<Tensor>& states) {
 
 void set_python_backward(py::object function) { python_backward() = std::move(function); }
 
-// The number of the first tensor whose storage does not hold its elements, or -1. Others than plain
-// tensors on the CPU are passed over.
+// The index of the first tensor whose storage does not hold all of its elements, or -1. Only plain
+// CPU tensors are checked.
 int64_t find_freed(const std::vector<std::optional<Tensor>>& tensors) {
   for (size_t i = 0; i < tensors.size(); ++i)
     if (tensors[i] && tensors[i]->defined() && is_plain(*tensors[i]) && !has_memory(*tensors[i]))

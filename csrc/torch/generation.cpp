@@ -56,7 +56,7 @@ class Generation {
         .c0 = cell.has_cell ? keep(states.at(1), {layers, B, H}) : nullptr,
         .sampling = {temperature, top_k, top_p},
     };
-    const int64_t many = 1000;  // steps, of which the plan should not think as few
+    const int64_t many = 1000;  // steps: planned as a long sequence, as the number is not known yet
     job_.plan = engine_.plan_forward(kind_, {many, B, H, H}, this_machine(), many);
     job_.samplers.resize(size_t(job_.plan.threads));
     workspace_ = new_on_cpu({int64_t(engine_.generate_workspace(kind_, job_.args))}, at::kByte);
@@ -65,7 +65,8 @@ class Generation {
     engine_.start_generating(kind_, job_);
   }
 
-  // tokens (B), the latest, and uniforms (N, B), float64 from [0, 1) -> the N that follow (N, B)
+  // Takes the last tokens (B) and random numbers from [0, 1), float64 (N, B); returns the next N
+  // tokens of each sequence (N, B).
   Tensor run(const Tensor& tokens, const Tensor& uniforms) {
     const auto& [layers, B, H, V, layer, head_weight, head_bias, h0, c0, sampling] = job_.args;
     TORCH_CHECK(uniforms.dim() == 2 && uniforms.size(1) == B &&

@@ -101,7 +101,7 @@ bool lengths_fit(const at::Tensor& x, const at::Tensor& lengths) {
   for (const int64_t value : values) {
     if (value < (packed ? 1 : 0) || value > most) return false;
     if (!packed) continue;
-    most = value;  // of those that follow
+    most = value;  // packed lengths must not increase
     rows += value;
     if (rows > x.size(0)) return false;
   }

@@ -17,15 +17,16 @@ struct CellInfo {
   const char* name;
   CellKind kind;
   int gates;      // G: blocks of H rows in w_ih and w_hh
-  int saved;      // K: blocks of H columns in `gates`
+  int saved;      // blocks of H columns in `gates`, saved for the backward
   bool has_cell;  // a second state c
 };
 const CellInfo& cell_info(CellKind kind);
 // Throws for a name that is no cell's.
 const CellInfo& cell_info(const std::string& name);
 
-// Sizes and types of the tensors of a call. A backward finds them again in what was saved, or
-// refuses: weights may have been replaced since, and saved-tensor hooks may return anything.
+// Sizes and types of the tensors of a call. The forward keeps them, and the backward checks saved
+// tensors against them: weights may have been replaced since, and saved-tensor hooks may return
+// anything.
 struct LayerFormat {
   at::ScalarType dtype;  // of every tensor but tokens, cells, lengths and reset
   c10::Device device = at::kCPU;
@@ -34,7 +35,7 @@ struct LayerFormat {
   int64_t V = -1;  // rows of the table w_ih where x is tokens, else -1
   bool one_layer = false;  // states are (1, B, H), not (B, H)
 
-  // of a tensor with a row of so many elements for each row of x
+  // Shape of a tensor that has a row of `columns` elements for each row of x.
   c10::DimVector shape(int64_t columns) const;
   c10::DimVector state_shape(int64_t size) const;
 };
@@ -49,7 +50,7 @@ struct LayerInputs {
   at::Tensor b_ih, b_hh;  // (G*H), or both undefined
   bool reverse;
   at::Tensor w_hr;  // (P, H), the projection of h, or undefined: P is H
-  at::Tensor lengths;   // (B) int64 on the CPU, or undefined for T each; where packed, it falls
+  at::Tensor lengths;   // (B) int64 on the CPU, not increasing if packed; undefined: all are T
   at::Tensor reset;     // (T, B) bool, or undefined
 
   bool packed() const { return x.dim() == 2; }
@@ -62,18 +63,18 @@ struct LayerInputs {
     return {packed() ? all_lengths()[0] : x.size(0), h0.size(-2), has_tokens() ? 0 : x.size(-1),
             (w_hr.defined() ? w_hr : h0).size(-1)};
   }
-  // of a tensor with a row of so many elements for each row of x
+  // Shape of a tensor that has a row of `columns` elements for each row of x.
   c10::DimVector shape(int64_t columns) const {
     return packed() ? c10::DimVector{x.size(0), columns}
                     : c10::DimVector{x.size(0), x.size(1), columns};
   }
 };
 
-// Where x is packed, so is what has a row for each step and sequence.
+// If x is packed, every tensor of shape (T, B, ...) is packed too: (N, ...).
 struct LayerOutputs {
   at::Tensor y;  // (T, B, P)
   at::Tensor h_n, c_n;  // (B, P), (B, H)
-  at::Tensor gates;     // (T, B, K*H), or (0) or undefined where not saved
+  at::Tensor gates;     // (T, B, saved blocks * H), or (0) or undefined if not saved
   at::Tensor cells;     // (T, B, H) in the compute type, or (0) or undefined
 };
 
@@ -88,8 +89,8 @@ struct LayerGrads {
   at::Tensor x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr;
 };
 
-// Whether int64 lengths on the CPU are from 0 to T or, of packed x, fall, are at least 1 and sum to
-// its rows.
+// Whether int64 lengths on the CPU fit x. If x is (T, B, I), each must be from 0 to T. If x is
+// packed, they must not increase, be at least 1, and sum to the rows of x.
 bool lengths_fit(const at::Tensor& x, const at::Tensor& lengths);
 at::Tensor last_stride_one(const at::Tensor& t);
 
@@ -124,10 +125,10 @@ void finish_grads(const LayerInputs& in, LayerGrads& grads);
 Dtype dtype_of(const at::Tensor& t);
 at::ScalarType compute_type(at::ScalarType storage);
 
-// Throws where the gates were not saved and the backward cannot do without.
+// Throws if the gates were not saved and the device cannot compute them again (`complete`).
 void check_gates(const CellInfo& cell, const LayerOutputs& out, bool complete);
 
-// The same call in pointers.
+// The arguments of the kernels: sizes, strides and pointers of these tensors.
 ForwardArgs forward_args(const LayerInputs& in, const LayerOutputs& out);
 BackwardArgs backward_args(const LayerGradOutputs& grad_out, const LayerInputs& in,
                            const LayerOutputs& out, const LayerGrads& grads);
@@ -150,8 +151,8 @@ struct CpuDevice {
   static void forward(const CellInfo& cell, LayerInputs in, LayerOutputs& out);
   static void backward(const CellInfo& cell, LayerGradOutputs grad_out, LayerInputs in,
                        const LayerOutputs& out, LayerGrads& grads);
-  // Layers of equal hidden size: directions, which know nothing of each other, or a stack, in which
-  // x of each is y of the one before. They overlap where that uses the threads better.
+  // Layers of equal hidden size: independent directions, or a stack, in which x of each layer is y
+  // of the one before. They run at the same time if the planner finds that faster.
   static void forward(const CellInfo& cell, std::span<LayerForward> layers, bool stacked);
   static void backward(const CellInfo& cell, std::span<LayerBackward> layers);
   // Whether it takes lengths, packed data and resets, and its backward can do without gates.

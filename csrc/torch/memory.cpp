@@ -23,9 +23,10 @@ constexpr size_t kLeast = 64 << 10;  // smaller tensors are malloc's
 constexpr size_t kMostIdle = 256 << 20;
 constexpr size_t kPage = 4096, kLine = 64;
 
-// Blocks in use and idle ones. An idle block serves again where it is not much too large. Where
-// none does and the pool would grow beyond what has been in use at one time and a quarter more,
-// idle blocks go back to the system, those first that have been idle for longest.
+// Blocks in use and idle blocks. A request reuses an idle block that is at most a quarter too
+// large; workspaces take any that is large enough. If there is none, a block is allocated. If the
+// pool would then exceed 1.25 times the peak of bytes in use, idle blocks are freed first, those
+// first that have been idle for longest.
 class Pool {
  public:
   void* take(size_t bytes, bool for_short) {
@@ -75,12 +76,12 @@ class Pool {
   struct Block {
     void* base;
     size_t size;
-    uint64_t idle_since = 0;  // that many blocks had come back
+    uint64_t idle_since = 0;  // the value of returns_ when it became idle
   };
   using Idle = std::multimap<size_t, Block>;  // by size
 
-  // Data begin at different lines of a page where the block has room, else those of all tensors
-  // would compete for the same sets of L1.
+  // Data begin at a different cache line of the page in each block, if it has room. If all tensors
+  // began at the start of a page, they would compete for the same sets of L1.
   void* use(const Block& block, size_t bytes) {
     lines_ += 5;
     const size_t room = (block.size - bytes) / kLine * kLine;
@@ -90,7 +91,7 @@ class Pool {
     return data;
   }
 
-  // the blocks that have been idle for longest, until there were so many bytes
+  // Frees blocks, the longest idle first, until `bytes` bytes are freed or none is left.
   size_t release_idle(size_t bytes) {
     size_t released = 0;
     while (released < bytes && !by_age_.empty()) {
@@ -115,7 +116,8 @@ class Pool {
   uint64_t returns_ = 0;
 };
 
-// Outlives every tensor, and is whole in a process that was forked off.
+// Never destroyed, so that it outlives every tensor. The lock is held during a fork, so that the
+// child's copy is consistent.
 Pool& pool() {
   static Pool& one = []() -> Pool& {
     pthread_atfork([] { pool().mutex().lock(); }, [] { pool().mutex().unlock(); },

@@ -1,6 +1,6 @@
-// Memory of results and workspaces on the CPU, kept from call to call. What malloc maps anew in
-// every call costs as much as the kernels do in the time of a small sequence: pages are given out
-// one by one, and cleared.
+// Memory of results and workspaces on the CPU, kept from call to call. malloc may map large blocks
+// anew in every call. The system then hands out each page on first use, cleared, and for a small
+// sequence that takes as long as the kernels.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -11,10 +11,10 @@ namespace rnnfast {
 at::Tensor new_on_cpu(at::IntArrayRef shape, at::ScalarType type);
 // The same on any device.
 at::Tensor new_tensor(at::IntArrayRef shape, const at::TensorOptions& options);
-// Bytes for the length of a call; may be more than asked for.
+// Scratch memory of one call: at least `bytes` bytes.
 at::Tensor new_workspace(size_t bytes);
 
-// Gives back to the system what is not in use; returns how many bytes that was.
+// Returns idle memory of the pool to the system. The result is the number of bytes returned.
 size_t release_memory();
 
 }  // namespace rnnfast

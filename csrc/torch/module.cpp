@@ -1,4 +1,5 @@
-// The Python module rnnfast._C: loading it registers the ops; its functions tell and set what runs.
+// The Python module rnnfast._C. Loading it registers the ops. Its functions run calls of modules,
+// print plans and choose the instruction set.
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
@@ -68,7 +69,7 @@ cpu::BarrierCycles barrier_table(const BarrierCosts& costs) {
   return table;
 }
 
-// A machine with so much L2 a core, or as much as this one has where l2_bytes is 0.
+// A machine with l2_bytes of L2 per core, or this machine's L2 if that is 0.
 cpu::Machine assumed_machine(int threads, int64_t l2_bytes,
                              const BarrierCosts& barrier_cycles = cpu::kTypicalBarrier,
                              double l3_line_cycles = cpu::kTypicalL3Line) {

@@ -13,19 +13,19 @@
 namespace rnnfast {
 namespace {
 
-// Of the thread that forked, in the new process; threads that this one starts get teams of their
-// own.
+// Set in the child, for the thread that forked. Threads that the child starts get OpenMP teams of
+// their own.
 thread_local bool team_is_lost = false;
 thread_local bool should_warn = false;  // it would have run on several threads
 bool several_threads_before_fork = false;
 
 int count_threads() {
-  struct stat tasks;  // a folder has two links of its own and one of each folder in it
+  struct stat tasks;  // the link count of a folder is 2 plus its number of subfolders
   return stat("/proc/self/task", &tasks) == 0 ? int(tasks.st_nlink) - 2 : 1;
 }
 
-// Whose threads they are cannot be told: OpenMP's, or only those of another library. To take one
-// thread for several does no harm; to call a team that is not there would never end.
+// The threads may be OpenMP's or another library's, and there is no way to tell. If they are not
+// OpenMP's, running on one thread is only slower. If they are, calling the team would hang.
 void prepare_fork() { several_threads_before_fork = count_threads() > 1; }
 
 void continue_child() {

@@ -30,8 +30,8 @@ class Host {
   void copy(void* to, const void* from, size_t bytes) const { std::memcpy(to, from, bytes); }
 
  private:
-  // What cublasGemmEx computes, by its definition; it sums in a better order than this loop, hence
-  // double.
+  // What cublasGemmEx computes, by its definition. Sums are in double, because this loop adds terms
+  // one after another, which in float would be less exact than cuBLAS.
   template <class In, class Out>
   static void column_major_gemm(const ColumnMajorProduct& p, bool add, const In* a, const In* b,
                                 Out* c) {
