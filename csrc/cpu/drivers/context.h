@@ -61,13 +61,19 @@ struct TileBuffer {
   alignas(64) char data[kBytes];
 };
 
+// How many tiles rows are cut into. One is what small batches have, and needs no division.
+inline int64_t count_tiles(int64_t rows, int tile_rows) {
+  return rows <= tile_rows ? (rows > 0) : ceil_div(rows, tile_rows);
+}
+
 // Calls f(first row, number of rows) for tiles of nearly equal height.
 template <class F>
 inline void for_row_tiles(int64_t rows, int tile_rows, F&& f) {
-  const int64_t tiles = ceil_div(rows, tile_rows);
-  for (int64_t i = 0; i < tiles; ++i) {
-    const int64_t begin = rows * i / tiles, end = rows * (i + 1) / tiles;
+  const int64_t tiles = count_tiles(rows, tile_rows);
+  for (int64_t i = 1, begin = 0; i <= tiles; ++i) {
+    const int64_t end = i == tiles ? rows : rows * i / tiles;
     f(begin, int(end - begin));
+    begin = end;
   }
 }
 
@@ -75,9 +81,9 @@ inline void for_row_tiles(int64_t rows, int tile_rows, F&& f) {
 // hardware's own prefetching comes too late. Null: nothing.
 inline void prefetch_part(TileOptions& options, const void* from, int64_t bytes, int64_t first,
                           int count, int64_t rows) {
-  options.prefetch = nullptr;
-  options.prefetch_bytes = 0;
-  if (!from) return;
+  options.prefetch = from;
+  options.prefetch_bytes = from ? bytes : 0;
+  if (!from || count == rows) return;
   options.prefetch = at(from, bytes * first / rows);
   options.prefetch_bytes = bytes * count / rows;
 }

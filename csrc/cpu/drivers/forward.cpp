@@ -255,9 +255,10 @@ void Forward::set_rows(int64_t step, Span rows) {
 // One step of the recurrence: the product with W_hh and, on each tile, the cell. Meanwhile writes
 // the outputs of the step before, a few rows after each tile: at once, they would wait for memory.
 void Forward::advance(int64_t step, Span rows, int64_t first_row, Outputs before) {
-  const int64_t tiles = panels_.size() * ceil_div(rows.size(), hidden_.max_tile_rows());
-  const int64_t at_once = ceil_div(before.rows.size(), std::max<int64_t>(tiles, 1));
+  const int64_t tiles = panels_.size() * count_tiles(rows.size(), hidden_.max_tile_rows());
+  const int64_t at_once = tiles > 1 ? ceil_div(before.rows.size(), tiles) : before.rows.size();
   const auto write_some = [&] {
+    if (before.rows.size() == 0) return;
     const int64_t end = std::min(before.rows.begin + at_once, before.rows.end);
     write({before.step, {before.rows.begin, end}});
     before.rows.begin = end;

@@ -19,7 +19,9 @@ class GateWeights {
         vectors_(gates * shape_.unit_vectors),
         units_(int64_t(shape_.unit_vectors) * lanes_),
         width_(int64_t(vectors_) * lanes_),
-        panel_bytes_(format.panel_bytes(vectors_, K)) {}
+        panel_bytes_(format.panel_bytes(vectors_, K)),
+        count_(ceil_div(H, units_)),
+        last_vectors_(gates > 1 ? vectors_ : int(ceil_div(H - (count_ - 1) * units_, lanes_))) {}
 
   // One panel, ready to be multiplied.
   struct Panel {
@@ -37,12 +39,9 @@ class GateWeights {
   int64_t units() const { return units_; }  // of a panel
   int64_t width() const { return width_; }  // columns of a panel
   int64_t panel_bytes() const { return panel_bytes_; }
-  int64_t count() const { return ceil_div(shape_.H, units_); }
+  int64_t count() const { return count_; }
   // The last panel of one gate has no more vectors than its units need.
-  int vectors(int64_t panel) const {
-    const int64_t left = ceil_div(shape_.H - panel * units_, lanes_);
-    return shape_.gates == 1 && left < vectors_ ? int(left) : vectors_;
-  }
+  int vectors(int64_t panel) const { return panel + 1 == count_ ? last_vectors_ : vectors_; }
   int tile_rows(int64_t panel) const { return format_.tile_rows[vectors(panel) - 1]; }
   int max_tile_rows() const { return format_.tile_rows[vectors_ - 1]; }
   int64_t units(int64_t panel) const { return std::min(units_, shape_.H - panel * units_); }
@@ -116,7 +115,8 @@ class GateWeights {
   const int64_t K_;
   const Packing packing_;
   const int lanes_, vectors_;
-  const int64_t units_, width_, panel_bytes_;
+  const int64_t units_, width_, panel_bytes_, count_;
+  const int last_vectors_;
   const void* w_ = nullptr;
   char* packed_ = nullptr;  // panels, all or one; null: as they lie
   char* bias_ = nullptr;    // A [panel][width]
@@ -127,16 +127,18 @@ class GateWeights {
 class Columns {
  public:
   Columns(const Context& context, const WeightFormat& format, int64_t N)
-      : format_(format), N_(N), lanes_(context.kernels.lanes), width_(kMaxTileVectors * lanes_) {}
+      : format_(format),
+        N_(N),
+        lanes_(context.kernels.lanes),
+        width_(kMaxTileVectors * lanes_),
+        count_(ceil_div(N, width_)),
+        last_vectors_(int(ceil_div(N - (count_ - 1) * width_, lanes_))) {}
 
   const WeightFormat& format() const { return format_; }
   int64_t N() const { return N_; }
   int64_t width() const { return width_; }
-  int64_t count() const { return ceil_div(N_, width_); }
-  int vectors(int64_t panel) const {
-    const int64_t left = ceil_div(N_ - panel * width_, lanes_);
-    return left < kMaxTileVectors ? int(left) : kMaxTileVectors;
-  }
+  int64_t count() const { return count_; }
+  int vectors(int64_t panel) const { return panel + 1 == count_ ? last_vectors_ : kMaxTileVectors; }
   int64_t columns(int64_t panel) const { return std::min(width_, N_ - panel * width_); }
   int tile_rows(int64_t panel) const { return format_.tile_rows[vectors(panel) - 1]; }
   int64_t panel_bytes(int64_t K) const { return format_.panel_bytes(kMaxTileVectors, K); }
@@ -171,7 +173,8 @@ class Columns {
   const WeightFormat& format_;
   const int64_t N_;
   const int lanes_;
-  const int64_t width_;
+  const int64_t width_, count_;
+  const int last_vectors_;
 };
 
 }  // namespace rnnfast::cpu

@@ -87,7 +87,7 @@ void outer_few(const void* const* lhs, const void* const* rhs, int count, int64_
         const auto sum_at = [&](int64_t at, auto... rest) __attribute__((always_inline)) {
           Vec<A> sum = add ? load(row + at, rest...) : Vec<A>{};
           unrolled<R>([&](auto r) __attribute__((always_inline)) {
-            sum = fma(Vec<A>{} + factors[r][i], load(values[r] + at, rest...), sum);
+            sum = fma(broadcast<Vec<A>>(factors[r][i]), load(values[r] + at, rest...), sum);
           });
           store(row + at, sum, rest...);
         };

@@ -20,7 +20,7 @@ struct DenseOperand {
   static constexpr int kPerWord = 1;
 
   RNNFAST_INLINE static Vec<A> multiply_add(Vec<A> sum, Word lhs, Vec<A> rhs) {
-    return fma(Vec<A>{} + lhs, rhs, sum);
+    return fma(broadcast<Vec<A>>(lhs), rhs, sum);
   }
   // up to a vector of words along k, zeros beyond `elements`
   template <class T>

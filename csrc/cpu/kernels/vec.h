@@ -116,6 +116,12 @@ RNNFAST_INLINE void store(A* p, Vec<A> v, int64_t n)
   n >= kLanes<A> ? store(p, v) : store_first(p, v, n);
 }
 
+template <class V>
+RNNFAST_INLINE V broadcast(ElementOf<V> value) {
+  return value -
+         V{};  // exact for every value, -0 included, so that the compiler drops the difference
+}
+
 // ---- multiply-adds, rounded once where the target has them. The compiler makes none by itself
 // (-ffp-contract=off): the same source gives the same bits wherever it is inlined. ----
 
