@@ -113,8 +113,8 @@ def test_cpu_targets(targets, kernels):
     done = run_python("-c", WHAT_IS_COMPILED, cwd=ROOT, **environment)
     assert done.returncode == 0, done.stdout + done.stderr
     sources, macros = json.loads(done.stdout.splitlines()[-1])[0]
-    assert sum("isa_" in source for source in sources) == kernels
-    assert "csrc/cpu/isa_portable.cpp" in sources
+    assert sum("cpu/kernels/" in source for source in sources) == kernels
+    assert "csrc/cpu/kernels/portable.cpp" in sources
     assert macros == ["RNNFAST_PORTABLE_ONLY"] * (targets == "portable")
     assert ("portable only" in done.stdout) == (targets == "portable")
 

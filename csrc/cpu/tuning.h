@@ -1,6 +1,6 @@
 // The numbers that decide how work is cut, and why they are what they are. Times are in cycles,
 // roughly; only their ratios matter. Measured on a Zen 4 with two cores unless it says otherwise;
-// see csrc/README.md.
+// see csrc/EXPERIMENTS.md.
 #pragma once
 
 #include <cstdint>
