@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+import native
 import pytest
 import torch
 from targets import TARGETS
@@ -34,6 +35,7 @@ def device(request: pytest.FixtureRequest, ieee: None) -> Iterator[str]:
     if request.param == "cuda":
         yield "cuda"
         return
+    native.plug_in(request.param)
     before = extension.get_cpu_capability()
     extension.set_cpu_capability(request.param)
     yield "cpu"

@@ -1,6 +1,7 @@
 """What the kernels run on in tests, and which cases each target has kernels for.
 
-Every instruction set of this CPU, the emulated CUDA driver and, where there is one, the GPU.
+Every instruction set of this CPU, AMX and the CUDA driver emulated (see native.py) and, where there
+is one, the GPU.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ from collections.abc import Iterable
 import pytest
 import torch
 from cases import Case
+from native import COMPLETE_EMULATIONS
 
 from rnnfast import backend
 
 COMPLETE = ["the extension"] if backend.EXTENSION is None else backend.EXTENSION.cpu_capabilities()
+COMPLETE += COMPLETE_EMULATIONS
 """Those that have kernels for every case."""
 PARTIAL = [] if backend.EXTENSION is None else ["cuda_emulation"]
 """Those that have kernels for plain cases, see `Case.is_plain`."""

@@ -1,0 +1,68 @@
+"""C++ for tests alone, out of tests/native/: compiled when it is first used, and plugged in.
+
+What is compiled stays in build/tests/ until a source changes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import hashlib
+import os
+import shlex
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+from rnnfast import backend
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ROOT / "tests" / "native"
+OUTPUT = ROOT / "build" / "tests"
+COMPILER = shlex.split(os.environ.get("CXX") or "c++")
+FLAGS = ["-O1", "-std=c++20", "-fPIC", "-shared", "-fvisibility=hidden"]
+FLAGS += ["-ffp-contract=off", "-fno-math-errno", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests'}"]
+
+COMPLETE_EMULATIONS = []
+"""Emulated targets with kernels for every case; cuda_emulation has them for plain ones only."""
+if backend.EXTENSION is not None and "avx512_bf16" in backend.EXTENSION.cpu_capabilities():
+    COMPLETE_EMULATIONS.append("amx_emulation")
+
+
+@cache
+def load(name: str) -> ctypes.CDLL:
+    """The shared object of tests/native/<name>.cpp."""
+    command = [*COMPILER, *FLAGS, "-Wno-psabi"]
+    key = hashlib.sha256(repr(command).encode())
+    included = [*(ROOT / "csrc").rglob("*.h"), *(ROOT / "csrc" / "cpu" / "kernels").glob("*.cpp")]
+    for path in sorted([*included, *SOURCES.iterdir()]):
+        key.update(path.read_bytes())
+    library = OUTPUT / f"{name}-{key.hexdigest()[:16]}.so"
+    OUTPUT.mkdir(parents=True, exist_ok=True)
+    with open(OUTPUT / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # other processes wait, and then find it done
+        if not library.exists():
+            for outdated in OUTPUT.glob(f"{name}-*.so"):
+                outdated.unlink()
+            with tempfile.TemporaryDirectory(dir=OUTPUT) as folder:
+                made = Path(folder, library.name)
+                command += [str(SOURCES / f"{name}.cpp"), "-o", str(made)]
+                done = subprocess.run(command, capture_output=True, text=True)
+                if done.returncode != 0:
+                    raise RuntimeError(f"{shlex.join(command)}\n{done.stderr}")
+                made.rename(library)
+        return ctypes.CDLL(str(library))
+
+
+@cache
+def plug_in(target: str) -> None:
+    """Makes a target known to the extension if it is an emulated one."""
+    if target == "cuda_emulation":
+        function = load(target).rnnfast_engine
+        function.restype = ctypes.c_void_p
+        backend.EXTENSION.add_engine(target, function())
+    if target == "amx_emulation":
+        function = load(target).rnnfast_change
+        address = ctypes.cast(function, ctypes.c_void_p).value
+        backend.EXTENSION.add_target(target, "avx512_bf16", address)
