@@ -139,9 +139,9 @@ void Backward::pack(const Team& team) {
 
 void Backward::load_state(Span rows) {
   const int64_t H = args_.size.H, P = args_.h_size, align = context_.kernels.state_align;
-  // what completes the last word of rows of n elements
-  const auto complete = [&](const StepRows& to, int64_t b, int64_t n) {
-    const int64_t rest = ceil_div(n, align) * align - n;
+  // what completes the last word of an lhs of `depth` elements, the last of a row of n
+  const auto complete = [&](const StepRows& to, int64_t b, int64_t n, int64_t depth) {
+    const int64_t rest = ceil_div(depth, align) * align - depth;
     for (int64_t step = 0; rest > 0 && step < slots_; ++step)
       std::memset(to(step, b) + context_.element(n), 0, size_t(context_.element(rest)));
   };
@@ -150,8 +150,8 @@ void Backward::load_state(Span rows) {
     context_.kernels.load(to[b], from, n);
   };
   for (int64_t b = rows.begin; b < rows.end; ++b) {
-    complete(d_gates_, b, context_.cell.grad_blocks * H);
-    if (projects()) complete(d_h_rows_, b, P);
+    complete(d_gates_, b, context_.cell.grad_blocks * H, context_.cell.gates * H);
+    if (projects()) complete(d_h_rows_, b, P, P);
     load(d_h_, b, args_.grad_h_n, P);
     if (d_c_) load(d_c_, b, args_.grad_c_n, H);
   }
