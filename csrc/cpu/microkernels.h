@@ -43,7 +43,7 @@ struct TileOptions {
 //   lhs        rows as the weight format has them (WeightFormat::row_bytes); AMX reads all of a
 //              row's last word, others stop at K
 //   panel      packed columns, WeightFormat::panel_bytes long
-//   bias       A, one per column, or null
+//   bias       A, one per column, or null; null where the product is added to `out`
 //   out        A, rows `stride` elements apart; whole vectors are written
 using TileFunction = void (*)(int rows, int64_t K, const void* const* lhs, const void* panel,
                               const void* bias, void* out, int64_t stride,
@@ -134,7 +134,8 @@ struct MicroKernels {
                         int64_t panel, void* to);
   void (*gather_gates)(const GateShape&, const void* const* rows, int count, int64_t panel,
                        void* to);
-  // A TileFunction's product with weights of S as they lie, rows of E; up to dot_rows rows
+  // A TileFunction's product with weights of S as they lie, rows of E; up to dot_rows rows; there
+  // is a bias
   void (*dots)(const GateShape&, int rows, int64_t K, const void* const* lhs, const void* w,
                int64_t panel, const void* bias, void* out, int64_t stride);
   // to[i][n] (= or +=) the sum over r < count of lhs[r][begin + i] rhs[r][n], i < rows, n <

@@ -1,0 +1,43 @@
+"""Each micro-kernel by itself, on every instruction set and in every type.
+
+The checks are C++, for they hand pointers to kernels: to rows that end where memory ends, that lie
+at any address, and in whose surroundings every byte is looked at. See native/checks.h.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import native
+import pytest
+import torch
+from cases import DTYPES
+
+from rnnfast import backend
+
+CHECKS = {
+    "product_checks": (
+        "products chains representations gates biases gathers dots outer_few transposed"
+    ).split(),
+    "row_checks": "conversions halves sums gathered_gradients".split(),
+    "cell_checks": "activations forward backward".split(),
+}
+INDEX = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+"""Of a type in a target's tables."""
+TARGETS = ["the extension"] if backend.EXTENSION is None else backend.EXTENSION.cpu_capabilities()
+TARGETS += native.COMPLETE_EMULATIONS
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    ("library", "check"), [(library, check) for library, all in CHECKS.items() for check in all]
+)
+def test_micro_kernels(library: str, check: str, target: str, dtype: torch.dtype) -> None:
+    if backend.EXTENSION is None:
+        pytest.fail(f"rnnfast._C did not build or load: {backend.IMPORT_ERROR}")
+    native.plug_in(target)
+    function = getattr(native.load(library), f"check_{check}")
+    function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_int), ctypes.c_char_p
+    words = function(backend.EXTENSION.target_address(target), INDEX[dtype])
+    assert words.decode() == ""
