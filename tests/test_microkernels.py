@@ -15,13 +15,13 @@ from cases import DTYPES
 
 from rnnfast import backend
 
+PRODUCTS = ["products", "chains", "representations", "gates", "biases", "gathers"]
 CHECKS = {
-    "product_checks": (
-        "products chains representations gates biases gathers dots outer_few transposed"
-    ).split(),
-    "row_checks": "conversions halves sums gathered_gradients".split(),
-    "cell_checks": "activations forward backward".split(),
+    "product_checks": [*PRODUCTS, "dots", "outer_few", "transposed"],
+    "row_checks": ["conversions", "halves", "sums", "gathered_gradients"],
+    "cell_checks": ["activations", "forward", "backward"],
 }
+"""The functions of tests/native/<name>.cpp."""
 INDEX = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 """Of a type in a target's tables."""
 TARGETS = ["the extension"] if backend.EXTENSION is None else backend.EXTENSION.cpu_capabilities()
