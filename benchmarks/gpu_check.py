@@ -189,7 +189,8 @@ def command_of(part: Part, limit: float, dry_run: bool) -> list[str] | str:
     if part.ends_itself:
         command += ["--seconds", f"{max(1.0, limit - END_SECONDS):.0f}"]
     if dry_run and part.dry_run:
-        return [*command, "--dry-run"]
+        program = command[command.index("-m") + 1 :]
+        return [sys.executable, "-m", "benchmarks.emulated", *program, "--dry-run"]
     if part.name in SANITIZERS:
         # torch asks the driver for more than every driver has, and goes on without
         options = ["--tool", part.name, "--report-api-errors", "no", "--error-exitcode", "1"]
@@ -202,7 +203,7 @@ def command_of(part: Part, limit: float, dry_run: bool) -> list[str] | str:
 
 def environment_of(part: Part, dry_run: bool) -> dict[str, str]:
     if dry_run:  # which tells nothing of speed, and may share the machine
-        return {"RNNFAST_CPU_CAPABILITY": "cuda_emulation", "OMP_NUM_THREADS": "1"}
+        return {"OMP_NUM_THREADS": "1"}
     if part.name == "build":
         major, minor = torch.cuda.get_device_capability()
         archs = os.environ.get("TORCH_CUDA_ARCH_LIST", f"{major}.{minor}")
