@@ -40,8 +40,8 @@ struct TileOptions {
 // out[i][j] (= or +=) bias[j] + sum over k of lhs[i][k] panel[k][j], for the rows and vectors of
 // columns that the function is made for.
 //   K          elements of the sum
-//   lhs        rows as the weight format has them (WeightFormat::row_bytes); AMX reads all of a
-//              row's last word, others stop at K
+//   lhs        rows as the weight format has them (WeightFormat::row_bytes); all of the last word
+//              is read, and what lies beyond K in it must be zeros
 //   panel      packed columns, WeightFormat::panel_bytes long
 //   bias       A, one per column, or null; null where the product is added to `out`
 //   out        A, rows `stride` elements apart; whole vectors are written
