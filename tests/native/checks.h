@@ -11,6 +11,7 @@
 #include <cstdarg>
 #include <cstdio>
 #include <cstring>
+#include <map>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -69,23 +70,24 @@ class Buffer {
   explicit Buffer(int64_t bytes, int64_t slack = 0) : bytes_(bytes), slack_(slack) {
     const int64_t page = sysconf(_SC_PAGESIZE);
     usable_ = (bytes + slack + kBorder + page - 1) / page * page;
-    map_ = static_cast<char*>(mmap(nullptr, size_t(usable_ + page), PROT_READ | PROT_WRITE,
-                                   MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-    if (map_ == MAP_FAILED || mprotect(map_ + usable_, size_t(page), PROT_NONE) != 0)
-      throw std::runtime_error("no memory");
-    map_bytes_ = usable_ + page;
+    std::vector<char*>& idle = idle_maps()[usable_];
+    if (!idle.empty()) {
+      map_ = idle.back();
+      idle.pop_back();
+    } else {
+      map_ = static_cast<char*>(mmap(nullptr, size_t(usable_ + page), PROT_READ | PROT_WRITE,
+                                     MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+      if (map_ == MAP_FAILED || mprotect(map_ + usable_, size_t(page), PROT_NONE) != 0)
+        throw std::runtime_error("no memory");
+    }
     std::memset(data() - kBorder, 0xff, size_t(kBorder + bytes + slack));
   }
   Buffer(Buffer&& other)
-      : bytes_(other.bytes_),
-        slack_(other.slack_),
-        usable_(other.usable_),
-        map_bytes_(other.map_bytes_),
-        map_(other.map_) {
+      : bytes_(other.bytes_), slack_(other.slack_), usable_(other.usable_), map_(other.map_) {
     other.map_ = nullptr;
   }
   ~Buffer() {
-    if (map_) munmap(map_, size_t(map_bytes_));
+    if (map_) idle_maps()[usable_].push_back(map_);
   }
 
   char* data() const { return map_ + usable_ - slack_ - bytes_; }
@@ -104,7 +106,14 @@ class Buffer {
 
  private:
   static constexpr int64_t kBorder = 256;
-  int64_t bytes_, slack_, usable_, map_bytes_;
+
+  // Those that are not in use, by their size: there are many, and to map takes long.
+  static std::map<int64_t, std::vector<char*>>& idle_maps() {
+    static std::map<int64_t, std::vector<char*>> all;
+    return all;
+  }
+
+  int64_t bytes_, slack_, usable_;
   char* map_;
 };
 
