@@ -1,16 +1,22 @@
-"""Threads that are created, and processes that are forked off one with several threads."""
+"""Threads that are created, that wait, and that fail; cores; processes that are forked off."""
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
 import textwrap
+import time
+from pathlib import Path
 
 import pytest
+import torch
+
+import rnnfast
 
 
-def run(script: str, *arguments: object, timeout: float = 120) -> str:
+def run(script: str, *arguments: object, timeout: float = 120, **environment: str) -> str:
     """Runs a program in a process of its own and returns what it printed.
 
     A process that hangs is ended, with those that it has forked off.
@@ -21,6 +27,7 @@ def run(script: str, *arguments: object, timeout: float = 120) -> str:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        env=os.environ | environment,
     )
     try:
         output, errors = process.communicate(timeout=timeout)
@@ -68,13 +75,139 @@ CREATED = """
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="threads are listed in /proc")
-@pytest.mark.parametrize("threads", [3, 4, 8, 16])
-def test_calls_create_no_threads(threads: int) -> None:
+@pytest.mark.parametrize("cores", [0, 64], ids=["cores there are", "many cores"])
+@pytest.mark.parametrize("threads", [2, 3, 4, 8, 16])
+def test_calls_create_no_threads(threads: int, cores: int) -> None:
     """Alone, and in alternation with torch.mm.
 
     OpenMP ends and creates threads where the size of its teams changes from call to call.
     """
-    assert run(CREATED, threads).split() == ["0", "0"]
+    assert run(CREATED, threads, RNNFAST_ASSUME_CORES=str(cores)).split() == ["0", "0"]
+
+
+def test_a_change_of_affinity_is_noticed() -> None:
+    script = """
+        import os, time, torch, rnnfast
+        from rnnfast.backend import EXTENSION
+
+        def cores(expected):
+            limit = time.monotonic() + 10
+            while EXTENSION.usable_cores() != expected and time.monotonic() < limit:
+                time.sleep(0.01)
+            return EXTENSION.usable_cores()
+
+        first = EXTENSION.usable_cores()
+        all_cores = os.sched_getaffinity(0)
+        assert first <= len(all_cores)
+        os.sched_setaffinity(0, {min(all_cores)})
+        assert cores(1) == 1
+        os.sched_setaffinity(0, all_cores)
+        assert cores(first) == first
+        EXTENSION.assume_cores(5)
+        assert EXTENSION.usable_cores() == 5
+    """
+    run(script)
+
+
+def test_threads_leave_cores_that_others_need() -> None:
+    """Processes that spin on every core: a second thread would wait for its turn at every step."""
+    script = """
+        import os, subprocess, sys, time, torch, rnnfast
+        from rnnfast.backend import EXTENSION
+
+        cores = EXTENSION.usable_cores()
+        torch.set_num_threads(cores)
+        layer, x = rnnfast.LSTM(256, 256, backend="fused"), torch.randn(100, 8, 256)
+        spin = [sys.executable, "-c", "while True: pass"]
+        others = [subprocess.Popen(spin) for _ in range(cores)]
+        try:
+            limit = time.monotonic() + 60
+            while EXTENSION.free_cores() == cores and cores > 1 and time.monotonic() < limit:
+                with torch.no_grad():
+                    layer(x)
+            print(cores, EXTENSION.free_cores())
+        finally:
+            for other in others:
+                other.kill()
+    """
+    cores, free = map(int, run(script).split())
+    assert free < cores or cores == 1
+
+
+V1 = "36 31 0:30 {root} /fs/cpu rw,relatime - cgroup cgroup rw,cpu,cpuacct\n"
+V2 = "41 31 0:38 {root} /fs/unified rw,relatime shared:9 - cgroup2 cgroup2 rw\n"
+
+
+@pytest.mark.parametrize(
+    ("groups", "mounts", "files", "cores"),
+    [
+        ("0::/a/b\n", V2.format(root="/"), {"unified/a/b/cpu.max": "150000 100000"}, 1.5),
+        ("0::/a/b\n", V2.format(root="/"), {"unified/a/b/cpu.max": "max 100000"}, math.inf),
+        # the parents count as well
+        (
+            "0::/a/b\n",
+            V2.format(root="/"),
+            {"unified/a/b/cpu.max": "800000 100000", "unified/a/cpu.max": "300000 100000"},
+            3,
+        ),
+        # a container sees its own group as the root of what is mounted, or as the root of all
+        ("0::/docker/1\n", V2.format(root="/docker/1"), {"unified/cpu.max": "200000 100000"}, 2),
+        ("0::/\n", V2.format(root="/"), {"unified/cpu.max": "400000 100000"}, 4),
+        (
+            "5:cpuset:/x\n4:cpu,cpuacct:/a\n0::/\n",
+            V1.format(root="/") + V2.format(root="/"),
+            {"cpu/a/cpu.cfs_quota_us": "250000", "cpu/a/cpu.cfs_period_us": "50000"},
+            5,
+        ),
+        (
+            "4:cpuacct,cpu:/a\n",
+            V1.format(root="/"),
+            {"cpu/a/cpu.cfs_quota_us": "-1", "cpu/a/cpu.cfs_period_us": "100000"},
+            math.inf,
+        ),
+        ("", "", {}, math.inf),
+    ],
+)
+def test_quotas_of_control_groups(
+    groups: str, mounts: str, files: dict[str, str], cores: float, tmp_path: Path
+) -> None:
+    proc = tmp_path / "proc/self"
+    proc.mkdir(parents=True)
+    (proc / "cgroup").write_text(groups)
+    (proc / "mountinfo").write_text(mounts)
+    for name, text in files.items():
+        path = tmp_path / "fs" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")
+    assert rnnfast.backend.EXTENSION.quota_cores(str(tmp_path)) == cores
+
+
+@pytest.mark.parametrize("nth_barrier", [1, 3, 8])
+@pytest.mark.parametrize("grid", [(1, 2), (2, 1), (1, 4), (2, 2), (3, 2)], ids=str)
+def test_an_error_of_any_thread_is_raised(
+    grid: tuple[int, int], nth_barrier: int, threads: None
+) -> None:
+    """By the call, while the other threads wait; the next call finds all as it should be."""
+    extension = rnnfast.backend.EXTENSION
+    count = grid[0] * grid[1]
+    torch.set_num_threads(count + 1)
+    layer, x = rnnfast.LSTM(64, 256, backend="fused"), torch.randn(5, 8, 64)
+    expected = layer(x)[0]
+    for thread in range(count):
+        with pytest.raises(RuntimeError, match=f"thread {thread} of {count} failed"):
+            extension.fail_in_team(*grid, thread, nth_barrier)
+        assert torch.equal(layer(x)[0], expected)
+
+
+@pytest.mark.parametrize("grid", [(1, 4), (2, 2)], ids=str)
+def test_threads_that_wait_for_long_leave_their_cores(grid: tuple[int, int], threads: None) -> None:
+    """They are also there when the wait ends: here by an error."""
+    torch.set_num_threads(5)
+    for thread in (0, 3):
+        before = time.process_time()
+        with pytest.raises(RuntimeError, match="failed"):
+            rnnfast.backend.EXTENSION.fail_in_team(*grid, thread, 4, seconds=0.5)
+        assert time.process_time() - before < 0.25  # four threads wait
 
 
 # A parent that does what its second argument names, and forks a child for each further argument,

@@ -6,11 +6,14 @@
 #include <cstdlib>
 #include <fstream>
 #include <limits>
+#include <mutex>
 #include <sstream>
 #include <string>
 #include <thread>
 
 #include "cpu/cores.h"
+
+#include "cpu/tuning.h"
 
 #if defined(__linux__)
 #include <sched.h>
@@ -106,6 +109,48 @@ class Kept {
   std::atomic<Clock::rep> until_{0};
 };
 
+class FreeCores {
+ public:
+  int get(int usable) {
+    if (limit_.load(std::memory_order_relaxed) >= usable) return usable;
+    const std::lock_guard lock(mutex_);
+    if (const double now = seconds_now(); now >= try_at_) {
+      tried_ = now;
+      try_at_ = now + kMinHoldSeconds;
+      limit_ = limit_ + std::max(1, limit_ / 4);
+    }
+    return std::min(usable, limit_.load());
+  }
+
+  void note(int threads, double lost, double elapsed) {
+    const std::unique_lock lock(mutex_, std::try_to_lock);
+    if (!lock) return;
+    lost_ += lost;
+    elapsed_ += elapsed;
+    if (elapsed_ < kLookSeconds) return;
+    if (lost_ > kTooMuchLost * elapsed_) {
+      const double now = seconds_now();
+      hold_ = now < tried_ + 3 * kMinHoldSeconds ? std::min(2 * hold_, kMaxHoldSeconds)
+                                                 : kMinHoldSeconds;
+      try_at_ = now + hold_;
+      limit_ = threads - std::max(1, threads / 4);
+    }
+    lost_ = elapsed_ = 0;
+  }
+
+ private:
+  static double seconds_now() {
+    return std::chrono::duration<double>(Clock::now().time_since_epoch()).count();
+  }
+
+  std::mutex mutex_;
+  std::atomic<int> limit_{std::numeric_limits<int>::max() / 2};
+  double lost_ = 0, elapsed_ = 0;  // since the last decision
+  double tried_ = 0, hold_ = 0, try_at_ = 0;
+};
+
+FreeCores free_now;
+
 }  // namespace
 
 double quota_cores(const std::string& root) {
@@ -139,6 +184,15 @@ int usable_cores() {
   const double limit = quota.get(now, kKeepQuota, [] { return quota_cores(""); });
   // a quota of 1.5 cores lets two threads work most of the time
   return limit < cores ? std::max(1, int(std::ceil(limit))) : cores;
+}
+
+int free_cores() {
+  if (const int cores = assumed().load(std::memory_order_relaxed)) return cores;
+  return free_now.get(usable_cores());
+}
+
+void note_losses(int threads, int64_t lost, int64_t elapsed) {
+  free_now.note(threads, 1e-9 * double(lost), 1e-9 * double(elapsed));
 }
 
 void assume_cores(int cores) { assumed().store(cores); }

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <bit>
 #include <limits>
 #include <mutex>
 #include <vector>
@@ -12,29 +13,33 @@
 namespace rnnfast::cpu {
 namespace {
 
-// The fastest of some short rounds, in nanoseconds; 0 if there are not so many threads. The first
-// rounds wait for threads to wake up. Where threads share a core a round takes as long as time
-// slices, and few are enough to see that.
+// Whether a barrier takes so long because threads share a core.
+bool is_shared(double nanoseconds, int threads) {
+  return nanoseconds > kSharedCoreNanoseconds * std::bit_width(unsigned(threads - 1));
+}
+
+// The fastest of some short rounds, in nanoseconds; 0 if there are not so many threads. Threads
+// that have just been woken may share a core for some milliseconds: for so long rounds go on.
 double wait_together(int threads) {
   constexpr int kRounds = 12, kWaits = 8;
-  constexpr int64_t kEnough = 2'000'000;
+  constexpr int64_t kPatience = 5'000'000;
   Barrier barrier;
   std::atomic<bool> enough{false};
-  double fastest = 0;
-  run_in_team(threads, [&](int index) {
-    double best = std::numeric_limits<double>::infinity();
+  double fastest = std::numeric_limits<double>::infinity();
+  const bool complete = run_in_team(threads, [&](int index) {
     const int64_t begin = nanoseconds_now();
-    for (int round = 0; round < kRounds && !enough; ++round) {
+    for (int round = 1; !enough; ++round) {
       const int64_t start = nanoseconds_now();
       for (int i = 0; i < kWaits; ++i) barrier.wait(threads);
       const int64_t end = nanoseconds_now();
-      best = std::min(best, double(end - start) / kWaits);
-      if (index == 0 && end - begin > kEnough) enough = true;
+      if (index == 0) {
+        fastest = std::min(fastest, double(end - start) / kWaits);
+        enough = is_shared(fastest, threads) ? end - begin > kPatience : round >= kRounds;
+      }
       barrier.wait(threads);  // all see `enough`
     }
-    if (index == 0) fastest = best;
   });
-  return fastest;
+  return complete ? fastest : 0;
 }
 
 // For so many threads, in cycles.
@@ -49,7 +54,7 @@ double measured_barrier(int threads) {
   if (cycles > 0) return cycles;
   const double nanoseconds = wait_together(threads);
   if (nanoseconds == 0) return typical;
-  cycles = nanoseconds < kSharedCoreNanoseconds ? nanoseconds * kCyclesPerNanosecond : typical;
+  cycles = is_shared(nanoseconds, threads) ? typical : nanoseconds * kCyclesPerNanosecond;
   return cycles;
 }
 

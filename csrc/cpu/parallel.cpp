@@ -1,6 +1,7 @@
 // The slow ways of waiting: threads that park, and teams that fail.
 #include "cpu/parallel.h"
 
+#include <algorithm>
 #include <chrono>
 #include <climits>
 #include <thread>
@@ -8,6 +9,7 @@
 #if defined(__linux__)
 #include <linux/futex.h>
 #include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 #endif
 
@@ -20,6 +22,35 @@ int64_t nanoseconds_now() {
 }
 
 namespace {
+
+// Whether this thread spins before it parks. Two threads that share a core, which other processes
+// may leave them with, spin in vain: each holds the core that the other one needs. So after some
+// waits in vain only one in a few spins, to see whether it would help again.
+class Patience {
+ public:
+  bool spins() { return in_vain_ < kEnough || ++skipped_ % kOneOf == 0; }
+  void note(bool helped) { in_vain_ = helped ? 0 : std::min(in_vain_ + 1, kEnough); }
+
+ private:
+  static constexpr int kEnough = 3, kOneOf = 16;
+  int in_vain_ = 0, skipped_ = 0;
+};
+constinit thread_local Patience patience;
+
+// For how long this thread has been parked, and not been late to go on.
+constinit thread_local int64_t parked_nanoseconds = 0;
+
+// Counts the time of a park.
+class Parked {
+ public:
+  explicit Parked(const std::atomic<int64_t>& woken_at) : woken_at_(woken_at) {}
+  Parked(const Parked&) = delete;
+  ~Parked() { parked_nanoseconds += std::max<int64_t>(0, woken_at_.load() - start_); }
+
+ private:
+  const std::atomic<int64_t>& woken_at_;
+  const int64_t start_ = nanoseconds_now();
+};
 
 // Spins for a bounded time. Returns false if the condition has not come true by then.
 template <class Condition>
@@ -38,6 +69,15 @@ bool spin_until(Condition&& condition) {
     if (until == 0) until = now + kSpinNanoseconds;
     if (now >= until) return condition();
   }
+}
+
+// Spins, if that is likely to help.
+template <class Condition>
+bool may_spin_until(Condition&& condition) {
+  if (!patience.spins()) return condition();
+  const bool helped = spin_until(condition);
+  patience.note(helped);
+  return helped;
 }
 
 // Parks this thread while `word` has this value. It may return early.
@@ -60,14 +100,19 @@ void unpark_from(std::atomic<uint32_t>& word) {
 
 void Barrier::cancel() {
   round_.fetch_or(kCancelled);
-  unpark();
+  unpark_from(round_);
 }
 
-void Barrier::unpark() { unpark_from(round_); }
+void Barrier::end_with_parked(uint32_t round) {
+  woken_at_.store(nanoseconds_now());
+  round_.store(round + kRound);
+  unpark_from(round_);
+}
 
 void Barrier::wait_for_end(uint32_t round, int threads) {
   const auto over = [&] { return round_.load(std::memory_order_acquire) != round; };
-  if (!spin_until(over)) {
+  if (!may_spin_until(over)) {
+    const Parked parked(woken_at_);
     while (!over()) {
       // The last thread to come sees the mark and wakes the others. If it has come before, it is
       // just about to tell so, and may have reset the count.
@@ -93,13 +138,15 @@ void Barriers::cancel(int row_index) {
 }
 
 void Progress::unpark() {
+  woken_at_.store(nanoseconds_now());
   news_.fetch_add(1);
   unpark_from(news_);
 }
 
 void Progress::wait_long(int64_t steps) const {
   const auto over = [&] { return steps_.load() >= steps || cancelled_.load(); };
-  if (!spin_until(over)) {
+  if (!may_spin_until(over)) {
+    const Parked parked(woken_at_);
     parked_.fetch_add(1);
     for (;;) {
       const uint32_t news = news_.load();
@@ -109,6 +156,28 @@ void Progress::wait_long(int64_t steps) const {
     parked_.fetch_sub(1);
   }
   if (steps_.load() < steps) throw Cancelled{};
+}
+
+LossSample::LossSample() {
+  static std::atomic<int64_t> due{0};
+  const int64_t now = nanoseconds_now();
+  if (now < due.load(std::memory_order_relaxed)) return;
+  due.store(now + kSampleNanoseconds, std::memory_order_relaxed);
+  start_ = now;
+}
+
+int64_t LossSample::lost_by_thread() {
+#if defined(__linux__)
+  timespec used;
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &used);
+  return nanoseconds_now() - used.tv_sec * 1'000'000'000 - used.tv_nsec - parked_nanoseconds;
+#else
+  return 0;
+#endif
+}
+
+void LossSample::note(int threads) const {
+  if (start_ > 0 && threads > 1) note_losses(threads, lost_.load(), nanoseconds_now() - start_);
 }
 
 void Failure::take() {

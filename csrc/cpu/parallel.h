@@ -54,17 +54,18 @@ class Barrier {
     const uint32_t arrived = arrived_.fetch_add(1, std::memory_order_acq_rel);
     if ((arrived & ~kParked) == uint32_t(threads - 1)) {
       arrived_.store(0, std::memory_order_relaxed);
+      if (arrived & kParked) return end_with_parked(round);
       round_.store(round + kRound, std::memory_order_release);
-      if (arrived & kParked) unpark();
     } else if (waits) {
       wait_for_end(round, threads);
     }
   }
   void wait_for_end(uint32_t round, int threads);
-  void unpark();
+  void end_with_parked(uint32_t round);
 
   alignas(64) std::atomic<uint32_t> arrived_{0};
   alignas(64) std::atomic<uint32_t> round_{0};
+  std::atomic<int64_t> woken_at_{0};  // when those that had parked could go on
 };
 
 // The barriers of one job: of all its threads, and of those that share the same rows.
@@ -107,6 +108,7 @@ class Progress {
   std::atomic<bool> cancelled_{false};
   mutable std::atomic<uint32_t> parked_{0};  // threads
   mutable std::atomic<uint32_t> news_{0};  // what they park on
+  std::atomic<int64_t> woken_at_{0};
 };
 
 // One thread's view of the threads of a job. They form a grid of row_shares x unit_shares for the
@@ -159,6 +161,25 @@ class Team {
   int index_ = 0, size_ = 1, row_shares_ = 1, unit_shares_ = 1;
 };
 
+// The time that the threads of a team have lost to other processes; see free_cores().
+class LossSample {
+ public:
+  LossSample();
+  // Around the work of each thread.
+  int64_t begin() const { return start_ > 0 ? lost_by_thread() : 0; }
+  void end(int64_t before) {
+    if (start_ > 0) lost_.fetch_add(lost_by_thread() - before, std::memory_order_relaxed);
+  }
+  void note(int threads) const;
+
+ private:
+  // By the calling thread so far, from some beginning on, in nanoseconds.
+  static int64_t lost_by_thread();
+
+  int64_t start_ = 0;  // 0: not taken, as there has just been one
+  std::atomic<int64_t> lost_{0};
+};
+
 // Whether this thread has called its OpenMP team.
 inline constinit thread_local bool has_team = false;
 
@@ -175,6 +196,7 @@ bool run_in_team(int threads, F&& f) {
   const bool first_come = omp_get_max_threads() > usable_cores();
   std::atomic<int> next{1};
   Barrier end;
+  LossSample sample;
 #pragma omp parallel
   {
     int index = omp_get_thread_num();
@@ -182,13 +204,18 @@ bool run_in_team(int threads, F&& f) {
       if (index == 0) complete = false;
     } else {
       if (first_come && index > 0) index = next.fetch_add(1, std::memory_order_relaxed);
-      if (index < threads) f(index);
+      if (index < threads) {
+        const int64_t before = sample.begin();
+        f(index);
+        sample.end(before);
+      }
       // OpenMP's own wait for the end spins for milliseconds. This one leaves the core to a thread
       // that has lost its own.
       if (index == 0 && threads > 1) end.wait(threads);
       if (index > 0 && index < threads) end.arrive(threads);
     }
   }
+  sample.note(threads);
   return complete;
 }
 

@@ -10,28 +10,28 @@
 // - r > 1: once in a sequence, each thread reads the weights that r - 1 others have packed.
 // - r x u > 1: the region itself.
 //
-// What that means on many cores, on paper. Say a barrier takes 0.3, 0.6, 0.9, 1.2 thousand cycles
-// for 2, 4, 8, 16 threads, L2 has 1 MiB, and an LSTM has B = 8, H = 1024: 16 MiB of W_hh, 64 panels
-// of 16 units.
+// What that means on many cores, on paper: a barrier takes 0.3, 0.6, 0.9, 1.2 thousand cycles for
+// 2, 4, 8, 16 threads, a vector of weights 2.1 from L2 of 1 MiB and 2.9 from L3.
 //
-// - 16 x units: 1 MiB of weights a thread, which L2 does not hold beside other things: 16 K lines
-//   from L3 at 3 to 7 cycles, 50 to 115 thousand cycles. Tiles of 6 rows or less reuse a line from
-//   L1, so 8 rows are two tiles. Barrier and exchange, 3 thousand, and up to 480 of 512 lines of h.
-// - 8 x rows, the most there can be: 16 MiB of weights a thread in every step, 16 times as much.
-// - 2 x 8, rows and units: 2 MiB of weights a thread for 4 rows. A line is loaded for 4 rows, not
-//   for 8, which pays only where products and not loads bind.
+// An LSTM of B = 8, H = 1024 on 16 threads, in thousand cycles a step. W_hh is 16 MiB, in 64
+// panels.
 //
-// So units come first where weights do not fit, rows where they do (H = 128: 256 KiB, in L2 whole),
-// and a grid is between the two: more threads than B, but so small a product that the barrier of
-// all of them would be longer than what it saves. B = 8, H = 256 on 16 threads: by rows only 8
-// threads have work. By units a step is 8 rows of one panel, 4 KiB of products in 2,100 cycles, and
-// the barrier and exchange of 16 threads is 3,000 and more. On 8 x 2 it is 1 row of 8 panels at 750
-// for the barrier of two.
+//   8 x 1   64 panels for 1 row, all from L3                        768       8 threads idle
+//   1 x 16  4 panels for 8 rows, in two tiles                        84, exchange of 480 lines 72
+//   2 x 8   8 panels for 4 rows, read by both rows of the grid       99, exchange of 224 lines 26
 //
-// Weights that several rows of the grid read come from L3, which they share, or were packed by a
-// thread elsewhere: others_weights. Memory is touched first by the thread that uses it, so pages of
-// a thread's workspace lie at its own node; shared weights lie where they were packed, dealt to all
-// threads evenly.
+// The same with H = 256, 1 MiB in 16 panels. Weights of a unit share fit L2, and a step is short.
+//
+//   8 x 1   16 panels for 1 row                                      49       8 threads idle
+//   1 x 16  1 panel for 8 rows                                        5, exchange of 120 lines 20
+//   2 x 8   2 panels for 4 rows                                       5, exchange of 56 lines 8
+//
+// So rows alone leave threads without work, units alone have every thread fetch all of h, and a
+// grid fetches what its rows need. Groups of the grid that read the same weights each read them
+// from L3.
+//
+// A thread's workspace is touched first by that thread, and its pages lie at its own node. Packed
+// weights are common to all: each thread packs an equal part, so that they lie at all nodes evenly.
 #include "cpu/plan.h"
 
 #include <algorithm>

@@ -13,18 +13,29 @@ namespace rnnfast::cpu {
 // waiting never costs more than twice what the better of the two would have cost.
 inline constexpr int64_t kSpinNanoseconds = 50'000;
 
+// The threads of a team lose time where they could run and another process has the core. Two of
+// them lose half of the time together beside one process that is always busy, and a twentieth of it
+// on a machine that is not. One thread alone takes less time than two that lose half of it. Calls
+// of so much time, at least, are looked at together, and one in a millisecond at most.
+inline constexpr double kTooMuchLost = 0.3;
+inline constexpr double kLookSeconds = 0.04;
+inline constexpr int64_t kSampleNanoseconds = 1'000'000;
+// So long fewer threads work before one more is tried. The time doubles with every try in vain.
+inline constexpr double kMinHoldSeconds = 0.1, kMaxHoldSeconds = 1.6;
+
 // ---- what the planner takes for granted about a machine ----
 
 inline constexpr double kCyclesPerNanosecond = 3.5;
 inline constexpr int64_t kLineBytes = 64;  // of a line of cache
 
-// A barrier takes 50 ns between two cores that share a cache, 450 ns between others. One that takes
-// more than kSharedCoreNanoseconds was measured while another process had one of the cores, and
-// says nothing: then kTypicalBarrier stands for two threads, and kBarrierPerDoubling more for each
-// doubling.
+// A barrier takes 50 ns between two cores that share a cache, 450 ns between others. Two threads
+// that share a core, as another process has the second one, take 4 us: they park in turns. What
+// takes longer than kSharedCoreNanoseconds for each doubling of the threads was measured in that
+// state, and says nothing: then kTypicalBarrier stands for two threads, and kBarrierPerDoubling
+// more for each doubling.
 inline constexpr double kTypicalBarrier = 300;
 inline constexpr double kBarrierPerDoubling = 300;
-inline constexpr double kSharedCoreNanoseconds = 10e3;
+inline constexpr double kSharedCoreNanoseconds = 2000;
 
 // To load a line that lies beyond L2: 3 on Zen 4, 7 on a Xeon with many cores.
 inline constexpr double kTypicalL3Line = 2.9;

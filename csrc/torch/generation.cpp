@@ -75,7 +75,7 @@ class Generation {
                 uniforms.sizes(), " of ", uniforms.scalar_type());
     const py::gil_scoped_release release;
     const std::lock_guard lock(mutex_);
-    TORCH_CHECK_VALUE(!failed_, "the model's scores were not finite");
+    TORCH_CHECK_VALUE(!failed_, "an earlier run of this generation has failed");
     TORCH_CHECK(tokens.sizes() == at::IntArrayRef({B}) && tokens.scalar_type() == at::kLong &&
                     tokens.device().is_cpu(),
                 "expected tokens of shape (", B, "), int64 and on the CPU, got ", tokens.sizes(),
@@ -88,7 +88,9 @@ class Generation {
     job_.steps.count = uniforms.size(0);
     job_.steps.uniforms = numbers.const_data_ptr<double>();
     job_.steps.tokens = all.data_ptr<int64_t>();
+    failed_ = true;  // should it throw, half a step may have been done
     engine_.generate(kind_, job_);
+    failed_ = false;
     job_.steps.done += job_.steps.count;
     const Tensor result = all.slice(0, 1);
     for (int64_t i = B; i < all.numel(); ++i) failed_ = failed_ || all.data_ptr<int64_t>()[i] < 0;

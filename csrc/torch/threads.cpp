@@ -3,12 +3,19 @@
 #include <ATen/Parallel.h>
 #include <pthread.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 #include <sys/stat.h>
 
 #include <algorithm>
+#include <chrono>
+#include <stdexcept>
+#include <string>
+#include <thread>
 #include <vector>
 
+#include "cpu/cores.h"
 #include "cpu/parallel.h"
+#include "cpu/plan.h"
 
 namespace rnnfast {
 namespace {
@@ -55,7 +62,7 @@ void warn() {
 
 int usable_threads() {
   const int threads = at::get_num_threads();
-  if (!team_is_lost) return threads > 1 ? std::min(threads, cpu::usable_cores()) : 1;
+  if (!team_is_lost) return threads > 1 ? std::min(threads, cpu::free_cores()) : 1;
   if (threads > 1) at::set_num_threads(1);
   if (threads > 1 || should_warn) warn();
   return 1;
@@ -75,9 +82,11 @@ struct EmptyJob {
   void give_to_one_thread() {}
 };
 
-// A thread of a team of row_shares x unit_shares throws as it comes to its n-th barrier. The others
-// wait for it there, those of a second job for what the first would have done. For tests.
-void fail_in_team(int row_shares, int unit_shares, int failing_thread, int nth_barrier) {
+// A thread of a team of row_shares x unit_shares waits for so long as it comes to its n-th barrier,
+// and throws. The others wait for it there, those of a second job for what the first would have
+// done. For tests.
+void fail_in_team(int row_shares, int unit_shares, int failing_thread, int nth_barrier,
+                  double seconds) {
   std::vector<EmptyJob> jobs(2);
   jobs[0].plan = {row_shares * unit_shares, row_shares, unit_shares};
   jobs[1].plan = {1, 1, 1};
@@ -85,9 +94,11 @@ void fail_in_team(int row_shares, int unit_shares, int failing_thread, int nth_b
   cpu::parallel(std::span(jobs), [&](EmptyJob& job, const cpu::Team& team) {
     if (job.upstream) return job.upstream->wait_for(1);
     for (int n = 1; n <= nth_barrier + 10; ++n) {
-      if (team.index() == failing_thread && n == nth_barrier)
+      if (team.index() == failing_thread && n == nth_barrier) {
+        std::this_thread::sleep_for(std::chrono::duration<double>(seconds));
         throw std::runtime_error("thread " + std::to_string(team.index()) + " of " +
                                  std::to_string(team.size()) + " failed");
+      }
       n % 3 == 0 ? team.barrier() : team.unit_barrier();
     }
   });
@@ -98,10 +109,15 @@ void fail_in_team(int row_shares, int unit_shares, int failing_thread, int nth_b
 void bind_threads(pybind11::module_& m) {
   namespace py = pybind11;
   m.def("usable_cores", &cpu::usable_cores);
+  m.def("free_cores", &cpu::free_cores);
   m.def("assume_cores", &cpu::assume_cores, py::arg("cores"));
   m.def("quota_cores", &cpu::quota_cores, py::arg("root") = "");
+  m.def("barrier_cycles", [](int threads) {
+    const cpu::BarrierCycles table = cpu::measured_barriers(threads);
+    return std::vector<double>(table.of_doublings.begin() + 1, table.of_doublings.end());
+  });
   m.def("fail_in_team", &fail_in_team, py::arg("row_shares"), py::arg("unit_shares"),
-        py::arg("failing_thread"), py::arg("nth_barrier"),
+        py::arg("failing_thread"), py::arg("nth_barrier"), py::arg("seconds") = 0.0,
         py::call_guard<py::gil_scoped_release>());
 }
 

@@ -5,6 +5,8 @@
 
 // GCC 12 warns of its own intrinsics, which begin with an undefined register
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+// vectors that functions return are no matter of an ABI: all such functions are inlined
+#pragma GCC diagnostic ignored "-Wpsabi"
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #define RNNFAST_TARGET avx512
 #define RNNFAST_VECTOR_BYTES 64

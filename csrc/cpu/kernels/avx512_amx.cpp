@@ -6,6 +6,8 @@
 
 // GCC 12 warns of its own intrinsics, which begin with an undefined register
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+// vectors that functions return are no matter of an ABI: all such functions are inlined
+#pragma GCC diagnostic ignored "-Wpsabi"
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")
 #define RNNFAST_TARGET avx512_amx
 #define RNNFAST_VECTOR_BYTES 64
