@@ -78,6 +78,16 @@ LAYOUTS = ("batch_first", "strided", "expanded", "same_step", "same_row", "padde
 PROJECTIONS = (3, 6, 9, 16, 63, 9, 70, 5, 20, 18, 35, 100)  # for the shapes from the fourth on
 # W_ih x as whole rows of the gates: of one panel of units, not packed, and of two panels
 WHOLE_ROWS = ((4, 9, 70, 5), (1, 3, 70, 5), (5, 7, 90, 20))
+LARGE = (4, 70, 170, 170)  # float32 goes in parts where there is a matrix unit
+SPLIT_SHAPES = {
+    (12, 1, 500, 520): "units",  # one thread multiplies x with whole rows of W_ih
+    (1, 24, 200, 520): "units",  # weights packed panel by panel
+    (50, 48, 16, 64): "rows",
+    (4, 2, 3, 5): "none",
+}
+"""What two threads do with them: between them every way there is."""
+OVERLAP_SHAPES = {"one row": (40, 1, 64, 64), "rows": (33, 3, 7, 48), "large": (6, 1, 256, 256)}
+"""Of layers that may run side by side."""
 MANY_BLOCKS = (330, 40, 2, 3)  # more rows than any device takes in one block of steps
 
 RAGGED = [  # shape, lengths, resets

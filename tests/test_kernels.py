@@ -14,6 +14,8 @@ from cases import (
     CASES,
     DTYPES,
     GRADCHECK_CASES,
+    LARGE,
+    SPLIT_SHAPES,
     TORCH_CLASS,
     Case,
     bound,
@@ -395,26 +397,6 @@ def test_recomputing_without_kernels_is_refused(device: str) -> None:
         run_backward(case, inputs, grads, run_forward(case, inputs, False))
 
 
-LARGE = (4, 70, 170, 170)  # float32 goes in parts where there is a matrix unit
-
-
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-@pytest.mark.parametrize("cell", CELLS)
-def test_floats_in_parts(cell: str, backward: bool, device: str) -> None:
-    """Where the matrix unit multiplies floats: in large products, on machines that have one."""
-    amx = backend.EXTENSION.get_cpu_capability() == "avx512_amx"
-
-    def in_parts(*sizes: int, dtype: str = "float32") -> tuple[bool, bool]:
-        plan = backend.EXTENSION.plan(cell, *sizes, dtype, 2, backward)
-        return plan["block_in_parts"], plan["step_in_parts"]
-
-    assert in_parts(*LARGE) == (amx, amx)
-    assert in_parts(100, 2, 256, 256) == (amx, False)
-    assert in_parts(1, 2, 256, 256) == (False, False)
-    assert in_parts(*LARGE, dtype="float64") == (False, False)
-    assert in_parts(*LARGE, dtype="bfloat16") == (False, False)
-
-
 def test_numbers_without_parts(device: str) -> None:
     """Infinite numbers and those close to the largest are no sums of bfloat16."""
     case = Case("lstm", *LARGE)
@@ -496,23 +478,6 @@ def test_few_rows_after_a_block(cell: str, few: int, device: str) -> None:
         torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
 
 
-SPLIT_SHAPES = {
-    (12, 1, 500, 520): "units",  # one thread multiplies x with whole rows of W_ih
-    (1, 24, 200, 520): "units",  # weights packed panel by panel
-    (50, 48, 16, 64): "rows",
-    (4, 2, 3, 5): "none",
-}
-
-
-@pytest.mark.parametrize("shape", SPLIT_SHAPES, ids=str)
-@pytest.mark.parametrize("cell", CELLS)
-def test_planned_split(cell: str, shape: tuple[int, ...]) -> None:
-    """The shapes that the next test runs are split in every way there is."""
-    for backward in (False, True):
-        plan = backend.EXTENSION.plan(cell, *shape, "float32", 2, backward)
-        assert plan["split"] == SPLIT_SHAPES[shape]
-
-
 SPLIT_CASES = [
     *(
         Case(cell, *shape, lengths=lengths)
@@ -544,115 +509,6 @@ def test_same_bits_for_every_run_and_thread_count(
         torch.set_num_threads(count)
         for actual, expected in zip(run(), first, strict=True):
             assert torch.equal(actual, expected)
-
-
-@pytest.mark.parametrize("threads_planned", [1, 2, 3, 16, 64])
-@pytest.mark.parametrize("cell", CELLS)
-def test_plan(cell: str, threads_planned: int, device: str) -> None:
-    """Plans stay within their bounds for any size and any number of threads."""
-    plan = backend.EXTENSION.plan
-    for T, B, I, H in [(1, 1, 1, 1), (1, 1, 512, 512), (100, 1, 8, 4096), (7, 300, 0, 20)]:
-        for backward in (False, True):
-            facts = plan(cell, T, B, I, H, "float32", threads_planned, backward)
-            assert 1 <= facts["threads"] <= threads_planned
-            assert 1 <= facts["block_steps"] <= T
-            if facts["split"] == "rows":
-                assert facts["threads"] <= B
-            assert facts["workspace_bytes"] > 0
-    with pytest.raises(ValueError, match="positive"):
-        plan(cell, 0, 1, 1, 1)
-    with pytest.raises(ValueError, match="no cell is called"):
-        plan("no_such_cell", 1, 1, 1, 1)
-
-
-def test_more_threads_where_there_is_more_work(avx512: None) -> None:
-    plan = backend.EXTENSION.plan
-    assert plan("lstm", 1, 1, 8, 8, "float32", 2)["threads"] == 1
-    assert plan("lstm", 100, 1, 1024, 1024, "float32", 2)["split"] == "units"
-    assert plan("lstm", 100, 32, 64, 64, "float32", 2)["split"] == "rows"
-    # tiles of five and six rows, which take as long as their rows
-    assert plan("lstm", 100, 64, 128, 128, "float32", 2)["split"] == "rows"
-
-
-def test_steps_are_dealt_where_waiting_for_each_other_is_cheap(avx512: None) -> None:
-    plan = backend.EXTENSION.plan
-    for barrier_cycles, split in ((200, "units"), (1700, "none")):
-        facts = plan("lstm", 100, 1, 64, 64, "float32", 2, barrier_cycles=barrier_cycles)
-        assert facts["split"] == split
-
-
-def test_weights_of_a_far_core_are_dear_for_a_short_sequence(avx512: None) -> None:
-    # where rows are dealt, each thread reads what the other has packed
-    for barrier_cycles, split in ((200, "rows"), (1700, "none")):
-        machine = {"l3_line_cycles": 3, "barrier_cycles": barrier_cycles}
-        facts = backend.EXTENSION.plan("elman_tanh", 8, 8, 64, 64, "float32", 2, **machine)
-        assert facts["split"] == split
-
-
-def test_rows_are_dealt_where_units_would_fetch_many_states(avx512: None) -> None:
-    # at every step, half of h from the other core
-    for B, split in ((64, "rows"), (8, "units")):
-        facts = backend.EXTENSION.plan("gru", 30, B, 512, 512, "float32", 2)
-        assert facts["split"] == split
-
-
-def test_rows_are_dealt_though_threads_share_a_core_just_now(avx512: None) -> None:
-    # barriers take a time slice then, but lines no longer than from a far core
-    facts = backend.EXTENSION.plan("lstm", 100, 8, 1, 400, "float32", 2, barrier_cycles=350e3)
-    assert facts["split"] == "rows"
-
-
-def test_a_second_thread_for_the_products_of_a_long_backward(avx512: None) -> None:
-    """Though one alone goes through the steps."""
-    for T, threads in ((30, 1), (400, 2)):
-        sizes = ("lstm", T, 1, 64, 64, "float32", 2, True)
-        facts = backend.EXTENSION.plan(*sizes, barrier_cycles=1700)
-        assert (facts["threads"], facts["split"]) == (threads, "none")
-
-
-def test_units_are_dealt_where_l3_is_slow(avx512: None) -> None:
-    # each thread reads half of 16 MB of weights in every step, or all for half of the rows
-    plan = backend.EXTENSION.plan
-    for l3_line_cycles, split in ((3, "rows"), (12, "units")):
-        machine = {"l2_bytes": 1 << 20, "l3_line_cycles": l3_line_cycles}
-        facts = plan("lstm", 3000, 12, 1024, 1024, "float32", 2, **machine)
-        assert facts["split"] == split
-
-
-def test_weights_are_read_once_in_a_single_step(avx512: None) -> None:
-    """Each thread packs the panels of its own units just before their only use."""
-    machine = {"l2_bytes": 1 << 20, "l3_line_cycles": 3}
-    for T, hidden, split in (
-        (1, "panelwise", "units"),
-        (2, "once", "units"),
-        (900, "once", "rows"),
-    ):
-        facts = backend.EXTENSION.plan("lstm", T, 20, 128, 128, "float32", 2, **machine)
-        assert (facts["hidden_packing"], facts["split"]) == (hidden, split)
-
-
-def test_the_backward_packs_by_panels_what_it_uses_once(avx512: None) -> None:
-    """W_ih where there is one block of steps, W_hh where there is one step."""
-    for T, threads, expected in (
-        (1, 2, ("panelwise", "panelwise")),
-        (2, 2, ("panelwise", "once")),
-        (2, 16, ("once", "once")),  # more threads than panels of W_ih
-        (900, 2, ("once", "once")),
-    ):
-        facts = backend.EXTENSION.plan("lstm", T, 24, 200, 520, "float32", threads, True)
-        assert (facts["input_packing"], facts["hidden_packing"]) == expected
-
-
-def test_small_weights_and_pairs_are_packed_for_fewer_uses(avx512: None) -> None:
-    for size, dtype, uses in (
-        (64, "float32", 8),
-        (128, "float32", 12),
-        (512, "float32", 24),
-        (512, "float16", 6),
-    ):
-        for T, packing in ((uses - 1, "none"), (uses, "once")):
-            facts = backend.EXTENSION.plan("lstm", T, 1, size, size, dtype, 1)
-            assert facts["hidden_packing"] == packing
 
 
 BAD = {

@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from cases import OVERLAP_SHAPES
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
@@ -475,9 +476,6 @@ def test_plain_calls_take_the_short_way(mode, suffix, bias, monkeypatch):
 
 
 # (T, B, I, H): layers or directions of the first two overlap on several threads, not of the third
-OVERLAP_SHAPES = {"one row": (40, 1, 64, 64), "rows": (33, 3, 7, 48), "large": (6, 1, 256, 256)}
-
-
 @pytest.mark.parametrize("shape", OVERLAP_SHAPES.values(), ids=OVERLAP_SHAPES.keys())
 @pytest.mark.parametrize("options", [{"num_layers": 5}, {"num_layers": 2, "bidirectional": True}])
 @pytest.mark.parametrize("mode", LAYERS)
@@ -507,22 +505,6 @@ def test_overlapping_layers_give_the_same_bits(
         torch.set_num_threads(count)
         for actual, value in zip(run(), expected, strict=True):
             assert torch.equal(actual, value)
-
-
-@pytest.mark.parametrize("backward", [False, True])
-def test_where_layers_overlap(backward: bool, avx512: None) -> None:
-    def at_once(shape: str, stacked: bool, threads: int) -> int:
-        sizes = OVERLAP_SHAPES[shape]
-        return EXTENSION.layers_at_once("lstm", *sizes, 4, stacked, threads, backward, 1 << 20)
-
-    for stacked in (False, True):
-        assert [at_once("one row", stacked, n) for n in (1, 2, 4)] == [1, 2, 4]
-        assert at_once("large", stacked, 2) == 1
-    assert at_once("rows", False, 2) == 2
-    # a stack of single steps has nothing to overlap, two directions have
-    single_step = ("lstm", 1, 64, 512, 512, 2)
-    assert EXTENSION.layers_at_once(*single_step, True, 2, backward, 1 << 20) == 1
-    assert EXTENSION.layers_at_once(*single_step, False, 2, backward, 1 << 20) == 2
 
 
 @pytest.mark.parametrize("compiled", [False, True])
