@@ -10,11 +10,12 @@ RESULTS ?= benchmarks/results/cpu
 AVX2_CASES := 1,1,512,512 100,1,256,256 100,16,128,128 100,32,256,256 50,64,512,512
 FORMATTED := $(filter %.h %.cpp %.cu %.cuh,$(CSRC)) $(wildcard benchmarks/*.cu tests/native/*)
 
-.PHONY: help build test test-held-back demo lint format bench cuda-build gpu-check clean
+.PHONY: help build test test-full test-held-back demo lint format bench cuda-build gpu-check clean
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make test        build, and run the tests"
+	@echo "make test        build, and run the tests that take some minutes"
+	@echo "make test-full   all tests, and test-held-back: hours"
 	@echo "make test-held-back  the tests once for each lesser instruction set of this machine"
 	@echo "make demo        train a character LSTM on English text, and sample from it"
 	@echo "make lint        ruff, clang-format and mypy; make format applies the first two"
@@ -43,6 +44,11 @@ build: $(VENV)/build.done
 
 test: build
 	$(BIN)/python -m pytest -q
+
+# also those marked full: kernels with every combination of options, long trainings
+test-full: build
+	$(BIN)/python -m pytest -q -m ""
+	$(BIN)/python -m tests.held_back
 
 # as machines with fewer instruction sets would run them
 test-held-back: build

@@ -10,7 +10,7 @@ import pytest
 from .lines import emit
 
 TESTS = Path(__file__).resolve().parents[1] / "tests"
-FILES = ("test_cuda.py", "test_kernels.py", "test_gates.py")
+FILES = ("test_cuda.py", "test_kernels.py", "test_operators.py", "test_gates.py")
 DRY_RUN_FILES, DRY_RUN_TESTS = ("test_gates.py",), "cuda_emulation"
 
 
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     files = args.files or [TESTS / name for name in (DRY_RUN_FILES if args.dry_run else FILES)]
     reporter = Reporter(time.monotonic() + args.seconds)
     command = ["-p", "no:terminal", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
-    command += ["-k", DRY_RUN_TESTS] if args.dry_run else ["-m", "cuda"]
+    command += ["-k", DRY_RUN_TESTS] if args.dry_run else ["-m", "cuda and not full"]
     code = pytest.main([*command, *map(str, files)], plugins=[reporter])
     return 0 if code == pytest.ExitCode.OK and reporter.total.get("passed") else 1
 

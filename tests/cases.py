@@ -1,8 +1,11 @@
-"""The table of cases that the tests of kernels draw from, and the oracle they are compared with."""
+"""Calls of the operators: how they are described, drawn, made, and the oracle to compare with.
+
+Which calls the tests of kernels make is in runs.py.
+"""
 
 from __future__ import annotations
 
-from functools import cache
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -12,6 +15,13 @@ from rnnfast import reference
 from rnnfast.reference import CELLS
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def dtype_name(value: object) -> str | None:
+    """The ids of tests with these types."""
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else None
+
+
 TORCH_CLASS: dict[str, tuple[type[torch.nn.Module], dict[str, str]]] = {
     "elman_tanh": (torch.nn.RNN, {"nonlinearity": "tanh"}),
     "elman_relu": (torch.nn.RNN, {"nonlinearity": "relu"}),
@@ -19,6 +29,40 @@ TORCH_CLASS: dict[str, tuple[type[torch.nn.Module], dict[str, str]]] = {
     "lstm": (torch.nn.LSTM, {}),
 }
 """The module of torch.nn that has a cell, and its options."""
+
+
+SHAPES = (
+    (1, 1, 1, 1),
+    (0, 2, 3, 4),  # no step
+    (2, 0, 3, 4),  # no sequence
+    (3, 2, 0, 4),  # no input
+    (3, 2, 5, 7),  # below every tile
+    (5, 1, 3, 16),
+    (4, 3, 17, 33),  # one over a vector
+    (2, 64, 8, 64),  # many rows, whole panels
+    (9, 13, 20, 65),
+    (6, 1, 100, 130),
+    (70, 9, 4, 12),  # several blocks of steps in the backward
+    (1, 20, 9, 70),  # one step of many rows
+    (1, 5, 20, 40),  # weights not packed, by two and three rows at once
+    (1, 2, 21, 70),  # nor in any type
+    # W_ih x as whole rows of the gates: of one panel of units, not packed, and of two panels
+    (4, 9, 70, 5),
+    (1, 3, 70, 5),
+    (5, 7, 90, 20),
+)
+"""T, B, I, H: edges of the kernels."""
+LARGE = (4, 70, 170, 170)  # all products large enough for the matrix unit, in any type
+MANY_BLOCKS = (330, 40, 2, 3)  # more rows than any device takes in one block of steps
+SPLIT_SHAPES = {
+    (12, 1, 500, 520): "units",  # one thread multiplies x with whole rows of W_ih
+    (1, 24, 200, 520): "units",  # weights packed panel by panel
+    (50, 48, 16, 64): "rows",
+    (4, 2, 3, 5): "none",
+}
+"""What two threads do with them: between them every way there is."""
+OVERLAP_SHAPES = {"one row": (40, 1, 64, 64), "rows": (33, 3, 7, 48), "large": (6, 1, 256, 256)}
+"""Of layers that may run side by side."""
 
 
 class Case(NamedTuple):
@@ -41,6 +85,8 @@ class Case(NamedTuple):
     """P, if h is projected."""
     tokens: bool = False
     """Whether x are tokens, I in number, and w_ih a table (I, G*H)."""
+    gates: str = ""
+    """Weights under which gates are "saturated", or with which a cell is "remembering"."""
 
     @property
     def is_plain(self) -> bool:
@@ -54,149 +100,29 @@ class Case(NamedTuple):
         options += ["no_bias"] * (not self.bias) + ["reverse"] * self.reverse
         options += ["resets"] * self.resets + ["cells"] * self.cells
         options += [f"proj{self.proj}"] * bool(self.proj) + ["tokens"] * self.tokens
+        options += [self.gates] * bool(self.gates)
         return "-".join([self.cell, f"{self.T}x{self.B}x{self.I}x{self.H}", *options])
 
 
-SHAPES = (
-    (1, 1, 1, 1),
-    (0, 2, 3, 4),  # no step
-    (2, 0, 3, 4),  # no sequence
-    (3, 2, 0, 4),  # no input
-    (3, 2, 5, 7),  # below every tile
-    (5, 1, 3, 16),
-    (4, 3, 17, 33),  # one over a vector
-    (2, 64, 8, 64),  # many rows, whole panels
-    (9, 13, 20, 65),
-    (6, 1, 100, 130),
-    (70, 9, 4, 12),  # several blocks of steps in the backward
-    (1, 20, 9, 70),  # one step of many rows
-    (1, 5, 20, 40),  # weights not packed, by two and three rows at once
-    (1, 2, 21, 70),  # nor in any type
-    (4, 70, 170, 170),  # all products large enough for the matrix unit, in any type
+LAYOUTS = (
+    "contiguous",
+    "batch_first",
+    "strided",
+    "expanded",
+    "same_step",
+    "same_row",
+    "padded",
 )
-LAYOUTS = ("batch_first", "strided", "expanded", "same_step", "same_row", "padded")
-PROJECTIONS = (3, 6, 9, 16, 63, 9, 70, 5, 20, 18, 35, 100)  # for the shapes from the fourth on
-# W_ih x as whole rows of the gates: of one panel of units, not packed, and of two panels
-WHOLE_ROWS = ((4, 9, 70, 5), (1, 3, 70, 5), (5, 7, 90, 20))
-LARGE = (4, 70, 170, 170)  # float32 goes in parts where there is a matrix unit
-SPLIT_SHAPES = {
-    (12, 1, 500, 520): "units",  # one thread multiplies x with whole rows of W_ih
-    (1, 24, 200, 520): "units",  # weights packed panel by panel
-    (50, 48, 16, 64): "rows",
-    (4, 2, 3, 5): "none",
-}
-"""What two threads do with them: between them every way there is."""
-OVERLAP_SHAPES = {"one row": (40, 1, 64, 64), "rows": (33, 3, 7, 48), "large": (6, 1, 256, 256)}
-"""Of layers that may run side by side."""
-MANY_BLOCKS = (330, 40, 2, 3)  # more rows than any device takes in one block of steps
-
-RAGGED = [  # shape, lengths, resets
-    *(
-        ((T, B, I, H), lengths, False)
-        for T, B, I, H in SHAPES[6:]
-        for lengths in ("padded", "packed")
-    ),
-    *((shape, "", True) for shape in SHAPES[5:]),
-    *((shape, "padded", True) for shape in (SHAPES[6], *SHAPES[8:])),
-    ((1, 4, 3, 5), "padded", False),
-    (MANY_BLOCKS, "packed", False),
-    (MANY_BLOCKS, "padded", True),
-]
-
-CASES = [
-    *(Case(cell, *shape) for cell in CELLS for shape in SHAPES),
-    *(Case(cell, *shape, reverse=True) for cell in CELLS for shape in SHAPES[4:]),
-    *(Case(cell, *shape, bias=False) for cell in CELLS for shape in SHAPES[4:7]),
-    *(Case(cell, 5, 4, 6, 10, layout=layout) for cell in CELLS for layout in LAYOUTS),
-    *(Case(cell, *MANY_BLOCKS, reverse=reverse) for cell in CELLS for reverse in (False, True)),
-    *(
-        Case(cell, *shape, reverse=reverse, lengths=lengths, resets=resets)
-        for cell in CELLS
-        for shape, lengths, resets in RAGGED
-        for reverse in (False, True)
-    ),
-    *(
-        Case(cell, *shape, bias=bias, reverse=not bias, lengths=lengths)
-        for cell in CELLS
-        for shape in WHOLE_ROWS
-        for bias in (False, True)
-        for lengths in ("", "packed")
-    ),
-    *(
-        Case("lstm", 9, 13, 20, 65, reverse=reverse, lengths=lengths, cells=True)
-        for lengths in ("", "padded", "packed")
-        for reverse in (False, True)
-    ),
-    Case("lstm", *MANY_BLOCKS, resets=True, cells=True),
-    *(
-        Case("lstm", *shape, reverse=reverse, proj=P)
-        for shape, P in [
-            *zip(SHAPES[3:], PROJECTIONS, strict=True),
-            (MANY_BLOCKS, 2),
-        ]
-        for reverse in (False, True)
-    ),
-    Case("lstm", 9, 13, 20, 65, bias=False, proj=17),
-    *(
-        Case("lstm", 9, 13, 20, 65, False, reverse, "contiguous", lengths, resets, cells, 33)
-        for lengths, resets, cells in [
-            ("padded", False, True),
-            ("packed", False, False),
-            ("padded", True, False),
-        ]
-        for reverse in (False, True)
-    ),
-    *(
-        Case(cell, *shape, reverse=reverse, lengths=lengths, tokens=True)
-        for cell in CELLS
-        for shape, lengths in [
-            *((shape, "") for shape in SHAPES if shape[2] > 0),
-            ((9, 13, 20, 65), "padded"),
-            ((9, 13, 20, 65), "packed"),
-            (MANY_BLOCKS, ""),
-            (MANY_BLOCKS, "packed"),
-        ]
-        for reverse in (False, True)
-    ),
-    *(Case(cell, 5, 4, 6, 10, layout="batch_first", tokens=True) for cell in CELLS),
-    *(Case(cell, 5, 4, 6, 10, bias=False, resets=True, tokens=True) for cell in CELLS),
-    Case("lstm", 9, 13, 20, 65, proj=17, tokens=True),
-]
-
-GRADCHECK_CASES = (
-    [
-        Case(cell, *shape, bias=bias, reverse=reverse)
-        for cell in CELLS
-        for shape, bias, reverse in [
-            ((3, 2, 2, 3), True, False),
-            ((2, 1, 3, 2), False, True),
-            ((1, 2, 1, 1), True, True),
-        ]
-    ]
-    + [
-        Case(
-            cell, 4, 3, 2, 4, reverse=reverse, lengths=lengths, resets=resets, cells=cell == "lstm"
-        )
-        for cell in CELLS
-        for lengths, resets in (("padded", False), ("packed", False), ("padded", True))
-        for reverse in (False, True)
-    ]
-    + [
-        Case("lstm", 3, 2, 2, 3, reverse=reverse, lengths=lengths, cells=True, proj=2)
-        for lengths in ("", "packed")
-        for reverse in (False, True)
-    ]
-    + [
-        Case(cell, 4, 3, 3, 4, reverse=reverse, lengths=lengths, tokens=True)
-        for cell in CELLS
-        for lengths, reverse in (("", False), ("packed", True))
-    ]
-)
+"""How x lies in memory; packed rows know neither "batch_first" nor "same_row"."""
 
 
 def sample_x(case: Case) -> Tensor:
     """x (T, B, I), or packed, in float64, laid out in memory as the case says; or tokens."""
     T, B, I = case.T, case.B, 1 if case.tokens else case.I
+    lengths = lengths_of(case)
+    if case.lengths == "packed":
+        assert lengths is not None
+        T, B = int(lengths.sum()), 1
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=torch.float64)
@@ -213,7 +139,7 @@ def sample_x(case: Case) -> Tensor:
     x = layouts[case.layout]()
     if case.tokens:
         x = like_layout(torch.randint(case.I, x.shape), x)
-    return pack(case, x) if case.lengths == "packed" else x
+    return x[:, 0] if case.lengths == "packed" else x
 
 
 def lengths_of(case: Case) -> Tensor | None:
@@ -259,13 +185,33 @@ def sample_inputs(case: Case, dtype: torch.dtype, seed: int = 0) -> list[Tensor 
     inputs += [normal(rows, P) * scale]
     inputs += [normal(rows) * scale, normal(rows) * scale] if case.bias else [None, None]
     inputs += [normal(P, case.H) * case.H**-0.5] if case.proj else []
+    if case.gates:
+        set_gates(case, inputs[1 + row.states :], dtype)
     return cast(cast(inputs, dtype, "cpu"), torch.float64, "cpu")
+
+
+def set_gates(case: Case, weights: list[Tensor | None], dtype: torch.dtype) -> None:
+    """Makes the gates of (w_ih, w_hh, b_ih, b_hh) what `Case.gates` says."""
+    _, w_hh, b_ih, _ = weights[:4]
+    assert w_hh is not None
+    assert b_ih is not None, "gates are set by biases"
+    H = case.H
+    if case.gates == "saturated":
+        # on either side, some so far out that they are 0 or 1 to the last bit, some in the middle
+        levels = torch.tensor([-60.0, -20.0, -4.0, 0.0, 4.0, 20.0, 60.0], dtype=torch.float64)
+        levels = levels.clamp(max=1) if case.cell == "elman_relu" else levels
+        b_ih += levels[torch.randint(len(levels), b_ih.shape)]
+    elif case.cell in ("lstm", "gru"):
+        # f, or z, of 0.9997; in half types as near to 1 as still leaves bits of the difference
+        b_ih[H : 2 * H] += {torch.bfloat16: 3, torch.float16: 5}.get(dtype, 8)
+    else:
+        w_hh.div_(32).add_(torch.eye(H, dtype=torch.float64))
 
 
 def like_layout(values: Tensor, layout: Tensor) -> Tensor:
     """``values`` in the strides of ``layout``; where those are 0 the values repeat."""
     base = torch.empty_strided(
-        [1 if layout.stride(dim) == 0 else size for dim, size in enumerate(layout.shape)],
+        [min(1, n) if layout.stride(dim) == 0 else n for dim, n in enumerate(layout.shape)],
         layout.stride(),
         dtype=values.dtype,
         device=values.device,
@@ -289,16 +235,37 @@ def is_number(tensor: Tensor | None) -> bool:
     return tensor is not None and tensor.is_floating_point()
 
 
-def sample_grads(case: Case, dtype: torch.dtype, seed: int = 1) -> list[Tensor]:
-    """Gradients of (y, *final states[, cells]), float64 rounded to ``dtype``."""
+GRADS = ("all", "y", "finals", "sum", "batch_first", "padded")
+"""Which gradients of results there are, or how that of y lies in memory if there are all."""
+
+
+def sample_grads(
+    case: Case, dtype: torch.dtype, seed: int = 1, grads: str = "all"
+) -> list[Tensor | None]:
+    """Gradients of (y, *final states[, cells]), float64 rounded to ``dtype``.
+
+    Those of a sum are a single number, expanded.
+    """
     torch.manual_seed(seed)
     P, states = case.proj or case.H, CELLS[case.cell].states
-    shapes = [(case.T, case.B, P), *[(case.B, P), (case.B, case.H)][:states]]
-    shapes += [(case.T, case.B, case.H)] * case.cells
-    grads = [torch.randn(s, dtype=torch.float64).to(dtype).double() for s in shapes]
-    if case.lengths != "packed":
-        return grads
-    return [pack(case, grad) if grad.dim() == 3 else grad for grad in grads]
+    of_y, of_cells = (case.T, case.B, P), (case.T, case.B, case.H)
+    finals = [(case.B, P), (case.B, case.H)][:states]
+    found = [torch.randn(s, dtype=torch.float64) for s in [of_y, *finals, *[of_cells] * case.cells]]
+    found = [grad.to(dtype).double() for grad in found]
+    if case.lengths == "packed":
+        found = [pack(case, grad) if grad.dim() == 3 else grad for grad in found]
+    y, others = found[0], found[1:]
+    if grads == "y":
+        return [y, *[None] * len(others)]
+    if grads == "finals":
+        return [None, *others]
+    if grads == "sum":
+        y = torch.full((1,) * y.dim(), 0.5, dtype=y.dtype).expand(y.shape)
+    elif grads == "batch_first":
+        y = y.transpose(0, 1).contiguous().transpose(0, 1)
+    elif grads == "padded":
+        y = torch.cat([y, torch.full_like(y[..., :3], float("nan"))], -1)[..., :P]
+    return [y, *others]
 
 
 class Expected(NamedTuple):
@@ -345,13 +312,38 @@ def oracle(
     return Expected([output.detach().double() for output in outputs], grads)
 
 
-@cache
-def sample_with_oracle(
-    case: Case, dtype: torch.dtype
-) -> tuple[list[Tensor | None], list[Tensor], Expected]:
-    """Inputs and output gradients as float64 rounded to ``dtype``, and what should come of them."""
-    inputs, grads = sample_inputs(case, dtype), sample_grads(case, dtype)
-    return inputs, grads, oracle(case, inputs, grads, dtype)
+class Sample(NamedTuple):
+    """A call and what should come of it."""
+
+    inputs: list[Tensor | None]
+    grads: list[Tensor | None]
+    """Of the outputs, and as the inputs float64 rounded to a type."""
+    expected: Expected
+    noise: Expected | None
+    """How far off the type's arithmetic is, where that is more than its bits."""
+
+
+@lru_cache(maxsize=8)
+def sample_with_oracle(case: Case, dtype: torch.dtype, grads: str = "all") -> Sample:
+    """A call in ``dtype``; see `sample_grads` for ``grads``.
+
+    A gate s that is close to 1 leaves few bits of the 1 - s that multiplies gradients, and in a GRU
+    values; sums of a few elements may cancel. How many bits are left, the reference says: its error
+    in float32, in proportion to the type's.
+    """
+    inputs, given = sample_inputs(case, dtype), sample_grads(case, dtype, grads=grads)
+    expected, noise = oracle(case, inputs, given, dtype), None
+    if case.gates or min(case.H, case.proj or case.H) < 5:
+        single = oracle(case, *(cast(t, torch.float32, "cpu") for t in (inputs, given)))
+        double = oracle(case, inputs, given)
+        scale = torch.finfo(dtype).eps / torch.finfo(torch.float32).eps
+
+        def differences(ones: list[Tensor | None], others: list[Tensor | None]) -> list:
+            pairs = zip(ones, others, strict=True)
+            return [None if one is None else scale * (one - other).abs() for one, other in pairs]
+
+        noise = Expected(*(differences(*pair) for pair in zip(single, double, strict=True)))
+    return Sample(inputs, given, expected, noise)
 
 
 def run_forward(
@@ -380,7 +372,7 @@ def run_backward(
     mask = [is_number(t) for t in inputs] if mask is None else mask
     outputs, count = 1 + CELLS[case.cell].states, 5 + CELLS[case.cell].states
     grads, grad_cells = grad_outputs[:outputs], grad_outputs[outputs:]
-    if grad_cells:
+    if grad_cells and grad_cells[0] is not None:
         grad_cells = [grad_cells[0].to(reference.compute_dtype(inputs[1].dtype))]
     op = getattr(torch.ops.rnnfast, f"{case.cell}_backward")
     extras = [lengths_of(case), reset_of(case, inputs[0].device.type)]
@@ -400,12 +392,48 @@ def error(actual: Tensor, expected: Tensor) -> float:
     return difference / (expected.abs().max().item() or 1.0)
 
 
+def assert_close(
+    actual: Tensor,
+    expected: Tensor,
+    tolerance: float,
+    dtype: torch.dtype,
+    noise: Tensor | None = None,
+) -> None:
+    """No error is larger than ``tolerance`` times the largest value, or 8 times the noise.
+
+    A row, along the last dimension, is held to its own largest value, too: to 4 times the tolerance
+    of that and of a 32nd of the tensor's, for sums of much larger terms. Rows of a few elements say
+    nothing of their terms.
+    """
+    assert actual.shape == expected.shape, f"{tuple(actual.shape)} != {tuple(expected.shape)}"
+    if expected.numel() == 0:
+        return
+    difference = (actual.detach().cpu().double() - expected).abs()
+    largest, info = expected.abs().max(), torch.finfo(dtype)
+    least = 8 * info.smallest_normal * info.eps  # some of the smallest numbers that there are
+    limit = tolerance * largest + least
+    if noise is not None:
+        limit += 8 * noise.max()
+    assert difference.max() <= limit, f"off by {difference.max()}, more than {limit}"
+    if expected.dim() < 2 or expected.shape[-1] < 8:
+        return
+    limits = 4 * tolerance * (expected.abs().amax(-1) + largest / 32) + least
+    if noise is not None:
+        limits += 8 * (noise.amax(-1) + noise.square().mean().sqrt())
+    worst = (difference.amax(-1) / limits).max()
+    assert worst <= 1, f"a row is off by {worst} of what its values allow"
+
+
 def distance(actual: Tensor, expected: Tensor) -> float:
     """The norm of the difference, relative to the norm of what is expected."""
     difference = (actual.detach().cpu().double() - expected).norm()
     return (difference / expected.norm()).item()
 
 
-def bound(dtype: torch.dtype) -> float:
-    """How large `error` may be for values; gradients, long sums of them, may have 5 times that."""
-    return torch.finfo(dtype).eps * (12 if dtype in (torch.float64, torch.float32) else 1)
+def bound(dtype: torch.dtype, steps: int = 1) -> float:
+    """How large `error` may be for values; gradients, long sums of them, may have 5 times that.
+
+    What has passed more than 100 steps may have in proportion to them.
+    """
+    ulps = 12 if dtype in (torch.float64, torch.float32) else 1
+    return torch.finfo(dtype).eps * ulps * max(1, steps / 100)

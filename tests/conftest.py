@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-import native
 import pytest
 import torch
-from targets import TARGETS
+from targets import TARGETS, running_on
 
 from rnnfast import backend
 
@@ -29,17 +28,8 @@ def ieee() -> Iterator[None]:
 )
 def device(request: pytest.FixtureRequest, ieee: None) -> Iterator[str]:
     """The device of tensors for a target, with the CPU's kernels set to it."""
-    extension = backend.EXTENSION
-    if extension is None:
-        pytest.fail(f"rnnfast._C did not build or load: {backend.IMPORT_ERROR}")
-    if request.param == "cuda":
-        yield "cuda"
-        return
-    native.plug_in(request.param)
-    before = extension.get_cpu_capability()
-    extension.set_cpu_capability(request.param)
-    yield "cpu"
-    extension.set_cpu_capability(before)
+    with running_on(request.param) as device:
+        yield device
 
 
 @pytest.fixture

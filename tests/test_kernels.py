@@ -1,178 +1,195 @@
-"""The operators against the float64 oracle, on every target of conftest.py."""
+"""Values and gradients of the operators against the oracle, and what is the same to the last bit.
+
+How the operators refuse calls, and what autograd makes of them, is in test_operators.py.
+"""
 
 from __future__ import annotations
 
 import os
+import random
 import subprocess
 import sys
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 from cases import (
-    CASES,
     DTYPES,
-    GRADCHECK_CASES,
     LARGE,
-    SPLIT_SHAPES,
-    TORCH_CLASS,
+    MANY_BLOCKS,
+    SHAPES,
     Case,
+    assert_close,
     bound,
     cast,
+    dtype_name,
     error,
-    is_number,
-    lengths_of,
     oracle,
     outputs_of,
-    reset_of,
     run_backward,
     run_forward,
     sample_grads,
     sample_inputs,
     sample_with_oracle,
 )
-from targets import COMPLETE, PARTIAL, on, on_every_target
-from torch.nn.utils.rnn import PackedSequence
+from runs import (
+    COVERING,
+    EDGES,
+    LONG,
+    REMEMBERING,
+    SPLIT,
+    Run,
+    product_of_all,
+    random_run,
+    seed_of_the_day,
+)
+from targets import COMPLETE, REPLACED, check_on, on, running_on, together, with_kernels
 
 import rnnfast
-from rnnfast import autograd, backend, reference
+from rnnfast import backend, reference
 from rnnfast.reference import CELLS
 
-
-def dtype_name(value: object) -> str | None:
-    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else None
-
-
-TORCH_CASES = [
-    case
-    for case in CASES
-    if case.T * case.B * case.I and not (case.lengths or case.resets or case.cells or case.tokens)
-]
+RANDOM_RUNS = 200
+"""How many calls are drawn for a day."""
 
 
-@pytest.mark.parametrize("case", TORCH_CASES, ids=str)
-def test_reference_is_torch_nn(case: Case) -> None:
-    """The oracle itself, against torch.nn in float64: values and every gradient."""
-    inputs, grads = sample_inputs(case, torch.float64), sample_grads(case, torch.float64)
-    states = CELLS[case.cell].states
-    make, options = TORCH_CLASS[case.cell]
-    options = options | ({"proj_size": case.proj} if case.proj else {})
-    module = make(case.I, case.H, bias=case.bias, dtype=torch.float64, **options)
-    weights = [t for t in inputs[1 + states :] if t is not None]
-    for parameter, value in zip(module.parameters(), weights, strict=True):
-        parameter.data.copy_(value)
-    x = inputs[0].flip(0) if case.reverse else inputs[0]
-    leaves = [t.detach().clone().requires_grad_() for t in (x, *inputs[1 : 1 + states])]
-    hx = tuple(t.unsqueeze(0) for t in leaves[1:])
-    y, finals = module(leaves[0], hx if states > 1 else hx[0])
-    y = y.flip(0) if case.reverse else y
-    outputs = [y, *(t.squeeze(0) for t in (finals if states > 1 else (finals,)))]
-    found = list(torch.autograd.grad(outputs, [*leaves, *module.parameters()], grads))
-    found[0] = found[0].flip(0) if case.reverse else found[0]
-
-    expected = oracle(case, inputs, grads)
-    for actual, value in zip(outputs, expected.outputs, strict=True):
-        assert error(actual, value) < bound(torch.float64)
-    wanted = [t for t in expected.grads if t is not None]
-    for actual, value in zip(found, wanted, strict=True):
-        assert error(actual, value) < 5 * bound(torch.float64)
+def results_of(
+    run: Run, inputs: list[torch.Tensor | None], grads: list[torch.Tensor | None], **options: bool
+) -> list[torch.Tensor]:
+    """Outputs and gradients."""
+    forward = run_forward(run.case, inputs, save=True, **options)
+    return [*outputs_of(run.case, forward), *run_backward(run.case, inputs, grads, forward)]
 
 
-def torch_module(case: Case, inputs: list[torch.Tensor | None]) -> torch.nn.Module:
-    """torch.nn's module in float64 with the weights of ``inputs``."""
-    make, options = TORCH_CLASS[case.cell]
-    module = make(case.I, case.H, dtype=torch.float64, **options)
-    for parameter, value in zip(
-        module.parameters(), inputs[1 + CELLS[case.cell].states :], strict=True
-    ):
-        parameter.data.copy_(value)
-    return module
+def assert_same_bits(
+    others: list[torch.Tensor], results: list[torch.Tensor], when: str, run: Run
+) -> None:
+    for i, (one, other) in enumerate(zip(others, results, strict=True)):
+        assert torch.equal(one, other), f"{run}: result {i} is another {when}"
 
 
+def check_run(run: Run, targets: list[str]) -> None:
+    """What holds for any call: values, gradients, and ways that lead to the same bits."""
+    case, dtype, wide = run.case, run.dtype, reference.compute_dtype(run.dtype)
+    states, saved = CELLS[case.cell].states, CELLS[case.cell].saved
+    exact_inputs, exact_grads, expected, noise = sample_with_oracle(case, dtype, run.grads)
+    values = [*expected.outputs, *expected.grads]
+    noises = [None] * len(values) if noise is None else [*noise.outputs, *noise.grads]
+    tolerance, count = bound(dtype, case.T), len(expected.outputs)
+
+    def check(device: str) -> None:
+        inputs, grads = cast(exact_inputs, dtype, device), cast(exact_grads, dtype, device)
+        torch.set_num_threads(run.threads if run.is_shared else 1)
+        found = results_of(run, inputs, grads)
+        for i, (actual, value, noise) in enumerate(zip(found, values, noises, strict=True)):
+            is_output = i < count
+            if value is None:
+                assert actual.numel() == 0
+                continue
+            assert actual.dtype == (wide if states < i < count else dtype)
+            # sums over the batch and time of the gradients carry the rounding of all gates
+            allowed = tolerance if is_output else 5 * tolerance
+            try:
+                assert_close(actual, value, allowed, dtype, noise)
+            except AssertionError as failure:
+                name = f"output {i}" if is_output else f"gradient {i - count}"
+                raise AssertionError(f"{run}: {name}: {failure}") from None
+        plain = run_forward(case, inputs, save=False)[: 1 + states]
+        assert_same_bits(list(plain), found[: 1 + states], "where nothing is saved", run)
+        if device != "cpu":
+            return
+        if saved and backend.EXTENSION.get_cpu_capability() in COMPLETE:
+            computed = results_of(run, inputs, grads, recompute=True)
+            assert_same_bits(computed, found, "with gates computed again", run)
+        if not run.is_shared:
+            return
+        torch.set_num_threads(2 if run.threads == 1 else 1)
+        others = results_of(run, inputs, grads)
+        assert_same_bits(others, found, f"with {torch.get_num_threads()} threads", run)
+
+    check_on(with_kernels(targets, case, dtype), check)
+
+
+@pytest.mark.parametrize("run", [*COVERING, *EDGES, *LONG, *REMEMBERING], ids=str)
+@together
+def test_values_and_gradients(
+    run: Run, targets: list[str], poisoned_memory: None, threads: None
+) -> None:
+    check_run(run, targets)
+
+
+def check_random_run(number: int, targets: list[str]) -> None:
+    """Another one every day; ``RNNFAST_TEST_SEED`` has that of another day again."""
+    seed = seed_of_the_day()
+    try:
+        check_run(random_run(random.Random(f"{seed} {number}")), targets)
+    except AssertionError as failure:
+        raise AssertionError(f"RNNFAST_TEST_SEED={seed}, number {number}: {failure}") from None
+
+
+@pytest.mark.parametrize("number", range(RANDOM_RUNS))
+@together
+def test_random_calls(
+    number: int, targets: list[str], poisoned_memory: None, threads: None
+) -> None:
+    check_random_run(number, targets)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("hundred", range(50))
+@together
+def test_many_random_calls(
+    hundred: int, targets: list[str], poisoned_memory: None, threads: None
+) -> None:
+    for number in range(100 * hundred, 100 * hundred + 100):
+        check_random_run(number, targets)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("shape", [*SHAPES, LARGE, MANY_BLOCKS], ids=str)
 @pytest.mark.parametrize("cell", CELLS)
-def test_packed_reference_is_torch_nn(cell: str) -> None:
-    case = Case(cell, 9, 5, 3, 4, lengths="packed")
-    inputs, states = sample_inputs(case, torch.float64), CELLS[cell].states
-    lengths = lengths_of(case)
-    batch_sizes = (torch.arange(case.T).unsqueeze(1) < lengths).sum(1)
-    hx = tuple(t.unsqueeze(0) for t in inputs[1 : 1 + states])
-    y, finals = torch_module(case, inputs)(
-        PackedSequence(inputs[0], batch_sizes), hx if states > 1 else hx[0]
-    )
-    expected = oracle(case, inputs, sample_grads(case, torch.float64)).outputs
-    assert error(y.data, expected[0]) < bound(torch.float64)
-    for actual, value in zip(finals if states > 1 else (finals,), expected[1:], strict=True):
-        assert error(actual.squeeze(0), value) < bound(torch.float64)
-
-
-@pytest.mark.parametrize("lengths", ["", "padded"])
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("cell", CELLS)
-def test_resets_begin_new_sequences(cell: str, reverse: bool, lengths: str) -> None:
-    """The reference against torch.nn on the pieces between resets, and only up to the lengths."""
-    case = Case(cell, 12, 4, 3, 5, reverse=reverse, lengths=lengths, resets=True)
-    inputs, states = sample_inputs(case, torch.float64), CELLS[cell].states
-    expected = oracle(case, inputs, sample_grads(case, torch.float64)).outputs
-    module, resets = torch_module(case, inputs), reset_of(case)
-    for b, length in enumerate(lengths_of(case).tolist() if lengths else [case.T] * case.B):
-        # between the borders of pieces no state passes; one at 0 cuts the initial state off
-        borders = [t for t in range(length) if resets[t, b]]
-        edges = sorted({0, *borders, length})
-        pieces = [inputs[0][begin:end, b] for begin, end in pairwise(edges)]
-        state = tuple(t[b : b + 1] for t in inputs[1 : 1 + states])
-        first_is_new = 0 in borders and not reverse
-        outputs = []
-        for i, piece in enumerate(reversed(pieces) if reverse else pieces):
-            if i > 0 or first_is_new:
-                state = tuple(torch.zeros_like(t) for t in state)
-            piece = piece.flip(0) if reverse else piece
-            y, finals = module(piece, state if states > 1 else state[0])
-            state = finals if states > 1 else (finals,)
-            outputs.insert(0, y.flip(0)) if reverse else outputs.append(y)
-        y = torch.cat([*outputs, torch.zeros(case.T - length, case.H)])
-        assert error(y, expected[0][:, b]) < bound(torch.float64)
-        for final, value in zip(state, expected[1:], strict=True):
-            assert error(final[0], value[b]) < bound(torch.float64)
-
-
-def test_cells_are_torch_nns() -> None:
-    """The c of a step is the final c of the sequence up to it."""
-    case = Case("lstm", 6, 2, 3, 4, cells=True)
-    inputs = sample_inputs(case, torch.float64)
-    cells = oracle(case, inputs, sample_grads(case, torch.float64)).outputs[-1]
-    module, hx = torch_module(case, inputs), tuple(t.unsqueeze(0) for t in inputs[1:3])
-    for t in range(case.T):
-        assert error(module(inputs[0][: t + 1], hx)[1][1][0], cells[t]) < bound(torch.float64)
+@together
+def test_every_combination(
+    cell: str, shape: tuple[int, ...], targets: list[str], poisoned_memory: None, threads: None
+) -> None:
+    for run in product_of_all(cell, shape):
+        check_run(run, targets)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-@on_every_target(CASES)
-def test_values_and_gradients(
-    case: Case, dtype: torch.dtype, device: str, poisoned_memory: None
+@pytest.mark.parametrize("cell", CELLS)
+def test_what_instruction_sets_share(cell: str, dtype: torch.dtype) -> None:
+    """Those that the table leaves out have the kernels of another, and so its bits."""
+    others = [name for name in REPLACED if name in COMPLETE and dtype not in REPLACED[name]]
+    if not others:
+        return
+    for shape in ((9, 13, 20, 65), LARGE):
+        run = Run(Case(cell, *shape), dtype)
+        inputs = cast(sample_inputs(run.case, dtype), dtype, "cpu")
+        grads = cast(sample_grads(run.case, dtype), dtype, "cpu")
+        with running_on("avx512"):
+            expected = results_of(run, inputs, grads)
+        for name in others:
+            with running_on(name):
+                assert_same_bits(results_of(run, inputs, grads), expected, f"on {name}", run)
+
+
+@pytest.mark.parametrize("run", SPLIT, ids=str)
+@together
+def test_same_bits_for_every_run_and_thread_count(
+    run: Run, targets: list[str], threads: None
 ) -> None:
-    exact_inputs, exact_grads, expected = sample_with_oracle(case, dtype)
-    inputs, grads = cast(exact_inputs, dtype, device), cast(exact_grads, dtype, device)
-    forward = run_forward(case, inputs, save=True)
-    states = CELLS[case.cell].states
-    wide = reference.compute_dtype(dtype)
-    for i, (actual, value) in enumerate(
-        zip(outputs_of(case, forward), expected.outputs, strict=True)
-    ):
-        assert actual.dtype == (dtype if i <= states else wide)
-        assert error(actual, value) < bound(dtype)
-    for saved, plain in zip(
-        forward, run_forward(case, inputs, save=False)[: 1 + states], strict=False
-    ):
-        assert torch.equal(saved, plain)
-    # sums over the batch and time of the gradients carry the rounding of all gates
-    found = run_backward(case, inputs, grads, forward)
-    for actual, value in zip(found, expected.grads, strict=True):
-        if value is None:
-            assert actual.numel() == 0
-        else:
-            assert actual.dtype == dtype
-            assert error(actual, value) < 5 * bound(dtype)
+    inputs = sample_inputs(run.case, run.dtype)
+    grads = sample_grads(run.case, run.dtype, grads=run.grads)
+
+    def check(device: str) -> None:
+        ours = cast(inputs, run.dtype, device), cast(grads, run.dtype, device)
+        first = results_of(run, *ours)
+        for count in (1, 1, 2, 3, 7, 40):  # more than there are cores, too
+            torch.set_num_threads(count)
+            assert_same_bits(results_of(run, *ours), first, f"with {count} threads", run)
+
+    check_on(with_kernels(targets, run.case, run.dtype), check)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
@@ -224,24 +241,6 @@ def test_saved_tensors(cell: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_each_gradient_alone(cell: str, device: str) -> None:
-    """A mask leaves out work, never changes a result."""
-    case = Case(cell, 6, 5, 7, 19)
-    inputs = cast(sample_inputs(case, torch.float32), torch.float32, device)
-    grads = cast(sample_grads(case, torch.float32), torch.float32, device)
-    forward = run_forward(case, inputs, save=True)
-    everything = run_backward(case, inputs, grads, forward)
-    for i in range(len(inputs)):
-        mask = [k == i for k in range(len(inputs))]
-        alone = run_backward(case, inputs, grads, forward, mask)
-        for k, grad in enumerate(alone):
-            if k == i:
-                assert torch.equal(grad, everything[k])
-            else:
-                assert grad.numel() == 0
-
-
-@pytest.mark.parametrize("cell", CELLS)
 def test_absent_output_gradients_are_zeros(cell: str, device: str) -> None:
     case = Case(cell, 3, 4, 5, 20)
     exact = sample_inputs(case, torch.float64)
@@ -254,62 +253,6 @@ def test_absent_output_gradients_are_zeros(cell: str, device: str) -> None:
         expected = oracle(case, exact, grads)
         for actual, value in zip(found, expected.grads, strict=True):
             assert error(actual, value) < 5 * bound(torch.float64)
-
-
-@pytest.mark.parametrize("cell", CELLS)
-def test_expanded_output_gradient(cell: str, device: str) -> None:
-    """The gradient of a sum is an expanded scalar: no stride may be taken for granted."""
-    case = Case(cell, 3, 4, 5, 20)
-    exact = sample_inputs(case, torch.float64)
-    grads = [torch.ones(1, 1, 1, dtype=torch.float64).expand(3, 4, 20)]
-    grads += [None] * CELLS[cell].states
-    inputs = cast(exact, torch.float64, device)
-    forward = run_forward(case, inputs, save=True)
-    found = run_backward(case, inputs, [g if g is None else g.to(device) for g in grads], forward)
-    for actual, value in zip(found, oracle(case, exact, grads).grads, strict=True):
-        assert error(actual, value) < 5 * bound(torch.float64)
-
-
-@on_every_target(GRADCHECK_CASES)
-def test_gradcheck(case: Case, device: str) -> None:
-    """First and second derivatives of the autograd Functions over the fused operators."""
-    row = CELLS[case.cell]
-    inputs = cast(sample_inputs(case, torch.float64), torch.float64, device)
-    given = [t.requires_grad_(is_number(t)) for t in inputs if t is not None]
-    absent = [None] * (len(inputs) - len(given))
-
-    def layer(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        x, *rest = (*tensors, *absent)
-        states = tuple(rest[: row.states])
-        weights = rest[row.states :]
-        extras = lengths_of(case), reset_of(case, device), *weights[4:]
-        y, finals, cells = autograd.layer(
-            row, x, states, *weights[:4], case.reverse, *extras, save_cells=case.cells
-        )
-        return (y, *finals, cells) if case.cells else (y, *finals)
-
-    if case.cell == "elman_relu":  # its kink is no point for finite differences
-        y = layer(*given)[0]
-        assert y[y > 0].min() > 1e-3
-    assert torch.autograd.gradcheck(layer, given)
-    assert torch.autograd.gradgradcheck(layer, given)
-
-
-@pytest.mark.parametrize("cell", CELLS)
-def test_opcheck(cell: str, device: str) -> None:
-    """Schemas and fake kernels, as torch.library checks them."""
-    case = Case(cell, 3, 2, 4, 5)
-    inputs = cast(sample_inputs(case, torch.float32), torch.float32, device)
-    grads = cast(sample_grads(case, torch.float32), torch.float32, device)
-    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    op = getattr(torch.ops.rnnfast, cell).default
-    for save in (False, True):
-        torch.library.opcheck(op, (*inputs, False, save), test_utils=tests)
-    y, *rest = op(*inputs, False, True)
-    saved = rest[CELLS[cell].states :]
-    backward = getattr(torch.ops.rnnfast, f"{cell}_backward").default
-    for mask in ([True] * len(inputs), [k % 2 == 0 for k in range(len(inputs))]):
-        torch.library.opcheck(backward, (*grads, *inputs, y, *saved, False, mask), test_utils=tests)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=dtype_name)
@@ -351,50 +294,6 @@ def test_nan_and_inf_flow_through(
         clean = ~value.isnan() & ~value.isinf()
         assert torch.equal(actual[~clean & ~value.isnan()], value[~clean & ~value.isnan()])
         assert error(actual[clean], value[clean]) < bound(dtype)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-@pytest.mark.parametrize("case", CASES, ids=str)
-@on(COMPLETE)
-def test_recomputed_gates(
-    case: Case, dtype: torch.dtype, device: str, poisoned_memory: None
-) -> None:
-    """Gates that the backward computes again are the forward's, to the last bit."""
-    inputs = cast(sample_inputs(case, dtype), dtype, device)
-    grads = cast(sample_grads(case, dtype), dtype, device)
-    forward = run_forward(case, inputs, True, recompute=True)
-    assert forward[1 + CELLS[case.cell].states].numel() == 0
-    expected = run_backward(case, inputs, grads, run_forward(case, inputs, True))
-    for actual, value in zip(run_backward(case, inputs, grads, forward), expected, strict=True):
-        assert torch.equal(actual, value)
-
-
-NOT_ON_EVERY_TARGET = [
-    Case("lstm", 3, 2, 5, 7, lengths="padded"),
-    Case("lstm", 3, 2, 5, 7, lengths="packed"),
-    Case("lstm", 3, 2, 5, 7, resets=True),
-    Case("lstm", 3, 2, 5, 7, proj=3),
-    Case("lstm", 3, 2, 5, 7, tokens=True),
-]
-
-
-@pytest.mark.parametrize("case", NOT_ON_EVERY_TARGET, ids=str)
-@on(PARTIAL)
-def test_what_has_no_kernels_is_refused(case: Case, device: str) -> None:
-    inputs = cast(sample_inputs(case, torch.float32), torch.float32, device)
-    with pytest.raises(RuntimeError, match="lengths, reset, w_hr and tokens have no kernels on"):
-        run_forward(case, inputs, save=True)
-
-
-@on(PARTIAL)
-def test_recomputing_without_kernels_is_refused(device: str) -> None:
-    case = Case("lstm", 3, 2, 5, 7)
-    inputs = cast(sample_inputs(case, torch.float32), torch.float32, device)
-    grads = cast(sample_grads(case, torch.float32), torch.float32, device)
-    with pytest.raises(RuntimeError, match="recompute=True has no kernels on this device"):
-        run_forward(case, inputs, True, recompute=True)
-    with pytest.raises(RuntimeError, match="that the forward save"):
-        run_backward(case, inputs, grads, run_forward(case, inputs, False))
 
 
 def test_numbers_without_parts(device: str) -> None:
@@ -478,90 +377,6 @@ def test_few_rows_after_a_block(cell: str, few: int, device: str) -> None:
         torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
 
 
-SPLIT_CASES = [
-    *(
-        Case(cell, *shape, lengths=lengths)
-        for cell in CELLS
-        for shape in SPLIT_SHAPES
-        for lengths in ("", "padded", "packed")
-    ),
-    *(Case("lstm", *shape, proj=shape[-1] * 3 // 4) for shape in SPLIT_SHAPES),
-    *(Case(cell, *shape, tokens=True) for cell in CELLS for shape in SPLIT_SHAPES),
-]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
-@on_every_target(SPLIT_CASES)
-def test_same_bits_for_every_run_and_thread_count(
-    case: Case, dtype: torch.dtype, device: str, threads: None
-) -> None:
-    inputs = cast(sample_inputs(case, dtype), dtype, device)
-    grads = cast(sample_grads(case, dtype), dtype, device)
-
-    def run() -> list[torch.Tensor]:
-        forward = run_forward(case, inputs, save=True)
-        # nothing is said of what is saved for steps beyond the end
-        outputs = forward if case.is_plain else outputs_of(case, forward)
-        return [*outputs, *run_backward(case, inputs, grads, forward)]
-
-    first = run()
-    for count in (1, 1, 2, 3, 7, 40):  # more than there are cores, too
-        torch.set_num_threads(count)
-        for actual, expected in zip(run(), first, strict=True):
-            assert torch.equal(actual, expected)
-
-
-BAD = {
-    "x rank": lambda t: [t[0][0], *t[1:]],
-    "h0 rank": lambda t: [t[0], t[1][0], *t[2:]],
-    "h0 batch": lambda t: [t[0], t[1][:-1], *t[2:]],
-    "w_ih size": lambda t: [*t[:-4], t[-4][:, :-1], *t[-3:]],
-    "w_hh size": lambda t: [*t[:-3], t[-3][:-1], *t[-2:]],
-    "one bias": lambda t: [*t[:-1], None],
-    "bias size": lambda t: [*t[:-1], t[-1][:-1]],
-    "mixed dtypes": lambda t: [t[0].double(), *t[1:]],
-    "integers": lambda t: [None if x is None else x.long() for x in t],
-}
-
-
-@pytest.mark.parametrize("spoil", BAD.values(), ids=BAD.keys())
-@pytest.mark.parametrize("cell", CELLS)
-def test_operators_refuse_bad_arguments(cell: str, spoil: object, device: str) -> None:
-    case = Case(cell, 3, 2, 4, 5)
-    inputs = cast(sample_inputs(case, torch.float32), torch.float32, device)
-    with pytest.raises(RuntimeError, match="rnnfast"):
-        run_forward(case, spoil(inputs), save=False)
-
-
-BAD_BACKWARD = {
-    "grad_y size": lambda a: {**a, "grads": [a["grads"][0][:-1], *a["grads"][1:]]},
-    "grad_h_n dtype": lambda a: {**a, "grads": [a["grads"][0], a["grads"][1].double()]},
-    "saved gates": lambda a: {**a, "forward": [*a["forward"][:-1], a["forward"][-1][:-1]]},
-    "y size": lambda a: {**a, "forward": [a["forward"][0][:, :1], *a["forward"][1:]]},
-    "mask length": lambda a: {**a, "mask": [True] * 3},
-}
-
-
-@pytest.mark.parametrize("spoil", BAD_BACKWARD.values(), ids=BAD_BACKWARD.keys())
-def test_backward_operators_refuse_bad_arguments(spoil: object, device: str) -> None:
-    case = Case("gru", 3, 2, 4, 5)
-    inputs = cast(sample_inputs(case, torch.float32), torch.float32, device)
-    arguments = {
-        "grads": cast(sample_grads(case, torch.float32), torch.float32, device),
-        "forward": run_forward(case, inputs, save=True),
-        "mask": [True] * len(inputs),
-    }
-    bad = spoil(arguments)
-    with pytest.raises(RuntimeError, match="rnnfast"):
-        run_backward(case, inputs, bad["grads"], bad["forward"], bad["mask"])
-
-
-def test_mixed_devices_are_refused(device: str) -> None:
-    inputs = cast(sample_inputs(Case("lstm", 3, 2, 4, 5), torch.float32), torch.float32, device)
-    with pytest.raises((RuntimeError, NotImplementedError)):
-        run_forward(Case("lstm", 3, 2, 4, 5), [inputs[0].to("meta"), *inputs[1:]], save=False)
-
-
 def test_closed_gates_are_closed(device: str) -> None:
     """sigmoid(-inf) is 0: a forget gate at -inf forgets any c."""
     one, closed = torch.ones(1, 1), torch.full((4,), -float("inf"))
@@ -602,10 +417,3 @@ def test_fewer_threads_than_planned(limit: int) -> None:
     folder = Path(__file__).parent
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.stdout == "equal\n", done.stderr
-
-
-def test_cpu_capability_by_name() -> None:
-    extension = backend.EXTENSION
-    with pytest.raises(ValueError, match="not available here"):
-        extension.set_cpu_capability("mmx")
-    assert extension.get_cpu_capability() in extension.cpu_capabilities()

@@ -1,0 +1,204 @@
+"""Which calls the tests of kernels make: covering arrays, edges, a sample of the day, a product."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import random
+from collections.abc import Iterator
+from itertools import combinations, product
+from typing import NamedTuple
+
+import torch
+from cases import DTYPES, GRADS, LARGE, LAYOUTS, MANY_BLOCKS, SHAPES, SPLIT_SHAPES, Case
+from covering import Row, covering
+
+from rnnfast.reference import CELLS
+
+
+class Run(NamedTuple):
+    """One call, forward and backward."""
+
+    case: Case
+    dtype: torch.dtype
+    threads: int = 1
+    grads: str = "all"
+    """See `cases.GRADS`."""
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether it is work enough for several threads."""
+        case = self.case
+        units = CELLS[case.cell].gates * case.H
+        return case.T * case.B * units * (case.I + case.H) >= 100_000
+
+    def __str__(self) -> str:
+        options = [str(self.dtype).removeprefix("torch.")]
+        options += [f"{self.threads}threads"] * (self.threads > 1)
+        options += [f"grads_{self.grads}"] * (self.grads != "all")
+        return "-".join([str(self.case), *options])
+
+
+SIZES = {
+    "T": (1, 2, 3, 5, 9, 70),  # with 9 sequences or more the backward takes 70 in several blocks
+    "B": (1, 2, 4, 6, 9, 17, 33, 70),  # tiles have 6, 8 or 32 rows
+    "I": (1, 3, 8, 17, 33, 70, 100),
+    "H": (1, 5, 8, 16, 20, 33, 64, 70, 130),  # vectors have 2 to 16 units, Elman's panels 4 vectors
+}
+OPTIONS = {
+    "cell": tuple(CELLS),
+    "dtype": DTYPES,
+    "bias": (True, False),
+    "reverse": (False, True),
+    "layout": LAYOUTS,
+    "lengths": ("", "padded", "packed"),
+    "resets": (False, True),
+    "gates": ("", "saturated", "remembering"),
+    "cells": (False, True),
+    "proj": ("", "few", "most"),
+    "tokens": (False, True),
+    "threads": (1, 2),
+    "grads": GRADS,
+}
+MOST_PRODUCTS = 3e6
+"""Multiplications of a gate in a call; with more, slow kernels take too long."""
+
+
+def allowed(row: Row) -> bool:
+    """Whether there are calls with these options; some may be missing in ``row``."""
+    of = row.get
+    if of("lengths") == "packed":
+        by_batch = of("layout") in ("batch_first", "same_row") or of("grads") == "batch_first"
+        if of("resets") or by_batch or 0 in of("shape", (1, 1))[:2]:
+            return False
+    if of("cell", "lstm") != "lstm" and (of("cells") or of("proj")):
+        return False
+    T, B, I, H = of("shape") or [of(name, 1 if name != "H" else 5) for name in SIZES]
+    # how much gates lose is an average over units
+    if of("gates") and (of("bias") is False or H < 5):
+        return False
+    if of("tokens") and of("shape", (1, 1, 1))[2] == 0:
+        return False
+    return "shape" in row or T * B * of("H", 1) * (I + of("H", 1)) <= MOST_PRODUCTS
+
+
+def run_of(row: Row) -> Run:
+    """The call with these options; those that are missing are the usual ones."""
+    row = dict(row)
+    shape = row.pop("shape", None) or tuple(row.pop(name) for name in SIZES)
+    dtype, threads = row.pop("dtype"), row.pop("threads", 1)
+    grads, proj = row.pop("grads", "all"), row.pop("proj", "")
+    P = {"": 0, "few": max(min(shape[3], 3), shape[3] // 4), "most": max(1, shape[3] - 1)}[proj]
+    return Run(Case(row.pop("cell"), *shape, proj=P, **row), dtype, threads, grads)
+
+
+# what decides together which way through the kernels a call takes
+TRIPLES = [
+    ("H", "B", "layout"),
+    ("T", "B", "lengths"),
+    ("cell", "T", "B"),
+    ("cell", "I", "H"),
+    *(("cell", "dtype", name) for name in ("T", "B", "H", "gates", "tokens", "reverse")),
+    *(("cell", "lengths", name) for name in ("layout", "reverse", "grads", "tokens", "dtype")),
+    ("cell", "resets", "reverse"),
+    ("lengths", "resets", "reverse"),
+    ("layout", "reverse", "lengths"),
+    ("layout", "reverse", "resets"),
+    ("layout", "lengths", "dtype"),
+    ("proj", "lengths", "reverse"),
+    ("proj", "cells", "dtype"),
+]
+ALL_SIZES = SIZES | OPTIONS
+COVERING = [
+    run_of(row) for row in covering(ALL_SIZES, [*TRIPLES, *combinations(ALL_SIZES, 2)], allowed)
+]
+"""Every pair of values of all dimensions, and these triples."""
+
+AT_EDGES = {"shape": SHAPES} | OPTIONS
+EDGES = [
+    run_of(row)
+    for row in covering(AT_EDGES, [("shape", "cell", "dtype"), *combinations(AT_EDGES, 2)], allowed)
+]
+"""Every edge with every cell in every type, and in pairs with every option."""
+
+# the same of calls that take long
+AT_LARGE = {"shape": (LARGE, MANY_BLOCKS)} | OPTIONS
+LONG = [run_of(row) for row in covering(AT_LARGE, [("shape", "cell", "dtype")], allowed)]
+REMEMBERING = [
+    run_of({"shape": (300, 4, 3, 10), "cell": cell, "dtype": dtype, "gates": "remembering"} | more)
+    for cell in CELLS
+    for dtype in DTYPES
+    for more in ({}, {"reverse": True, "lengths": "padded"})
+    if (cell, dtype) != ("elman_relu", torch.float16)  # whose sums are beyond the largest number
+]
+"""Long sequences whose state hardly changes from step to step."""
+
+SPLIT = [
+    run_of(row)
+    for row in covering(
+        {"shape": tuple(SPLIT_SHAPES)} | OPTIONS,
+        [("shape", "cell", "lengths"), ("shape", "cell", "dtype")],
+        allowed,
+    )
+]
+"""What several threads share in every way there is."""
+
+
+def seed_of_the_day() -> int:
+    """The date, 20300131 for one, or what ``RNNFAST_TEST_SEED`` says."""
+    today = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%d")
+    return int(os.environ.get("RNNFAST_TEST_SEED") or today)
+
+
+def random_run(generator: random.Random) -> Run:
+    """Any call that is not too long: every option, sizes up to 3/2 of those above."""
+    while True:
+        row = {name: generator.choice(values) for name, values in OPTIONS.items()}
+        row |= {name: round(1.5 ** generator.uniform(0, 12)) for name in SIZES}
+        row["H"] = max(4, row["H"])  # sums of a single row cancel now and then
+        if allowed(row):
+            return run_of(row)
+
+
+def product_of_all(cell: str, shape: tuple[int, ...]) -> Iterator[Run]:
+    """Every type, direction and kind of sequence, in every variant."""
+    variants: list[Row] = [{}, {"bias": False}, {"tokens": True}, {"gates": "saturated"}]
+    variants += [{"proj": "few", "cells": True}, {"proj": "most"}, {"cells": True}]
+    variants += [{"layout": layout} for layout in LAYOUTS[1:]]
+    names = ("dtype", "reverse", "lengths", "resets")
+    for values in product(*(OPTIONS[name] for name in names)):
+        for variant in variants:
+            row = {"shape": shape, "cell": cell, **dict(zip(names, values, strict=True)), **variant}
+            if allowed(row):
+                yield run_of(row)
+
+
+GRADCHECK_CASES = (
+    [
+        Case(cell, *shape, bias=bias, reverse=reverse)
+        for cell in CELLS
+        for shape, bias, reverse in [
+            ((3, 2, 2, 3), True, False),
+            ((2, 1, 3, 2), False, True),
+            ((1, 2, 1, 1), True, True),
+        ]
+    ]
+    + [
+        Case(
+            cell, 4, 3, 2, 4, reverse=reverse, lengths=lengths, resets=resets, cells=cell == "lstm"
+        )
+        for cell in CELLS
+        for lengths, resets in (("padded", False), ("packed", False), ("padded", True))
+        for reverse in (False, True)
+    ]
+    + [
+        Case("lstm", 3, 2, 2, 3, reverse=reverse, lengths=lengths, cells=True, proj=2)
+        for lengths in ("", "packed")
+        for reverse in (False, True)
+    ]
+    + [
+        Case(cell, 4, 3, 3, 4, reverse=reverse, lengths=lengths, tokens=True)
+        for cell in CELLS
+        for lengths, reverse in (("", False), ("packed", True))
+    ]
+)

@@ -1,0 +1,134 @@
+"""The reference, which is the oracle of the other tests, against torch.nn in float64."""
+
+from __future__ import annotations
+
+from itertools import combinations, pairwise
+
+import pytest
+import torch
+from cases import (
+    LAYOUTS,
+    SHAPES,
+    TORCH_CLASS,
+    Case,
+    bound,
+    error,
+    lengths_of,
+    oracle,
+    reset_of,
+    sample_grads,
+    sample_inputs,
+)
+from covering import covering
+from runs import allowed, run_of
+from torch.nn.utils.rnn import PackedSequence
+
+from rnnfast.reference import CELLS
+
+DIMENSIONS = {
+    "shape": [shape for shape in SHAPES if 0 not in shape[:3]],
+    "cell": tuple(CELLS),
+    "dtype": (torch.float64,),
+    "bias": (True, False),
+    "reverse": (False, True),
+    "layout": LAYOUTS,
+    "proj": ("", "few", "most"),
+    "gates": ("", "saturated"),
+}
+ROWS = covering(DIMENSIONS, [*combinations(DIMENSIONS, 2)], allowed)
+TORCH_CASES = [case for case in (run_of(row).case for row in ROWS) if case.proj < case.H]
+
+
+@pytest.mark.parametrize("case", TORCH_CASES, ids=str)
+def test_reference_is_torch_nn(case: Case) -> None:
+    """The oracle itself, against torch.nn in float64: values and every gradient."""
+    inputs, grads = sample_inputs(case, torch.float64), sample_grads(case, torch.float64)
+    states = CELLS[case.cell].states
+    make, options = TORCH_CLASS[case.cell]
+    options = options | ({"proj_size": case.proj} if case.proj else {})
+    module = make(case.I, case.H, bias=case.bias, dtype=torch.float64, **options)
+    weights = [t for t in inputs[1 + states :] if t is not None]
+    for parameter, value in zip(module.parameters(), weights, strict=True):
+        parameter.data.copy_(value)
+    x = inputs[0].flip(0) if case.reverse else inputs[0]
+    leaves = [t.detach().clone().requires_grad_() for t in (x, *inputs[1 : 1 + states])]
+    hx = tuple(t.unsqueeze(0) for t in leaves[1:])
+    y, finals = module(leaves[0], hx if states > 1 else hx[0])
+    y = y.flip(0) if case.reverse else y
+    outputs = [y, *(t.squeeze(0) for t in (finals if states > 1 else (finals,)))]
+    found = list(torch.autograd.grad(outputs, [*leaves, *module.parameters()], grads))
+    found[0] = found[0].flip(0) if case.reverse else found[0]
+
+    expected = oracle(case, inputs, grads)
+    for actual, value in zip(outputs, expected.outputs, strict=True):
+        assert error(actual, value) < bound(torch.float64)
+    wanted = [t for t in expected.grads if t is not None]
+    for actual, value in zip(found, wanted, strict=True):
+        assert error(actual, value) < 5 * bound(torch.float64)
+
+
+def torch_module(case: Case, inputs: list[torch.Tensor | None]) -> torch.nn.Module:
+    """torch.nn's module in float64 with the weights of ``inputs``."""
+    make, options = TORCH_CLASS[case.cell]
+    module = make(case.I, case.H, dtype=torch.float64, **options)
+    for parameter, value in zip(
+        module.parameters(), inputs[1 + CELLS[case.cell].states :], strict=True
+    ):
+        parameter.data.copy_(value)
+    return module
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_packed_reference_is_torch_nn(cell: str) -> None:
+    case = Case(cell, 9, 5, 3, 4, lengths="packed")
+    inputs, states = sample_inputs(case, torch.float64), CELLS[cell].states
+    lengths = lengths_of(case)
+    batch_sizes = (torch.arange(case.T).unsqueeze(1) < lengths).sum(1)
+    hx = tuple(t.unsqueeze(0) for t in inputs[1 : 1 + states])
+    y, finals = torch_module(case, inputs)(
+        PackedSequence(inputs[0], batch_sizes), hx if states > 1 else hx[0]
+    )
+    expected = oracle(case, inputs, sample_grads(case, torch.float64)).outputs
+    assert error(y.data, expected[0]) < bound(torch.float64)
+    for actual, value in zip(finals if states > 1 else (finals,), expected[1:], strict=True):
+        assert error(actual.squeeze(0), value) < bound(torch.float64)
+
+
+@pytest.mark.parametrize("lengths", ["", "padded"])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("cell", CELLS)
+def test_resets_begin_new_sequences(cell: str, reverse: bool, lengths: str) -> None:
+    """The reference against torch.nn on the pieces between resets, and only up to the lengths."""
+    case = Case(cell, 12, 4, 3, 5, reverse=reverse, lengths=lengths, resets=True)
+    inputs, states = sample_inputs(case, torch.float64), CELLS[cell].states
+    expected = oracle(case, inputs, sample_grads(case, torch.float64)).outputs
+    module, resets = torch_module(case, inputs), reset_of(case)
+    for b, length in enumerate(lengths_of(case).tolist() if lengths else [case.T] * case.B):
+        # between the borders of pieces no state passes; one at 0 cuts the initial state off
+        borders = [t for t in range(length) if resets[t, b]]
+        edges = sorted({0, *borders, length})
+        pieces = [inputs[0][begin:end, b] for begin, end in pairwise(edges)]
+        state = tuple(t[b : b + 1] for t in inputs[1 : 1 + states])
+        first_is_new = 0 in borders and not reverse
+        outputs = []
+        for i, piece in enumerate(reversed(pieces) if reverse else pieces):
+            if i > 0 or first_is_new:
+                state = tuple(torch.zeros_like(t) for t in state)
+            piece = piece.flip(0) if reverse else piece
+            y, finals = module(piece, state if states > 1 else state[0])
+            state = finals if states > 1 else (finals,)
+            outputs.insert(0, y.flip(0)) if reverse else outputs.append(y)
+        y = torch.cat([*outputs, torch.zeros(case.T - length, case.H)])
+        assert error(y, expected[0][:, b]) < bound(torch.float64)
+        for final, value in zip(state, expected[1:], strict=True):
+            assert error(final[0], value[b]) < bound(torch.float64)
+
+
+def test_cells_are_torch_nns() -> None:
+    """The c of a step is the final c of the sequence up to it."""
+    case = Case("lstm", 6, 2, 3, 4, cells=True)
+    inputs = sample_inputs(case, torch.float64)
+    cells = oracle(case, inputs, sample_grads(case, torch.float64)).outputs[-1]
+    module, hx = torch_module(case, inputs), tuple(t.unsqueeze(0) for t in inputs[1:3])
+    for t in range(case.T):
+        assert error(module(inputs[0][: t + 1], hx)[1][1][0], cells[t]) < bound(torch.float64)
