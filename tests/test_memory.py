@@ -3,25 +3,30 @@
 import os
 import threading
 
+import pytest
 import torch
 
 import rnnfast
 from benchmarks.memory import measure
 
 
-def least(name: str, size: tuple[int, int, int]) -> float:
-    """Of three runs: how the allocator's free blocks happen to lie is not ours to judge."""
-    return min(measure(name, *size) for _ in range(3))
+def assert_takes(share: float, name: str, size: tuple[int, int, int]) -> None:
+    """Of torch's memory, in one of three runs: where the allocator has free blocks is chance."""
+    found = []
+    for _ in range(3):
+        ours, theirs = measure(name, *size), measure("torch", *size)
+        if 0 < ours <= share * theirs:
+            return
+        found.append((ours, theirs))
+    pytest.fail(f"MiB of ours and of torch: {found}")
 
 
 def test_training_takes_at_most_six_tenths_of_torchs_memory() -> None:
-    size = (100, 64, 512)
-    assert 0 < least("rnnfast", size) <= 0.6 * least("torch", size)
+    assert_takes(0.6, "rnnfast", (100, 64, 512))
 
 
 def test_recomputing_gates_takes_at_most_three_tenths_of_torchs_memory() -> None:
-    size = (200, 64, 512)
-    assert 0 < least("rnnfast recompute", size) <= 0.3 * least("torch", size)
+    assert_takes(0.3, "rnnfast recompute", (200, 64, 512))
 
 
 LAYER = rnnfast.RNN(8, 64, backend="fused")
@@ -41,7 +46,7 @@ def test_memory_serves_again() -> None:
     assert large().data_ptr() // 4096 == page
     y = large()
     size = y.untyped_storage().nbytes()
-    assert rnnfast.release_memory() >= 0
+    assert rnnfast.release_memory() < size  # not that of y, which is in use
     del y
     assert rnnfast.release_memory() >= size
     assert rnnfast.release_memory() == 0

@@ -409,6 +409,22 @@ def folder(tmp_path_factory, trained):
 SMALL = ["--hidden", 8, "--embedding", 4, "--examples", 200, "--epochs", 1]
 
 
+def test_dates_are_read_from_standard_input(tmp_path, capsys, monkeypatch):
+    """What `test_dates_are_learnt` learns, here of a training too short to learn much."""
+    assert translate("--out", tmp_path / "new" / "run", *SMALL) == 0
+    output = capsys.readouterr()
+    assert len(re.findall(r"exact matches on 2,000 held-out texts: [\d.]+ %", output.out)) == 1
+    assert "char/s" in output.err
+    assert "bits/char" in output.err
+    held_out = date_pairs(5, 9, held_out=True)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f" {text}\n" for text, _ in held_out)))
+    assert translate("--model", tmp_path / "new" / "run", "--beam", 3) == 0
+    translator = Translator.load(tmp_path / "new" / "run")
+    expected = translator.translate([text for text, _ in held_out], 3)
+    assert capsys.readouterr().out.splitlines() == expected
+
+
+@pytest.mark.full
 def test_dates_are_learnt(tmp_path, capsys, monkeypatch):
     """The default training, shortened by half."""
     out = tmp_path / "new" / "run"
