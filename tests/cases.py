@@ -198,7 +198,7 @@ def set_gates(case: Case, weights: list[Tensor | None], dtype: torch.dtype) -> N
     H = case.H
     if case.gates == "saturated":
         # on either side, some so far out that they are 0 or 1 to the last bit, some in the middle
-        levels = torch.tensor([-60.0, -20.0, -4.0, 0.0, 4.0, 20.0, 60.0], dtype=torch.float64)
+        levels = torch.tensor([-60, -20, -4, 0, 0, 0, 4, 20, 60], dtype=torch.float64)
         levels = levels.clamp(max=1) if case.cell == "elman_relu" else levels
         b_ih += levels[torch.randint(len(levels), b_ih.shape)]
     elif case.cell in ("lstm", "gru"):
