@@ -155,7 +155,8 @@ LONG = [
 ]
 
 
-def test_a_training_that_is_killed_again_and_again_ends_the_same(text_file, tmp_path, threads):
+@pytest.mark.parametrize("times", [1, pytest.param(4, marks=pytest.mark.full)])
+def test_a_training_that_is_killed_ends_the_same(text_file, tmp_path, times, threads):
     torch.set_num_threads(1)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert train(text_file, whole, *LONG) == 0
@@ -164,7 +165,7 @@ def test_a_training_that_is_killed_again_and_again_ends_the_same(text_file, tmp_
     command = [str(part) for part in [*command, *SMALL, *LONG]]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     chance = random.Random(0)
-    kills = sorted(chance.sample(range(20, total - 150), 4))
+    kills = sorted(chance.sample(range(20, total - 150), times))
     for target in kills:
         before = (parts / "log.csv").read_bytes() if parts.is_dir() else b""
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment)

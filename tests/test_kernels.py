@@ -175,17 +175,23 @@ def test_what_instruction_sets_share(cell: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("run", SPLIT, ids=str)
+@pytest.mark.parametrize(
+    "counts",
+    [(2, 2, 3, 7), pytest.param((1, 16, 40), marks=pytest.mark.full)],  # more than cores, too
+    ids=str,
+)
 @together
 def test_same_bits_for_every_run_and_thread_count(
-    run: Run, targets: list[str], threads: None
+    run: Run, counts: tuple[int, ...], targets: list[str], threads: None
 ) -> None:
     inputs = sample_inputs(run.case, run.dtype)
     grads = sample_grads(run.case, run.dtype, grads=run.grads)
 
     def check(device: str) -> None:
         ours = cast(inputs, run.dtype, device), cast(grads, run.dtype, device)
+        torch.set_num_threads(1)
         first = results_of(run, *ours)
-        for count in (1, 1, 2, 3, 7, 40):  # more than there are cores, too
+        for count in counts:
             torch.set_num_threads(count)
             assert_same_bits(results_of(run, *ours), first, f"with {count} threads", run)
 
