@@ -137,7 +137,7 @@ SPLIT = [
     run_of(row)
     for row in covering(
         {"shape": tuple(SPLIT_SHAPES)} | OPTIONS,
-        [("shape", "cell", "lengths"), ("shape", "cell", "dtype")],
+        [("shape", "cell", "lengths"), ("shape", "dtype"), ("cell", "dtype")],
         allowed,
     )
 ]

@@ -18,7 +18,7 @@ from cases import (
     sample_inputs,
 )
 from runs import GRADCHECK_CASES
-from targets import PARTIAL, check_on, on, together, with_kernels
+from targets import COMPLETE, PARTIAL, check_on, on, together, with_kernels
 from torch import Tensor
 
 from rnnfast import autograd, backend
@@ -70,7 +70,9 @@ def test_gradcheck(case: Case, targets: list[str]) -> None:
         assert torch.autograd.gradcheck(layer, given)
         assert torch.autograd.gradgradcheck(layer, given)
 
-    check_on(with_kernels(targets, case, torch.float64), check)
+    # what is checked is autograd's way through them, the same for every instruction set
+    chosen = [name for name in targets if name not in COMPLETE[:-1]]
+    check_on(with_kernels(chosen, case), check)
 
 
 @pytest.mark.parametrize("cell", CELLS)
