@@ -38,7 +38,12 @@ CXX_FLAGS = [
 NVCC_FLAGS = ["-O3", "-std=c++20", "--compiler-options", "-fvisibility=hidden,-Wall,-Wextra"]
 INCLUDE_DIR = str(Path(__file__).resolve().parent / "csrc")
 DEFAULT_CUDA_ARCHS = "8.0;9.0+PTX"
-CPU_SOURCES = ["csrc/torch/*.cpp", "csrc/cpu/kernels/*.cpp", "csrc/cpu/drivers/*.cpp", "csrc/cpu/*.cpp"]
+CPU_SOURCES = [
+    "csrc/torch/*.cpp",
+    "csrc/cpu/kernels/*.cpp",
+    "csrc/cpu/drivers/*.cpp",
+    "csrc/cpu/*.cpp",
+]
 CUDA_SOURCES = ["csrc/cuda/*.cu", "csrc/torch/cuda/*.cpp"]
 BEYOND_PORTABLE = "csrc/cpu/kernels/avx*.cpp"
 CPU_TARGETS = os.environ.get("RNNFAST_CPU_TARGETS") or "all"

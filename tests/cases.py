@@ -52,7 +52,7 @@ SHAPES = (
     (5, 7, 90, 20),
 )
 """T, B, I, H: edges of the kernels."""
-LARGE = (4, 70, 170, 170)  # all products large enough for the matrix unit, in any type
+LARGE = (4, 70, 170, 170)  # all products large enough for AMX, in any type
 MANY_BLOCKS = (330, 40, 2, 3)  # more rows than any device takes in one block of steps
 SPLIT_SHAPES = {
     (12, 1, 500, 520): "units",  # one thread multiplies x with whole rows of W_ih

@@ -58,7 +58,11 @@ def poisoned_memory() -> Iterator[None]:
 
 @pytest.fixture
 def threads() -> Iterator[None]:
-    """Restores the number of threads."""
+    """Restores the number of threads; the kernels take as many, with cores for them or without."""
     before = torch.get_num_threads()
+    if backend.EXTENSION is not None:
+        backend.EXTENSION.assume_cores(64)
     yield
     torch.set_num_threads(before)
+    if backend.EXTENSION is not None:
+        backend.EXTENSION.assume_cores(0)

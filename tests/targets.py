@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from cases import Case
-from native import COMPLETE_EMULATIONS
+from native import COMPLETE_EMULATIONS, plug_in
 
 from rnnfast import backend
 
@@ -28,6 +28,7 @@ TARGETS = [*COMPLETE, *PARTIAL]
 REPLACED = {
     "avx512_bf16": (torch.bfloat16,),
     "avx512_amx": (torch.bfloat16, torch.float32),
+    "amx_emulation": (torch.bfloat16, torch.float32),
 }
 """The types for which an instruction set has kernels of its own; else it has those of avx512."""
 
@@ -41,6 +42,7 @@ def running_on(target: str) -> Iterator[str]:
     if target == "cuda":
         yield "cuda"
         return
+    plug_in(target)
     before = extension.get_cpu_capability()
     extension.set_cpu_capability(target)
     try:

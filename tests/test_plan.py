@@ -39,19 +39,19 @@ def test_planned_split(cell: str, shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("cell", CELLS)
-def test_floats_in_parts(cell: str, backward: bool, device: str) -> None:
-    """Where the matrix unit multiplies floats: in large products, on machines that have one."""
-    amx = backend.EXTENSION.get_cpu_capability() == "avx512_amx"
+def test_split_precision(cell: str, backward: bool, device: str) -> None:
+    """Where AMX multiplies floats: in large products."""
+    amx = backend.EXTENSION.get_cpu_capability() in ("avx512_amx", "amx_emulation")
 
-    def in_parts(*sizes: int, dtype: str = "float32") -> tuple[bool, bool]:
+    def splits(*sizes: int, dtype: str = "float32") -> tuple[bool, bool]:
         plan = backend.EXTENSION.plan(cell, *sizes, dtype, 2, backward)
-        return plan["block_in_parts"], plan["step_in_parts"]
+        return plan["block_split_precision"], plan["step_split_precision"]
 
-    assert in_parts(*LARGE) == (amx, amx)
-    assert in_parts(100, 2, 256, 256) == (amx, False)
-    assert in_parts(1, 2, 256, 256) == (False, False)
-    assert in_parts(*LARGE, dtype="float64") == (False, False)
-    assert in_parts(*LARGE, dtype="bfloat16") == (False, False)
+    assert splits(*LARGE) == (amx, amx)
+    assert splits(100, 2, 256, 256) == (amx, False)
+    assert splits(1, 2, 256, 256) == (False, False)
+    assert splits(*LARGE, dtype="float64") == (False, False)
+    assert splits(*LARGE, dtype="bfloat16") == (False, False)
 
 
 def test_more_threads_where_there_is_more_work(avx512: None) -> None:

@@ -262,16 +262,13 @@ def test_what_lies_beyond_the_end_does_not_matter(kind, beyond, many):
 
 
 @kinds
-def test_threads_agree(kind):
+def test_threads_agree(kind, threads):
     ours = layer(kind, V, tokens=True, dtype=torch.float32)
     tokens = torch.randint(V, (40, 12))
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(outcome(ours(tokens), ours.parameters()))
-    finally:
-        torch.set_num_threads(before)
+    results = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results.append(outcome(ours(tokens), ours.parameters()))
     for result in results[1:]:
         assert all(torch.equal(*each) for each in zip(result, results[0], strict=True))
 
