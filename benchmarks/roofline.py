@@ -7,9 +7,9 @@ machine at its start (`calibrate`):
   counts as any other). Training adds d_gates W_hh (all steps but the first, as nobody asks for
   the gradient of h0), d_gates^T h and d_gates^T x, and d_gates W_ih only for `--input-grad`. The
   gate maths is not counted. bfloat16 counts at the rate of AMX where the chip has it, else of its
-  dot instructions, if any. float32 counts at that of multiply-adds or, if that is more, at a sixth of
-  bfloat16's: a float is the sum of three of them, and six of the nine products reach its last bit.
-  float16 counts as float32.
+  dot instructions, if any. float32 counts at that of multiply-adds or, if that is more, at a sixth
+  of bfloat16's: a float is the sum of three of them, and six of the nine products reach its last
+  bit. float16 counts as float32.
 - Traffic: the bytes that must be moved. W_hh is read in every step, and again in every step of the
   backward; no core reads what another one reads. W_ih, x, y, saved gates (LSTM: 4 gates and c;
   GRU: 3 gates and the recurrent candidate term; Elman: y is enough), grad_y and gradients move
