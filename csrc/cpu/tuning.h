@@ -74,10 +74,9 @@ inline constexpr int64_t kStackBlocks = 8;
 
 // ---- products ----
 
-// One chain of more words than this would lose more bits than torch's products do; a longer sum is
-// cut into several chains. For products with weights, by the number of vector registers (torch's
-// own chains are shorter where vectors are), and for those over many rows.
-inline constexpr int64_t kChain32 = 256, kChain16 = 128, kLongChain = 64;
+// A chain of more words would lose more bits than torch's products do; a longer sum is cut into
+// several chains. For products with weights, and for those over many rows.
+inline constexpr int64_t kChain = 128, kLongChain = 64;
 
 // Whether weights (G*H, K) are used often enough for tiles to make up for packing them. A small
 // matrix is packed within L2, and its rows are too short for dot products; these are slow where

@@ -44,16 +44,16 @@ void dots(const GateShape& shape, int rows, int64_t K, const void* const* lhs, c
   using A = Compute<S>;
   constexpr int lanes = kLanes<A>;
   // Lanes have chains of their own, which are cut where those of a tile are.
-  constexpr int64_t kChain = int64_t(RNNFAST_REGISTERS == 32 ? 256 : 128) * lanes;
+  constexpr int64_t kPart = kChain * lanes;
   const GateColumns columns{shape, panel, lanes};
   const int vectors = columns.vectors();
   const auto of_rows = [&]<int R>() {
     for (int j = 0; j < vectors; ++j) {
       const int units = int(smaller(lanes, columns.units(j)));
       const S* from = static_cast<const S*>(w) + columns.row(j) * K;
-      for (int64_t k = 0; k == 0 || k < K; k += kChain) {
+      for (int64_t k = 0; k == 0 || k < K; k += kPart) {
         Vec<A> sum[R][lanes] = {};
-        dot_rows<R, S, E>(from, K, units, k, smaller(K, k + kChain), lhs, sum);
+        dot_rows<R, S, E>(from, K, units, k, smaller(K, k + kPart), lhs, sum);
         for (int r = 0; r < R; ++r) {
           A* to = static_cast<A*>(out) + r * stride + j * lanes;
           store(to,

@@ -21,7 +21,7 @@ constexpr WeightFormat dense_format() {
   format.row_cycles = 1;
   format.min_rows = 1;
   format.weight_bytes = sizeof(A);
-  format.chain = RNNFAST_REGISTERS == 32 ? kChain32 : kChain16;
+  format.chain = kChain;
   format.long_chain = kLongChain;
   fill_tiles<Op>(format);
   format.pack_gates = pack_gates<Op, S>;
