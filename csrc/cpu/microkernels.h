@@ -30,7 +30,9 @@ struct Deferred {
 
 // What a product does beside its sums.
 struct TileOptions {
-  int64_t chain;  // words of k in one chain of additions; a longer sum is cut into several chains
+  // Words of k in one chain of additions; a longer sum is cut into several chains. bf16x3 counts
+  // steps of the format, and pairs on AMX tiles have one chain.
+  int64_t chain;
   bool add = false;  // to what `out` holds
   const void* prefetch = nullptr;  // memory to fetch into L2 meanwhile, or null
   int64_t prefetch_bytes = 0;
