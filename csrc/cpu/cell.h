@@ -2,8 +2,8 @@
 // the batch times the units of one panel of weights. The functions may come from another shared
 // object: everything here is plain data with a fixed layout.
 //
-// A is the compute type, float or double. Gate maths exists in A only; where tensors are stored in
-// a half type, kernels/stage.h converts on both sides of a cell's function.
+// The types are those of microkernels.h: S of tensors, A of arithmetic, E of states and gate
+// gradients.
 #pragma once
 
 #include <cstdint>
@@ -28,11 +28,11 @@ struct Cell {
 // and d_c and d_h of the backward, whose rows have room for whole vectors. No two rows overlap;
 // h_prev, c and d_c may be read and written in place.
 struct ForwardRow {
-  const void* h_prev;  // A; only where the cell is direct
+  const void* h_prev;  // E; only where the cell is direct
   const void* c_prev;  // A, null for zeros; only where the cell has c
-  void* h;  // A, null where not wanted
+  void* h;  // E, rounded to S; null where not wanted
   void* c;  // A, null where not wanted
-  void* saved;  // A [saved][H], null where not wanted
+  void* saved;  // S [saved][H], null where not wanted
   void* c_copy;  // A, c once more; null where not wanted
 };
 
@@ -49,18 +49,18 @@ struct ForwardTile {
 };
 
 struct BackwardRow {
-  const void* saved;  // A [saved][H]
-  const void *h, *h_prev;  // A, where the cell reads them
+  const void* saved;  // S [saved][H]
+  const void *h, *h_prev;  // S, where the cell reads them
   const void *c, *c_prev;  // A, where the cell has c: after and before the step
   const void* grad_c;  // A, added to d_c; or null
-  const void* grad_y;  // A, part of the gradient of h; or null
+  const void* grad_y;  // S, part of the gradient of h; or null
   const void* d_h_rest;  // A, another part of it; or null
   bool takes_weights;  // whether from_weights has a third part
   bool cut;  // no gradient passes to the states before the step
-  void* d_gates;  // A [D][H]: gradient blocks before activation
+  void* d_gates;  // E [D][H]: gradient blocks before activation
   void* d_c;  // A: on entry the gradient of c, on return that of c_prev
   void* d_h_direct;  // A: the part of the gradient of h_prev past W_hh, where direct
-  void* output;  // A: h as the cell puts it out, before a projection; or null
+  void* output;  // S: h as the cell puts it out, before a projection; or null
 };
 
 struct BackwardTile {
@@ -71,16 +71,11 @@ struct BackwardTile {
   int64_t weights_stride;  // elements between its rows
 };
 
-struct CellFunctions;
-using ForwardFunction = void (*)(const CellFunctions&, const ForwardTile&);
-using BackwardFunction = void (*)(const CellFunctions&, const BackwardTile&);
-
-// Of one cell in one compute type. The argument is the struct itself, which kernels/stage.h needs
-// and a cell's own functions do not.
+// Of one cell for one storage type.
 struct CellFunctions {
   Cell cell;
-  ForwardFunction forward;
-  BackwardFunction backward;
+  void (*forward)(const ForwardTile&);
+  void (*backward)(const BackwardTile&);
 };
 
 }  // namespace rnnfast::cpu

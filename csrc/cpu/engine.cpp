@@ -31,7 +31,7 @@ class CpuEngine::Call {
   Call(const Target& target, LayerKind kind)
       : target_(target),
         context_{target.kernels[int(kind.dtype)],
-                 target.cells[int(kind.cell)][kind.dtype == Dtype::kFloat64]} {}
+                 target.kernels[int(kind.dtype)].cells[int(kind.cell)]} {}
 
   const Context& context() const { return context_; }
 

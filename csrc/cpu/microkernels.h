@@ -145,10 +145,7 @@ struct MicroKernels {
   void (*outer_few)(const void* const* lhs, const void* const* rhs, int count, int64_t begin,
                     int64_t rows, int64_t columns, void* to, bool add);
 
-  // around a cell's functions where S is not A, else null: the same tile with S in place of A in
-  // saved, h, h_prev, grad_y and output, and E in h and h_prev of the forward and in d_gates
-  ForwardFunction stage_forward;
-  BackwardFunction stage_backward;
+  CellFunctions cells[kCells];
 
   bool converts() const { return storage_bytes != compute_bytes; }
 };
@@ -156,7 +153,6 @@ struct MicroKernels {
 // What an instruction set has.
 struct Target {
   MicroKernels kernels[kDtypes];
-  CellFunctions cells[kCells][2];  // of float, of double
   void (*enter)();  // before and after a thread's products, or null
   void (*leave)();
 };

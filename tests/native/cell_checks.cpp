@@ -110,25 +110,18 @@ struct OfCell {
   const CellFunctions& functions;
   const Cell& cell;
   int unit_vectors;
-  ForwardFunction forward;
-  BackwardFunction backward;
 
   OfCell(const Kit& kit, int i)
       : kind(CellKind(i)),
-        functions(kit.target.cells[i][kit.A == Dtype::kFloat64]),
+        functions(kit.k.cells[i]),
         cell(functions.cell),
-        unit_vectors(cell.gates == 1 ? 4 : 1),
-        forward(kit.k.stage_forward ? kit.k.stage_forward : functions.forward),
-        backward(kit.k.stage_backward ? kit.k.stage_backward : functions.backward) {
+        unit_vectors(cell.gates == 1 ? 4 : 1) {
     const Cell expected = numbers_of(kind);
     if (cell.gates != expected.gates || cell.saved != expected.saved ||
         cell.grad_blocks != expected.grad_blocks || cell.has_c != expected.has_c ||
         cell.direct != expected.direct || cell.reads_h != expected.reads_h ||
         !std::equal(cell.input_gate, cell.input_gate + cell.gates, expected.input_gate))
       fail("numbers of cell %d", i);
-    if (bool(kit.k.stage_forward) != kit.k.converts() ||
-        bool(kit.k.stage_backward) != kit.k.converts())
-      fail("stages");
   }
 };
 
@@ -177,14 +170,14 @@ struct RowForward {
            .saved = options & 4 ? nullptr : saved.data(),
            .c_copy = options & 8 ? nullptr : c_copy.data()};
   }
-  void check_around(const Cell& cell, const Place& at, bool staged) const {
+  void check_around(const Cell& cell, const Place& at, bool half_states) const {
     const auto check = [&](const char* what, const Numbers& memory, int64_t begin, int64_t end) {
       memory.check_border(what);
       memory.check_not_written(what, 0, begin);
       memory.check_not_written(what, end, memory.count());
     };
     check("h_prev", h_prev, at.first, at.first + at.units);
-    check("h", h, at.first, at.first + (staged ? at.units : at.whole));
+    check("h", h, at.first, at.first + (half_states ? at.units : at.whole));
     check("c", c, at.first, at.first + at.whole);
     check("c_copy", c_copy, at.first, at.first + at.units);
     saved.check_border("saved");
@@ -232,8 +225,8 @@ RNNFAST_CHECK(activations) {
     for (size_t first = 0; first < points.size(); first += size_t(kit.lanes)) {
       for (int64_t i = 0; i < kit.lanes; ++i)
         from_x.memory.set(i, points[std::min(first + size_t(i), points.size() - 1)]);
-      of.forward(of.functions, {at.H, 0, at.units, &row.row, 1, from_x.memory.data(), 0,
-                                from_h.memory.data(), 0});
+      of.functions.forward(
+          {at.H, 0, at.units, &row.row, 1, from_x.memory.data(), 0, from_h.memory.data(), 0});
       const Numbers& result = kind == CellKind::kLstm ? row.saved : row.h;
       for (int64_t i = 0; i < kit.lanes; ++i) found.push_back(result[i]);
     }
@@ -268,11 +261,11 @@ RNNFAST_CHECK(forward) {
     for (int r = 0; r < count; ++r) rows.emplace_back(kit, of.cell, at, options);
     for (const RowForward& row : rows) of_rows.push_back(row.row);
     const GateInputs from_x(kit, of, at, count, 2), from_h(kit, of, at, count, 2);
-    of.forward(of.functions, {at.H, at.first, at.units, of_rows.data(), count, from_x.memory.data(),
-                              from_x.stride, from_h.memory.data(), from_h.stride});
+    of.functions.forward({at.H, at.first, at.units, of_rows.data(), count, from_x.memory.data(),
+                          from_x.stride, from_h.memory.data(), from_h.stride});
     for (int r = 0; r < count; ++r) {
       const RowForward& row = rows[size_t(r)];
-      row.check_around(of.cell, at, kit.k.converts());
+      row.check_around(of.cell, at, kit.E != kit.A);
       for (int64_t u = 0; u < at.units; ++u) {
         Real x[4], h[4];
         for (int g = 0; g < of.cell.gates; ++g) {
@@ -294,9 +287,9 @@ RNNFAST_CHECK(forward) {
         alone.h_prev.set(at.first + u, double(row.h_before[size_t(u)]));
         alone.c_prev.set(at.first + u, double(row.c_before[size_t(u)]));
       }
-      of.forward(of.functions,
-                 {at.H, at.first, at.units, &alone.row, 1, from_x.memory.at(r * from_x.stride), 0,
-                  from_h.memory.at(r * from_h.stride), 0});
+      of.functions.forward({at.H, at.first, at.units, &alone.row, 1,
+                            from_x.memory.at(r * from_x.stride), 0,
+                            from_h.memory.at(r * from_h.stride), 0});
       const auto same = [&](const Numbers& a, const Numbers& b, int64_t i) {
         if (std::memcmp(a.at(i), b.at(i), size_t(size_of(a.type))) != 0)
           fail("row %d, number %lld has other bits than alone", r, (long long)i);
@@ -362,8 +355,8 @@ RNNFAST_CHECK(backward) {
                          .output = cell.has_c ? maybe(row.output) : nullptr});
     }
     const bool has_weights = kit.random.below(4) > 0;
-    of.backward(of.functions, {at.H, at.first, at.units, of_rows.data(), count,
-                               has_weights ? from_weights.data() : nullptr, stride});
+    of.functions.backward({at.H, at.first, at.units, of_rows.data(), count,
+                           has_weights ? from_weights.data() : nullptr, stride});
     for (int r = 0; r < count; ++r) {
       const Row& row = rows[size_t(r)];
       const BackwardRow& given = of_rows[size_t(r)];

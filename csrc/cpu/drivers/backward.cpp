@@ -202,13 +202,13 @@ void Backward::set_rows(int64_t step, Span now, int64_t both) {
 void Backward::apply_cell(int64_t step, int64_t panel, const BackwardRow* rows, int64_t b,
                           int count, const void* from_weights) const {
   const int64_t H = args_.size.H, first = panel * units_.width(), units = units_.columns(panel);
-  context_.backward({.H = H,
-                     .first_unit = first,
-                     .units = units,
-                     .rows = rows,
-                     .count = count,
-                     .from_weights = from_weights,
-                     .weights_stride = units_.width()});
+  context_.functions.backward({.H = H,
+                               .first_unit = first,
+                               .units = units,
+                               .rows = rows,
+                               .count = count,
+                               .from_weights = from_weights,
+                               .weights_stride = units_.width()});
   const Rows& converted = lhs_[step & 1];
   if (!converted) return;
   const WeightFormat& format = hidden_.format();

@@ -18,13 +18,6 @@ struct Context {
   const CellFunctions& functions;
   const Cell& cell = functions.cell;
 
-  void forward(const ForwardTile& tile) const {
-    (kernels.stage_forward ? kernels.stage_forward : functions.forward)(functions, tile);
-  }
-  void backward(const BackwardTile& tile) const {
-    (kernels.stage_backward ? kernels.stage_backward : functions.backward)(functions, tile);
-  }
-
   // bytes of so many elements of S, A and E
   int64_t storage(int64_t n) const { return n * kernels.storage_bytes; }
   int64_t compute(int64_t n) const { return n * kernels.compute_bytes; }

@@ -209,7 +209,7 @@ class Forward::CellWork : public Deferred {
     left = ceil_div(count, kPiece);
   }
   void finish() {
-    if (left > 0) context_.forward(tile_);
+    if (left > 0) context_.functions.forward(tile_);
     left = 0;
   }
 
@@ -221,7 +221,7 @@ class Forward::CellWork : public Deferred {
     ForwardTile& tile = work.tile_;
     const int rest = tile.count;
     tile.count = int(std::min<int64_t>(rest, pieces * kPiece));
-    work.context_.forward(tile);
+    work.context_.functions.forward(tile);
     const auto& context = work.context_;
     tile.rows += tile.count;
     tile.from_x = at(tile.from_x, context.compute(tile.count * tile.x_stride));

@@ -109,15 +109,15 @@ void Generate::advance(int64_t layer, int64_t parity, const int64_t* tokens, Spa
         context_.kernels.gather_tokens(input.shape(), below, n, input.bias_at(p), p, from_x.data);
       hidden.multiply(hidden.panel(p, good), before, n, from_h.data, hidden.width(),
                       hidden.options());
-      context_.forward({.H = H,
-                        .first_unit = p * hidden.units(),
-                        .units = hidden.units(p),
-                        .rows = tile,
-                        .count = n,
-                        .from_x = from_x.data,
-                        .x_stride = hidden.width(),
-                        .from_h = from_h.data,
-                        .h_stride = hidden.width()});
+      context_.functions.forward({.H = H,
+                                  .first_unit = p * hidden.units(),
+                                  .units = hidden.units(p),
+                                  .rows = tile,
+                                  .count = n,
+                                  .from_x = from_x.data,
+                                  .x_stride = hidden.width(),
+                                  .from_h = from_h.data,
+                                  .h_stride = hidden.width()});
     });
   }
 }

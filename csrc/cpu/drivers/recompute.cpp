@@ -96,15 +96,15 @@ void Recompute::run(const BlockRow* rows, int64_t count, const Team& team) const
       else
         multiply(input_, p, from, n, from_x.data);
       multiply(hidden_, p, before, n, from_h.data);
-      context_.forward({.H = args_.size.H,
-                        .first_unit = p * hidden_.units(),
-                        .units = hidden_.units(p),
-                        .rows = tile,
-                        .count = n,
-                        .from_x = from_x.data,
-                        .x_stride = hidden_.width(),
-                        .from_h = from_h.data,
-                        .h_stride = hidden_.width()});
+      context_.functions.forward({.H = args_.size.H,
+                                  .first_unit = p * hidden_.units(),
+                                  .units = hidden_.units(p),
+                                  .rows = tile,
+                                  .count = n,
+                                  .from_x = from_x.data,
+                                  .x_stride = hidden_.width(),
+                                  .from_h = from_h.data,
+                                  .h_stride = hidden_.width()});
     });
   }
 }

@@ -1,7 +1,10 @@
-// A cell's formulas applied to a tile (see cell.h): built from the headers of cells/.
+// A cell's formulas applied to a tile (see cell.h): built from the headers of cells/. S is the
+// storage type and E the type of states and gate gradients; what is loaded and stored is converted
+// in registers.
 #pragma once
 
 #include "cells/all.h"
+#include "cpu/kernels/convert.h"
 #include "cpu/kernels/math.h"
 
 namespace rnnfast::cpu::RNNFAST_TARGET {
@@ -10,56 +13,64 @@ namespace rnnfast::cpu::RNNFAST_TARGET {
 template <class Cell>
 inline constexpr int kUnitVectors = Cell::kGates == 1 ? 4 : 1;
 
+template <class T>
+RNNFAST_INLINE const T* in_row(const void* row, int64_t at) {
+  return static_cast<const T*>(row) + at;
+}
+template <class T>
+RNNFAST_INLINE T* in_row(void* row, int64_t at) {
+  return static_cast<T*>(row) + at;
+}
+
 // R rows by U vectors of units, whose instructions alternate. kWhole: there are as many units as
 // the vectors hold.
-template <class Cell, class A, int R, int U, bool kWhole>
+template <class Cell, class S, class E, int R, int U, bool kWhole>
 RNNFAST_INLINE void forward_rows(const ForwardTile& t, int first, int64_t unit_vectors) {
+  using A = Compute<S>;
   using V = Vec<A>;
   constexpr int lanes = kLanes<A>, G = Cell::kGates, N = R * U;
   const auto left = [&](int i) { return kWhole ? lanes : t.units - i % U * lanes; };
-  const auto row_of = [](const void* p, int64_t at) { return static_cast<const A*>(p) + at; };
-  const auto to_row = [](void* p, int64_t at) { return static_cast<A*>(p) + at; };
   Wide<V, N> from_x[G], from_h[G], h_prev{}, h, c{}, saved[Cell::kSaved + 1];
   unrolled<N>([&](auto i) __attribute__((always_inline)) {
     const ForwardRow& row = t.rows[first + i / U];
     const int64_t at = t.first_unit + i % U * lanes;
     unrolled<G>([&](auto g) __attribute__((always_inline)) {
       const int64_t gate = (g * unit_vectors + i % U) * lanes;
-      from_x[g].v[i] = load(row_of(t.from_x, (first + i / U) * t.x_stride + gate));
-      from_h[g].v[i] = load(row_of(t.from_h, (first + i / U) * t.h_stride + gate));
+      from_x[g].v[i] = load(in_row<A>(t.from_x, (first + i / U) * t.x_stride + gate));
+      from_h[g].v[i] = load(in_row<A>(t.from_h, (first + i / U) * t.h_stride + gate));
     });
-    if (Cell::kDirect) h_prev.v[i] = load(row_of(row.h_prev, at), left(i));
-    if (Cell::kHasCell && row.c_prev) c.v[i] = load(row_of(row.c_prev, at), left(i));
+    if (Cell::kDirect) h_prev.v[i] = load(in_row<E>(row.h_prev, at), left(i));
+    if (Cell::kHasCell && row.c_prev) c.v[i] = load(in_row<A>(row.c_prev, at), left(i));
   });
   Cell::template forward<Math>(from_x, from_h, h_prev, c, h, saved);
   unrolled<N>([&](auto i) __attribute__((always_inline)) {
     const ForwardRow& row = t.rows[first + i / U];
     const int64_t at = t.first_unit + i % U * lanes;
-    if (row.h) store(to_row(row.h, at), h.v[i]);
-    if (Cell::kHasCell && row.c) store(to_row(row.c, at), c.v[i]);
-    if (Cell::kHasCell && row.c_copy) store(to_row(row.c_copy, at), c.v[i], left(i));
+    if (row.h) store_state<S>(in_row<E>(row.h, at), h.v[i], left(i));
+    if (Cell::kHasCell && row.c) store(in_row<A>(row.c, at), c.v[i]);
+    if (Cell::kHasCell && row.c_copy) store(in_row<A>(row.c_copy, at), c.v[i], left(i));
     if (row.saved)
       unrolled<Cell::kSaved>([&](auto k) __attribute__((always_inline)) {
-        store(to_row(row.saved, k * t.H + at), saved[k].v[i], left(i));
+        store(in_row<S>(row.saved, k * t.H + at), saved[k].v[i], left(i));
       });
   });
 }
 
-template <class Cell, class A>
-void cell_forward(const CellFunctions&, const ForwardTile& t) {
-  constexpr int lanes = kLanes<A>;
+template <class Cell, class S, class E>
+void cell_forward(const ForwardTile& t) {
+  constexpr int lanes = kLanes<Compute<S>>;
   const auto all_rows = [&]<int U>() __attribute__((always_inline)) {
     constexpr int kRows = U == 1 ? 3 : U == 2 ? 2 : 1;  // side by side
     int i = 0;
     if (t.units >= U * lanes) {
       for (; i + kRows <= t.count; i += kRows)
-        forward_rows<Cell, A, kRows, U, true>(t, i, kUnitVectors<Cell>);
+        forward_rows<Cell, S, E, kRows, U, true>(t, i, kUnitVectors<Cell>);
       if (kRows > 2 && i + 2 == t.count)
-        forward_rows<Cell, A, 2, U, true>(t, i, kUnitVectors<Cell>), i += 2;
+        forward_rows<Cell, S, E, 2, U, true>(t, i, kUnitVectors<Cell>), i += 2;
       if (kRows > 1 && i + 1 == t.count)
-        forward_rows<Cell, A, 1, U, true>(t, i, kUnitVectors<Cell>), i += 1;
+        forward_rows<Cell, S, E, 1, U, true>(t, i, kUnitVectors<Cell>), i += 1;
     }
-    for (; i < t.count; ++i) forward_rows<Cell, A, 1, U, false>(t, i, kUnitVectors<Cell>);
+    for (; i < t.count; ++i) forward_rows<Cell, S, E, 1, U, false>(t, i, kUnitVectors<Cell>);
   };
   if constexpr (kUnitVectors<Cell> == 1)
     all_rows.template operator()<1>();
@@ -68,16 +79,15 @@ void cell_forward(const CellFunctions&, const ForwardTile& t) {
 }
 
 // Two vectors of units of a row at a time.
-template <class Cell, class A>
-void cell_backward(const CellFunctions&, const BackwardTile& t) {
+template <class Cell, class S, class E>
+void cell_backward(const BackwardTile& t) {
+  using A = Compute<S>;
   using V = Vec<A>;
   constexpr int lanes = kLanes<A>, D = Cell::kGradBlocks, N = 2;
-  const auto row_of = [](const void* p, int64_t at) { return static_cast<const A*>(p) + at; };
-  const auto to_row = [](void* p, int64_t at) { return static_cast<A*>(p) + at; };
   for (int r = 0; r < t.count; ++r) {
     const BackwardRow& row = t.rows[r];
     const A* from_weights = t.from_weights && row.takes_weights
-                                ? row_of(t.from_weights, r * t.weights_stride)
+                                ? in_row<A>(t.from_weights, r * t.weights_stride)
                                 : nullptr;
     for (int64_t first = 0; first < t.units; first += N * lanes) {
       Wide<V, N> saved[Cell::kSaved + 1] = {}, d_gates[D], h{}, h_prev{}, c{}, c_prev{}, d_h{},
@@ -87,19 +97,19 @@ void cell_backward(const CellFunctions&, const BackwardTile& t) {
         const int64_t left = t.units - in_tile;
         if (i > 0 && left <= 0) return;
         unrolled<Cell::kSaved>([&](auto k) __attribute__((always_inline)) {
-          saved[k].v[i] = load(row_of(row.saved, k * t.H + unit), left);
+          saved[k].v[i] = load(in_row<S>(row.saved, k * t.H + unit), left);
         });
-        if (Cell::kReadsH) h.v[i] = load(row_of(row.h, unit), left);
-        if (Cell::kDirect) h_prev.v[i] = load(row_of(row.h_prev, unit), left);
+        if (Cell::kReadsH) h.v[i] = load(in_row<S>(row.h, unit), left);
+        if (Cell::kDirect) h_prev.v[i] = load(in_row<S>(row.h_prev, unit), left);
         if (Cell::kHasCell) {
-          c.v[i] = load(row_of(row.c, unit), left);
-          c_prev.v[i] = load(row_of(row.c_prev, unit), left);
-          d_c.v[i] = load(to_row(row.d_c, unit));
-          if (row.grad_c) d_c.v[i] += load(row_of(row.grad_c, unit), left);
+          c.v[i] = load(in_row<A>(row.c, unit), left);
+          c_prev.v[i] = load(in_row<A>(row.c_prev, unit), left);
+          d_c.v[i] = load(in_row<A>(row.d_c, unit));
+          if (row.grad_c) d_c.v[i] += load(in_row<A>(row.grad_c, unit), left);
         }
-        if (row.grad_y) d_h.v[i] += load(row_of(row.grad_y, unit), left);
+        if (row.grad_y) d_h.v[i] += load(in_row<S>(row.grad_y, unit), left);
         if (from_weights) d_h.v[i] += load(from_weights + in_tile);
-        if (row.d_h_rest) d_h.v[i] += load(row_of(row.d_h_rest, unit));
+        if (row.d_h_rest) d_h.v[i] += load(in_row<A>(row.d_h_rest, unit));
       });
       Cell::template backward<Math>(saved, h, h_prev, c, c_prev, d_h, d_c, d_h_direct, d_gates);
       Wide<V, N> output;
@@ -109,12 +119,12 @@ void cell_backward(const CellFunctions&, const BackwardTile& t) {
         const int64_t in_tile = first + i * lanes, unit = t.first_unit + in_tile;
         const int64_t left = t.units - in_tile;
         if (i > 0 && left <= 0) return;
-        if (Cell::kHasCell && row.output) store(to_row(row.output, unit), output.v[i], left);
+        if (Cell::kHasCell && row.output) store(in_row<S>(row.output, unit), output.v[i], left);
         unrolled<D>([&](auto k) __attribute__((always_inline)) {
-          store(to_row(row.d_gates, k * t.H + unit), d_gates[k].v[i], left);
+          store(in_row<E>(row.d_gates, k * t.H + unit), d_gates[k].v[i], left);
         });
-        if (Cell::kHasCell) store(to_row(row.d_c, unit), row.cut ? V{} : d_c.v[i]);
-        if (Cell::kDirect) store(to_row(row.d_h_direct, unit), row.cut ? V{} : d_h_direct.v[i]);
+        if (Cell::kHasCell) store(in_row<A>(row.d_c, unit), row.cut ? V{} : d_c.v[i]);
+        if (Cell::kDirect) store(in_row<A>(row.d_h_direct, unit), row.cut ? V{} : d_h_direct.v[i]);
       });
     }
   }

@@ -85,6 +85,18 @@ RNNFAST_INLINE void store(S* p, Vec<float> v, int64_t n)
   n >= kLanes<float> ? store_bits(p, bits) : store_first(p, bits, n);
 }
 
+// A state, which the next step sees as it is given out: rounded to S. May store a whole vector
+// where E is A.
+template <class S, class E>
+RNNFAST_INLINE void store_state(E* p, Vec<Compute<S>> v, int64_t n) {
+  if constexpr (!kIsHalf<E> && !kIsHalf<S>)
+    store(p, v);
+  else if constexpr (!kIsHalf<E>)
+    store(p, decode<S>(encode<S>(v)));
+  else
+    store(p, v, n);
+}
+
 // The kernels on rows of n elements (see MicroKernels). From and To are S, A or E.
 template <class To, class From>
 void convert_row(void* to, const void* from, int64_t n) {

@@ -3,7 +3,6 @@
 
 #include "cpu/kernels/cell_tile.h"
 #include "cpu/kernels/dots.h"
-#include "cpu/kernels/stage.h"
 #include "cpu/tuning.h"
 
 namespace rnnfast::cpu::RNNFAST_TARGET {
@@ -34,6 +33,18 @@ constexpr WeightFormat dense_format() {
 template <class Op, class S>
 inline constexpr WeightFormat kDenseFormat = dense_format<Op, S>();
 
+template <class C>
+constexpr Cell cell_numbers() {
+  Cell cell{.gates = C::kGates,
+            .saved = C::kSaved,
+            .grad_blocks = C::kGradBlocks,
+            .has_c = C::kHasCell,
+            .direct = C::kDirect,
+            .reads_h = C::kReadsH,
+            .input_gate = {}};
+  for (int j = 0; j < C::kGates; ++j) cell.input_gate[j] = C::input_gate(j);
+  return cell;
+}
 // Op reads E, its Element.
 template <class S, class Op>
 constexpr MicroKernels make_kernels(Dtype dtype) {
@@ -54,28 +65,11 @@ constexpr MicroKernels make_kernels(Dtype dtype) {
   k.pack_bias = pack_bias<S>;
   k.gather_tokens = gather_tokens<S>, k.gather_gates = gather_gates<A>;
   k.dots = dots<S, E>, k.outer_few = outer_few<S, E>;
-  if constexpr (kIsHalf<S>) {
-    k.stage_forward = rnnfast::cpu::RNNFAST_TARGET::stage_forward<S, E>;
-    k.stage_backward = rnnfast::cpu::RNNFAST_TARGET::stage_backward<S, E>;
-  }
+#define RNNFAST_CELL(C) \
+  k.cells[int(CellKind::k##C)] = {cell_numbers<C>(), cell_forward<C, S, E>, cell_backward<C, S, E>};
+  RNNFAST_FOR_EACH_CELL(RNNFAST_CELL)
+#undef RNNFAST_CELL
   return k;
-}
-
-template <class C>
-constexpr Cell cell_numbers() {
-  Cell cell{.gates = C::kGates,
-            .saved = C::kSaved,
-            .grad_blocks = C::kGradBlocks,
-            .has_c = C::kHasCell,
-            .direct = C::kDirect,
-            .reads_h = C::kReadsH,
-            .input_gate = {}};
-  for (int j = 0; j < C::kGates; ++j) cell.input_gate[j] = C::input_gate(j);
-  return cell;
-}
-template <class C, class A>
-constexpr CellFunctions cell_functions() {
-  return {cell_numbers<C>(), cell_forward<C, A>, cell_backward<C, A>};
 }
 
 constexpr Target make_target() {
@@ -85,11 +79,6 @@ constexpr Target make_target() {
   target.kernels[int(Dtype::kFloat32)] = make_kernels<float, DenseOperand<float>>(Dtype::kFloat32);
   target.kernels[int(Dtype::kBFloat16)] = make_kernels<bf16, DenseOperand<float>>(Dtype::kBFloat16);
   target.kernels[int(Dtype::kFloat16)] = make_kernels<f16, DenseOperand<float>>(Dtype::kFloat16);
-#define RNNFAST_CELL(C)                                              \
-  target.cells[int(CellKind::k##C)][0] = cell_functions<C, float>(); \
-  target.cells[int(CellKind::k##C)][1] = cell_functions<C, double>();
-  RNNFAST_FOR_EACH_CELL(RNNFAST_CELL)
-#undef RNNFAST_CELL
   return target;
 }
 
