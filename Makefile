@@ -42,12 +42,15 @@ $(VENV)/build.done: $(VENV)/requirements.done setup.py pyproject.toml $(CSRC)
 
 build: $(VENV)/build.done
 
+# One process for each core; a process then takes one thread where a test does not say otherwise.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal
+
 test: build
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 # also those marked full: kernels with every combination of options, long trainings
 test-full: build
-	$(BIN)/python -m pytest -q -m ""
+	$(PYTEST) -m ""
 	$(BIN)/python -m tests.held_back
 
 # as machines with fewer instruction sets would run them

@@ -321,6 +321,7 @@ def test_functions_are_timed_in_turn(monkeypatch):
     assert all(t.rounds == 3 and 0 < t.min <= t.median < math.inf for t in timings.values())
 
 
+@pytest.mark.full
 def test_suites_run():
     command = [sys.executable, "-m", "pytest", "-q", "--benchmark-disable", "benchmarks"]
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}

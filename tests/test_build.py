@@ -144,6 +144,7 @@ def test_what_is_dispatched_to(tmp_path, macros, targets):
 BUILD_EDITABLE = "from setuptools import build_meta; build_meta.build_editable('wheels')"
 
 
+@pytest.mark.full
 def test_an_editable_install_is_a_path_that_type_checkers_follow(source_copy):
     """Not a hook, which only Python itself would run."""
     built = run_python("-c", BUILD_EDITABLE, cwd=source_copy, CXX="no-such-c++")

@@ -102,6 +102,7 @@ def test_train_then_generate(text_file, tmp_path, capsys):
     assert capsys.readouterr().out == "on the mat; “purr” ° the cat sat on the\n"
 
 
+@pytest.mark.full
 def test_train_is_repeatable(text_file, tmp_path, capsys):
     outputs = []
     for run in "ab":
@@ -155,7 +156,8 @@ LONG = [
 ]
 
 
-@pytest.mark.parametrize("times", [1, pytest.param(4, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("times", [1, 4])
 def test_a_training_that_is_killed_ends_the_same(text_file, tmp_path, times, threads):
     torch.set_num_threads(1)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -199,7 +201,7 @@ def wait_for_rows(log, rows, before, process):
     pytest.fail(f"no {rows} rows; exit code {process.poll()}")
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("name", ["SIGINT", pytest.param("SIGTERM", marks=pytest.mark.full)])
 def test_an_interrupted_training_says_how_to_go_on(text_file, tmp_path, name, capsys):
     number = getattr(signal, name)
     handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
@@ -262,7 +264,7 @@ def test_damaged_training_states_are_refused(text_file, finished, content, capsy
     path.write_bytes(whole)
 
 
-@pytest.mark.parametrize("schedule", ["one-cycle", "plateau"])
+@pytest.mark.parametrize("schedule", [pytest.param("one-cycle", marks=pytest.mark.full), "plateau"])
 def test_a_training_cut_by_time_is_extended(text_file, tmp_path, schedule, capsys):
     options = ["--schedule", schedule, "--epochs", 4, "--dropout", 0.3, "--seed", 5]
     assert train(text_file, tmp_path, *options, "--max-seconds", 1e-3) == 0
@@ -282,6 +284,7 @@ def test_a_training_cut_by_time_is_extended(text_file, tmp_path, schedule, capsy
     assert "--epochs 2: the training has read more" in refusal(arguments, capsys)
 
 
+@pytest.mark.full
 def test_a_resumed_training_finds_its_text_where_it_is_now(
     text_file, tmp_path, monkeypatch, capsys
 ):
@@ -308,6 +311,7 @@ def contents(folder):
     return {name: (folder / name).read_bytes() for name in RESULTS}
 
 
+@pytest.mark.full
 def test_results_stay_until_others_replace_them_whole(text_file, tmp_path, capsys):
     assert train(text_file, tmp_path, "--epochs", 1) == 0
     old = contents(tmp_path)

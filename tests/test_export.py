@@ -223,6 +223,7 @@ torch.save([runner(x) for x in torch.load(sys.argv[2])], sys.argv[3])
 """
 
 
+@pytest.mark.full
 @needs_compiler
 @torch.no_grad()
 def test_compiled_ahead_of_time_for_another_process(tmp_path):

@@ -24,9 +24,9 @@ from rnnfast.reference import CELLS
 
 SHAPES = [
     (60, 12, 40, 72),
+    (20, 8, 300, 700),
     (6, 3, 600, 700),
     (6, 3, 1024, 1024),
-    (20, 8, 300, 700),
     (10, 16, 512, 512),
 ]
 SEEDS = range(6)
@@ -75,7 +75,11 @@ def root_mean_squares(samples: list[list[float]]) -> list[float]:
     ]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [*SHAPES[:2], *(pytest.param(shape, marks=pytest.mark.full) for shape in SHAPES[2:])],
+    ids=str,
+)
 @pytest.mark.parametrize("cell", CELLS)
 def test_float32_errors_are_torch_nns(cell: str, shape: tuple[int, int, int, int]) -> None:
     """No larger than torch.nn's, in values and gradients, over several samples together.

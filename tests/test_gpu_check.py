@@ -28,6 +28,7 @@ def test_without_a_gpu_it_says_so(monkeypatch, capsys):
     assert "--dry-run" in shown
 
 
+@pytest.mark.full
 def test_dry_run_goes_through_all_stages(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))  # the next test and test_build.py compile
     monkeypatch.setenv("PATH", "/usr/bin:/bin")

@@ -25,6 +25,7 @@ def test_training_takes_at_most_six_tenths_of_torchs_memory() -> None:
     assert_takes(0.6, "rnnfast", (100, 64, 512))
 
 
+@pytest.mark.full
 def test_recomputing_gates_takes_at_most_three_tenths_of_torchs_memory() -> None:
     assert_takes(0.3, "rnnfast recompute", (200, 64, 512))
 

