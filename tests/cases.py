@@ -54,6 +54,7 @@ SHAPES = (
 """T, B, I, H: edges of the kernels."""
 LARGE = (4, 70, 170, 170)  # all products large enough for AMX, in any type
 MANY_BLOCKS = (330, 40, 2, 3)  # more rows than any device takes in one block of steps
+BLOCKS_OF_A_STEP = (2, 520, 2, 70)  # so many rows that the backward takes each step as a block
 SPLIT_SHAPES = {
     (12, 1, 500, 520): "units",  # one thread multiplies x with whole rows of W_ih
     (1, 24, 200, 520): "units",  # weights packed panel by panel
@@ -61,6 +62,8 @@ SPLIT_SHAPES = {
     (4, 2, 3, 5): "none",
 }
 """What two threads do with them: between them every way there is."""
+GRID_SHAPE = (3, 24, 20, 520)
+"""Four or six threads divide its rows and its units, both."""
 OVERLAP_SHAPES = {"one row": (40, 1, 64, 64), "rows": (33, 3, 7, 48), "large": (6, 1, 256, 256)}
 """Of layers that may run side by side."""
 

@@ -10,7 +10,18 @@ from itertools import combinations, product
 from typing import NamedTuple
 
 import torch
-from cases import DTYPES, GRADS, LARGE, LAYOUTS, MANY_BLOCKS, SHAPES, SPLIT_SHAPES, Case
+from cases import (
+    BLOCKS_OF_A_STEP,
+    DTYPES,
+    GRADS,
+    GRID_SHAPE,
+    LARGE,
+    LAYOUTS,
+    MANY_BLOCKS,
+    SHAPES,
+    SPLIT_SHAPES,
+    Case,
+)
 from covering import Row, covering
 
 from rnnfast.reference import CELLS
@@ -122,7 +133,7 @@ EDGES = [
 """Every edge with every cell in every type, and in pairs with every option."""
 
 # the same of calls that take long
-AT_LARGE = {"shape": (LARGE, MANY_BLOCKS)} | OPTIONS
+AT_LARGE = {"shape": (LARGE, MANY_BLOCKS, BLOCKS_OF_A_STEP)} | OPTIONS
 LONG = [run_of(row) for row in covering(AT_LARGE, [("shape", "cell", "dtype")], allowed)]
 REMEMBERING = [
     run_of({"shape": (300, 4, 3, 10), "cell": cell, "dtype": dtype, "gates": "remembering"} | more)
@@ -142,6 +153,13 @@ SPLIT = [
     )
 ]
 """What several threads share in every way there is."""
+GRID = [
+    run_of(row)
+    for row in covering(
+        {"shape": (GRID_SHAPE,)} | OPTIONS, [("cell", "lengths"), ("cell", "dtype")], allowed
+    )
+]
+"""What threads share by rows and units, both."""
 
 
 def seed_of_the_day() -> int:

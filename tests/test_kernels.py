@@ -35,6 +35,7 @@ from cases import (
 from runs import (
     COVERING,
     EDGES,
+    GRID,
     LONG,
     REMEMBERING,
     SPLIT,
@@ -178,10 +179,13 @@ def test_what_instruction_sets_share(cell: str, dtype: torch.dtype) -> None:
                 assert_same_bits(results_of(run, inputs, grads), expected, f"on {name}", run)
 
 
-@pytest.mark.parametrize("run", SPLIT, ids=str)
 @pytest.mark.parametrize(
-    "counts",
-    [(2, 2, 3, 7), pytest.param((1, 16, 40), marks=pytest.mark.full)],  # more than cores, too
+    ("run", "counts"),
+    [
+        *((run, (2, 2, 3, 7)) for run in SPLIT),  # more than cores, too
+        *((run, (4, 6)) for run in GRID),
+        *(pytest.param(run, (1, 16, 40), marks=pytest.mark.full) for run in SPLIT + GRID),
+    ],
     ids=str,
 )
 @together

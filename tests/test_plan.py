@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from cases import LARGE, OVERLAP_SHAPES, SPLIT_SHAPES
+from cases import GRID_SHAPE, LARGE, OVERLAP_SHAPES, SPLIT_SHAPES
 
 from rnnfast import backend
 from rnnfast.reference import CELLS
@@ -35,6 +35,17 @@ def test_planned_split(cell: str, shape: tuple[int, ...]) -> None:
     for backward in (False, True):
         plan = backend.EXTENSION.plan(cell, *shape, "float32", 2, backward)
         assert plan["split"] == SPLIT_SHAPES[shape]
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_planned_grid(cell: str) -> None:
+    """The shape of test_kernels.py that threads divide by rows and units."""
+    plans = [
+        backend.EXTENSION.plan(cell, *GRID_SHAPE, "float32", threads, backward)
+        for threads in (4, 6)
+        for backward in (False, True)
+    ]
+    assert any(plan["row_shares"] > 1 and plan["unit_shares"] > 1 for plan in plans)
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
