@@ -200,13 +200,13 @@ def run_tests(folder: Path, number: int, tests: list[str], limit: float) -> tupl
         log.seek(0)
         output = log.read()
     seconds = time.monotonic() - begin
-    started = re.findall(r"^(\S+\.py::.*?)(?: (?:PASSED|FAILED|ERROR|SKIPPED)\b.*)?$", output, re.M)
+    started = re.findall(r"^(\S+\.py::.*?)(?: (?:PASSED|FAILED|SKIPPED|Fatal)\b.*)?$", output, re.M)
     failed = re.findall(r"^(?:FAILED|ERROR) (\S+\.py::.*?)(?: - .*)?$", output, re.M)
     if failed:
         return failed[0], seconds
     if code == 0:
         return "nothing", seconds
-    last = started[-1] if started else output[-300:]
+    last = started[-1].strip() if started else output[-300:]
     return f"{'hung in' if code is None else f'exit {code} in'} {last}", seconds
 
 
