@@ -38,35 +38,40 @@ RNNFAST_INLINE void dot_rows(const S* w, int64_t pitch, int rows, int64_t begin,
   }
 }
 
+// R rows of lhs against up to a vector of rows of w. Out of line, so that the loop has all
+// registers for addresses.
+template <int R, class S, class E>
+__attribute__((noinline)) void dots_of_vector(const S* w, int64_t K, int rows,
+                                              const void* const* lhs, const Compute<S>* bias,
+                                              Compute<S>* out, int64_t stride) {
+  using A = Compute<S>;
+  // Lanes have chains of their own, which are cut where those of a tile are.
+  constexpr int64_t kPart = kChain * kLanes<A>;
+  for (int64_t k = 0; k == 0 || k < K; k += kPart) {
+    Vec<A> sum[R][kLanes<A>] = {};
+    dot_rows<R, S, E>(w, K, rows, k, smaller(K, k + kPart), lhs, sum);
+    for (int r = 0; r < R; ++r) {
+      A* to = out + r * stride;
+      store(to, lane_sums<A>(sum[r]) + load(k == 0 ? bias : to));
+    }
+  }
+}
+
 template <class S, class E>
 void dots(const GateShape& shape, int rows, int64_t K, const void* const* lhs, const void* w,
           int64_t panel, const void* bias, void* out, int64_t stride) {
   using A = Compute<S>;
   constexpr int lanes = kLanes<A>;
-  // Lanes have chains of their own, which are cut where those of a tile are.
-  constexpr int64_t kPart = kChain * lanes;
   const GateColumns columns{shape, panel, lanes};
   const int vectors = columns.vectors();
-  const auto of_rows = [&]<int R>() {
-    for (int j = 0; j < vectors; ++j) {
-      const int units = int(smaller(lanes, columns.units(j)));
-      const S* from = static_cast<const S*>(w) + columns.row(j) * K;
-      for (int64_t k = 0; k == 0 || k < K; k += kPart) {
-        Vec<A> sum[R][lanes] = {};
-        dot_rows<R, S, E>(from, K, units, k, smaller(K, k + kPart), lhs, sum);
-        for (int r = 0; r < R; ++r) {
-          A* to = static_cast<A*>(out) + r * stride + j * lanes;
-          store(to,
-                lane_sums<A>(sum[r]) + load(k == 0 ? static_cast<const A*>(bias) + j * lanes : to));
-        }
-      }
-    }
-  };
-  if constexpr (kDotRows > 1) {
-    if (rows == 3) return of_rows.template operator()<3>();
-    if (rows == 2) return of_rows.template operator()<2>();
-  }
-  of_rows.template operator()<1>();
+  constexpr int kTwo = kDotRows == 1 ? 1 : 2;
+  const auto of_vector = rows == 1   ? dots_of_vector<1, S, E>
+                         : rows == 2 ? dots_of_vector<kTwo, S, E>
+                                     : dots_of_vector<kDotRows, S, E>;
+  for (int j = 0; j < vectors; ++j)
+    of_vector(static_cast<const S*>(w) + columns.row(j) * K, K,
+              int(smaller(lanes, columns.units(j))), lhs, static_cast<const A*>(bias) + j * lanes,
+              static_cast<A*>(out) + j * lanes, stride);
 }
 
 template <class S, class E>
