@@ -94,7 +94,7 @@ FAULTS = [
           "begin == 0 ? static_cast<const A*>(bias)", "begin == 0", "true",
           "sums of more than one chain"),
     Fault("chain cut one element short", DOTS,
-          "smaller(K, k + kChain)", "k + kChain", "k + kChain - 1",
+          "smaller(K, k + kPart)", "k + kPart", "k + kPart - 1",
           "weights that are not packed, sums of more than one chain"),
     Fault("c of a narrow last panel not saved", CELL_TILE,
           "if (Cell::kHasCell && row.c_copy)", "row.c_copy",
