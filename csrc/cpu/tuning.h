@@ -18,7 +18,7 @@ inline constexpr int64_t kSpinNanoseconds = 50'000;
 // on a machine that is not. One thread alone takes less time than two that lose half of it. Calls
 // of so much time, at least, are looked at together, and one in a millisecond at most.
 inline constexpr double kTooMuchLost = 0.3;
-inline constexpr double kLookSeconds = 0.04;
+inline constexpr double kLookSeconds = 0.15;
 inline constexpr int64_t kSampleNanoseconds = 1'000'000;
 // So long fewer threads work before one more is tried. The time doubles with every try in vain.
 inline constexpr double kMinHoldSeconds = 0.1, kMaxHoldSeconds = 1.6;
