@@ -1,8 +1,9 @@
-// What planning needs to know of this machine, measured once.
+// What planning needs to know of this machine, as measured.
 #include <algorithm>
 #include <array>
 #include <atomic>
 #include <bit>
+#include <cmath>
 #include <limits>
 #include <mutex>
 #include <vector>
@@ -42,20 +43,28 @@ double wait_together(int threads) {
   return complete ? fastest : 0;
 }
 
-// For so many threads, in cycles.
-double measured_barrier(int threads) {
+// What a barrier of one number of threads takes, as last measured.
+struct Measured {
+  std::atomic<double> cycles{0};  // 0: not measured
+  std::atomic<int64_t> due{0};  // when it is measured again
+};
+
+// For so many threads, in cycles: a power of two.
+double measured_barrier(int threads, int64_t now) {
   constexpr size_t kMaxThreads = 1 << (BarrierCycles::kSizes - 1);
-  static std::array<std::atomic<double>, kMaxThreads + 1> kept{};  // 0: not measured
+  static std::array<Measured, kMaxThreads + 1> kept;
   static std::mutex one_at_a_time;
-  std::atomic<double>& cycles = kept[std::min(size_t(threads), kMaxThreads)];
-  if (cycles.load(std::memory_order_relaxed) > 0) return cycles;
-  const double typical = BarrierCycles::typical()(threads);
+  Measured& last = kept[std::min(size_t(threads), kMaxThreads)];
+  if (now < last.due.load(std::memory_order_acquire)) return last.cycles;
   const std::lock_guard lock(one_at_a_time);
-  if (cycles > 0) return cycles;
+  if (now < last.due) return last.cycles;
   const double nanoseconds = wait_together(threads);
-  if (nanoseconds == 0) return typical;
-  cycles = is_shared(nanoseconds, threads) ? typical : nanoseconds * kCyclesPerNanosecond;
-  return cycles;
+  double cycles = nanoseconds * kCyclesPerNanosecond;
+  if (nanoseconds == 0 || is_shared(nanoseconds, threads))
+    cycles = last.cycles > 0 ? double(last.cycles) : BarrierCycles::typical()(threads);
+  last.cycles = std::exp2(std::round(std::log2(cycles)));
+  last.due.store(nanoseconds_now() + kBarrierKeptNanoseconds, std::memory_order_release);
+  return last.cycles;
 }
 
 // to read one line of so many bytes of memory, over and over, in nanoseconds
@@ -79,9 +88,10 @@ double read_line(int64_t bytes) {
 
 BarrierCycles measured_barriers(int threads) {
   BarrierCycles all;
+  const int64_t now = threads > 1 ? nanoseconds_now() : 0;
   double last = 0;
   for (int k = 0; k < BarrierCycles::kSizes; ++k) {
-    if (k > 0 && 1 << (k - 1) < threads) last = measured_barrier(std::min(1 << k, threads));
+    if (k > 0 && 1 << (k - 1) < threads) last = measured_barrier(std::min(1 << k, threads), now);
     all.of_doublings[size_t(k)] = last;
   }
   return all;

@@ -36,6 +36,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <cmath>
 #include <numeric>
 
 namespace rnnfast::cpu {
@@ -141,6 +142,12 @@ BarrierCycles BarrierCycles::typical() {
 double BarrierCycles::operator()(int threads) const {
   const int k = std::bit_width(unsigned(threads - 1));
   return of_doublings[size_t(std::min(k, kSizes - 1))];
+}
+
+int64_t BarrierCycles::key() const {
+  int64_t key = 0;
+  for (const double cycles : of_doublings) key = key << 5 | (cycles > 0 ? std::ilogb(cycles) : 0);
+  return key;
 }
 
 Plan plan_forward(const Sizes& size, const StepShape& step, bool pack, const Machine& machine,

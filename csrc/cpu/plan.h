@@ -22,6 +22,8 @@ struct BarrierCycles {
   // What is typical where nothing has been measured.
   static BarrierCycles typical();
   double operator()(int threads) const;
+  // A number that tells costs apart which are powers of two, as measured ones are, or 0.
+  int64_t key() const;
 };
 
 struct Machine {
@@ -37,8 +39,9 @@ struct Machine {
   }
 };
 
-// What barriers take on this machine in teams of up to so many threads. Each size is measured once,
-// in some microseconds, and kept.
+// What barriers take on this machine in teams of up to so many threads, to the nearest power of
+// two: a plan changes only where the cost does. Each size is measured in some microseconds, and
+// again after kBarrierKeptNanoseconds.
 BarrierCycles measured_barriers(int threads);
 // What a line from L3 takes one thread. Measured once, in a millisecond or two.
 double measured_l3_line(int64_t l2_bytes);

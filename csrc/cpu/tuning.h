@@ -36,6 +36,9 @@ inline constexpr int64_t kLineBytes = 64;  // of a line of cache
 inline constexpr double kTypicalBarrier = 300;
 inline constexpr double kBarrierPerDoubling = 300;
 inline constexpr double kSharedCoreNanoseconds = 2000;
+// A virtual machine's cores may move: near ones become far ones, and a small layer with a barrier
+// in each step then takes less time on one thread. To measure again takes some microseconds.
+inline constexpr int64_t kBarrierKeptNanoseconds = 500'000'000;
 
 // To load a line that lies beyond L2: 3 on Zen 4, 7 on a Xeon with many cores.
 inline constexpr double kTypicalL3Line = 2.9;

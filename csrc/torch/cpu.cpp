@@ -33,14 +33,17 @@ Ragged arrange(const LayerInputs& in, const cpu::Plan& plan, cpu::Arrangement& m
 class Planner {
  public:
   Planner(const CellInfo& cell, const LayerInputs& in)
-      : engine(cpu::engine()), kind{cell.kind, dtype_of(in.h0)}, machine(this_machine()) {}
+      : engine(cpu::engine()),
+        kind{cell.kind, dtype_of(in.h0)},
+        machine(this_machine()),
+        barriers(machine.barrier_cycles.key()) {}
 
   struct Planned {
     cpu::Plan plan;
     size_t workspace;  // bytes
   };
   Planned forward(const ForwardArgs& args, int threads, int64_t max_steps) const {
-    thread_local cpu::Cache<Planned, 10> cache;
+    thread_local cpu::Cache<Planned, 11> cache;
     const int64_t options = (args.tokens ? 1 : 0) + (args.w_hr ? 2 : 0) + (args.reset ? 4 : 0);
     return cache.get(key(args, threads, max_steps, options), [&]() -> Planned {
       const cpu::Plan plan = engine.plan_forward(kind, args.size, machine.with(threads), max_steps);
@@ -48,7 +51,7 @@ class Planner {
     });
   }
   Planned backward(const BackwardArgs& args, int threads) const {
-    thread_local cpu::Cache<Planned, 10> cache;
+    thread_local cpu::Cache<Planned, 11> cache;
     const int64_t options = (args.tokens ? 1 : 0) + (args.w_hr ? 2 : 0) + (args.reset ? 4 : 0) +
                             (args.gates ? 8 : 0) + (args.grad_x ? 16 : 0) +
                             (args.grad_w_hr ? 32 : 0);
@@ -62,10 +65,10 @@ class Planner {
   int side_by_side(size_t layers, const Sizes& size, bool backward, bool stacked) const {
     const int max_count = std::min(int(layers), machine.threads);
     if (max_count == 1) return 1;
-    thread_local cpu::Cache<int, 10> cache;
+    thread_local cpu::Cache<int, 11> cache;
     const auto [T, B, I, H] = size;
     return cache.get({engine_number(), kind_number(), T, B, I, H, machine.threads, int64_t(layers),
-                      backward, stacked},
+                      backward, stacked, barriers},
                      [&] {
                        std::vector<double> cycles;
                        for (int n = 1; n <= max_count; ++n) {
@@ -82,15 +85,17 @@ class Planner {
   const cpu::Engine& engine;
   const cpu::LayerKind kind;
   const cpu::Machine machine;
+  const int64_t barriers;  // identifies the costs in `machine`
 
  private:
   int64_t engine_number() const { return int64_t(reinterpret_cast<uintptr_t>(&engine)); }
   int64_t kind_number() const { return int(kind.cell) * kDtypes + int(kind.dtype); }
   template <class Args>
-  std::array<int64_t, 10> key(const Args& args, int threads, int64_t max_steps,
+  std::array<int64_t, 11> key(const Args& args, int threads, int64_t max_steps,
                               int64_t options) const {
     const auto [T, B, I, H] = args.size;
-    return {engine_number(), kind_number(), T, B, I, H, args.h_size, threads, max_steps, options};
+    return {engine_number(), kind_number(), T,         B,       I,       H,
+            args.h_size,     threads,       max_steps, options, barriers};
   }
 };
 
