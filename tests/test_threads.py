@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,61 @@ def test_a_change_of_affinity_is_noticed() -> None:
     run(script)
 
 
+@pytest.mark.parametrize("binding", ["OMP_PROC_BIND=close", "OMP_PLACES=cores"])
+def test_bound_threads_use_all_cores(binding: str) -> None:
+    """OpenMP then binds the calling thread to a single core, and each of the others to another."""
+    script = "import rnnfast; print(rnnfast.backend.EXTENSION.usable_cores())"
+    name, value = binding.split("=")
+    assert int(run(script, **{name: value})) == len(os.sched_getaffinity(0))
+
+
+# More threads than cores: a crew of as many threads as there are cores does the work.
+CREW = """
+    import os, threading, time
+    import torch, rnnfast
+    from rnnfast.backend import EXTENSION
+
+    torch.manual_seed(0)
+    layer, x = rnnfast.LSTM(64, 512, backend="fused"), torch.randn(12, 8, 64)
+
+    def work():
+        y, _ = layer(x)
+        return [y, *torch.autograd.grad(y.square().sum(), layer.parameters())]
+
+    def tasks():
+        return len(os.listdir("/proc/self/task"))
+
+    torch.set_num_threads(1)
+    expected = work()
+    torch.set_num_threads(64)
+    EXTENSION.assume_cores(3)
+    with torch.no_grad():
+        before = tasks()
+        y, _ = layer(x)
+        assert tasks() == before + 2
+        assert torch.equal(y, expected[0])
+    for _ in range(5):
+        assert all(map(torch.equal, work(), expected))
+
+    # nothing of torch's runs in these threads, so OpenMP has no teams there
+    at_first, results = tasks(), []
+    for _ in range(3):
+        thread = threading.Thread(target=lambda: results.append(layer(x)[0]))
+        thread.start()
+        thread.join()
+    limit = time.monotonic() + 10
+    while tasks() > at_first and time.monotonic() < limit:
+        time.sleep(0.01)
+    assert all(torch.equal(y, expected[0]) for y in results)
+    print(len(results), tasks() - at_first)
+"""
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="threads are listed in /proc")
+def test_a_crew_ends_with_its_thread() -> None:
+    assert run(CREW) == "3 0\n"
+
+
 def test_threads_leave_cores_that_others_need() -> None:
     """Processes that spin on every core: a second thread would wait for its turn at every step."""
     script = """
@@ -182,15 +238,27 @@ def test_quotas_of_control_groups(
     assert rnnfast.backend.EXTENSION.quota_cores(str(tmp_path)) == cores
 
 
+@pytest.fixture
+def cores() -> Iterator[Callable[[int], None]]:
+    yield rnnfast.backend.EXTENSION.assume_cores
+    rnnfast.backend.EXTENSION.assume_cores(0)
+
+
 @pytest.mark.parametrize("nth_barrier", [1, 3, 8])
+@pytest.mark.parametrize("crew", [False, True], ids=["team", "crew"])
 @pytest.mark.parametrize("grid", [(1, 2), (2, 1), (1, 4), (2, 2), (3, 2)], ids=str)
 def test_an_error_of_any_thread_is_raised(
-    grid: tuple[int, int], nth_barrier: int, threads: None
+    grid: tuple[int, int],
+    crew: bool,
+    nth_barrier: int,
+    threads: None,
+    cores: Callable[[int], None],
 ) -> None:
     """By the call, while the other threads wait; the next call finds all as it should be."""
     extension = rnnfast.backend.EXTENSION
     count = grid[0] * grid[1]
     torch.set_num_threads(count + 1)
+    cores(count if crew else 64)
     layer, x = rnnfast.LSTM(64, 256, backend="fused"), torch.randn(5, 8, 64)
     expected = layer(x)[0]
     for thread in range(count):

@@ -1,4 +1,6 @@
 // The affinity of threads, and the quota of the process's control groups.
+#include <omp.h>
+
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -9,15 +11,10 @@
 #include <mutex>
 #include <sstream>
 #include <string>
-#include <thread>
 
 #include "cpu/cores.h"
 
 #include "cpu/tuning.h"
-
-#if defined(__linux__)
-#include <sched.h>
-#endif
 
 namespace rnnfast::cpu {
 namespace {
@@ -75,13 +72,9 @@ double quota_of(const std::string& root, const Mount& mount, std::string group) 
   }
 }
 
-int affinity_cores() {
-#if defined(__linux__)
-  cpu_set_t cores;
-  if (sched_getaffinity(0, sizeof cores, &cores) == 0) return std::max(1, CPU_COUNT(&cores));
-#endif
-  return std::max(1, int(std::thread::hardware_concurrency()));
-}
+// The affinity of the calling thread; or of the process where OpenMP binds each of its threads to a
+// core (OMP_PROC_BIND, GOMP_CPU_AFFINITY).
+int affinity_cores() { return std::max(1, omp_get_num_procs()); }
 
 std::atomic<int>& assumed() {
   static std::atomic<int> cores{[] {

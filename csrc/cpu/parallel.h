@@ -12,60 +12,14 @@
 #include <span>
 
 #include "cpu/cores.h"
-#include "cpu/tuning.h"
+#include "cpu/crew.h"
+#include "cpu/wait.h"
 
 namespace rnnfast::cpu {
 
 struct Span {
   int64_t begin, end;
   int64_t size() const { return end - begin; }
-};
-
-// What a barrier or a wait throws in a thread whose team has failed. It ends that thread's work;
-// parallel() catches it.
-struct Cancelled {};
-
-int64_t nanoseconds_now();
-
-// Threads that wait spin first, as steps are a few microseconds apart, and then park. So a thread
-// that waits for long leaves its core to others, also to the one that it waits for.
-class Barrier {
- public:
-  void wait(int threads) { meet(threads, true); }
-  // Counts this thread as one that has come. It does not wait for the others.
-  void arrive(int threads) { meet(threads, false); }
-
-  // Makes this and every later wait throw Cancelled. Only for a thread that the others wait for,
-  // and that does not come to this barrier again.
-  void cancel();
-  // Only where no thread waits.
-  void reset() {
-    arrived_.store(0, std::memory_order_relaxed);
-    round_.store(0, std::memory_order_relaxed);
-  }
-
- private:
-  static constexpr uint32_t kCancelled = 1, kRound = 2;  // in round_
-  static constexpr uint32_t kParked = uint32_t(1) << 31;  // in arrived_
-
-  void meet(int threads, bool waits) {
-    const uint32_t round = round_.load(std::memory_order_relaxed);
-    if (round & kCancelled) throw Cancelled{};
-    const uint32_t arrived = arrived_.fetch_add(1, std::memory_order_acq_rel);
-    if ((arrived & ~kParked) == uint32_t(threads - 1)) {
-      arrived_.store(0, std::memory_order_relaxed);
-      if (arrived & kParked) return end_with_parked(round);
-      round_.store(round + kRound, std::memory_order_release);
-    } else if (waits) {
-      wait_for_end(round, threads);
-    }
-  }
-  void wait_for_end(uint32_t round, int threads);
-  void end_with_parked(uint32_t round);
-
-  alignas(64) std::atomic<uint32_t> arrived_{0};
-  alignas(64) std::atomic<uint32_t> round_{0};
-  std::atomic<int64_t> woken_at_{0};  // when those that had parked could go on
 };
 
 // The barriers of one job: of all its threads, and of those that share the same rows.
@@ -82,33 +36,6 @@ class Barriers {
   Barrier all_;
   std::unique_ptr<Barrier[]> of_rows_;
   int groups_ = 0;  // 0 where the threads of the same rows are all threads
-};
-
-// How many steps of a sequence are done, for a team that reads them while others are being written.
-class Progress {
- public:
-  void reach(int64_t steps) {
-    steps_.store(steps);
-    if (parked_.load()) unpark();
-  }
-  // Throws Cancelled where they will never be reached.
-  void wait_for(int64_t steps) const {
-    if (steps_.load(std::memory_order_acquire) < steps) wait_long(steps);
-  }
-  void cancel() {
-    cancelled_.store(true);
-    unpark();
-  }
-
- private:
-  void unpark();
-  void wait_long(int64_t steps) const;
-
-  alignas(64) std::atomic<int64_t> steps_{0};
-  std::atomic<bool> cancelled_{false};
-  mutable std::atomic<uint32_t> parked_{0};  // threads
-  mutable std::atomic<uint32_t> news_{0};  // what they park on
-  std::atomic<int64_t> woken_at_{0};
 };
 
 // One thread's view of the threads of a job. They form a grid of row_shares x unit_shares for the
@@ -180,43 +107,44 @@ class LossSample {
   std::atomic<int64_t> lost_{0};
 };
 
-// Whether this thread has called its OpenMP team.
+// Whether this thread has worked with others. A process that it forks off has none of them.
 inline constinit thread_local bool has_team = false;
 
-// Runs f(index), which must not throw, in this thread's OpenMP team, which is the one that torch
-// uses, on as many of its threads as are asked for; the others return at once. Returns false, and
-// runs nothing, where the team has fewer. It is always the whole team that is called: OpenMP ends
-// and creates threads where the size changes from call to call.
+// Runs f(index), which must not throw, on so many threads: on those of this thread's OpenMP team,
+// which is the one that torch uses, while the others return at once. It is always the whole team
+// that is called: OpenMP ends and creates threads where the size changes from call to call. Where
+// the team has more threads than there are cores, a crew (cpu/crew.h) works in its place. Returns
+// false, and runs nothing, where there are fewer threads.
 template <class F>
 bool run_in_team(int threads, F&& f) {
   if (omp_get_max_threads() < threads || omp_in_parallel()) return false;
   has_team = true;
-  bool complete = true;
-  // Where there are more threads in the team than cores, the first ones to get a core do the work.
-  const bool first_come = omp_get_max_threads() > usable_cores();
-  std::atomic<int> next{1};
-  Barrier end;
   LossSample sample;
+  const auto work = [&](int index) {
+    const int64_t before = sample.begin();
+    f(index);
+    sample.end(before);
+  };
+  bool complete = true;
+  if (threads > 1 && omp_get_max_threads() > usable_cores() && omp_get_num_places() == 0) {
+    complete = Crew::of_this_thread().run(threads, work);
+  } else {
+    Barrier end;
 #pragma omp parallel
-  {
-    int index = omp_get_thread_num();
-    if (omp_get_num_threads() < threads) {
-      if (index == 0) complete = false;
-    } else {
-      if (first_come && index > 0) index = next.fetch_add(1, std::memory_order_relaxed);
-      if (index < threads) {
-        const int64_t before = sample.begin();
-        f(index);
-        sample.end(before);
+    {
+      const int index = omp_get_thread_num();
+      if (omp_get_num_threads() < threads) {
+        if (index == 0) complete = false;
+      } else if (index < threads) {
+        work(index);
+        // OpenMP's own wait for the end spins for milliseconds. This one leaves the core to a
+        // thread that has lost its own.
+        if (index == 0 && threads > 1) end.wait(threads);
+        if (index > 0) end.arrive(threads);
       }
-      // OpenMP's own wait for the end spins for milliseconds. This one leaves the core to a thread
-      // that has lost its own.
-      if (index == 0 && threads > 1) end.wait(threads);
-      if (index > 0 && index < threads) end.arrive(threads);
     }
   }
-  // In a team of more threads than cores it is their own idle threads that take the time.
-  if (!first_come) sample.note(threads);
+  sample.note(threads);
   return complete;
 }
 

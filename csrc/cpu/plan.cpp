@@ -36,7 +36,6 @@
 
 #include <algorithm>
 #include <bit>
-#include <cmath>
 #include <numeric>
 
 namespace rnnfast::cpu {
@@ -146,7 +145,8 @@ double BarrierCycles::operator()(int threads) const {
 
 int64_t BarrierCycles::key() const {
   int64_t key = 0;
-  for (const double cycles : of_doublings) key = key << 5 | (cycles > 0 ? std::ilogb(cycles) : 0);
+  for (const double cycles : of_doublings)  // the low bits of the exponents
+    key = key << 5 | int64_t(std::bit_cast<uint64_t>(cycles) >> 52 & 31);
   return key;
 }
 

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "cpu/cores.h"
+#include "cpu/crew.h"
 #include "cpu/parallel.h"
 #include "cpu/plan.h"
 
@@ -36,6 +37,7 @@ int count_threads() {
 void prepare_fork() { several_threads_before_fork = count_threads() > 1; }
 
 void continue_child() {
+  cpu::Crew::forget();
   if (!several_threads_before_fork) return;
   team_is_lost = true;
   should_warn = at::get_num_threads() > 1;
