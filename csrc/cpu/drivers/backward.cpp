@@ -1,5 +1,7 @@
 #include "cpu/drivers/backward.h"
 
+#include "cpu/drivers/formats.h"
+
 namespace rnnfast::cpu {
 
 Backward::Backward(const Context& context, const BackwardArgs& args, const Plan& plan, Arena& arena)
@@ -45,19 +47,9 @@ Backward::Backward(const Context& context, const BackwardArgs& args, const Plan&
 StepShape Backward::step_shape(const Context& context, const Sizes& size, bool split_precision) {
   const WeightFormat& format = context.format(split_precision);
   const Columns columns(context, format, size.H);
-  const int64_t depth = context.cell.gates * size.H;
-  return {.rows = size.B,
-          .panels = columns.count(),
-          .depth = ceil_div(depth, format.word),
-          .vectors = kMaxTileVectors,
-          .tile_rows = format.tile_rows[kMaxTileVectors - 1],
-          .min_rows = format.min_rows,
-          .element_bytes = context.kernels.compute_bytes,
-          .weight_bytes = format.weight_bytes,
-          .lanes = context.kernels.lanes,
-          .row_cycles = format.row_cycles,
-          .cell_cycles = kMaxTileVectors * kCellCycles * context.cell.gates,
-          .exchange_cycles = format.exchange_cycles};
+  const int gates = context.cell.gates;
+  return cpu::step_shape(context, format, size.B, columns.count(), gates * size.H, kMaxTileVectors,
+                         kMaxTileVectors * kCellCycles * gates);
 }
 
 void Backward::run(const Team& team) {

@@ -1,5 +1,5 @@
-// Which weight formats the products of a layer take. By sizes alone, for results must not depend on
-// the number of threads.
+// Which weight formats the products of a layer take, and what planning needs to know of these. The
+// choice depends on sizes alone, because results must not depend on the number of threads.
 #pragma once
 
 #include "cpu/drivers/weights.h"
@@ -29,6 +29,24 @@ inline BackwardFormats choose_backward_formats(const Context& context, const Siz
   const bool split = context.kernels.split;
   return {split && split_pays_in_gradients(size.T * size.B, G * H, H + size.I),
           split && split_pays_in_steps(size.B, size.T - 1, G * H, H)};
+}
+
+// The product of one step: `rows` rows times `panels` panels of `vectors` vectors of columns, with
+// sums over K elements. The gate maths of a row and a panel takes `cell_cycles`.
+inline StepShape step_shape(const Context& context, const WeightFormat& format, int64_t rows,
+                            int64_t panels, int64_t K, int vectors, double cell_cycles) {
+  return {.rows = rows,
+          .panels = panels,
+          .depth = ceil_div(K, format.word),
+          .vectors = vectors,
+          .tile_rows = format.tile_rows[vectors - 1],
+          .min_rows = format.min_rows,
+          .element_bytes = context.kernels.compute_bytes,
+          .weight_bytes = format.weight_bytes,
+          .lanes = context.kernels.lanes,
+          .row_cycles = format.row_cycles,
+          .cell_cycles = cell_cycles,
+          .exchange_cycles = format.exchange_cycles};
 }
 
 }  // namespace rnnfast::cpu

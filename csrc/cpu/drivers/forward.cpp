@@ -1,5 +1,7 @@
 #include "cpu/drivers/forward.h"
 
+#include "cpu/drivers/formats.h"
+
 namespace rnnfast::cpu {
 
 Forward::Forward(const Context& context, const ForwardArgs& args, const Plan& plan, Arena& arena)
@@ -41,18 +43,8 @@ StepShape Forward::step_shape(const Context& context, const Sizes& size, bool sp
   const WeightFormat& format = context.format(split_precision);
   const GateWeights weights(context, format, context.cell.gates, size.H, size.H, Packing::kNone);
   const int vectors = weights.vectors(0);
-  return {.rows = size.B,
-          .panels = weights.count(),
-          .depth = ceil_div(size.H, format.word),
-          .vectors = vectors,
-          .tile_rows = format.tile_rows[vectors - 1],
-          .min_rows = format.min_rows,
-          .element_bytes = context.kernels.compute_bytes,
-          .weight_bytes = format.weight_bytes,
-          .lanes = context.kernels.lanes,
-          .row_cycles = format.row_cycles,
-          .cell_cycles = vectors * kCellCycles,
-          .exchange_cycles = format.exchange_cycles};
+  return cpu::step_shape(context, format, size.B, weights.count(), size.H, vectors,
+                         vectors * kCellCycles);
 }
 
 // Threads that divide the units of the same rows have h in common. All else is a thread's own.
