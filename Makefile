@@ -6,11 +6,9 @@ CUDA_BIN := .venv-cuda/bin
 CSRC := $(shell find csrc -type f -not -name '*.md')
 # make bench RESULTS=benchmarks/results/<name of the machine>
 RESULTS ?= benchmarks/results/cpu
-# what is timed as a machine without AVX-512 would run it, by rnnfast and by torch
-AVX2_CASES := 1,1,512,512 100,1,256,256 100,16,128,128 100,32,256,256 50,64,512,512
 FORMATTED := $(filter %.h %.cpp %.cu %.cuh,$(CSRC)) $(wildcard benchmarks/*.cu tests/native/*)
 
-.PHONY: help build test test-full test-held-back demo lint format bench cuda-build gpu-check clean
+.PHONY: help build test test-full test-held-back demo lint format bench report cuda-build gpu-check clean
 .DELETE_ON_ERROR:
 
 help:
@@ -20,6 +18,7 @@ help:
 	@echo "make demo        train a character LSTM on English text, and sample from it"
 	@echo "make lint        ruff, clang-format and mypy; make format applies the first two"
 	@echo "make bench       rnnfast beside its peers on this CPU -> benchmarks/results/"
+	@echo "make report      write the figures of benchmarks/results/ into the documents"
 	@echo "make cuda-build  compile and import the CUDA kernels (needs nvcc, no GPU)"
 	@echo "make gpu-check   on a GPU machine: PYTHON=<a Python with a CUDA torch>; no network;"
 	@echo "                 GPU_CHECK='--stage probe', or other options of benchmarks.gpu_check"
@@ -80,11 +79,15 @@ bench: build
 	$(BIN)/python -m benchmarks.compare --dtype bfloat16 --peers torch \
 		--json $(RESULTS)-bfloat16.json --csv $(RESULTS)-bfloat16.csv
 	RNNFAST_CPU_CAPABILITY=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 \
-		$(BIN)/python -m benchmarks.compare --no-limit --case $(AVX2_CASES) --peers torch \
+		$(BIN)/python -m benchmarks.compare --no-limit --peers torch \
 		--json $(RESULTS)-avx2.json --csv $(RESULTS)-avx2.csv
 	$(BIN)/python -m benchmarks.sequences --json benchmarks/results/sequences.json
 	$(BIN)/python -m benchmarks.systems --json benchmarks/results/systems.json
+	$(BIN)/python -m benchmarks.memory --size 100,64,512 200,64,512 --json benchmarks/results/memory.json
 	$(BIN)/python -m benchmarks.plot $(RESULTS).json --markdown --png $(RESULTS).png
+
+report: build
+	$(BIN)/python -m benchmarks.report
 
 .venv-cuda/requirements.done: .ci/requirements-cuda.txt
 	$(PYTHON) -m venv .venv-cuda

@@ -74,7 +74,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--peers", nargs="+", choices=PEERS, default=["torch"])
     add("--dtype", nargs="+", choices=DTYPES, default=["float32"])
     add("--input-grad", action="store_true", help="training also asks for the gradient of x")
-    add("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    add(
+        "--threads",
+        nargs="+",
+        type=int,
+        default=[torch.get_num_threads()],
+        help="CPU threads; several numbers give a table of how times scale",
+    )
     add("--min-time", type=float, default=1.0, help="seconds of timing for each implementation")
     add("--repeats", type=int, default=5, help="rounds of timing at least")
     add("--time-limit", type=float, default=math.inf, help="start no case after these seconds")
@@ -86,6 +92,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args.case = [parse_case(case) if isinstance(case, str) else case for case in args.case]
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device")
+    if len(args.threads) > 1 and "jax" in args.peers:
+        parser.error("--peers jax: JAX takes its number of threads once, at its start")
     return args
 
 
@@ -155,39 +163,45 @@ class Roofline:
         }
 
 
-def calibrated(args: argparse.Namespace) -> Roofline | None:
+def calibrated(args: argparse.Namespace) -> dict[int, Roofline]:
+    """The limits for each number of threads; empty if there are none."""
     if args.no_limit or args.device != "cpu":
-        return None
+        return {}
     try:
-        limits = Roofline(args.threads)
+        limits = {threads: Roofline(threads) for threads in args.threads}
     except roofline.CalibrationError as error:
         print(f"no limits: {error}", file=sys.stderr)
-        return None
-    for machine_ in (limits.one, limits.all):
-        print(roofline.format_calibration(machine_))
+        return {}
+    for roof in limits.values():
+        for machine_ in (roof.one, roof.all):
+            print(roofline.format_calibration(machine_))
     return limits
 
 
-def compare(args: argparse.Namespace, limits: Roofline | None) -> Iterator[Row]:
-    """Yields a row for each mode, cell, dtype, case and peer."""
-    torch.set_num_threads(args.threads)
+def compare(args: argparse.Namespace, limits: dict[int, Roofline]) -> Iterator[Row]:
+    """Yields a row for each mode, cell, dtype, case, number of threads and peer."""
     deadline = time.monotonic() + args.time_limit
-    for mode, cell, dtype, case in itertools.product(args.mode, args.cell, args.dtype, args.case):
+    for mode, cell, dtype, case, threads in itertools.product(
+        args.mode, args.cell, args.dtype, args.case, args.threads
+    ):
+        torch.set_num_threads(threads)
         where: Row = {"mode": mode, "cell": cell, "dtype": dtype, **case._asdict()}
+        where["threads"] = threads
         if time.monotonic() > deadline:
             yield where | {"peer": " ".join(args.peers), "not_timed": "no time was left"}
             continue
         problem = make_problem(cell, case, args.device, DTYPES[dtype], mode, args.input_grad)
         for row in compare_one(problem, args):
-            if limits and "not_timed" not in row:
-                row |= limits.of(cell, case, dtype, mode, args.input_grad)
+            if threads in limits and "not_timed" not in row:
+                row |= limits[threads].of(cell, case, dtype, mode, args.input_grad)
                 row["of_limit"] = row["limit"] / row["rnnfast_min"]
             yield where | row
 
 
 def format_row(row: Row) -> str:
     case = "{T},{B},{I},{H}".format(**row)
-    where = f"{row['mode']:9} {row['cell']:4} {row['dtype']:8} {case:>15}  {row['peer']:12}"
+    where = f"{row['mode']:9} {row['cell']:4} {row['dtype']:8} {case:>15} {row['threads']:>7}  "
+    where += f"{row['peer']:12}"
     if "not_timed" in row:
         return f"{where} {row['not_timed']}"
     times = " ".join(f"{row[key] * 1e6:11.1f}" for key in ("rnnfast_min", "peer_min"))
@@ -198,7 +212,7 @@ def format_row(row: Row) -> str:
 
 
 HEADER = (
-    f"{'mode':9} {'cell':4} {'dtype':8} {'T,B,I,H':>15}  {'peer':12} "
+    f"{'mode':9} {'cell':4} {'dtype':8} {'T,B,I,H':>15} {'threads':>7}  {'peer':12} "
     f"{'rnnfast us':>11} {'peer us':>11} {'by min':>8} {'by median':>9} {'of limit':>8}"
 )
 
@@ -211,7 +225,8 @@ def best_peers(timed: list[Row]) -> list[Row]:
     """The row of the fastest peer in full precision of each case, its peer renamed to BEST."""
     best: dict[tuple[object, ...], Row] = {}
     for row in timed:
-        case = tuple(row.get(column) for column in ("mode", "cell", "dtype", *Case._fields))
+        columns = ("mode", "cell", "dtype", "threads", *Case._fields)
+        case = tuple(row.get(column) for column in columns)
         full = not row.get("lower_precision")
         if full and (case not in best or row["ratio_min"] < best[case]["ratio_min"]):
             best[case] = row
@@ -220,7 +235,7 @@ def best_peers(timed: list[Row]) -> list[Row]:
 
 def summarize(rows: list[Row]) -> list[Row]:
     """Geometric means of the ratios, by peer, mode, dtype and cell (and all cells together)."""
-    by = ("peer", "mode", "dtype", "cell")
+    by = ("peer", "mode", "dtype", "threads", "cell")
     groups: dict[tuple[object, ...], list[Row]] = {}
     timed = [row for row in rows if "not_timed" not in row]
     timed += best_peers(timed)
@@ -245,7 +260,8 @@ def format_summary(summary: list[Row]) -> str:
     lines = ["geometric means of peer time / rnnfast time, and the least ratio by min:"]
     for s in summary:
         lines.append(
-            f"{s['mode']:9} {s['cell']:4} {s['dtype']:8} {s['cases']:>9} cases  {s['peer']:12} "
+            f"{s['mode']:9} {s['cell']:4} {s['dtype']:8} {s['threads']} threads {s['cases']:>9} "
+            f"cases  {s['peer']:12} "
             f"by min {s['ratio_min']:6.2f}  by median {s['ratio_median']:6.2f}  "
             f"least {s['least_ratio_min']:6.2f}"
         )
@@ -254,7 +270,26 @@ def format_summary(summary: list[Row]) -> str:
         lines.append(f"cases in which rnnfast reaches {GOOD_FRACTION:.0%} of the limit:")
     for s in reached:
         counts = f"{s['good_of_limit']} of {s['cases']}"
-        lines.append(f"{s['mode']:9} {s['cell']:4} {s['dtype']:8} {counts}")
+        lines.append(f"{s['mode']:9} {s['cell']:4} {s['dtype']:8} {s['threads']} threads {counts}")
+    return "\n".join(lines)
+
+
+def format_scaling(rows: list[Row]) -> str:
+    """How many times as fast more threads are than the first number of them."""
+    times: dict[tuple[object, ...], dict[object, tuple[float, float]]] = {}
+    for row in rows:
+        if "not_timed" not in row:
+            case = (row["mode"], row["cell"], row["dtype"], *(row[size] for size in Case._fields))
+            seconds = (row["rnnfast_min"], row["peer_min"])
+            times.setdefault((*case, row["peer"]), {})[row["threads"]] = seconds
+    lines = ["speed-up by threads, rnnfast / peer:"]
+    for (mode, cell, dtype, T, B, I, H, peer), by_threads in times.items():
+        first = next(iter(by_threads.values()))
+        ratios = (
+            f"{threads}: {first[0] / ours:.2f} / {first[1] / theirs:.2f}"
+            for threads, (ours, theirs) in by_threads.items()
+        )
+        lines.append(f"{mode:9} {cell:4} {dtype:8} {T},{B},{I},{H}  {peer}  " + "  ".join(ratios))
     return "\n".join(lines)
 
 
@@ -283,11 +318,14 @@ def main(argv: list[str] | None = None) -> int:
         rows.append(row)
         print(format_row(row), flush=True)
     print(format_summary(summarize(rows)))
+    if len(args.threads) > 1:
+        print(format_scaling(rows))
     if args.json:
         command = "python -m benchmarks.compare " + " ".join(argv or sys.argv[1:])
         more = {"command": command, "input_grad": args.input_grad}
         if limits:
-            more["calibration"] = [limits.one.describe(), limits.all.describe()]
+            roofs = [roof for limit in limits.values() for roof in (limit.one, limit.all)]
+            more["calibration"] = [roof.describe() for roof in roofs]
         write_json(args.json, args.device, rows, **more)
     if args.csv:
         write_csv(args.csv, rows)

@@ -6,6 +6,7 @@ three steps of forward and backward, above a process that holds the parameters, 
 """
 
 import argparse
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import torch
 
 import rnnfast
+from benchmarks import machine
 
 LAYERS: dict[str, tuple[type[torch.nn.Module], dict[str, object]]] = {
     "rnnfast": (rnnfast.LSTM, {"backend": "fused"}),
@@ -53,16 +55,25 @@ def measure(name: str, T: int, B: int, H: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--size", default="100,64,512", metavar="T,B,H")
+    parser.add_argument("--size", nargs="+", default=["100,64,512"], metavar="T,B,H")
     parser.add_argument("--only", choices=LAYERS, help="print the MiB of this one, measured here")
+    parser.add_argument("--json", type=Path, help="where to write all numbers")
     args = parser.parse_args()
-    size = tuple(map(int, args.size.split(",")))
-    if args.only:
-        print(f"{training_mib(args.only, *size):.1f}")
-        return
-    found = {name: measure(name, *size) for name in LAYERS}
-    for name, mib in found.items():
-        print(f"{name:18} {mib:8.1f} MiB  {mib / found['torch']:5.2f} of torch.nn's")
+    rows = []
+    for text in args.size:
+        size = tuple(map(int, text.split(",")))
+        if args.only:
+            print(f"{training_mib(args.only, *size):.1f}")
+            continue
+        found = {name: measure(name, *size) for name in LAYERS}
+        rows.append({"size": text, "mib": found})
+        for name, mib in found.items():
+            part = mib / found["torch"]
+            print(f"{text:12} {name:18} {mib:8.1f} MiB  {part:5.2f} of torch.nn's")
+    if args.json:
+        command = "python -m benchmarks.memory --size " + " ".join(args.size)
+        content = {"machine": machine.describe("cpu"), "command": command, "rows": rows}
+        args.json.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,10 @@ def case_of(row: Row) -> Case:
 
 
 def timed_rows(report: Row, dtype: str) -> list[Row]:
-    return [row for row in report["rows"] if "ratio_min" in row and row["dtype"] == dtype]
+    """Those with the most threads."""
+    timed = [row for row in report["rows"] if "ratio_min" in row and row["dtype"] == dtype]
+    most = max((row.get("threads", 0) for row in timed), default=0)
+    return [row for row in timed if row.get("threads", 0) == most]
 
 
 def draw_panel(axes: Axes, rows: list[Row], cases: list[Case]) -> None:

@@ -7,6 +7,7 @@ without, and torch.nn over rnnfast with ``proj_size`` a quarter of H. Numbers ar
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -136,7 +137,8 @@ def main(argv: list[str] | None = None) -> None:
                 rows.append(measure(cell, case, mode, args.min_time, args.repeats))
                 print(format_row(rows[-1]), flush=True)
     if args.json:
-        content = {"machine": machine.describe("cpu"), "rows": rows}
+        command = "python -m benchmarks.sequences " + " ".join(argv or sys.argv[1:])
+        content = {"machine": machine.describe("cpu"), "command": command, "rows": rows}
         args.json.write_text(json.dumps(content, indent=1) + "\n")
 
 

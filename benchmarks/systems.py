@@ -11,6 +11,7 @@ Numbers are compared first. Times are the least of calls timed in turn.
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -194,7 +195,8 @@ def main(argv: list[str] | None = None) -> None:
         print("  ", "  ".join(f"{each} {1e3 * value:.4g} ms" for each, value in seconds.items()))
         print("  ", "  ".join(f"{each} {value:.2f}" for each, value in ratios.items()), flush=True)
     if args.json:
-        content = {"machine": machine.describe("cpu"), "rows": rows}
+        command = "python -m benchmarks.systems " + " ".join(argv or sys.argv[1:])
+        content = {"machine": machine.describe("cpu"), "command": command, "rows": rows}
         args.json.write_text(json.dumps(content, indent=1) + "\n")
 
 

@@ -197,12 +197,28 @@ def test_bad_case(case, capsys):
 
 def test_summary_has_geometric_means():
     rows = [
-        {"peer": "p", "mode": "m", "dtype": "d", "cell": cell, "ratio_min": r, "ratio_median": r}
+        {"peer": "p", "mode": "m", "dtype": "d", "threads": 1, "cell": cell}
+        | {"ratio_min": r, "ratio_median": r}
         for cell, r in (("RNN", 2.0), ("RNN", 8.0), ("GRU", 4.0))
     ]
     means = {s["cell"]: s["ratio_min"] for s in compare.summarize(rows) if s["peer"] == "p"}
     assert means == pytest.approx({"RNN": 4.0, "GRU": 4.0, "all": 4.0})
     assert compare.summarize([{"not_timed": "why"}]) == []
+
+
+def test_scaling_with_threads(capsys):
+    argv = ["--case", "2,1,3,4", "--cell", "RNN", "--mode", "inference", "--no-limit"]
+    assert compare.main([*argv, "--min-time", "0", "--repeats", "1", "--threads", "1", "2"]) == 0
+    *_, line = capsys.readouterr().out.splitlines()
+    assert line.split()[:6] == ["inference", "RNN", "float32", "2,1,3,4", "torch", "1:"]
+    with pytest.raises(SystemExit):
+        compare.main(["--threads", "1", "2", "--peers", "jax"])
+    row = {"mode": "m", "cell": "c", "dtype": "d", "T": 1, "B": 2, "I": 3, "H": 4, "peer": "p"}
+    rows = [
+        row | {"threads": 1, "rnnfast_min": 6.0, "peer_min": 8.0},
+        row | {"threads": 3, "rnnfast_min": 2.0, "peer_min": 5.0},
+    ]
+    assert compare.format_scaling(rows).endswith("1: 1.00 / 1.00  3: 3.00 / 1.60")
 
 
 def test_best_peer_of_each_case():

@@ -1,0 +1,320 @@
+"""Writes what README.md and benchmarks/README.md say in figures: `python -m benchmarks.report`.
+
+Each figure comes from a file in benchmarks/results. A document marks where a part goes by
+`<!-- report: NAME -->` and `<!-- end -->`. `--check` changes nothing and fails where a document or
+the picture differs from what the results say.
+"""
+
+import argparse
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+from PIL import Image
+
+from .compare import best_peers, geometric_mean
+from .plot import STYLES, case_of, format_ratio, markdown, timed_rows
+from .steps import CELLS, MODES, Case
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
+PICTURE = RESULTS / "summary.png"
+MARKED = re.compile(r"(<!-- report: (?P<name>\S+) -->\n).*?(<!-- end -->)", re.S)
+
+# What is in the summary: the results file, and how the machine is called there.
+MACHINES = {
+    "zen5": "AMD EPYC (Zen 5): AVX-512",
+    "zen5-avx2": "the same, limited to AVX2",
+    "xeon": "Intel Xeon: AMX",
+}
+# Machines beside these whose cases are listed.
+MORE_MACHINES = {"zen4": "AMD EPYC (Zen 4): AVX-512", "zen4-avx2": "Zen 4, limited to AVX2"}
+DRAWN = "zen5"
+GROUPS: dict[str, Callable[[Case], bool]] = {
+    "one step": lambda case: case.T == 1,
+    "B = 1": lambda case: case.T > 1 and case.B == 1,
+    "B ≥ 16": lambda case: case.B >= 16,
+}
+Row = dict[str, Any]
+
+
+def load(name: str) -> Row:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(cells) + " |" for cells in [head, *rows]]
+    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
+
+
+def source(report: Row) -> str:
+    """Where figures come from: hardware, versions, date and command."""
+    m = report["machine"]
+    line = (
+        f"{m['cpu']}, {m['threads']} threads, {m['date'][:10]}, commit {m['commit']}, torch "
+        f"{m['torch']}, Python {m['python']}, {m['built_with']['compiler']}"
+    )
+    return f"{line}: `{report['command']}`" if "command" in report else line
+
+
+def ratios_of(rows: list[Row], peer: str) -> dict[tuple[str, str, Case], float]:
+    """The peer's time over rnnfast's, by mode, cell and case."""
+    chosen = best_peers(rows) if peer == "best" else [row for row in rows if row["peer"] == peer]
+    return {(row["mode"], row["cell"], case_of(row)): row["ratio_min"] for row in chosen}
+
+
+def group_mean(ratios: dict[tuple[str, str, Case], float], mode: str, cell: str, group: str) -> str:
+    inside = [
+        ratio
+        for (of_mode, of_cell, case), ratio in ratios.items()
+        if (of_mode, of_cell) == (mode, cell) and GROUPS[group](case)
+    ]
+    return format_ratio(geometric_mean(inside))
+
+
+def summary() -> str:
+    """Geometric means by machine, cell, mode and group: over torch.nn / over the best peer."""
+    head = ["", "", *(f"{mode}, {group}" for mode in MODES for group in GROUPS)]
+    lines = []
+    for name, title in MACHINES.items():
+        rows = timed_rows(load(name), "float32")
+        peers = ["torch"] + ["best"] * (len({row["peer"] for row in rows}) > 1)
+        ratios = [ratios_of(rows, peer) for peer in peers]
+        for cell in CELLS:
+            cells = [
+                " / ".join(group_mean(of_peer, mode, cell, group) for of_peer in ratios)
+                for mode in MODES
+                for group in GROUPS
+            ]
+            lines.append([title if cell == next(iter(CELLS)) else "", cell, *cells])
+    return table(head, lines)
+
+
+def least() -> str:
+    """The least ratios of the drawn machine, and where they come from."""
+    report = load(DRAWN)
+    rows = timed_rows(report, "float32")
+    found = []
+    for peer, words in (("torch", "torch.nn"), ("best", "the fastest peer")):
+        ratios = ratios_of(rows, peer)
+        (mode, cell, case), ratio = min(ratios.items(), key=lambda item: item[1])
+        slower = sum(r < 1 for r in ratios.values())
+        sizes = str(case).replace(",", ", ")
+        found.append(
+            f"rnnfast is slower than {words} in {slower} of {len(ratios)} cases, {format_ratio(ratio)} "
+            f"at worst ({cell} {mode}, T, B, I, H = {sizes})"
+        )
+    return f"On {MACHINES[DRAWN].split(':')[0]} {'; '.join(found)}.\nMeasured on: {source(report)}."
+
+
+def step() -> str:
+    """Time of a single call, from Python to Python."""
+    rows = timed_rows(load(DRAWN), "float32")
+    found = {
+        row["mode"]: row
+        for row in rows
+        if (row["cell"], row["peer"], case_of(row)) == ("LSTM", "torch", Case(1, 1, 64, 64))
+    }
+    seconds = [
+        f"{1e6 * found[mode][key]:.3g}" for mode in MODES for key in ("rnnfast_min", "peer_min")
+    ]
+    return (
+        "One step of an LSTM with 64 inputs and 64 units takes {} us in rnnfast and {} us in "
+        "torch.nn; with the backward, {} and {} us.".format(*seconds)
+    )
+
+
+def machine_tables() -> str:
+    """Every case of every machine of the summary."""
+    parts = []
+    for name, title in (MACHINES | MORE_MACHINES).items():
+        report = load(name)
+        parts.append(f"### {title[0].upper()}{title[1:]}\n\n{source(report)}")
+        if (picture := RESULTS / f"{name}.png").exists():
+            parts.append(f"![Time of each peer over time of rnnfast](results/{picture.name})")
+        parts.append(markdown(report, "torch", "float32"))
+        if limits := [s for s in report["summary"] if "good_of_limit" in s and s["peer"] == "best"]:
+            counts = ", ".join(
+                f"{s['good_of_limit']} of {s['cases']} in {s['mode']}"
+                for s in limits
+                if s["cell"] == "all"
+            )
+            parts.append(f"Cases that reach 85 % of the roofline: {counts}.")
+    return "\n\n".join(parts)
+
+
+def half() -> str:
+    """bfloat16 beside torch.nn in bfloat16."""
+    rows = []
+    for name, title in (MACHINES | MORE_MACHINES).items():
+        path = RESULTS / f"{name}-bfloat16.json"
+        if not path.exists():
+            continue
+        for s in json.loads(path.read_text())["summary"]:
+            if s["cell"] == "all" and s["peer"] == "torch":
+                means = [format_ratio(s[key]) for key in ("ratio_min", "least_ratio_min")]
+                rows.append([title, s["mode"], *means, f"{s['cases']}"])
+    return table(["", "mode", "geometric mean", "least", "cases"], rows)
+
+
+def sequences() -> str:
+    report = load("sequences")
+    found: dict[tuple[str, str], Row] = {}
+    for row in report["rows"]:
+        by_kind = found.setdefault((row["case"], row["mode"]), {})
+        for kind, ratio in row["ratios"].items():
+            by_kind.setdefault(kind, []).append(format_ratio(ratio))
+    head = ["T, B, I, H", "mode", "packed", "lengths", "projection (LSTM)", "reset"]
+    kinds = ("packed", "lengths", "projection", "reset")
+    lines = [
+        [case.replace(",", ", "), mode, *(", ".join(by_kind[kind]) for kind in kinds)]
+        for (case, mode), by_kind in found.items()
+    ]
+    return f"{source(report)}\n\n{table(head, lines)}"
+
+
+def systems() -> str:
+    report = load("systems")
+    lines = [
+        [row["case"], what, format_ratio(ratio)]
+        for row in report["rows"]
+        for what, ratio in row["ratios"].items()
+    ]
+    return f"{source(report)}\n\n{table(['case', 'what over what', 'ratio'], lines)}"
+
+
+def memory() -> str:
+    report = load("memory")
+    head = ["T, B, H", "rnnfast", "rnnfast, recompute=True", "torch.nn"]
+    lines = [
+        [
+            row["size"].replace(",", ", "),
+            *(
+                f"{row['mib'][name]:.0f} MiB ({row['mib'][name] / row['mib']['torch']:.2f})"
+                for name in ("rnnfast", "rnnfast recompute", "torch")
+            ),
+        ]
+        for row in report["rows"]
+    ]
+    return f"{source(report)}\n\n{table(head, lines)}"
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    "summary": summary,
+    "least": least,
+    "step": step,
+    "machines": machine_tables,
+    "bfloat16": half,
+    "sequences": sequences,
+    "systems": systems,
+    "memory": memory,
+}
+
+
+def filled(text: str) -> str:
+    """A document with every marked part as the results have it."""
+    return MARKED.sub(lambda m: f"{m[1]}{PARTS[m['name']]()}\n{m[3]}", text)
+
+
+def relative_times() -> dict[str, dict[tuple[str, str], list[float]]]:
+    """Time over torch.nn's, by implementation, mode and cell, for each group."""
+    rows = timed_rows(load(DRAWN), "float32")
+    torch_over_ours = ratios_of(rows, "torch")
+    found: dict[str, dict[tuple[str, str], list[float]]] = {}
+    for peer in ["rnnfast", *(p for p in STYLES if p not in ("torch", "torch_int8"))]:
+        peer_over_ours = dict.fromkeys(torch_over_ours, 1.0)
+        if peer != "rnnfast":
+            peer_over_ours = ratios_of(rows, peer)
+        for mode in MODES:
+            for cell in CELLS:
+                means = []
+                for inside in GROUPS.values():
+                    keys = [k for k in torch_over_ours if k[:2] == (mode, cell) and inside(k[2])]
+                    if keys and all(k in peer_over_ours for k in keys):
+                        times = [peer_over_ours[k] / torch_over_ours[k] for k in keys]
+                        means.append(geometric_mean(times))
+                if len(means) == len(GROUPS):
+                    found.setdefault(peer, {})[mode, cell] = means
+    return found
+
+
+def digest() -> str:
+    """Tells whether the picture shows the results as they are."""
+    return hashlib.sha256(repr(relative_times()).encode()).hexdigest()
+
+
+def draw() -> None:
+    times = relative_times()
+    colors = {"rnnfast": "#222222"} | {peer: style[1] for peer, style in STYLES.items()}
+    labels = {"rnnfast": "rnnfast"} | {peer: style[0] for peer, style in STYLES.items()}
+    figure, panels = plt.subplots(2, 3, figsize=(10, 5), sharey=True, layout="constrained")
+    for axes_row, mode in zip(panels, MODES, strict=True):
+        for axes, cell in zip(axes_row, CELLS, strict=True):
+            here = [peer for peer in times if (mode, cell) in times[peer]]
+            width = 0.8 / len(times)
+            for peer in here:
+                shift = (list(times).index(peer) - (len(times) - 1) / 2) * width
+                places = [group + shift for group in range(len(GROUPS))]
+                bars = axes.bar(
+                    places, times[peer][mode, cell], width, color=colors[peer], label=labels[peer]
+                )
+                if peer == "rnnfast":
+                    axes.bar_label(bars, fmt="%.2f", fontsize=8, padding=1)
+            axes.axhline(1, color="#D55E00", linewidth=1.2, label="torch.nn")
+            axes.set_xticks(range(len(GROUPS)), GROUPS)
+            axes.set_ylim(0, 1.6)
+            axes.set_title(f"{cell}, {mode}", fontsize=11, loc="left")
+            axes.tick_params(length=0)
+            for side in ("top", "right"):
+                axes.spines[side].set_visible(False)
+        axes_row[0].set_ylabel("time / time of torch.nn")
+    m = load(DRAWN)["machine"]
+    figure.suptitle(
+        f"Lower is better. float32, geometric means, {m['threads']} threads, "
+        f"{MACHINES[DRAWN]}, torch {m['torch']} (bars above 1.6 are cut)",
+        fontsize=11,
+    )
+    handles = {
+        h.get_label(): h for axes in panels.flat for h in axes.get_legend_handles_labels()[0]
+    }
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5)
+    figure.savefig(PICTURE, dpi=110, metadata={"Description": digest()})
+    plt.close(figure)
+
+
+def stale() -> list[str]:
+    """What differs from the results."""
+    found = [path.name for path in DOCUMENTS if filled(path.read_text()) != path.read_text()]
+    if not PICTURE.exists() or Image.open(PICTURE).info.get("Description") != digest():
+        found.append(PICTURE.name)
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--check", action="store_true", help="only say what is not as it should be")
+    if parser.parse_args(argv).check:
+        for name in (found := stale()):
+            print(f"{name} differs from the results: python -m benchmarks.report", file=sys.stderr)
+        return bool(found)
+    for path in DOCUMENTS:
+        path.write_text(filled(path.read_text()))
+    draw()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
