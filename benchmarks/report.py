@@ -110,8 +110,8 @@ def least() -> str:
         slower = sum(r < 1 for r in ratios.values())
         sizes = str(case).replace(",", ", ")
         found.append(
-            f"rnnfast is slower than {words} in {slower} of {len(ratios)} cases, {format_ratio(ratio)} "
-            f"at worst ({cell} {mode}, T, B, I, H = {sizes})"
+            f"rnnfast is slower than {words} in {slower} of {len(ratios)} cases, "
+            f"{format_ratio(ratio)} at worst ({cell} {mode}, T, B, I, H = {sizes})"
         )
     return f"On {MACHINES[DRAWN].split(':')[0]} {'; '.join(found)}.\nMeasured on: {source(report)}."
 
