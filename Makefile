@@ -10,7 +10,7 @@ RESULTS ?= benchmarks/results/cpu
 AVX2_CASES := 1,1,512,512 100,1,256,256 100,16,128,128 100,32,256,256 50,64,512,512
 FORMATTED := $(filter %.h %.cpp %.cu %.cuh,$(CSRC)) $(wildcard benchmarks/*.cu tests/native/*)
 
-.PHONY: help build test test-full test-held-back demo lint format bench cuda-build gpu-check clean
+.PHONY: help build test test-full test-held-back demo lint format docs bench cuda-build gpu-check clean
 .DELETE_ON_ERROR:
 
 help:
@@ -19,6 +19,7 @@ help:
 	@echo "make test-held-back  the tests once for each lesser instruction set of this machine"
 	@echo "make demo        train a character LSTM on English text, and sample from it"
 	@echo "make lint        ruff, clang-format and mypy; make format applies the first two"
+	@echo "make docs        the documentation as a site -> build/docs/index.html"
 	@echo "make bench       rnnfast beside its peers on this CPU -> benchmarks/results/"
 	@echo "make cuda-build  compile and import the CUDA kernels (needs nvcc, no GPU)"
 	@echo "make gpu-check   on a GPU machine: PYTHON=<a Python with a CUDA torch>; no network;"
@@ -70,6 +71,15 @@ format: $(VENV)/requirements.done
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(FORMATTED)
+
+$(VENV)/docs.done: .ci/requirements-docs.txt $(VENV)/requirements.done
+	$(BIN)/python -m pip install --quiet -c .ci/requirements.txt -r $<
+	touch $@
+
+# Warnings, such as links that lead nowhere, are errors.
+docs: build $(VENV)/docs.done
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -c rnnfast/docs . build/docs
+	@echo "built build/docs/index.html"
 
 bench: build
 	$(BIN)/python -m pip install --quiet -c .ci/requirements.txt -r .ci/requirements-bench.txt \
