@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import pkgutil
 import re
 import runpy
 import shlex
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from rnnfast.backend import EXTENSION
+from rnnfast.cli import parsers
 from rnnfast.cli.parsers import build_parser
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -154,10 +156,12 @@ def settings() -> set[str]:
 
 
 def check_rnnfast(arguments: list[str]) -> None:
+    code: object = 0
     try:
         build_parser().parse_args(arguments)
-    except SystemExit as end:
-        assert end.code == 0, "the command line does not take these arguments"
+    except SystemExit as end:  # of --help, too
+        code = end.code
+    assert code == 0, "the command line does not take these arguments"
 
 
 def check_make(arguments: list[str]) -> None:
@@ -303,16 +307,18 @@ def test_links_lead_somewhere(path):
             assert anchor in slugs(target), link
 
 
-def load_configuration() -> ModuleType:
-    spec = spec_from_file_location("documentation", ROOT / "rnnfast/docs/conf.py")
-    assert spec is not None and spec.loader is not None
+def load(name: str) -> ModuleType:
+    """A module of the site's configuration."""
+    spec = spec_from_file_location(name, ROOT / f"rnnfast/docs/{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
 def test_the_site_has_every_document():
-    configuration = load_configuration()
+    configuration = load("conf")
     listed = [page for pages in configuration.PAGES.values() for page in pages]
     assert len(listed) == len(set(listed))
     documents = {name_of(path).removesuffix(".md") for path in DOCUMENTS}
@@ -331,3 +337,33 @@ def test_the_site_has_every_public_module(name):
     for member in getattr(importlib.import_module(name), "__all__", ()):
         if not whole and find_spec(f"{name}.{member}") is None:
             assert re.search(rf"\b{member}$", text, re.M), member
+
+
+def test_the_site_has_every_command():
+    commands = {command.split()[0] for command in load("conf").COMMANDS}
+    assert commands == {module.name for module in pkgutil.iter_modules(parsers.__path__)}
+
+
+def test_formulas_of_docstrings_become_math():
+    lines = [
+        "Elman layers, h' = tanh or relu of (W_ih x + b_ih).",
+        "",
+        "h_t = tanh(W_ih x_t + h_{t-1}), with t from 1 to T",
+        "c' = f * c",
+        "",
+        "    P(y | x) = prod_t P(y_t | x),    y_0 = start",
+    ]
+    load("formulas").set_formulas(None, "class", "", None, None, lines)
+    assert lines == [
+        "Elman layers, h' = tanh or relu of (W_ih x + b_ih).",
+        "",
+        ".. math::",
+        "",
+        r"   h_{t} = \operatorname{tanh}(W_{ih} x_{t} + h_{t-1})\quad\text{with t from 1 to T}",
+        r"   c' = f \odot c",
+        "",
+        "    .. code-block:: text",
+        "",
+        "       P(y | x) = prod_t P(y_t | x),    y_0 = start",
+        "",
+    ]

@@ -6,8 +6,11 @@ here and in an editor. `PAGES` is the navigation.
 
 from __future__ import annotations
 
+import io
+import os
 import shutil
 import sys
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,18 +49,24 @@ PAGES = {
 }
 """The documents below the home page, README, by the heading that they stand under."""
 
+COMMANDS = [
+    *("train", "generate", "translate"),
+    *("explain lstm", "explain gradients", "explain gates"),
+    *("bench", "doctor"),
+]
+"""The commands of `rnnfast` whose help is shown."""
+
 project = "rnnfast"
 author = "the authors of rnnfast"
 html_title = "rnnfast"
 root_doc = "README"
 source_suffix = {".md": "markdown"}
-include_patterns = ["*.md", "csrc/*.md", "benchmarks/*.md", "rnnfast/**/*.md"]
+include_patterns = ["*.md", "csrc/*.md", "benchmarks/*.md", "rnnfast/*.md", "rnnfast/**/*.md"]
 exclude_patterns = [".*", "build", "dist"]  # of the folders that are searched
 extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
-    "sphinxarg.ext",
     "formulas",
 ]
 
@@ -73,13 +82,14 @@ myst_enable_extensions = ["colon_fence"]
 # others, such as arguments and names of torch, are set as code where there is nothing to link to.
 default_role = "py:obj"
 nitpicky = True
-nitpick_ignore_regex = [(r"py:.*", r"(?!rnnfast\.).*")]
+nitpick_ignore_regex = [(r"py:obj", r"(?!rnnfast\.).*"), (r"py:(?!obj).*", r".*")]
 
 autodoc_typehints = "signature"
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+napoleon_use_ivar = True
 napoleon_use_rtype = False
 
 
@@ -92,6 +102,20 @@ def add_navigation(app: Any, document: str, source: list[str]) -> None:
         source[0] += "".join(f"/{page}\n" for page in pages) + "```\n"
 
 
+def add_help(app: Any, document: str, source: list[str]) -> None:
+    """Appends what each command prints with --help to the page on the command line."""
+    if document != "rnnfast/docs/api/cli":
+        return
+    from rnnfast.cli.parsers import build_parser
+
+    os.environ["COLUMNS"] = "88"  # the width of the text
+    for command in COMMANDS:
+        printed = io.StringIO()
+        with redirect_stdout(printed), suppress(SystemExit):
+            build_parser().parse_args([*command.split(), "--help"])
+        source[0] += f"\n## rnnfast {command}\n\n```text\n{printed.getvalue()}```\n"
+
+
 def write_index(app: Any, exception: Exception | None) -> None:
     """Puts the home page where web servers and readers look for it."""
     if exception is None and app.builder.name == "html":
@@ -101,4 +125,5 @@ def write_index(app: Any, exception: Exception | None) -> None:
 def setup(app: Any) -> None:
     """Registers the functions above."""
     app.connect("source-read", add_navigation)
+    app.connect("source-read", add_help)
     app.connect("build-finished", write_index)

@@ -1,7 +1,7 @@
 """A Sphinx extension: formulas of docstrings, which are plain text there, become MathML.
 
 A paragraph of a docstring is taken for formulas if each of its lines is ``left = right``, such as
-``h_t = tanh(W_ih x_t + b_ih)``. Lines that have words other than functions stay plain text, with
+``h_t = tanh(W_ih x_t + b_ih)``. Formulas with words other than functions stay plain text, with
 their line breaks. Browsers show MathML themselves, so that the pages need no script and no network.
 """
 
@@ -15,11 +15,10 @@ _FUNCTIONS = ("tanh", "relu", "sigmoid", "log_softmax", "softmax", "max", "cell"
 _SYMBOLS = {"prod": r"\prod", "phi": r"\varphi", "xi": r"\xi", "pi": r"\pi"}
 _NAME = re.compile(r"([A-Za-z]+)(?:_(\{[^}]*\}|\w+))?")
 _REMARK = re.compile(r"^(.*?), ((?:in|with|from|where|after) .*)$")
-_EQUATION = re.compile(r"^[A-Za-z][\w', .(|){}\[\]-]*\s+= \S")
 
 
-class _UnknownWord(ValueError):
-    """A line is not a formula alone."""
+class _UnknownWordError(ValueError):
+    """A line has a word that is no function."""
 
 
 def to_latex(line: str) -> str:
@@ -31,7 +30,7 @@ def to_latex(line: str) -> str:
     match = _REMARK.match(line)
     formula, remark = match.groups() if match else (line, "")
     latex = _NAME.sub(_name, formula.rstrip(",."))
-    latex = latex.replace("...", r"\dots ").replace(" * ", r" \odot ").replace(" | ", r" \mid ")
+    latex = latex.replace("...", r"\ldots ").replace(" * ", r" \odot ").replace(" | ", r" \mid ")
     return latex + (rf"\quad\text{{{remark}}}" if remark else "")
 
 
@@ -42,10 +41,10 @@ def _name(match: re.Match[str]) -> str:
     if base in _SYMBOLS:
         base = _SYMBOLS[base]
     elif len(base) > 1:
-        raise _UnknownWord(whole)
+        raise _UnknownWordError(whole)
     if index is None:
         return base + (" " if base.startswith("\\") else "")
-    return f"{base}_{{{index.strip('{}')}}} "
+    return f"{base}_{{{index.strip('{}')}}}"
 
 
 def set_formulas(
@@ -66,15 +65,24 @@ def set_formulas(
 def _set(paragraph: list[str]) -> list[str]:
     margins = {len(line) - len(line.lstrip()) for line in paragraph}
     stripped = [line.strip() for line in paragraph]
-    if len(margins) != 1 or not all(map(_EQUATION.match, stripped)):
+    if len(margins) != 1 or not all(map(_is_equation, stripped)):
         return paragraph
     margin = " " * margins.pop()
     try:
         body = [to_latex(line) for line in stripped]
         directive = ".. math::"
-    except _UnknownWord:
+    except _UnknownWordError:
         body, directive = stripped, ".. code-block:: text"
     return [margin + directive, "", *(f"{margin}   {line}" for line in body)]
+
+
+def _is_equation(line: str) -> bool:
+    """Whether a line is ``left = right``, with a left side that is a formula."""
+    left, equals, _ = line.partition(" = ")
+    try:
+        return bool(equals and to_latex(left))
+    except _UnknownWordError:
+        return False
 
 
 def visit_inline(self: Any, node: Any) -> None:
@@ -86,7 +94,11 @@ def visit_inline(self: Any, node: Any) -> None:
 def visit_displayed(self: Any, node: Any) -> None:
     """Writes a block of formulas, one on each line."""
     lines = filter(str.strip, node.astext().splitlines())
-    self.body += ['<div class="math">', *(_to_mathml(line, as_block=True) for line in lines), "</div>"]
+    self.body += [
+        '<div class="math">',
+        *(_to_mathml(line, as_block=True) for line in lines),
+        "</div>",
+    ]
     raise import_module("docutils.nodes").SkipNode
 
 
