@@ -8,7 +8,8 @@ CSRC := $(shell find csrc -type f -not -name '*.md')
 RESULTS ?= benchmarks/results/cpu
 FORMATTED := $(filter %.h %.cpp %.cu %.cuh,$(CSRC)) $(wildcard benchmarks/*.cu tests/native/*)
 
-.PHONY: help build test test-full test-held-back demo lint format bench report cuda-build gpu-check clean
+.PHONY: help build test test-full test-held-back demo lint format docs bench report cuda-build \
+	gpu-check clean
 .DELETE_ON_ERROR:
 
 help:
@@ -17,6 +18,7 @@ help:
 	@echo "make test-held-back  the tests once for each lesser instruction set of this machine"
 	@echo "make demo        train a character LSTM on English text, and sample from it"
 	@echo "make lint        ruff, clang-format and mypy; make format applies the first two"
+	@echo "make docs        the documentation as a site -> build/docs/index.html"
 	@echo "make bench       rnnfast beside its peers on this CPU -> benchmarks/results/"
 	@echo "make report      write the figures of benchmarks/results/ into the documents"
 	@echo "make cuda-build  compile and import the CUDA kernels (needs nvcc, no GPU)"
@@ -69,6 +71,15 @@ format: $(VENV)/requirements.done
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(FORMATTED)
+
+$(VENV)/docs.done: .ci/requirements-docs.txt $(VENV)/requirements.done
+	$(BIN)/python -m pip install --quiet -c .ci/requirements.txt -r $<
+	touch $@
+
+# Warnings, such as links that lead nowhere, are errors.
+docs: build $(VENV)/docs.done
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -c rnnfast/docs . build/docs
+	@echo "built build/docs/index.html"
 
 bench: build
 	$(BIN)/python -m pip install --quiet -c .ci/requirements.txt -r .ci/requirements-bench.txt \

@@ -51,8 +51,8 @@ def one_hot(tokens: Any, vocab_size: int | Vocabulary, dtype: Any = None) -> Any
         dtype: of the result, NumPy's for an array and torch's for the others; float32 if None.
 
     Returns:
-        (*tokens.shape, V), an array for an array, else a tensor, on the same device for a tensor;
-        (V,) for one integer or symbol.
+        ``(*tokens.shape, V)``, an array for an array, else a tensor, on the same device for a
+        tensor; (V,) for one integer or symbol.
 
     Raises:
         TextError: the tokens are not integers between 0 and V - 1, the vocabulary lacks a symbol,
@@ -111,7 +111,7 @@ def cooccurrence(
 ) -> Tensor | NDArray[np.int64]:
     """Count how often each token stands near each other one.
 
-    C_ij = the number of pairs of places (s, t) with tokens i and j and 0 < |s - t| <= window.
+    C_ij is the number of pairs of places (s, t) with tokens i and j and ``0 < |s - t| <= window``.
     C is symmetric; two neighbours of the same token i are two pairs, and add 2 to C_ii. Rows of
     C for words that are used alike are alike (Lund and Burgess, 1996).
 
