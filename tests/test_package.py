@@ -63,9 +63,12 @@ runpy.run_path("setup.py", run_name="__main__")
 """
 
 
-def setup(*arguments: object, first: str = "", **environment: str) -> str:
+FAKE_TORCH = "sys.modules['torch'] = type(sys)('torch'); sys.modules['torch'].__version__ = {!r}"
+
+
+def refusal(first: str) -> str:
     """What setup.py prints when it fails; ``first`` is run before it."""
-    done = run(sys.executable, "-c", SETUP.format(first=first), *arguments, **environment)
+    done = run(sys.executable, "-c", SETUP.format(first=first), "dist_info")
     assert done.returncode != 0
     return done.stderr
 
@@ -73,11 +76,10 @@ def setup(*arguments: object, first: str = "", **environment: str) -> str:
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sdist")
-    # an egg-info of its own: setuptools would add the files that an earlier one lists
-    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", folder]
     no_torch = SETUP.format(first="sys.modules['torch'] = None")
-    command = [sys.executable, "-c", no_torch, *command[2:], "sdist", "--dist-dir", folder]
-    succeed(*command)
+    # an egg-info of its own: setuptools would add the files that an earlier one lists
+    commands = ["-q", "egg_info", "--egg-base", folder, "sdist", "--dist-dir", folder]
+    succeed(sys.executable, "-c", no_torch, *commands)
     (path,) = folder.glob("*.tar.gz")
     return path
 
@@ -134,20 +136,20 @@ def test_a_wheel_requires_the_torch_that_it_was_built_with(
 
 
 def test_a_build_without_torch_says_what_to_type() -> None:
-    words = setup("dist_info", first="sys.modules['torch'] = None")
+    words = refusal("sys.modules['torch'] = None")
     assert "rnnfast: torch cannot be imported" in words
     assert "pip install --no-build-isolation ." in words
 
 
 def test_a_build_with_an_old_setuptools_says_what_to_type() -> None:
-    words = setup("dist_info", first="import setuptools; setuptools.__version__ = '65.5.0'")
+    words = refusal("import setuptools; setuptools.__version__ = '65.5.0'")
     assert "setuptools 65.5.0 is installed, and 77 or newer is needed" in words
     assert "pip install 'setuptools>=77'" in words
 
 
 @pytest.mark.parametrize("version", ["2.10.1+cpu", "2.15.0"])
 def test_a_build_with_a_torch_out_of_range_says_what_to_type(version: str) -> None:
-    words = setup("dist_info", first=f"import torch; torch.__version__ = {version!r}")
+    words = refusal(FAKE_TORCH.format(version))
     assert f"torch {version} is installed, and rnnfast needs torch>=2.11,<2.15" in words
     assert "pip install 'torch>=2.11,<2.15'" in words
 
