@@ -4,18 +4,22 @@ VENV := .venv
 BIN := $(VENV)/bin
 CUDA_BIN := .venv-cuda/bin
 CSRC := $(shell find csrc -type f -not -name '*.md')
+# make matrix MATRIX='--rows 3.12/2.13.0 -- tests/test_modules.py', or other options of .ci/matrix.py
+MATRIX ?=
 # make bench RESULTS=benchmarks/results/<name of the machine>
 RESULTS ?= benchmarks/results/cpu
 FORMATTED := $(filter %.h %.cpp %.cu %.cuh,$(CSRC)) $(wildcard benchmarks/*.cu tests/native/*)
 
-.PHONY: help build test test-full test-held-back demo lint format docs bench report cuda-build \
-	gpu-check clean
+.PHONY: help build test test-full test-held-back wheel matrix demo lint format docs bench report \
+	cuda-build gpu-check clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make test        build, and run the tests that take some minutes"
 	@echo "make test-full   all tests, and test-held-back: hours"
 	@echo "make test-held-back  the tests once for each lesser instruction set of this machine"
+	@echo "make wheel       a wheel for this Python and torch -> dist/"
+	@echo "make matrix      build and test with other Pythons and torches: hours, 5 GB for each"
 	@echo "make demo        train a character LSTM on English text, and sample from it"
 	@echo "make lint        ruff, clang-format and mypy; make format applies the first two"
 	@echo "make docs        the documentation as a site -> build/docs/index.html"
@@ -57,6 +61,12 @@ test-full: build
 # as machines with fewer instruction sets would run them
 test-held-back: build
 	$(BIN)/python -m tests.held_back
+
+wheel: build
+	$(BIN)/python .ci/wheel.py
+
+matrix: $(VENV)/requirements.done
+	$(BIN)/python .ci/matrix.py $(MATRIX)
 
 demo: build
 	$(BIN)/rnnfast train --overwrite
@@ -120,5 +130,5 @@ gpu-check:
 	$(PYTHON) -m benchmarks.gpu_check $(GPU_CHECK)
 
 clean:
-	rm -rf build dist *.egg-info rnnfast/_C*.so $(VENV) .venv-cuda
+	rm -rf build dist *.egg-info rnnfast/_C*.so rnnfast/_C*.json $(VENV) .venv-cuda
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

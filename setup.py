@@ -7,6 +7,7 @@ CUDA out), RNNFAST_CPU_TARGETS=portable (leave out the kernels for AVX2 and AVX-
 build's time; the default is all), CUDA_HOME, TORCH_CUDA_ARCH_LIST, MAX_JOBS, CXX.
 """
 
+import json
 import os
 import re
 import shlex
@@ -16,15 +17,36 @@ import sys
 from glob import glob
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 
-try:
-    import torch
-except ImportError:
+TORCH_RANGE = "torch>=2.11,<2.15"
+OLDEST_TORCH, BEYOND_NEWEST_TORCH = (2, 11), (2, 15)
+COMMANDS = set(sys.argv[1:])
+# sdist and egg_info compile nothing, so they need no torch.
+WITHOUT_TORCH = bool(COMMANDS & {"sdist", "egg_info"}) and "bdist_wheel" not in COMMANDS
+
+if int(setuptools.__version__.split(".")[0]) < 77:
     sys.exit(
-        "rnnfast is compiled against the torch it will run with: install torch first, "
-        "then `pip install --no-build-isolation .`"
+        f"rnnfast: setuptools {setuptools.__version__} is installed, and 77 or newer is needed. "
+        "Type: pip install 'setuptools>=77'"
     )
+if not WITHOUT_TORCH:
+    try:
+        import torch
+    except ImportError as error:
+        sys.exit(
+            f"rnnfast: torch cannot be imported ({error}). rnnfast must be built with the torch "
+            "that it will run with.\n"
+            "By default pip builds in a separate environment, which does not have your torch.\n"
+            "Install torch, then type: pip install --no-build-isolation ."
+        )
+    TORCH_MINOR = tuple(int(number) for number in re.findall(r"\d+", torch.__version__)[:2])
+    if not OLDEST_TORCH <= TORCH_MINOR < BEYOND_NEWEST_TORCH:
+        sys.exit(
+            f"rnnfast: torch {torch.__version__} is installed, and rnnfast needs {TORCH_RANGE}. "
+            f"Type: pip install '{TORCH_RANGE}'"
+        )
 
 # Builds are parallel and incremental with ninja, which may be installed just beside this Python.
 os.environ["PATH"] = str(Path(sys.executable).parent) + os.pathsep + os.environ.get("PATH", "")
@@ -135,24 +157,36 @@ def choose_extensions() -> list[Extension]:
     return [extension]
 
 
-extensions = choose_extensions()
+extensions = [] if WITHOUT_TORCH else choose_extensions()
+requirement = TORCH_RANGE
 command_classes = {}
 if extensions:
     from torch.utils.cpp_extension import BuildExtension
 
+    # torch's C++ interface changes with the minor version. An sdist keeps the whole range.
+    requirement = "torch=={}.{}.*".format(*TORCH_MINOR)
+
     class BuildIncrementally(BuildExtension):
         """Keeps objects, in a folder for each Python, torch and choice of targets.
 
-        Editable installs would not.
+        Editable installs would not. The module itself is always linked anew: one that was built
+        with another torch may lie where it belongs.
         """
 
         def finalize_options(self) -> None:
             super().finalize_options()
+            self.force = True
             python = sys.implementation.cache_tag
             self.build_temp = f"build/{python}-torch-{torch.__version__}"
             if CPU_TARGETS != "all":
                 self.build_temp += f"-{CPU_TARGETS}"
 
+        def run(self) -> None:
+            super().run()
+            # rnnfast/extension.py reads this before it loads the module.
+            facts = Path(self.get_ext_fullpath("rnnfast._C")).with_suffix(".json")
+            facts.write_text(json.dumps({"torch": torch.__version__}) + "\n", encoding="utf-8")
+
     command_classes["build_ext"] = BuildIncrementally
 
-setup(ext_modules=extensions, cmdclass=command_classes)
+setup(ext_modules=extensions, cmdclass=command_classes, install_requires=[requirement])

@@ -4,6 +4,8 @@ Modules that ``import rnnfast`` does not need, such as ``rnnfast.models``, are i
 are first used.
 """
 
+__version__ = "0.1.0"  # pyproject.toml reads it here
+
 from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -43,7 +45,6 @@ __all__ = [
     "accelerate",
     "backend",
     "doctor",
-    "explain",
     "functional",
     "patch",
     "reference",

@@ -19,7 +19,6 @@ import platform
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib import import_module, metadata
 from types import ModuleType
 from typing import NoReturn
 
@@ -27,22 +26,16 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from . import __version__
+from .extension import TorchMismatchError, load
 from .reference import CELLS
 
 NAMES = ("auto", "fused", "aten", "reference")
 _BACKEND, _CAPABILITY = "RNNFAST_BACKEND", "RNNFAST_CPU_CAPABILITY"
 FUSED_DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 
-
-def _load_extension() -> tuple[ModuleType | None, ImportError | None]:
-    try:
-        return import_module("rnnfast._C"), None
-    except ImportError as error:
-        return None, error
-
-
-EXTENSION, IMPORT_ERROR = _load_extension()
-"""The compiled extension, or None and the error that importing it raised."""
+EXTENSION, IMPORT_ERROR = load()
+"""The compiled extension, or None and the reason why it cannot be used."""
 
 
 def check_name(name: str, origin: str) -> str:
@@ -233,6 +226,8 @@ def _shortfall(device: str, dtype: torch.dtype) -> tuple[str, str]:
 
 
 def _warn_once(cause: str, remedy: str) -> None:
+    if isinstance(IMPORT_ERROR, TorchMismatchError):
+        return  # the import has warned
     # torch.compile cannot trace a warning.
     if cause not in _warned and not torch.compiler.is_compiling():
         _warned.add(cause)
@@ -251,14 +246,6 @@ def _outcome(device: str, dtype: torch.dtype) -> tuple[str, str | None]:
         cause = "the fused kernels are built, but no measurement has shown yet that they are faster"
         return "aten", f"{cause}; backend='fused' runs them"
     return "error" if name == "fused" else "aten", _shortfall(device, dtype)[0]
-
-
-def version() -> str:
-    """The version of this package, as it is installed."""
-    try:
-        return metadata.version("rnnfast")
-    except metadata.PackageNotFoundError:
-        return "(not installed)"
 
 
 def _extension_report() -> list[str]:
@@ -299,7 +286,7 @@ def doctor() -> str:
     outcomes = {device: _report_on(device) for device in ("cpu", "cuda")}
     chosen = _in_context or _ENVIRONMENT or "none"
     lines = [
-        f"rnnfast {version()}, torch {torch.__version__}, Python {platform.python_version()}, "
+        f"rnnfast {__version__}, torch {torch.__version__}, Python {platform.python_version()}, "
         f"{platform.system()} {platform.machine()}",
         *_extension_report(),
         f"torch        {torch.get_num_threads()} threads, CPU capability "

@@ -1,15 +1,20 @@
 """What `import rnnfast` and the command line import, and what they leave until it is needed."""
 
+import ast
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import rnnfast
 
+PACKAGE = Path(rnnfast.__file__).parent
 MAP = Path(__file__).resolve().parents[1] / "rnnfast/README.md"
+SYSTEMS = {"models", "text", "explain", "cli"}
+"""The subpackages that the core must not need."""
 
 IMPORT = """
 import sys, torch
@@ -49,8 +54,96 @@ def test_importing_takes_nothing_that_torch_has_not_imported():
     assert "rnnfast.modules" in found
     assert not foreign(found)
     assert not [name for name in found if name.startswith("torch.")]
-    unneeded = {"rnnfast.models", "rnnfast.text", "rnnfast.explain", "rnnfast.cli"}
-    assert not unneeded & set(found)
+    assert not {f"rnnfast.{name}" for name in SYSTEMS} & set(found)
+
+
+IMPORT_SECONDS = """
+import time, torch
+start = time.process_time()
+import rnnfast
+print(time.process_time() - start)
+"""
+
+
+def test_importing_is_quick():
+    """Under 50 ms beyond torch; the bound allows for a machine at half its speed."""
+    assert min(float(run(IMPORT_SECONDS)) for _ in range(5)) < 0.1
+
+
+def imported_names(path: Path) -> Iterator[str]:
+    """The modules that a file imports when it runs, with the names that it takes from them."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for_types = {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for statement in node.body
+        for inner in ast.walk(statement)
+    }
+    for node in ast.walk(tree):
+        if node in for_types:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = f"rnnfast.{node.module or ''}".rstrip(".") if node.level else node.module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            yield from (arg.value for arg in node.args if isinstance(arg, ast.Constant))
+
+
+def test_the_core_imports_none_of_the_systems_built_on_it():
+    """Neither when it is imported nor in any function; __main__ is the command line's."""
+    core = [path for path in PACKAGE.glob("*.py") if path.name != "__main__.py"]
+    found = {path.name: set(imported_names(path)) for path in core}
+    assert "rnnfast.reference.CELLS" in found["backend.py"]
+    assert {name.split(".")[1] for name in imported_names(PACKAGE / "__main__.py")} == {"cli"}
+    systems = tuple(f"rnnfast.{name}" for name in SYSTEMS)
+    assert {
+        file: wrong
+        for file, names in found.items()
+        if (wrong := [name for name in names if name.startswith(systems)])
+    } == {}
+
+
+WITHOUT_NUMPY = """
+import sys
+sys.modules["numpy"] = None  # its import then fails
+import torch, rnnfast
+from torch.nn.utils.rnn import pack_sequence
+from rnnfast import functional, generation, onnx
+
+torch.manual_seed(0)
+x, tokens = torch.randn(5, 3, 8), torch.randint(8, (5, 3))
+for name in ("RNN", "GRU", "LSTM"):
+    theirs = getattr(torch.nn, name)(8, 16, num_layers=2, bidirectional=True)
+    ours = getattr(rnnfast, name)(8, 16, num_layers=2, bidirectional=True)
+    ours.load_state_dict(theirs.state_dict())
+    for layer in (ours, rnnfast.accelerate(torch.nn.Sequential(theirs))[0]):
+        y = layer(x)[0]
+        y.sum().backward()
+        torch.testing.assert_close(y, theirs(x)[0])
+    ours(pack_sequence([x[:, 0], x[:2, 1]], enforce_sorted=False))
+    ours(x, lengths=[5, 2, 3], reset=torch.zeros(5, 3, dtype=torch.bool))
+    getattr(rnnfast, name + "Cell")(8, 16)(x[0])
+    getattr(rnnfast, name)(8, 16, tokens=True)(tokens)
+    getattr(functional, name.lower())
+with rnnfast.patch():
+    torch.nn.LSTM(8, 16)(x)
+model = rnnfast.LSTM(8, 16)
+torch.func.vmap(lambda x: model(x)[0])(x.expand(2, 5, 3, 8))
+torch.func.jvp(lambda x: model(x)[0], (x,), (x,))
+print(rnnfast.doctor())
+rnnfast.release_memory()
+try:
+    import rnnfast.text
+except ModuleNotFoundError as error:
+    print(error.name)
+"""
+
+
+def test_the_core_runs_without_numpy():
+    assert run(WITHOUT_NUMPY).splitlines()[-1] == "numpy"
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["train", "--help"]], ids=str)
