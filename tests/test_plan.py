@@ -24,7 +24,7 @@ def test_plan(cell: str, threads_planned: int, device: str) -> None:
             assert facts["workspace_bytes"] > 0
     with pytest.raises(ValueError, match="positive"):
         plan(cell, 0, 1, 1, 1)
-    with pytest.raises(ValueError, match="no cell is called"):
+    with pytest.raises(ValueError, match="unknown cell"):
         plan("no_such_cell", 1, 1, 1, 1)
 
 
