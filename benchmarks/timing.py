@@ -30,7 +30,7 @@ def time_in_turn(
     min_time: float,
     min_rounds: int,
 ) -> dict[str, Timing]:
-    """Times A, B, A, B, ... for at least `min_rounds` rounds and `min_time` seconds per function."""
+    """Times A, B, A, B, ... for `min_rounds` rounds and `min_time` seconds each, at least."""
 
     def seconds(function: Callable[[], object], calls: int) -> float:
         synchronize()
