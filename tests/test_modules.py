@@ -438,7 +438,7 @@ class TestPrecedence:
 
     def test_short_path(self, monkeypatch):
         """Modules try the extension's short path first, but only where the fused path would run."""
-        short = rnnfast.backend.short_path
+        short = rnnfast.backend.short_way
         monkeypatch.setattr(rnnfast.backend, "EXTENSION", object())
         assert short(None)
         assert short("fused")

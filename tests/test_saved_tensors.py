@@ -28,7 +28,7 @@ LAYERS: dict[str, Callable[[], torch.nn.Module]] = {
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Parametrises tests over both autograd Functions: the extension's and rnnfast.autograd's."""
     if request.param == "Function":
-        monkeypatch.setattr(backend, "short_path", lambda requested: None)
+        monkeypatch.setattr(backend, "short_way", lambda requested: None)
     return request.param
 
 
