@@ -78,7 +78,7 @@ def seconds(call: Callable[[], object], repeats: int = 7, calls: int = 3) -> flo
     return statistics.median(times)
 
 
-def told(facts: dict[str, object]) -> dict[str, object]:
+def without_nan(facts: dict[str, object]) -> dict[str, object]:
     """Replaces times that are NaN by the reason: there is no GPU."""
     if not math.isnan(facts["seconds"]):
         return facts
@@ -143,11 +143,11 @@ def main(argv: list[str] | None = None) -> int:
         device, elements, size, sizes, dtypes = "cpu", 1000, 64, (3, 2, 8), (torch.float32,)
     with reported(probe="ceilings"):
         for facts in ceilings(device, elements, size):
-            emit(**told(facts))
+            emit(**without_nan(facts))
     for dtype in dtypes:
         with reported(probe="nn.LSTM", dtype=str(dtype)):
             for facts in torch_layer(device, dtype, *sizes):
-                emit(**told(facts))
+                emit(**without_nan(facts))
     return 0 if measured == len(MEASUREMENTS) else 1
 
 

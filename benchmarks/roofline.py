@@ -118,9 +118,10 @@ def cache_bytes() -> tuple[int, int, int]:
 def calibrate(
     threads: int, seconds: float = 0.003, windows: int = 20, dram_bytes: int | None = None
 ) -> Calibration:
-    """Measures the rates in turn, `windows` times for `seconds` each, and takes the best of each.
+    """Measures all rates in turn, `windows` times for `seconds` each, and takes the best of each.
 
-    In turn, because a virtual machine's cores may for a while be two threads of one core.
+    They are measured in turn because the cores of a virtual machine may be two hardware threads of
+    one core for a while.
     """
     library = native()
     l1, l2, l3 = cache_bytes()

@@ -59,7 +59,7 @@ def assert_same(calls: dict[str, Callable[[], Tensor]]) -> None:
 
 
 def token_rows(T: int, B: int, H: int) -> Iterator[tuple[str, Functions, dict[str, str]]]:
-    """Yields for each case its name, the functions to time, and the ratios by their names."""
+    """Yields for each case its name, the functions to time, and the ratios {numerator: divisor}."""
     for vocabulary, law in TOKENS:
         torch.manual_seed(0)
         tokens = draw_tokens(vocabulary, law, T, B)

@@ -9,9 +9,9 @@ in the number of states, so that two autograd Functions serve them all:
                [, cells], reverse, mask, lengths, reset[, w_hr, gradient of cells])
                -> gradients of (x, *states, w_ih, w_hh, b_ih, b_hh[, w_hr])
 
-What is in brackets is there for cells with two states; ``cells`` is the c of every step. With
-``recompute`` gates is empty where the device's backward can do without. The tensors of a layer are,
-below, (x, *states, w_ih, w_hh, b_ih, b_hh[, w_hr]).
+Items in brackets exist for cells with two states; ``cells`` is the c of every step. With
+``recompute`` gates is empty on devices whose backward can recompute it. Below, "the tensors of a
+layer" are (x, *states, w_ih, w_hh, b_ih, b_hh[, w_hr]).
 The second and higher derivatives go through `rnnfast.reference`.
 """
 

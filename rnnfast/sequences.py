@@ -53,7 +53,7 @@ class Options(NamedTuple):
 
 
 class Extras(NamedTuple):
-    """What a call may ask for that torch.nn does not offer, once it has been checked."""
+    """The checked arguments of a call that torch.nn does not have."""
 
     lengths: Tensor | None = None
     """How many steps each sequence has: (B) int64 on the CPU; of a packed input, falling."""
@@ -86,7 +86,7 @@ def run_sequence(
     name = _choose_sequence(x, weights[1], requested, extras, options.proj_size > 0)
     packed = x.dim() == 2
     if name == "aten":
-        # torch's CPU operators handle autocast themselves, with an error if oneDNN cannot run.
+        # Under autocast torch's CPU operators cast by themselves, or raise if oneDNN cannot run it.
         arguments = given if x.device.type == "cpu" else (x, states, weights)
         y, finals = _aten_sequence(cell, *arguments, options, extras.lengths)
         return y.to(x.dtype), tuple(final.to(x.dtype) for final in finals), None

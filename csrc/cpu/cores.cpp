@@ -44,7 +44,7 @@ double quota_in(const std::string& folder) {
   return kNoLimit;
 }
 
-// A mounted hierarchy: its folder `root` appears at the path `point`.
+// A mounted control group hierarchy: its folder `root` appears at the path `point`.
 struct Mount {
   std::string root, point;
 };
@@ -104,7 +104,7 @@ class Kept {
 };
 
 // The state of free_cores(): a limit that falls by a quarter when too much time is lost, and rises
-// by a quarter when the time to hold it has passed. The time doubles if a raise was in vain.
+// by a quarter when it has been held for some time. The time doubles if the losses soon return.
 class FreeCores {
  public:
   int get(int usable) {

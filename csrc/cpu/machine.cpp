@@ -22,7 +22,7 @@ bool is_shared(double nanoseconds, int threads) {
 // The time of a barrier in nanoseconds, as the minimum over some short rounds; 0 if there are fewer
 // threads. Threads that have just been woken may share a core for some milliseconds, so measuring
 // goes on for that long while they seem to.
-double wait_together(int threads) {
+double time_barrier(int threads) {
   constexpr int kRounds = 12, kWaits = 8;
   constexpr int64_t kPatience = 5'000'000;
   Barrier barrier;
@@ -59,7 +59,7 @@ double measured_barrier(int threads, int64_t now) {
   if (now < last.due.load(std::memory_order_acquire)) return last.cycles;
   const std::lock_guard lock(one_at_a_time);
   if (now < last.due) return last.cycles;
-  const double nanoseconds = wait_together(threads);
+  const double nanoseconds = time_barrier(threads);
   double cycles = nanoseconds * kCyclesPerNanosecond;
   if (nanoseconds == 0 || is_shared(nanoseconds, threads))
     cycles = last.cycles > 0 ? double(last.cycles) : BarrierCycles::typical()(threads);

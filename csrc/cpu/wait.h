@@ -8,8 +8,8 @@ namespace rnnfast::cpu {
 
 // The time of a monotonic clock.
 int64_t nanoseconds_now();
-// The total time that the calling thread has been parked, until each time that it was woken. The
-// delay from there until it ran again is not included.
+// The total time that the calling thread has spent parked. A park ends when the thread is woken;
+// the delay until it runs again is not counted.
 int64_t nanoseconds_parked();
 
 // Thrown by a barrier or a wait in a thread whose team has failed. It ends that thread's work;

@@ -271,7 +271,8 @@ struct Sum {
     magnitude += std::fabs(term);
   }
 };
-// Tolerates `units` units of rounding of the sum of magnitudes; none if the numbers are exact.
+// Compares with an expected sum. `tolerance` counts units of rounding of the sum of magnitudes; 0
+// for exact numbers.
 inline void expect(const char* what, int64_t i, int64_t j, double actual, const Sum& expected,
                    double tolerance) {
   if (!(std::fabs((long double)actual - expected.value) <= tolerance * expected.magnitude))

@@ -65,7 +65,7 @@ struct CountedWork : Deferred {
   explicit CountedWork(int64_t pieces) : Deferred{&some_of_it, pieces} {}
   static void some_of_it(Deferred& deferred, int64_t pieces) {
     auto& work = static_cast<CountedWork&>(deferred);
-    if (pieces <= 0 || work.left <= 0) fail("deferred work called in vain");
+    if (pieces <= 0 || work.left <= 0) fail("deferred work called with nothing to do");
     pieces = std::min(pieces, work.left);
     work.left -= pieces;
     work.done += pieces;

@@ -71,7 +71,8 @@ void Recompute::run(const BlockRow* rows, int64_t count, const Team& team) const
                  w.options());
     });
   };
-  const Rows& states = formats_.h_split ? Rows{} : h_;  // of E
+  // The copies that the cell can read as h_prev: rows of E, which those in split precision are not.
+  const Rows& states = formats_.h_split ? Rows{} : h_;
   TileBuffer from_x, from_h;
   for (int64_t p = 0; p < hidden_.count(); ++p) {
     for_row_tiles(own.size(), hidden_.max_tile_rows(), [&](int64_t r, int n) {
