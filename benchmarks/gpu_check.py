@@ -42,7 +42,7 @@ PASSED, NOT_RUN = "passed", "not run: "
 
 
 class Part(NamedTuple):
-    """A program to run: at most `at_most` seconds, of which earlier parts leave it `at_least`."""
+    """A program to run, for up to `at_most` seconds; earlier parts leave it `at_least` seconds."""
 
     name: str
     stage: str

@@ -22,7 +22,7 @@ constexpr int kRepeats = 9;
 constexpr int kLineWords = 32;              // words in a line of 128 bytes
 constexpr long long kClockLimit = 1 << 30;  // half a second: a longer wait would never end
 [[maybe_unused]] constexpr int kMostRanks = 16;
-[[maybe_unused]] constexpr int kWords = 16;  // words that a block sends to each other block per step
+[[maybe_unused]] constexpr int kWords = 16;  // words from each block to each other, per step
 
 void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;

@@ -60,7 +60,7 @@ def layer(
     ``lengths`` is int64 and on the CPU. The c of every step is only there with ``save_cells``.
     ``recompute`` saves no gates for the backward, which computes them again from the states.
 
-    The extension must be there, and no torch.func transform or forward-mode AD may be active.
+    The extension must be built, and no torch.func transform or forward-mode AD may be active.
     """
     tensors: tuple[Tensor | None, ...] = (x, *states, w_ih, w_hh, b_ih, b_hh)
     if cell.states > 1:

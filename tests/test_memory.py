@@ -11,7 +11,7 @@ from benchmarks.memory import measure
 
 
 def assert_takes(share: float, name: str, size: tuple[int, int, int]) -> None:
-    """Passes if the peak is at most ``share`` of torch's in one of three runs; it varies."""
+    """Passes if rnnfast's peak is at most ``share`` of torch's in one of three runs: peaks vary."""
     found = []
     for _ in range(3):
         ours, theirs = measure(name, *size), measure("torch", *size)
