@@ -16,7 +16,7 @@ def covering(
     allowed: Callable[[Row], bool],
     tries: int = 3,
 ) -> list[Row]:
-    """Returns rows of a value per dimension that together contain every allowed combination.
+    """Returns rows, each with a value per dimension, that contain every allowed combination.
 
     The algorithm is greedy, like AETG (Cohen, Dalal, Fredman, Patton, IEEE Transactions on Software
     Engineering 23(7), 1997). A row begins with a missing combination. It then takes the other

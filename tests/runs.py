@@ -132,7 +132,7 @@ EDGES = [
 ]
 """Every edge case with every cell and dtype, and all pairs of edge cases and options."""
 
-# the same for calls that take long
+# Large cases with every cell and dtype. These calls take long.
 AT_LARGE = {"shape": (LARGE, MANY_BLOCKS, BLOCKS_OF_A_STEP)} | OPTIONS
 LONG = [run_of(row) for row in covering(AT_LARGE, [("shape", "cell", "dtype")], allowed)]
 REMEMBERING = [
