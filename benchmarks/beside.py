@@ -1,10 +1,10 @@
-"""How much layers slow down beside busy processes, rnnfast's and torch.nn's.
+"""Measures how much layers of rnnfast and torch.nn slow down beside busy processes.
 
     python -m benchmarks.beside [--seconds 2] [--rounds 3] [--json FILE]
 
-Each layer runs alone, beside one and two processes that spin, and as two copies at once. Lower is
-better: a slow-down is the mean time of a call there over the mean time alone, by the median over
-the rounds. The last column is rnnfast's slow-down over torch.nn's.
+Each layer runs alone, beside one and two processes that spin, and beside a second copy of itself. A
+slow-down is the mean time of a call there divided by the mean time alone (median over the rounds);
+lower is better. The last column is rnnfast's slow-down divided by torch.nn's.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SPIN = "while True: pass"
 
 
 def mean_time(library: str, layer: str, seconds: float, threads: int) -> float:
-    """The mean time of a call over so many seconds."""
+    """Returns the mean time of a call, measured for `seconds`."""
     kind, (T, B, I, H), training = LAYERS[layer]
     torch.set_num_threads(threads)
     module = (
@@ -72,7 +72,7 @@ def time_of(process: subprocess.Popen[str]) -> float:
 
 
 def run(library: str, layer: str, setting: str, args: argparse.Namespace) -> float:
-    """The mean time of a call, in a process of its own."""
+    """Returns the mean time of a call, measured in a new process (two for "two copies")."""
     count = {"one spinner": 1, "two spinners": 2}.get(setting, 0)
     spinners = [subprocess.Popen([sys.executable, "-c", SPIN]) for _ in range(count)]
     try:

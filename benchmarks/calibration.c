@@ -1,6 +1,6 @@
-// What this machine can do, measured by each thread over the same span of time: every function waits
-// for `start` (seconds of CLOCK_MONOTONIC), works for `seconds`, and returns its work per second.
-// Compiled and called by roofline.py.
+// Measures the rates of this machine, with all threads at work during the same time: every function
+// waits for `start` (seconds of CLOCK_MONOTONIC), works for `seconds`, and returns its work per
+// second. Compiled and called by roofline.py.
 #include <stdatomic.h>
 #include <stddef.h>
 #include <time.h>
@@ -60,7 +60,7 @@ double fma_float32(double start, double seconds) {
 }
 
 #if defined(__AMX_BF16__)
-// Linux lends the registers of the matrix unit to processes that ask for them.
+// Linux lets a process use AMX's registers only after it has asked for permission.
 static int may_use_matrix_unit(void) {
   enum { kRequestPermission = 0x1023, kTileData = 18 };  // ARCH_REQ_XCOMP_PERM
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
@@ -92,7 +92,8 @@ static double dot_in_matrix_unit(double start, double seconds) {
 }
 #endif
 
-// The same for pairs of bfloat16 added to float32; 0 without such instructions.
+// Floating-point operations per second on pairs of bfloat16 added to float32; 0 if the CPU has no
+// such instructions.
 double dot_bfloat16(double start, double seconds) {
 #if defined(__AMX_BF16__)
   if (may_use_matrix_unit()) return dot_in_matrix_unit(start, seconds);

@@ -1,10 +1,10 @@
-"""Sets rnnfast (backend "fused") beside its peers: `python -m benchmarks.compare --help`.
+"""Compares rnnfast (backend "fused") with its peers: `python -m benchmarks.compare --help`.
 
-For every mode, cell and case: the peers get the same weights and input, their numbers are checked
-against torch.nn in float64, and only then are they timed, in turn, in this process. A ratio is the
-peer's time over rnnfast's: above 1, rnnfast is faster. On the CPU each row also has the least time
-that this machine could take, after a short calibration (`python -m benchmarks.roofline --help` says
-what is in it), and which part of rnnfast's time that is.
+For every mode, cell and case, all implementations get the same weights and input. Their results are
+checked against torch.nn in float64, and then they are timed in turn, in this process. A ratio is
+the peer's time divided by rnnfast's: above 1, rnnfast is faster. On the CPU each row also has a
+limit, the least time that this machine could take, and the limit divided by rnnfast's time. The
+limit is computed after a short calibration; see `python -m benchmarks.roofline --help`.
 """
 
 import argparse
@@ -45,8 +45,8 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-BEST = "best"  # in the summary: the fastest peer of each case that computes in full precision
-GOOD_FRACTION = 0.85  # of the limit
+BEST = "best"  # in the summary: the fastest peer of each case, among those in full precision
+GOOD_FRACTION = 0.85  # the summary counts cases that reach this fraction of the limit
 Row = dict[str, object]
 
 
@@ -82,10 +82,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="CPU threads; several numbers give a table of how times scale",
     )
     add("--min-time", type=float, default=1.0, help="seconds of timing for each implementation")
-    add("--repeats", type=int, default=5, help="rounds of timing at least")
+    add("--repeats", type=int, default=5, help="minimum number of timing rounds")
     add("--time-limit", type=float, default=math.inf, help="start no case after these seconds")
-    add("--tolerance", type=float, default=0.0, help="how far rnnfast may be off, see steps.py")
-    add("--no-limit", action="store_true", help="no calibration, no limits")
+    add("--tolerance", type=float, default=0.0, help="allowed error of rnnfast, see steps.py")
+    add("--no-limit", action="store_true", help="skip the calibration and the limits")
     add("--json", type=Path, metavar="FILE", help="write hardware, versions and all numbers")
     add("--csv", type=Path, metavar="FILE", help="write the table")
     args = parser.parse_args(argv)
@@ -98,7 +98,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def build_all(peers: Iterable[str], problem: Problem) -> tuple[dict[str, Step], Row]:
-    """The implementations that can run this, and for the others the reason why not, by name."""
+    """Returns the implementations that can run the problem, and for the others the reason why not.
+
+    Both are by name.
+    """
     steps = {"rnnfast": build_rnnfast(problem)}
     reasons: Row = {}
     for name in peers:
@@ -112,7 +115,7 @@ def build_all(peers: Iterable[str], problem: Problem) -> tuple[dict[str, Step], 
 
 
 def compare_one(problem: Problem, args: argparse.Namespace) -> Iterator[Row]:
-    """Checks, then times; yields one row for each peer."""
+    """Checks all results, then times; yields one row for each peer."""
     inference = problem.mode == "inference"
     no_grad = torch.inference_mode() if inference else contextlib.nullcontext()
     synchronize = torch.cuda.synchronize if problem.x.is_cuda else lambda: None
@@ -144,7 +147,7 @@ def compare_one(problem: Problem, args: argparse.Namespace) -> Iterator[Row]:
 
 
 class Roofline:
-    """The limits of cases on this machine, on one thread and on all."""
+    """The limits of cases on this machine, from calibrations on one thread and on all threads."""
 
     def __init__(self, threads: int) -> None:
         self.one, self.all = roofline.calibrate(1), roofline.calibrate(threads)
@@ -222,7 +225,7 @@ def geometric_mean(values: list[float]) -> float:
 
 
 def best_peers(timed: list[Row]) -> list[Row]:
-    """The row of the fastest peer in full precision of each case, its peer renamed to BEST."""
+    """Returns, for each case, the row of the fastest peer in full precision, renamed to BEST."""
     best: dict[tuple[object, ...], Row] = {}
     for row in timed:
         columns = ("mode", "cell", "dtype", "threads", *Case._fields)

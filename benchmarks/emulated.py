@@ -1,4 +1,4 @@
-"""Runs another program with the CUDA driver emulated on the CPU, in place of a GPU.
+"""Runs another program with the emulation of the CUDA kernels on the CPU, instead of a GPU.
 
 python -m benchmarks.emulated benchmarks.tiny_cuda --dry-run
 """

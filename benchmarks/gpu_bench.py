@@ -1,9 +1,9 @@
-"""rnnfast (backend "fused") beside torch.nn on this GPU: the last stage of `make gpu-check`.
+"""Compares rnnfast (backend "fused") with torch.nn on this GPU: the last stage of `make gpu-check`.
 
-One line of JSON for each case, as `benchmarks.compare` has them. What matters most comes first:
-training an LSTM, and (T, B, H) = (1024, 16, 768), a size for which others have published times.
-Stops by itself when its time is over. It is an error if a case fails, if numbers disagree, or if
-nothing was timed.
+Prints one line of JSON for each case, with the keys of `benchmarks.compare`. The most important
+cases come first: training an LSTM, and (T, B, H) = (1024, 16, 768), a size for which others have
+published times. It stops when its time is over. The exit code is 1 if a case fails, if results
+disagree, or if nothing was timed.
 """
 
 import argparse
@@ -39,7 +39,7 @@ class Choice(NamedTuple):
 
 
 def choices(cases: tuple[Case, ...], numbers: tuple[tuple[str, str], ...]) -> list[Choice]:
-    """All that there is to time, in the order of what it tells."""
+    """Returns everything to time, the most important first."""
 
     def misses(choice: Choice) -> int:
         wanted = (choice.cell == "LSTM", choice.mode == "training", choice.case == cases[0])
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     end = time.monotonic() + options.seconds
     device, cases, min_time = ("cpu", DRY_RUN_CASES, 0) if options.dry_run else ("cuda", CASES, 0.1)
-    numbers = (("float32", "tf32"), ("float32", "ieee"))  # torch on the CPU may lack the others
+    numbers = (("float32", "tf32"), ("float32", "ieee"))  # a dry run: CPUs may lack other dtypes
     if not options.dry_run:
         numbers = (("float16", "ieee"), ("bfloat16", "ieee"), *numbers)
     emit(machine=machine.describe(device))

@@ -1,13 +1,13 @@
-"""Everything that needs a GPU, in under 10 minutes and with no network: `make gpu-check`.
+"""Runs everything that needs a GPU, in under 10 minutes and without network: `make gpu-check`.
 
-Three stages, each with its own budget of seconds: `probe` measures what the parts of a step cost,
-`verify` compiles in place, compares numbers, runs the tests marked `cuda` and looks for memory
-errors, and `bench` sets rnnfast beside torch.nn (cuDNN). Every result is a line of JSON, printed
-and written to a file as it comes; the end is one file of JSON with all of them, and a short table.
-A part that fails or takes too long does not stop the others.
+There are three stages, each with a time budget. `probe` measures the costs of the parts of a step.
+`verify` compiles in place, compares results, runs the tests marked `cuda` and looks for memory
+errors. `bench` compares rnnfast with torch.nn (cuDNN). Each result is a line of JSON, printed and
+written to a file at once. At the end all results are written to one JSON file, and a short table is
+printed. A part that fails or takes too long does not stop the others.
 
-`--dry-run` goes through all of this without a GPU: the probe is only compiled, nothing is built,
-and the emulation of the CUDA kernels on the CPU takes their place.
+`--dry-run` runs all stages without a GPU: the probe is only compiled, nothing is built, and the
+emulation on the CPU stands in for the CUDA kernels.
 """
 
 import argparse
@@ -35,21 +35,21 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 DRY_RUN_RESULTS = ROOT / "build" / "gpu-check-dry-run"
 TOTAL_SECONDS = 570.0
-DRY_RUN_SECONDS = 300.0  # for each part, on a machine that may be slow and busy
-END_SECONDS = 5.0  # for a part to end by itself before it is stopped
+DRY_RUN_SECONDS = 300.0  # limit of each part in a dry run, on a machine that may be slow and busy
+END_SECONDS = 5.0  # a part is told to end this long before it is killed
 STAGES = ("probe", "verify", "bench")
 PASSED, NOT_RUN = "passed", "not run: "
 
 
 class Part(NamedTuple):
-    """A program, how long it may take, and how much of that is kept for it."""
+    """A program to run, for up to `at_most` seconds; earlier parts leave it `at_least` seconds."""
 
     name: str
     stage: str
     at_most: float
     at_least: float
     command: tuple[str, ...]
-    ends_itself: bool = False  # takes --seconds
+    ends_itself: bool = False  # whether it takes --seconds
     dry_run: bool = True  # whether it takes --dry-run
 
 
@@ -74,13 +74,13 @@ Facts = dict[str, object]
 
 
 def limit_of(number: int, parts: list[Part], seconds_left: float) -> float:
-    """How long a part may take so that each after it can have what is kept for it."""
+    """Returns how long a part may take so that every later part still has its `at_least`."""
     kept = sum(part.at_least for part in parts[number + 1 :])
     return max(0.0, min(parts[number].at_most, seconds_left - kept))
 
 
 class Record:
-    """The lines so far: in one file as they come, and all together in another."""
+    """Collects the lines: appends each to one file at once, and writes all to another."""
 
     def __init__(self, folder: Path, name: str, facts: Facts) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -113,7 +113,7 @@ class Record:
         self.path.write_text(json.dumps(content | {"lines": self.lines}, indent=1) + "\n")
 
     def timed_rows(self) -> list[Facts]:
-        """The rows of `bench`, those in TF32 as of a dtype of their own."""
+        """Returns the rows of `bench`, with "tf32" as the dtype of those in TF32."""
         return [
             row | ({"dtype": "tf32"} if row["precision"] == "tf32" else {})
             for row in self.lines
@@ -136,14 +136,14 @@ class Record:
 
 
 def compare() -> ModuleType:
-    """The module, which needs the extension: it is there once it has timed something."""
+    """Imports benchmarks.compare late: it needs the extension, which a part of this run builds."""
     return import_module("benchmarks.compare")
 
 
 def run(
     command: list[str], limit: float, environment: dict[str, str], record: Record, part: Part
 ) -> None:
-    """Runs a part, takes its lines as they come, and records how it ended."""
+    """Runs a part, records its lines as they come, and records how it ended."""
     process = subprocess.Popen(
         command,
         cwd=ROOT,
@@ -184,7 +184,7 @@ def run(
 
 
 def command_of(part: Part, limit: float, dry_run: bool) -> list[str] | str:
-    """The command of a part, or why it is not run."""
+    """Returns the command of a part, or the reason why it is not run."""
     command = [sys.executable, *part.command]
     if part.ends_itself:
         command += ["--seconds", f"{max(1.0, limit - END_SECONDS):.0f}"]
@@ -192,7 +192,7 @@ def command_of(part: Part, limit: float, dry_run: bool) -> list[str] | str:
         program = command[command.index("-m") + 1 :]
         return [sys.executable, "-m", "benchmarks.emulated", *program, "--dry-run"]
     if part.name in SANITIZERS:
-        # torch asks the driver for more than every driver has, and goes on without
+        # Errors of driver calls are not reported: torch probes for features that a driver may lack.
         options = ["--tool", part.name, "--report-api-errors", "no", "--error-exitcode", "1"]
         tool = cuda_tool("compute-sanitizer")
         if tool is None and not dry_run:
@@ -202,7 +202,7 @@ def command_of(part: Part, limit: float, dry_run: bool) -> list[str] | str:
 
 
 def environment_of(part: Part, dry_run: bool) -> dict[str, str]:
-    if dry_run:  # which tells nothing of speed, and may share the machine
+    if dry_run:  # speed does not matter, and other processes may share the machine
         return {"OMP_NUM_THREADS": "1"}
     if part.name == "build":
         major, minor = torch.cuda.get_device_capability()
@@ -212,7 +212,7 @@ def environment_of(part: Part, dry_run: bool) -> dict[str, str]:
 
 
 def describe(dry_run: bool) -> Facts:
-    """What can be said before rnnfast is built; `bench` adds the rest."""
+    """Returns the facts that are known before rnnfast is built; `bench` adds the rest."""
     facts: Facts = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "python": platform.python_version(),
@@ -244,10 +244,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--stage", nargs="+", choices=STAGES, default=list(STAGES), help="only these")
-    add("--seconds", type=float, default=TOTAL_SECONDS, help="for all of it (default: %(default)g)")
-    add("--results", type=Path, metavar="FOLDER", help="where the two files go")
-    add("--dry-run", action="store_true", help="without a GPU, as far as that goes")
+    add("--stage", nargs="+", choices=STAGES, default=list(STAGES), help="run only these stages")
+    add("--seconds", type=float, default=TOTAL_SECONDS, help="total time (default: %(default)g)")
+    add("--results", type=Path, metavar="FOLDER", help="where to write the two result files")
+    add("--dry-run", action="store_true", help="run what can run without a GPU")
     return parser.parse_args(argv)
 
 

@@ -1,8 +1,8 @@
-"""What the parts of a recurrent step cost on this GPU: the first stage of `make gpu-check`.
+"""Measures the costs of the parts of a recurrent step on this GPU: the first stage of gpu-check.
 
-Compiles probe.cu with nvcc and makes each of its measurements in a process of its own, so that one
-which fails takes no other with it; then, in torch, the two ceilings (copies and products) and the
-layers of cuDNN that there are to beat. Needs nothing of rnnfast.
+Compiles probe.cu with nvcc and makes each of its measurements in a new process, so that a failure
+does not affect the others. Then, in torch, it measures the two ceilings (copies and products) and
+cuDNN's layers. It does not use rnnfast.
 """
 
 import argparse
@@ -23,18 +23,18 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "benchmarks" / "probe.cu"
 MEASUREMENTS = ("launch", "grid_sync", "flags", "cluster_barrier", "st_async", "clusters")
 COMPILE_SECONDS, MEASURE_SECONDS = 120, 15
-COPIED = 1 << 28  # floats: 1 GiB, beyond any cache
+COPIED = 1 << 28  # floats to copy: 1 GiB, larger than any cache
 NO_GPU = "no GPU: a dry run"
 
 
 def cuda_tool(name: str) -> str | None:
-    """The path of a program of the CUDA toolkit."""
+    """Returns the path of a program of the CUDA toolkit, or None."""
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     return shutil.which(f"{home}/bin/{name}") or shutil.which(name)
 
 
 def compile_probe(arch: str) -> Path:
-    """Raises RuntimeError where that cannot be done."""
+    """Compiles probe.cu unless that is done; raises RuntimeError if it cannot be compiled."""
     nvcc = cuda_tool("nvcc")
     if nvcc is None:
         raise RuntimeError("no nvcc in CUDA_HOME or PATH")
@@ -50,7 +50,7 @@ def compile_probe(arch: str) -> Path:
 
 
 def run_probe(program: Path, name: str) -> None:
-    """Emits the lines of one measurement; RuntimeError if it fails."""
+    """Makes one measurement and prints its lines; raises RuntimeError if it fails."""
     command = [str(program), name]
     done = subprocess.run(command, capture_output=True, text=True, timeout=MEASURE_SECONDS)
     for line in done.stdout.splitlines():
@@ -61,7 +61,7 @@ def run_probe(program: Path, name: str) -> None:
 
 
 def seconds(call: Callable[[], object], repeats: int = 7, calls: int = 3) -> float:
-    """The median over some repeats, by the clock of the device; NaN where there is none."""
+    """Returns the median time of a call, by the GPU's clock; NaN if there is no GPU."""
     if not torch.cuda.is_available():
         call()
         return math.nan
@@ -78,8 +78,8 @@ def seconds(call: Callable[[], object], repeats: int = 7, calls: int = 3) -> flo
     return statistics.median(times)
 
 
-def told(facts: dict[str, object]) -> dict[str, object]:
-    """The facts without times that are none."""
+def without_nan(facts: dict[str, object]) -> dict[str, object]:
+    """Replaces times that are NaN by the reason: there is no GPU."""
     if not math.isnan(facts["seconds"]):
         return facts
     times = ("seconds", "us_per_step")
@@ -100,7 +100,7 @@ def ceilings(device: str, elements: int, size: int) -> Iterator[dict[str, object
 def torch_layer(
     device: str, dtype: torch.dtype, T: int, B: int, H: int
 ) -> Iterator[dict[str, object]]:
-    """torch.nn.LSTM, forward alone and forward and backward."""
+    """Times torch.nn.LSTM: the forward alone, then forward and backward."""
     where = {"probe": "nn.LSTM", "dtype": str(dtype).removeprefix("torch."), "T": T, "B": B, "H": H}
     layer = torch.nn.LSTM(H, H, device=device, dtype=dtype)
     x = torch.randn(T, B, H, device=device, dtype=dtype)
@@ -143,11 +143,11 @@ def main(argv: list[str] | None = None) -> int:
         device, elements, size, sizes, dtypes = "cpu", 1000, 64, (3, 2, 8), (torch.float32,)
     with reported(probe="ceilings"):
         for facts in ceilings(device, elements, size):
-            emit(**told(facts))
+            emit(**without_nan(facts))
     for dtype in dtypes:
         with reported(probe="nn.LSTM", dtype=str(dtype)):
             for facts in torch_layer(device, dtype, *sizes):
-                emit(**told(facts))
+                emit(**without_nan(facts))
     return 0 if measured == len(MEASUREMENTS) else 1
 
 

@@ -1,4 +1,4 @@
-"""The tests marked `cuda`, as lines of JSON: for each test function, and for each failure."""
+"""Runs the tests marked `cuda`; prints a line of JSON per test function and per failure."""
 
 import argparse
 import sys
@@ -15,7 +15,7 @@ DRY_RUN_FILES, DRY_RUN_TESTS = ("test_gates.py",), "cuda_emulation"
 
 
 class Reporter:
-    """A plugin of pytest in place of its terminal."""
+    """A pytest plugin that replaces the terminal reporter."""
 
     def __init__(self, deadline: float) -> None:
         self.deadline = deadline
@@ -62,8 +62,8 @@ class Reporter:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_tests", description=__doc__)
     parser.add_argument("--seconds", type=float, default=3600.0, help="start no test after these")
-    parser.add_argument("--dry-run", action="store_true", help="a few, on the emulation")
-    parser.add_argument("--files", nargs="+", type=Path, help="default: those that run on a GPU")
+    parser.add_argument("--dry-run", action="store_true", help="run a few, on the emulation")
+    parser.add_argument("--files", nargs="+", type=Path, help="default: those with `cuda` tests")
     args = parser.parse_args(argv)
     files = args.files or [TESTS / name for name in (DRY_RUN_FILES if args.dry_run else FILES)]
     reporter = Reporter(time.monotonic() + args.seconds)

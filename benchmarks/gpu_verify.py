@@ -1,9 +1,9 @@
-"""Whether the kernels are right on this GPU: the second stage of `make gpu-check`, its first part.
+"""Checks the kernels' results on this GPU: a part of the second stage of `make gpu-check`.
 
-Every cell, dtype and size gets fresh inputs, and outputs that are full of NaN before. Outputs,
-states and gradients are compared with torch.nn in float64; a second run must give the same bits.
-float32 runs twice: in IEEE arithmetic and in TF32, torch's default for recurrent layers on CUDA,
-with a bound of its own. Stops by itself when its time is over.
+Every cell, dtype and size gets new random inputs, and output memory that is filled with NaN first.
+Outputs, states and gradients are compared with torch.nn in float64. A second run must give the same
+bits. float32 is checked twice: in IEEE arithmetic and, with a wider bound, in TF32, torch's default
+for recurrent layers on CUDA. The program stops when its time is over.
 """
 
 import argparse
@@ -28,9 +28,10 @@ DRY_RUN_CASES = (Case(5, 3, 9, 20),)
 
 
 class Arithmetic(NamedTuple):
-    """A dtype, how cuDNN's layers and these multiply in it, and how far results may be off.
+    """A dtype, the precision of products in it, and the allowed error.
 
-    The bound is relative to the largest element; gradients, long sums, may have 5 times that.
+    The bound is relative to the largest element. Gradients, which are long sums, may have 5 times
+    that error.
     """
 
     dtype: str
@@ -54,7 +55,7 @@ ARITHMETIC = (
 
 @contextmanager
 def rnn_precision(precision: str) -> Iterator[None]:
-    """Sets in which arithmetic recurrent layers multiply float32 on CUDA: "ieee" or "tf32"."""
+    """Sets the precision of recurrent layers' float32 products on CUDA: "ieee" or "tf32"."""
     before = torch.backends.cudnn.rnn.fp32_precision
     torch.backends.cudnn.rnn.fp32_precision = precision
     try:
@@ -65,7 +66,7 @@ def rnn_precision(precision: str) -> Iterator[None]:
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Memory that torch allocates without a value is NaN; other operations only warn."""
+    """Makes torch fill new uninitialised memory with NaN; nondeterministic operations only warn."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         with warnings.catch_warnings():
@@ -78,7 +79,7 @@ def poisoned_memory() -> Iterator[None]:
 def check(
     cell: str, case: Case, arithmetic: Arithmetic, device: str, seed: int
 ) -> dict[str, object]:
-    """The largest errors of values and of gradients, in bounds, and whether bits repeat."""
+    """Returns the largest errors, relative to their bounds, and whether a second run is equal."""
     dtype = DTYPES[arithmetic.dtype]
     problem = make_problem(cell, case, device, dtype, "training", input_grad=True, seed=seed)
     exact_problem = problem.to(torch.float64)
@@ -100,7 +101,7 @@ def check(
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_verify", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=3600.0, help="start nothing after these")
+    parser.add_argument("--seconds", type=float, default=3600.0, help="start no case after these")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes, on the CPU's kernels")
     args = parser.parse_args(argv)
     device, cases = ("cpu", DRY_RUN_CASES) if args.dry_run else ("cuda", CASES)

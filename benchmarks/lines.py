@@ -1,4 +1,4 @@
-"""Results as lines of JSON, each written when it is known: whatever ends a run, they stay."""
+"""Results as lines of JSON. Each is printed at once, so it is kept even if the run is killed."""
 
 import json
 import traceback
@@ -12,7 +12,7 @@ def emit(**facts: object) -> None:
 
 @contextmanager
 def reported(**where: object) -> Iterator[None]:
-    """What fails inside becomes a line, and what comes after it goes on."""
+    """Prints an exception inside as a line, with the facts `where`, and suppresses it."""
     try:
         yield
     except Exception as error:

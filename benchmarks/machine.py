@@ -1,4 +1,4 @@
-"""What a result was measured on and with: it goes into every results file."""
+"""Describes the hardware and software of a measurement, for every results file."""
 
 import datetime
 import os
@@ -50,7 +50,7 @@ def describe(device: str) -> dict[str, object]:
         facts["gpu_capability"] = f"{gpu.major}.{gpu.minor}"
         facts["cuda"] = torch.version.cuda
         facts["cudnn"] = torch.backends.cudnn.version()
-        # `cudnn.allow_tf32` cannot be read where layers and convolutions differ
+        # Reading `cudnn.allow_tf32` raises an error if recurrent layers and convolutions differ.
         facts["cudnn_rnn_fp32_precision"] = torch.backends.cudnn.rnn.fp32_precision
     return facts
 

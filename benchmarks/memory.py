@@ -1,7 +1,7 @@
-"""Peak memory of training one LSTM layer, rnnfast beside torch.nn: `python -m benchmarks.memory`.
+"""Peak memory of training an LSTM layer of rnnfast and torch.nn: `python -m benchmarks.memory`.
 
-Each runs in a fresh process. What is counted is how far the peak of resident memory rises over
-three steps of forward and backward, above a process that holds the parameters, x and grad_y.
+Each layer runs in a new process. The result is how much the peak of resident memory rises during
+three steps of forward and backward, after the parameters, x and grad_y have been allocated.
 `rnnfast recompute` is rnnfast.LSTM with ``recompute=True``.
 """
 
@@ -24,20 +24,20 @@ LAYERS: dict[str, tuple[type[torch.nn.Module], dict[str, object]]] = {
 
 
 def peak_mib() -> float:
-    """The peak of this program's resident memory; getrusage would count the program before exec."""
+    """Returns this program's peak resident memory. (getrusage would include that before exec.)"""
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
 def training_mib(name: str, T: int, B: int, H: int) -> float:
-    """How much the peak rises in this process, in MiB."""
+    """Returns how much the peak rises in this process, in MiB."""
 
     def step(layer: torch.nn.Module, x: torch.Tensor, grad_y: torch.Tensor) -> None:
         layer.zero_grad(set_to_none=True)
         layer(x)[0].backward(grad_y)
 
     cls, options = LAYERS[name]
-    step(cls(8, 8, **options), torch.ones(2, 2, 8), torch.ones(2, 2, 8))  # loads code
+    step(cls(8, 8, **options), torch.ones(2, 2, 8), torch.ones(2, 2, 8))  # loads code into memory
     layer = cls(H, H, **options)
     x, grad_y = torch.randn(T, B, H), torch.randn(T, B, H)
     before = peak_mib()
@@ -47,7 +47,7 @@ def training_mib(name: str, T: int, B: int, H: int) -> float:
 
 
 def measure(name: str, T: int, B: int, H: int) -> float:
-    """`training_mib` in a fresh process."""
+    """Runs `training_mib` in a new process."""
     command = [sys.executable, "-m", "benchmarks.memory", "--only", name]
     command += ["--size", f"{T},{B},{H}"]
     return float(subprocess.check_output(command, text=True))
@@ -56,7 +56,7 @@ def measure(name: str, T: int, B: int, H: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--size", nargs="+", default=["100,64,512"], metavar="T,B,H")
-    parser.add_argument("--only", choices=LAYERS, help="print the MiB of this one, measured here")
+    parser.add_argument("--only", choices=LAYERS, help="measure one layer, in this process")
     parser.add_argument("--json", type=Path, help="where to write all numbers")
     args = parser.parse_args()
     rows = []

@@ -1,9 +1,10 @@
-"""The implementations that are set beside each other.
+"""The implementations that are compared.
 
-A builder gets a problem and returns the step that solves it with the problem's weights, or raises
-`UnsupportedError`. Where a package that it needs is missing, it fails with ImportError. All peers
-run on as many threads as torch does and take and return their own kind of array: no conversion is
-timed. Settings are those that were fastest for the peer; each leaves its threads' spinning alone.
+A builder takes a problem and returns the step that solves it with the problem's weights. It raises
+`UnsupportedError` if the peer cannot run the problem, and ImportError if a package is missing. All
+peers use as many threads as torch does. They take and return their own kind of array, so no
+conversion is timed. Each peer has the settings that were fastest for it; the settings for spinning
+threads are left at their defaults.
 """
 
 import copy
@@ -29,7 +30,7 @@ class UnsupportedError(Exception):
 
 class Peer(NamedTuple):
     build: Builder
-    tolerance: float = 0.0  # of the largest element; above 0 the peer computes in lower precision
+    tolerance: float = 0.0  # relative to the largest element; above 0 for peers in lower precision
 
 
 def build_rnnfast(problem: Problem) -> Step:
@@ -47,12 +48,12 @@ def build_rnnfast(problem: Problem) -> Step:
 
 def build_torch(problem: Problem) -> Step:
     twin = copy.deepcopy(problem.module)
-    twin.flatten_parameters()  # cuDNN wants the weights in one piece, and a copy scatters them
+    twin.flatten_parameters()  # cuDNN needs the weights in one block, which a copy does not keep
     return module_step(twin, problem)
 
 
 def build_torch_int8(problem: Problem) -> Step:
-    """torch's dynamic quantisation: int8 weights, and x and h quantised in every product."""
+    """Builds torch's dynamic quantisation: int8 weights; every product quantises x and h too."""
     demand_inference_in_float32(problem)
     if isinstance(problem.module, nn.RNN):
         raise UnsupportedError("no Elman cells")
@@ -75,13 +76,13 @@ def demand_inference_in_float32(problem: Problem) -> None:
 
 
 def reordered(weight: Tensor, order: str, wanted: str) -> Tensor:
-    """The blocks of rows of `weight`, one for each gate in `order`, in the order `wanted`."""
+    """Reorders the gate blocks of `weight` (rows) from `order` to `wanted`."""
     blocks = dict(zip(order, weight.detach().chunk(len(order)), strict=True))
     return torch.cat([blocks[gate] for gate in wanted])
 
 
 def onnx_model(problem: Problem) -> bytes:
-    """One ONNX node with the problem's weights: x -> y (T, 1, B, H), h and perhaps c (1, B, H)."""
+    """Returns a model of one ONNX node: x -> y (T, 1, B, H), h (1, B, H) and, for LSTM, c."""
     import onnx
 
     module, (T, B, I) = problem.module, problem.x.shape
@@ -133,7 +134,7 @@ def build_openvino(problem: Problem) -> Step:
     core = openvino.Core()
     options = {
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "INFERENCE_PRECISION_HINT": "f32",  # else bfloat16 where the chip has it
+        "INFERENCE_PRECISION_HINT": "f32",  # the default is bfloat16 if the CPU has it
         "PERFORMANCE_HINT": "LATENCY",
         "ENABLE_CPU_PINNING": False,
     }
@@ -148,7 +149,7 @@ def build_openvino(problem: Problem) -> Step:
 
 
 def jax_layer(cell: str, weights: tuple[Any, ...], x: Any) -> tuple[Any, Any]:
-    """(y, state) of a layer whose weights lie as (I, G H) and (H, G H)."""
+    """Returns (y, state) of a layer with weights of shape (I, G*H) and (H, G*H)."""
     import jax
     from jax import numpy as jnp
 
@@ -181,7 +182,7 @@ def jax_layer(cell: str, weights: tuple[Any, ...], x: Any) -> tuple[Any, Any]:
 
 @functools.cache
 def start_jax(threads: int) -> Any:
-    """The module jax; XLA's threads are counted once, when its first array is made."""
+    """Imports jax. XLA fixes its number of threads when the first array is made."""
     os.environ["NPROC"] = str(threads)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     import jax

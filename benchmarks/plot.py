@@ -1,8 +1,8 @@
-"""Picture and table of a comparison: `python -m benchmarks.plot RESULTS.json --png FILE`.
+"""Plots a comparison, or prints it as a table: `python -m benchmarks.plot RESULTS.json --png FILE`.
 
-The picture has one panel for each mode and cell, with one dot for each case and peer: how many
-times as fast rnnfast is (on a log scale, by the least times); in the grey part it is slower.
-`--markdown` prints the same as a table: the ratio to `--peer`, and to the fastest of all peers.
+The plot has one panel for each mode and cell, and one dot for each case and peer. The x axis (log
+scale) is the peer's minimum time divided by rnnfast's; rnnfast is slower in the grey area.
+`--markdown` prints a table with two ratios: to `--peer`, and to the fastest of all peers.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from .compare import best_peers
 from .steps import CELLS, MODES, Case
 
 Row = dict[str, Any]
-# Colours of Okabe and Ito, told apart by the colour-blind, and a marker for each.
+# The colours of Okabe and Ito, which are safe for colour-blind readers, and a marker for each peer.
 STYLES = {
     "torch": ("torch.nn", "#D55E00", "o"),
     "onnxruntime": ("ONNX Runtime", "#0072B2", "s"),
@@ -118,7 +118,7 @@ def format_ratio(ratio: float) -> str:
 
 
 def markdown(report: Row, peer: str, dtype: str) -> str:
-    """Cases by cells and modes: the ratio to `peer` / the ratio to the fastest of all peers."""
+    """Returns a table, cases by cells and modes: ratio to `peer` / ratio to the fastest peer."""
     rows = timed_rows(report, dtype)
     columns = list(dict.fromkeys((row["mode"], row["cell"]) for row in rows))
     found: dict[tuple[object, ...], list[str]] = {}
@@ -141,9 +141,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     add = parser.add_argument
     add("results", type=Path, help="what benchmarks.compare --json wrote")
-    add("--png", type=Path, metavar="FILE", help="draw the picture")
+    add("--png", type=Path, metavar="FILE", help="draw the plot")
     add("--markdown", action="store_true", help="print the table")
-    add("--peer", default="torch", help="of the table's first numbers")
+    add("--peer", default="torch", help="the peer of the table's first numbers")
     add("--dtype", default="float32")
     args = parser.parse_args(argv)
     report = json.loads(args.results.read_text())

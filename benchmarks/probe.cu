@@ -1,7 +1,7 @@
-// What the parts of a recurrent step cost on this GPU: `probe NAME` makes one measurement and
-// prints each number as one line of JSON. Times are in microseconds, medians of several runs; what
-// a kernel repeats is timed as the difference between two counts of steps, so that no launch is in
-// it.
+// Measures the costs of the parts of a recurrent step on this GPU. `probe NAME` makes one
+// measurement and prints each result as a line of JSON. Times are medians of several runs, in
+// microseconds. The time of what a kernel repeats is the difference between runs of two numbers of
+// steps, so it does not include a launch.
 #include <cooperative_groups.h>
 #include <cuda_runtime.h>
 
@@ -19,10 +19,10 @@ namespace cg = cooperative_groups;
 constexpr int kThreads = 256;
 constexpr int kSteps = 2000;
 constexpr int kRepeats = 9;
-constexpr int kLineWords = 32;              // of 128 bytes
-constexpr long long kClockLimit = 1 << 30;  // half a second: a wait that long will never end
+constexpr int kLineWords = 32;              // words in a line of 128 bytes
+constexpr long long kClockLimit = 1 << 30;  // half a second: a longer wait would never end
 [[maybe_unused]] constexpr int kMostRanks = 16;
-[[maybe_unused]] constexpr int kWords = 16;  // that a block sends to each other one in a step
+[[maybe_unused]] constexpr int kWords = 16;  // words from each block to each other, per step
 
 void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
@@ -56,8 +56,9 @@ __device__ unsigned observe(const unsigned* flag) {
   return value;
 }
 
-// flags (gridDim.x, kLineWords), zeros: each block of a group publishes the number of the step, and
-// waits for that of the others. All blocks must be resident.
+// In each step every block of a group publishes the number of the step in its line of `flags`
+// (gridDim.x, kLineWords; zeros on entry), and waits for that of the others. All blocks must be
+// resident.
 __global__ void __launch_bounds__(kThreads) exchange_flags(unsigned* flags, int group, int steps) {
   const int first = int(blockIdx.x) / group * group;
   for (unsigned step = 1; step <= unsigned(steps); ++step) {
@@ -99,8 +100,9 @@ __device__ bool has_passed(unsigned barrier, unsigned parity) {
 #endif
 
 // In each step every block sends kWords words to every block of its cluster, itself included, and
-// waits for all that is sent to it. Two buffers suffice: who sends step t + 2 has received all of
-// t + 1, which is sent after t has been read. *wrong counts words that were not those expected.
+// waits for all words that are sent to it. Two buffers suffice: a block that sends step t + 2 has
+// received all of step t + 1, which the others send after they have read step t. *wrong counts the
+// words that were not as expected.
 __global__ void __launch_bounds__(kThreads) exchange_words(int steps, unsigned* wrong) {
 #if __CUDA_ARCH__ >= 900
   __shared__ alignas(8) unsigned long long full[2];
@@ -133,10 +135,10 @@ __global__ void __launch_bounds__(kThreads) exchange_words(int steps, unsigned* 
     wait_until([&] { return has_passed(barrier, unsigned(step >> 1) & 1); });
     if (threadIdx.x < words)
       misses += received[buffer][threadIdx.x] != unsigned(step) * kMostRanks + peer;
-    __syncthreads();  // read before it is written again
+    __syncthreads();  // all threads have read the buffer before it is written again
   }
   if (misses) atomicAdd(wrong, misses);
-  cluster.sync();  // nobody leaves while words are on their way to it
+  cluster.sync();  // no block ends while words are on their way to it
 #endif
 }
 

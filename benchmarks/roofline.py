@@ -1,25 +1,25 @@
-"""How fast a layer could be on this CPU: `python -m benchmarks.roofline --help`.
+"""Computes how fast a layer could be on this CPU: `python -m benchmarks.roofline --help`.
 
-The limit of a case is the larger of two times on all threads, each at a rate measured on this
-machine at its start (`calibrate`):
+The limit of a case is the larger of two times. Both assume that all threads work at the rates that
+`calibrate` measures on this machine first:
 
-- FMA: the products' multiply-adds. Forward x W_ih and h W_hh, for every step (a zero initial state
-  counts as any other). Training adds d_gates W_hh (all steps but the first, as nobody asks for
-  the gradient of h0), d_gates^T h and d_gates^T x, and d_gates W_ih only for `--input-grad`. The
-  gate maths is not counted. bfloat16 counts at the rate of AMX where the chip has it, else of its
-  dot instructions, if any. float32 counts at that of multiply-adds or, if that is more, at a sixth
-  of bfloat16's: a float is the sum of three of them, and six of the nine products reach its last
-  bit. float16 counts as float32.
-- Traffic: the bytes that must be moved. W_hh is read in every step, and again in every step of the
-  backward; no core reads what another one reads. W_ih, x, y, saved gates (LSTM: 4 gates and c;
-  GRU: 3 gates and the recurrent candidate term; Elman: y is enough), grad_y and gradients move
-  once for each pass that needs them. Everything stays in cache from call to call, as far as there
-  is room: W_hh gets the first place, the others what is left, and each byte costs what reading
-  its level costs (L1 and L2 of all threads together, one L3, else DRAM). Writing counts as reading.
+- FMA: the multiply-adds of the products. The forward has x W_ih and h W_hh for every step (a zero
+  initial state is multiplied too). Training adds d_gates W_hh (for all steps but the first, since
+  the gradient of h0 is not needed), d_gates^T h and d_gates^T x, and with `--input-grad` also
+  d_gates W_ih. Gate maths is not counted. The rate of bfloat16 is that of AMX if the CPU has it,
+  else that of dot instructions, if any. The rate of float32 is that of multiply-adds or, if that
+  is higher, a sixth of bfloat16's: a float is the sum of three bfloat16, and six of the nine
+  products affect its last bit. float16 has the rate of float32.
+- Traffic: the bytes that must be moved. W_hh is read in every step of the forward, and again in
+  every step of the backward; each byte is read by one core only. W_ih, x, y, saved gates (LSTM: 4
+  gates and c; GRU: 3 gates and the recurrent candidate term; Elman: nothing but y), grad_y and
+  gradients move once for each pass that needs them. Data stay in cache from call to call as far as
+  there is room, W_hh first. Each byte costs a read from its level: L1 and L2 of all threads
+  together, one L3, or DRAM. A write costs as much as a read.
 
-Not in it: packing, waiting, the cost of a call. `synchronised` adds one thing: what depends on all
-units of the last step waits for all threads, so with fewer sequences than threads each step costs
-a barrier, unless one thread does everything.
+Packing, waiting and the cost of a call are not included. `synchronised` includes one more cost: if
+there are fewer sequences than threads, each step needs a barrier, because it depends on the hidden
+units that other threads computed in the last step; or one thread does everything.
 """
 
 import argparse
@@ -44,7 +44,7 @@ from .steps import CELLS, MODES, Case
 SOURCE = Path(__file__).with_name("calibration.c")
 GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
 SAVED = {"RNN": 0, "GRU": 4, "LSTM": 5}  # values per unit and step that only the backward reads
-PRODUCTS_OF_PARTS = 6  # of bfloat16 that make up one of float32
+PRODUCTS_OF_PARTS = 6  # bfloat16 products that make up one float32 product
 ELEMENT_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -53,7 +53,10 @@ class CalibrationError(Exception):
 
 
 class Level(NamedTuple):
-    """A level of the memory hierarchy: what it and those above it hold, and bytes per second."""
+    """A level of the memory hierarchy.
+
+    `capacity` is in bytes and includes the levels above; `bandwidth` is in bytes per second.
+    """
 
     name: str
     capacity: float
@@ -61,7 +64,7 @@ class Level(NamedTuple):
 
 
 class Calibration(NamedTuple):
-    """What some threads of this machine can do together."""
+    """Rates that `threads` threads of this machine reach together."""
 
     threads: int
     fma: dict[str, float]  # floating-point operations per second, by dtype
@@ -69,7 +72,7 @@ class Calibration(NamedTuple):
     barrier: float  # seconds
 
     def describe(self) -> dict[str, object]:
-        """Rates per second, ready for JSON."""
+        """Returns the rates per second, ready for JSON."""
         read = {level.name: level.bandwidth for level in self.levels}
         return {"threads": self.threads, "fma": self.fma, "read": read, "barrier": self.barrier}
 
@@ -85,7 +88,7 @@ class Limit(NamedTuple):
 
 @functools.cache
 def native() -> ctypes.CDLL:
-    """calibration.c, compiled for this machine."""
+    """Compiles calibration.c for this machine and loads it."""
     compiler = next(filter(shutil.which, [os.environ.get("CC", ""), "cc", "gcc", "clang"]), None)
     if compiler is None:
         raise CalibrationError("no C compiler was found")
@@ -103,7 +106,7 @@ def native() -> ctypes.CDLL:
 
 
 def cache_bytes() -> tuple[int, int, int]:
-    """Sizes of one core's L1 data cache and L2, and of one L3."""
+    """Returns the sizes of one core's L1 data cache and L2, and of one L3."""
     found = {1: 32 << 10, 2: 1 << 20, 3: 16 << 20}
     for index in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
         if (index / "type").read_text().strip() != "Instruction":
@@ -115,15 +118,16 @@ def cache_bytes() -> tuple[int, int, int]:
 def calibrate(
     threads: int, seconds: float = 0.003, windows: int = 20, dram_bytes: int | None = None
 ) -> Calibration:
-    """Measures the rates in turn, `windows` times for `seconds` each, and takes the best of each.
+    """Measures all rates in turn, `windows` times for `seconds` each, and takes the best of each.
 
-    In turn, because a virtual machine's cores may for a while be two threads of one core.
+    They are measured in turn because the cores of a virtual machine may be two hardware threads of
+    one core for a while.
     """
     library = native()
     l1, l2, l3 = cache_bytes()
     dram = dram_bytes or 4 * l3
-    # Half of a level, so that nothing else pushes it out. L3 beyond what the L2s hold, but little
-    # of it: a virtual machine sees all and has a part.
+    # Half of L1 and L2, so that nothing else evicts the buffer. For L3 more than the L2s hold, but
+    # not much more: a virtual machine sees the size of the whole L3, and has only a part of it.
     private = {"L1": l1 // 2, "L2": l2 // 2}
     beyond = 2 * threads * l2
     shared = {"L3": max(beyond, min(l3 // 2, 2 * beyond)), "DRAM": dram}
@@ -137,11 +141,11 @@ def calibrate(
     with ThreadPoolExecutor(threads) as pool:
 
         def on_core(k: int, function: Callable[..., float], *args: object) -> float:
-            os.sched_setaffinity(0, [cores[k % len(cores)]])  # of this thread of the pool
+            os.sched_setaffinity(0, [cores[k % len(cores)]])  # 0: the calling thread
             return function(*args)
 
         def together(function: Callable[..., float], *args: Callable[[int], object]) -> float:
-            """The work per second of all threads over one window; `args` map a thread to values."""
+            """Returns the work per second of all threads; `args` map a thread to its arguments."""
             span = ctypes.c_double(time.monotonic() + 3e-4), ctypes.c_double(seconds)
             given = [[arg(k) for arg in args] for k in range(threads)]
             calls = [pool.submit(on_core, k, function, *span, *given[k]) for k in range(threads)]
@@ -150,7 +154,7 @@ def calibrate(
         def read(name: str) -> float:
             size = ctypes.c_size_t(sizes[name])
             place = [ctypes.c_void_p(first + k * stride) for k in range(threads)]
-            # Twice, as the first time brings it into its level.
+            # Twice: the first time brings the buffer into its level.
             return max(
                 together(library.read_memory, place.__getitem__, lambda k: size) for _ in "12"
             )
@@ -180,7 +184,7 @@ def calibrate(
 
 
 def operations(cell: str, case: Case, mode: str, input_grad: bool) -> float:
-    """Floating-point operations of the products: two for each multiply-add."""
+    """Returns the floating-point operations of the products: two for each multiply-add."""
     T, B, I, H = case
     step = 2 * B * GATES[cell] * H
     forward = T * step * (I + H)
@@ -192,7 +196,7 @@ def operations(cell: str, case: Case, mode: str, input_grad: bool) -> float:
 def streams(
     cell: str, case: Case, mode: str, dtype: str, input_grad: bool
 ) -> list[tuple[float, int]]:
-    """(bytes, how often they move), in the order in which they get a place in the caches."""
+    """Returns pairs (bytes, times moved), in the order in which the data are placed in caches."""
     T, B, I, H = case
     size, training = ELEMENT_BYTES[dtype], mode == "training"
     w_hh, w_ih, x, y = (
@@ -208,7 +212,7 @@ def streams(
 def limit(
     cell: str, case: Case, mode: str, dtype: str, input_grad: bool, machine: Calibration
 ) -> Limit:
-    """The least time of one step of the benchmark; the assumptions are this module's."""
+    """Returns the least time of one call, under the assumptions in this module's docstring."""
     fma = operations(cell, case, mode, input_grad) / machine.fma[dtype]
     by_level = dict.fromkeys((level.name for level in machine.levels), 0.0)
     used = 0.0
@@ -224,7 +228,7 @@ def limit(
 
 
 def synchronised(case: Case, mode: str, one: Limit, together: Limit, machine: Calibration) -> float:
-    """The limit where steps wait for other threads' units; `one` is the limit of one thread."""
+    """Returns the limit with a barrier in each step; `one` is the limit of a single thread."""
     steps = case.T if mode == "inference" else 2 * case.T
     if machine.threads <= case.B:
         return together.seconds

@@ -1,8 +1,13 @@
-"""Sequences of unequal length, resets and projection: `python -m benchmarks.sequences`.
+"""Times unequal lengths, resets and projection: `python -m benchmarks.sequences`.
 
-Columns are times in ms of calls timed in turn, then torch.nn over rnnfast on the same packed batch,
-torch.nn with packing and padding over rnnfast with ``lengths``, rnnfast with ``reset`` over rnnfast
-without, and torch.nn over rnnfast with ``proj_size`` a quarter of H. Numbers are compared first.
+For each case it prints the times of all calls in ms, timed in turn, and then these ratios of times:
+
+packed      torch.nn / rnnfast, on the same packed batch
+lengths     torch.nn with packing and padding / rnnfast with ``lengths``
+reset       rnnfast with ``reset`` / rnnfast without
+projection  torch.nn / rnnfast, with ``proj_size`` a quarter of H
+
+Results are compared first.
 """
 
 import argparse
@@ -23,7 +28,7 @@ from benchmarks.timing import time_in_turn
 
 CASES = ("50,8,64,64", "100,16,128,128", "100,32,256,256", "100,64,512,512")
 RESET_PROBABILITY = 0.02
-RATIOS = {  # what is divided by what
+RATIOS = {  # name of a ratio: numerator, denominator
     "packed": ("torch packed", "packed"),
     "lengths": ("torch pack, pad", "lengths"),
     "reset": ("reset", "full"),
@@ -32,7 +37,7 @@ RATIOS = {  # what is divided by what
 
 
 def calls_of(cell: str, case: Case) -> dict[str, tuple[torch.nn.Module, Callable[[], Tensor]]]:
-    """By name: the module and a call that returns its output as one tensor."""
+    """Returns, by name, a module and a call that returns its output as one tensor."""
     torch.manual_seed(0)
     T, B, I, H = case
     lengths = torch.randint(1, T + 1, (B,))
@@ -74,7 +79,7 @@ def check(
     reset: Tensor,
     packed: PackedSequence,
 ) -> None:
-    """Raises AssertionError where numbers are not torch.nn's, or not the reference's."""
+    """Raises AssertionError if results differ from torch.nn's or, with resets, the reference's."""
     with torch.no_grad():
         for one, other in RATIOS.values():
             if one.startswith("torch") and one in calls:
@@ -88,7 +93,7 @@ def check(
 
 
 def step_of(module: torch.nn.Module, call: Callable[[], Tensor], mode: str) -> Callable[[], Any]:
-    """What is timed: the call, in training with a backward from ones."""
+    """Returns the function to time: the call and, in training, a backward from ones."""
     if mode == "inference":
         return torch.inference_mode()(call)
 

@@ -1,4 +1,4 @@
-"""One inference step and one training step of a layer, and whether their numbers are right."""
+"""One inference step and one training step of a layer, and the check of their results."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -23,10 +23,10 @@ class Case(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """What to compute: a torch.nn module, its input x (T, B, I) and the mode.
+    """A computation: a torch.nn module, its input x (T, B, I) and the mode.
 
-    Training also gets the loss's gradient grad_y (T, B, H), and gives the gradients of the
-    parameters and, with `input_grad`, of x.
+    Training also takes grad_y (T, B, H), the gradient of the output, and computes the gradients of
+    the parameters and, with `input_grad`, of x.
     """
 
     module: nn.RNNBase
@@ -45,10 +45,10 @@ class Problem(NamedTuple):
 
 
 class Step(NamedTuple):
-    """One implementation's way to solve a problem once: `run` is what is timed."""
+    """One implementation of a problem. `run` is what is timed."""
 
     run: Callable[[], Any]
-    numbers: Callable[[Any], dict[str, Tensor]]  # every number of what `run` returned, by name
+    numbers: Callable[[Any], dict[str, Tensor]]  # converts the result of `run` to tensors by name
 
 
 def make_problem(
@@ -69,7 +69,10 @@ def make_problem(
 
 
 def module_step(module: nn.Module, problem: Problem) -> Step:
-    """The step of a module called as torch.nn's are. Inference wants torch.inference_mode()."""
+    """Returns the step of a module with torch.nn's signature.
+
+    For inference, call it in torch.inference_mode().
+    """
     x = problem.x.clone()
     if problem.mode == "inference":
         return Step(lambda: module(x), outputs)
@@ -91,7 +94,7 @@ def module_step(module: nn.Module, problem: Problem) -> Step:
 
 
 def outputs(result: tuple[Tensor, Any]) -> dict[str, Tensor]:
-    """The numbers of (y, h) or (y, (h, c))."""
+    """Returns the tensors of (y, h) or (y, (h, c)) by name."""
     y, state = result
     state = state if isinstance(state, tuple) else (state,)
     return {"y": y, **{f"state {k}": value for k, value in enumerate(state)}}
@@ -107,10 +110,10 @@ def disagreement(
     exact: dict[str, Tensor],
     tolerance: float = 0.0,
 ) -> str | None:
-    """What is wrong with `got`, or None.
+    """Returns a description of the first wrong tensor in `got`, or None.
 
-    Its error against `exact` (torch.nn in float64) may be 4 times that of torch.nn in the same
-    dtype, plus 16 units of rounding and `tolerance` of the largest element.
+    The error of `got` against `exact` (torch.nn in float64) may be 4 times that of `ours` (torch.nn
+    in the same dtype), plus 16 eps and `tolerance` relative to the largest element.
     """
     for name, want in exact.items():
         if name not in got or got[name] is None or got[name].shape != want.shape:

@@ -1,12 +1,14 @@
-"""Tokens, generation and Jordan networks beside the usual ways: `python -m benchmarks.systems`.
+"""Compares tokens, generation and Jordan networks with the usual ways.
 
-tokens      a layer that reads tokens (``tokens=True``), beside one-hot vectors; and a layer that is
-            given an embedding (``embedding=``), beside the embedding and the layer, ours or
-            torch.nn's. Tokens follow Zipf's law, as words do, or are uniform.
-generation  CharLSTM.generate beside a loop of embedding, nn.LSTM, linear, softmax and multinomial.
-jordan      JordanRNN, folded into an Elman layer, beside its definition step by step.
+Run it with `python -m benchmarks.systems`. It compares:
 
-Numbers are compared first. Times are the least of calls timed in turn.
+tokens      a layer that reads tokens (``tokens=True``) with one-hot vectors; and a layer that is
+            given an embedding (``embedding=``) with the embedding followed by the layer, of rnnfast
+            or torch.nn. Tokens follow Zipf's law, as words do, or are uniform.
+generation  CharLSTM.generate with a loop of embedding, nn.LSTM, linear, softmax and multinomial.
+jordan      JordanRNN, which runs as an Elman layer, with a loop over its definition.
+
+Results are compared first. Times are the minimum of calls timed in turn.
 """
 
 import argparse
@@ -29,7 +31,7 @@ from rnnfast.models import CharLSTM, JordanRNN
 Functions = dict[str, Callable[[], Any]]
 TOKENS = ((100, "zipf"), (10_000, "zipf"), (10_000, "uniform"))
 JORDAN = ((100, 1, 64, 64, 10), (100, 16, 64, 64, 10), (100, 32, 128, 256, 256))  # T, B, I, H, O
-GREEDY = 200  # tokens that must be the same
+GREEDY = 200  # number of greedy tokens that are compared
 
 
 def draw_tokens(vocabulary: int, law: str, T: int, B: int) -> Tensor:
@@ -58,7 +60,7 @@ def assert_same(calls: dict[str, Callable[[], Tensor]]) -> None:
 
 
 def token_rows(T: int, B: int, H: int) -> Iterator[tuple[str, Functions, dict[str, str]]]:
-    """For each case: its name, what to time, and what is divided by what."""
+    """Yields for each case its name, the functions to time, and the ratios {numerator: divisor}."""
     for vocabulary, law in TOKENS:
         torch.manual_seed(0)
         tokens = draw_tokens(vocabulary, law, T, B)
@@ -95,7 +97,7 @@ def token_rows(T: int, B: int, H: int) -> Iterator[tuple[str, Functions, dict[st
 
 
 class PlainLoop:
-    """A character at a time in Python, on torch.nn's layers."""
+    """Generates one character at a time in Python, with torch.nn's layers."""
 
     def __init__(self, model: CharLSTM) -> None:
         self.embedding, self.head = model.embedding, model.head
@@ -121,7 +123,10 @@ class PlainLoop:
 def generation_row(
     vocabulary: int, H: int, layers: int, ours: int, theirs: int
 ) -> tuple[str, Functions, dict[str, str]]:
-    """`ours` and `theirs` are the tokens of a timed call; `main` makes it seconds per token."""
+    """Returns a row like `token_rows`.
+
+    `ours` and `theirs` are the numbers of tokens in a timed call; `main` divides by them.
+    """
     torch.manual_seed(0)
     model = CharLSTM(vocabulary, H, layers).eval()
     loop, start = PlainLoop(model), torch.tensor([1])

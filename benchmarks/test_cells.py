@@ -1,4 +1,4 @@
-"""Single steps of the cell modules: rnnfast beside torch.nn (`pytest benchmarks`)."""
+"""Times single steps of the cell modules of rnnfast and torch.nn (`pytest benchmarks`)."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""One layer over a sequence: rnnfast beside torch.nn (`pytest benchmarks`)."""
+"""Times one layer over a sequence, of rnnfast and torch.nn (`pytest benchmarks`)."""
 
 import pytest
 import torch

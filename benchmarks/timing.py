@@ -1,4 +1,4 @@
-"""Timing of several functions in turn, so that all of them meet the same state of the machine."""
+"""Times several functions in turn, so that all of them meet the same state of the machine."""
 
 import gc
 import statistics
@@ -6,12 +6,13 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-BLOCK_SECONDS = 0.5e-3  # what is timed at once: as many calls as fill this
+BLOCK_SECONDS = 0.5e-3  # one measurement: as many calls as fill this time
 WARM_UP_SECONDS = 0.02
-# Between functions: threads of the last one may still spin, and its data fill the caches.
+# Between functions there is a pause, then untimed calls: threads of the last function may still
+# spin, and its data fill the caches. Calls longer than LONG_CALL_SECONDS need neither.
 PAUSE_SECONDS = 2e-3
-SETTLE_SECONDS = 1e-3  # of untimed calls
-LONG_CALL_SECONDS = 20e-3  # needs neither
+SETTLE_SECONDS = 1e-3
+LONG_CALL_SECONDS = 20e-3
 
 
 class Timing(NamedTuple):
@@ -29,7 +30,7 @@ def time_in_turn(
     min_time: float,
     min_rounds: int,
 ) -> dict[str, Timing]:
-    """Times A, B, A, B, ... until `min_time` seconds per function and `min_rounds` have passed."""
+    """Times A, B, A, B, ... for `min_rounds` rounds and `min_time` seconds each, at least."""
 
     def seconds(function: Callable[[], object], calls: int) -> float:
         synchronize()

@@ -1,4 +1,4 @@
-"""One forward and backward of every cell and dtype on a tiny shape, for compute-sanitizer."""
+"""Runs every cell and dtype on tiny shapes, forward and backward, for compute-sanitizer."""
 
 import argparse
 import itertools

@@ -157,7 +157,7 @@ def restore(module: nn.Module) -> Report:
 
 
 def _restore(module: nn.Module) -> str | None:
-    """Gives a module that was replaced its former class; returns why it cannot, else None."""
+    """Gives a replaced module its former class again; returns the reason if that is impossible."""
     kind = parametrize.type_before_parametrizations(module)
     former = _THEIRS.get(kind) or vars(kind).get(_FORMER)
     theirs = former and torch_class_of(former)
@@ -166,13 +166,13 @@ def _restore(module: nn.Module) -> str | None:
     if own := _own_methods(module):
         return own
     for attribute in (_MARK, *ADDITIONS[theirs]):
-        vars(module).pop(attribute, None)  # what was never set is the class's
+        vars(module).pop(attribute, None)  # some are class defaults and not on the instance
     _change_class(module, former)
     return None
 
 
 def _reason_to_leave(module: nn.Module, kind: type[nn.Module], keep_class: bool) -> str | None:
-    """Why ``module`` of class ``kind`` is not replaced; None if it is or is not recurrent."""
+    """Returns why ``module`` is not replaced; None if it can be, or if it is not recurrent."""
     if isinstance(module, torch.jit.ScriptModule):
         return "is compiled by TorchScript" if module.original_name in _NAMES else None
     if isinstance(module, _Backed):
@@ -193,7 +193,7 @@ def _reason_to_leave(module: nn.Module, kind: type[nn.Module], keep_class: bool)
 
 
 def _reason_to_leave_class(kind: type[nn.Module], theirs: type[nn.Module]) -> str | None:
-    """Why instances of ``kind``, a subclass of ``theirs``, cannot be replaced; None if they can."""
+    """Returns why instances of ``kind``, a subclass of ``theirs``, cannot be replaced, or None."""
     path = _path(kind)
     for name in sorted(CALLED_BY_FORWARD[theirs]):
         if is_overridden(kind, theirs, name):
@@ -203,29 +203,30 @@ def _reason_to_leave_class(kind: type[nn.Module], theirs: type[nn.Module]) -> st
             return f"{path} has an attribute {name}"
     if is_overridden(kind, theirs, "forward"):
         code = getattr(inspect.unwrap(kind.forward), "__code__", None)
-        # what calls super().forward then calls ours
+        # The super().forward of such a forward becomes rnnfast's.
         if code is None or not {"super", "forward"} <= {*code.co_names}:
             return f"{path} has its own forward, which does not call super().forward"
     try:
         _kept(kind, theirs)
-    except Exception as error:  # of a metaclass or an __init_subclass__ of the user's
+    except Exception as error:  # the user's metaclass or __init_subclass__ may raise anything
         return f"no class can be derived from {path}: {error}"
     return None
 
 
 def _kept(former: type[nn.Module], theirs: type[nn.Module]) -> type[nn.Module]:
-    """A class derived from ``former``, which is ``theirs`` or derives from it, that runs ours.
+    """Returns a class derived from ``former`` (``theirs`` or a subclass) that runs rnnfast's code.
 
-    The order of its bases is: ``former`` and what it adds to torch.nn's class, our ``forward``,
-    torch.nn's class, our class. So ``super().forward`` in ``former`` is ours, all else that it and
-    torch.nn define stays, and what our ``forward`` needs besides is there.
+    Its method resolution order is: ``former`` and its own bases, a class with only rnnfast's
+    ``forward``, torch.nn's class, rnnfast's class. So ``super().forward`` in ``former`` is
+    rnnfast's, everything else that ``former`` and torch.nn define is unchanged, and the other
+    attributes that rnnfast's ``forward`` needs are found last.
     """
     if former in _kept_classes:
         return _kept_classes[former]
     ours = _OURS[theirs]
 
     def construct(self: Any, *args: Any, **kwargs: Any) -> None:
-        # as a former one, because super().__init__() in torch.nn's is not to be ours
+        # Constructed as a `former`: super().__init__() in torch.nn must not call rnnfast's.
         own = type(self)
         object.__setattr__(self, "__class__", former)
         former.__init__(self, *args, **kwargs)
@@ -234,7 +235,7 @@ def _kept(former: type[nn.Module], theirs: type[nn.Module]) -> type[nn.Module]:
 
     def reduce(self: Any, protocol: Any) -> Any:
         reduced = former.__reduce_ex__(self, protocol)
-        # (function, (class, ...), state, ...), and pickle does not find this class by its name
+        # (function, (class, ...), state, ...): replaces the class, which pickle cannot find by name
         if isinstance(reduced, tuple) and reduced[1][:1] == (kept,):
             function, (_, *args), *rest = reduced
             return _rebuild, (function, former, *args), *rest
@@ -250,7 +251,7 @@ def _kept(former: type[nn.Module], theirs: type[nn.Module]) -> type[nn.Module]:
 
 
 def _rebuild(function: Any, former: type[nn.Module], *args: Any) -> Any:
-    """Starts a copy, or the content of a pickle, whose class is `_kept` of ``former``."""
+    """Creates the object that copy or pickle then fills; its class is `_kept` of ``former``."""
     theirs = torch_class_of(former)
     assert theirs is not None
     return function(_kept(former, theirs), *args)
@@ -265,7 +266,7 @@ def _called_by_forward(theirs: type[nn.Module]) -> frozenset[str]:
     found, names = {"_flat_weights"}, ["forward"]
     while names:
         code = getattr(inspect.unwrap(getattr(theirs, names.pop())), "__code__", None)
-        for name in code.co_names if code else ():  # there is none if another package exchanged it
+        for name in code.co_names if code else ():  # a replacement by another package may have none
             method = getattr(theirs, name, None)
             if name not in found and getattr(method, "__module__", None) == theirs.__module__:
                 found.add(name)
@@ -289,9 +290,10 @@ def is_overridden(kind: type[nn.Module], theirs: type[nn.Module], name: str) -> 
 
 
 def _own_methods(module: nn.Module) -> str | None:
-    """Says which methods were set on the instance; they may rely on the class that it has.
+    """Names the methods that were set on the instance, as they may rely on its class; or None.
 
-    But for flatten_parameters: weight-drop layers empty it so, and nothing here needs it.
+    flatten_parameters does not count: weight-drop layers replace it by an empty one, and nothing
+    here needs it.
     """
     names = [name for name in vars(module) if callable(getattr(type(module), name, None))]
     names = [name for name in names if name != "flatten_parameters"]
@@ -299,7 +301,7 @@ def _own_methods(module: nn.Module) -> str | None:
 
 
 def _name(kind: type[nn.Module]) -> str:
-    """The name of a class of torch.nn or of ours, the path of any other."""
+    """Returns the name of a class of torch.nn or rnnfast, and the full path of any other."""
     return kind.__name__ if kind in _OURS or kind in _THEIRS else _path(kind)
 
 
@@ -308,10 +310,10 @@ def _path(kind: type[nn.Module]) -> str:
 
 
 def _change_class(module: nn.Module, kind: type[nn.Module]) -> None:
-    """Makes ``module`` a ``kind``.
+    """Changes the class of ``module`` to ``kind``.
 
-    A parametrized module has a class of its own, derived from the former one and holding the
-    properties that compute its parameters. Copies of the module share it: a new one is made.
+    A parametrized module has a class of its own, derived from the former one, with properties that
+    compute its parameters. Copies of the module share that class, so a new one is made.
     """
     if parametrize.is_parametrized(module):
         own = type(module)

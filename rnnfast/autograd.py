@@ -9,9 +9,9 @@ in the number of states, so that two autograd Functions serve them all:
                [, cells], reverse, mask, lengths, reset[, w_hr, gradient of cells])
                -> gradients of (x, *states, w_ih, w_hh, b_ih, b_hh[, w_hr])
 
-What is in brackets is there for cells with two states; ``cells`` is the c of every step. With
-``recompute`` gates is empty where the device's backward can do without. The tensors of a layer are,
-below, (x, *states, w_ih, w_hh, b_ih, b_hh[, w_hr]).
+Items in brackets exist for cells with two states; ``cells`` is the c of every step. With
+``recompute`` gates is empty on devices whose backward can recompute it. Below, "the tensors of a
+layer" are (x, *states, w_ih, w_hh, b_ih, b_hh[, w_hr]).
 The second and higher derivatives go through `rnnfast.reference`.
 """
 
@@ -60,7 +60,7 @@ def layer(
     ``lengths`` is int64 and on the CPU. The c of every step is only there with ``save_cells``.
     ``recompute`` saves no gates for the backward, which computes them again from the states.
 
-    The extension must be there, and no torch.func transform or forward-mode AD may be active.
+    The extension must be built, and no torch.func transform or forward-mode AD may be active.
     """
     tensors: tuple[Tensor | None, ...] = (x, *states, w_ih, w_hh, b_ih, b_hh)
     if cell.states > 1:
@@ -78,7 +78,7 @@ def layer(
 
 
 def _distinct(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """Replaces repeated tensors by views: torch.compile takes none twice in one Function."""
+    """Replaces repeated tensors by views: torch.compile rejects a Function with a tensor twice."""
     distinct: list[Tensor | None] = []
     for tensor in tensors:
         if tensor is not None and any(tensor is other for other in distinct):
@@ -87,8 +87,8 @@ def _distinct(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     return tuple(distinct)
 
 
-# The Functions save in `forward` and have no `setup_context`: with one, torch inspects the
-# signature of `forward` on every call, which takes longer than a step of a small cell.
+# The Functions save tensors in `forward` and have no `setup_context`. With one, torch would inspect
+# the signature of `forward` in every call, which takes longer than a step of a small cell.
 
 
 class _Layer(torch.autograd.Function):
@@ -124,7 +124,7 @@ def _gradients(
     grads: Sequence[Tensor | None],
     saved: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
-    """The backward of `_Layer`, also called by the extension's own autograd Function."""
+    """Computes the backward of `_Layer`; also called by the extension's own autograd Function."""
     results: Sequence[Tensor | None]
     if all(grad is None for grad in grads):
         results = [None] * len(mask)
@@ -140,7 +140,7 @@ def _gradients(
 def _fused_forward(
     cell: str, tensors: Sequence[Tensor | None], *options: Any
 ) -> tuple[Tensor, ...]:
-    """The forward operator on the tensors of a layer."""
+    """Calls the forward operator on the tensors of a layer."""
     count = 5 + CELLS[cell].states
     return _OPERATORS[cell].forward(*tensors[:count], *options, *tensors[count:])
 
@@ -148,7 +148,7 @@ def _fused_forward(
 def _fused_backward(
     cell: str, reverse: bool, mask: list[bool], *arguments: Tensor | None
 ) -> States:
-    """The backward operator on the gradients of `_Layer`'s outputs and what it saved."""
+    """Calls the backward operator on the gradients of `_Layer`'s outputs and its saved tensors."""
     states = CELLS[cell].states
     grads, (*rest, lengths, reset) = (
         arguments[: _count_grads(cell)],
@@ -171,7 +171,7 @@ def _fused_backward(
 
 
 def _count_grads(cell: str) -> int:
-    """The number of `_Layer`'s outputs: y, final states and, with two of these, cells."""
+    """Returns the number of `_Layer`'s outputs: y, final states and, for cells with c, cells."""
     states = CELLS[cell].states
     return 1 + states + (states > 1)
 
@@ -196,7 +196,7 @@ class _LayerBackward(torch.autograd.Function):
     def backward(ctx: Any, *grad_grads: Tensor | None) -> tuple[Tensor | None, ...]:
         third_order = torch.is_grad_enabled()
         with torch.enable_grad():
-            # Aliases make the derivatives partial where one argument was computed from another.
+            # The aliases make these partial derivatives, even if one argument depends on another.
             arguments: list[Any] = [None if t is None else t.view_as(t) for t in ctx.saved_tensors]
             grads = _reference_backward(ctx.cell, ctx.reverse, ctx.mask, *arguments)
         found = [
@@ -222,9 +222,9 @@ class _LayerBackward(torch.autograd.Function):
 def _reference_backward(
     cell: str, reverse: bool, mask: list[bool], *arguments: Any
 ) -> list[Tensor | None]:
-    """The backward operator by way of `rnnfast.reference`, as a differentiable function.
+    """Computes the backward operator through `rnnfast.reference`, as a differentiable function.
 
-    It recomputes the forward, and so does without y and what the fused forward saved.
+    It recomputes the forward, so it needs neither y nor what the fused forward saved.
     """
     row = CELLS[cell]
     grads, tensors = arguments[: _count_grads(cell)], arguments[_count_grads(cell) :][: len(mask)]
@@ -259,7 +259,7 @@ def _reference_backward(
 
 
 def _check_devices(x: Tensor, arguments: Sequence[Any]) -> None:
-    """The fake kernels stand in on every device, so that no other kernel would refuse a mixture."""
+    """Raises an error for tensors on different devices, which fake kernels would not notice."""
     for tensor in arguments:
         if isinstance(tensor, Tensor) and tensor.device != x.device:
             raise RuntimeError(
@@ -269,8 +269,8 @@ def _check_devices(x: Tensor, arguments: Sequence[Any]) -> None:
 
 
 def _register_fakes(cell: Cell) -> None:
-    """Tells torch.compile and torch.export the shapes that the operators of ``cell`` return."""
-    # Torch leaves out trailing arguments that have their default values.
+    """Registers fake kernels: the shapes that the operators of ``cell`` return."""
+    # torch omits trailing arguments that have their default values.
 
     def forward(x: Tensor, *arguments: Any) -> States:
         onnx.refuse_unknown(f"rnnfast::{cell.name}")

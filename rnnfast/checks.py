@@ -35,7 +35,7 @@ def check_extras(
     """
     steps, batch = x.shape[1::-1] if batch_first else x.shape[:2]
     refuse_freed(lengths=lengths, reset=reset)
-    # copies, as the caller may use the memory again before the backward
+    # Lengths and resets are copied, since the caller may change them before the backward.
     if lengths is not None:
         if not isinstance(lengths, Tensor):
             lengths = torch.as_tensor(lengths, device="cpu")
@@ -46,7 +46,7 @@ def check_extras(
             shape = list(lengths.shape)
             raise RuntimeError(f"Expected lengths of shape ({batch},), got {shape}")
         lengths = lengths.to("cpu", torch.int64, copy=True)
-        # values that are not known yet are left to the operator
+        # While compiling, tracing or under transforms values are unavailable; the operator checks.
         unknown = torch.compiler.is_compiling() or is_tracing() or transforms_active()
         if not unknown and batch > 0:
             low, high = (int(limit) for limit in lengths.aminmax())
@@ -193,7 +193,7 @@ def _problem(
     shapes: Sequence[tuple[int, ...]],
     weights: Sequence[Tensor | None],
 ) -> str | None:
-    """What steps and sequences have in common; ``shapes`` are those of the states."""
+    """Checks what steps and sequences have in common; ``shapes`` are those of the states."""
     if x.shape[-1] != inputs:
         return f"input.size(-1) must be equal to input_size. Expected {inputs}, got {x.shape[-1]}"
     if states is None:
@@ -223,7 +223,7 @@ def refuse_freed(**tensors: Any) -> None:
 
 
 def _mismatch(x: Tensor, tensors: Sequence[Tensor | None], kind: str) -> str | None:
-    """Which tensor's device or dtype is not that of the input."""
+    """Describes the first tensor whose device or dtype differs from the input's, or None."""
     device, dtype = x.device, x.dtype
     for tensor in tensors:
         if tensor is None:

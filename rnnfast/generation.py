@@ -22,7 +22,7 @@ from . import backend as _backend
 from .modules import _CELL_OF_MODE, _Layers
 from .tokens import has_hooks, is_plain
 
-# For so many tokens of the vocabulary a fused run is set up in the time of a step of the loop.
+# Setting up a fused generation takes about one step of the loop per this many vocabulary tokens.
 _SETTING_UP = 512
 
 
@@ -92,7 +92,7 @@ def sample(scores: Tensor, sampling: Sampling, uniforms: Tensor) -> Tensor:
     """
     scores = scores.double()
     highest, best = scores.max(1, keepdim=True)
-    if not highest.isfinite().all():  # NaN is the maximum where there is one
+    if not highest.isfinite().all():  # the maximum of a row with NaN is NaN
         raise ValueError("the model's scores are not finite")
     if sampling.temperature == 0:
         return best.squeeze(1)
@@ -159,7 +159,7 @@ def continue_tokens(
 def _read_prompts(
     layers: nn.RNNBase, embedding: nn.Embedding | None, prompts: list[Tensor]
 ) -> tuple[Tensor, ...]:
-    """The states (L, B, H) after all tokens of each prompt but the last."""
+    """Returns the states (L, B, H) after all tokens of each prompt except the last."""
     shape = (layers.num_layers, len(prompts), layers.hidden_size)
     like = layers._flat_weights[0]
     assert isinstance(like, Tensor)
@@ -176,7 +176,7 @@ def _read_prompts(
 def _step(
     layers: nn.RNNBase, embedding: nn.Embedding | None, tokens: Tensor, states: tuple[Tensor, ...]
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The outputs (B, T, H) for tokens (B, T), and the states after them."""
+    """Returns the outputs (B, T, H) for tokens (B, T), and the states after them."""
     tokens = tokens if layers.batch_first else tokens.t()
     x = tokens if embedding is None else embedding(tokens)
     y, after = layers(x, states if len(states) > 1 else states[0])
@@ -185,7 +185,7 @@ def _step(
 
 
 class _Loop:
-    """One step after the other, in Python."""
+    """Generates step by step, in Python."""
 
     def __init__(
         self,
@@ -209,7 +209,7 @@ class _Loop:
 
 
 class _Fused:
-    """A run in the extension, arguments and results as in `_Loop`."""
+    """Generates in the extension; same arguments and results as `_Loop`."""
 
     def __init__(
         self,

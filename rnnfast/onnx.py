@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 
 class _Node(NamedTuple):
-    """How ONNX writes a cell."""
+    """The ONNX operator of a cell."""
 
     operator: str
     order: tuple[int, ...]
-    """For each H-sized block of rows in ONNX's weights, its number in torch's."""
+    """For each H-sized block of rows of ONNX's weights, its index in torch's weights."""
     attributes: dict[str, Any]
 
 
@@ -134,7 +134,7 @@ def refuse_unknown(operator: str) -> None:
 
 
 def _translation(cell: Cell) -> Callable[..., Any]:
-    """The function that writes one call of the operator of ``cell`` as ONNX nodes."""
+    """Returns the function that translates a call of ``cell``'s operator to ONNX nodes."""
     from onnxscript import INT32
     from onnxscript import opset18 as op
 
@@ -143,7 +143,7 @@ def _translation(cell: Cell) -> Callable[..., Any]:
 
     def translate(x: Any, *arguments: Any) -> Any:
         states, arguments = arguments[: cell.states], arguments[cell.states :]
-        # torch leaves out what is the default
+        # torch omits trailing arguments that have their default values
         w_ih, w_hh, b_ih, b_hh, reverse, *rest = arguments
         lengths, reset, w_hr = (*rest[2:], None, None, None)[:3]  # after what to save
         if reset is not None or w_hr is not None:
@@ -151,7 +151,7 @@ def _translation(cell: Cell) -> Callable[..., Any]:
         hidden = w_hh.shape[1]
 
         def ordered(weight: Any) -> Any:
-            """(G*H, ...) in torch's order -> (1, G*H, ...) in ONNX's."""
+            """Reorders gate blocks (G*H, ...) from torch's order to ONNX's (1, G*H, ...)."""
             columns = weight.shape[1:]
             blocks = op.Reshape(weight, ints(cell.gates, hidden, *columns))
             blocks = op.Gather(blocks, ints(*node.order), axis=0)
@@ -172,14 +172,14 @@ def _translation(cell: Cell) -> Callable[..., Any]:
             direction="reverse" if reverse else "forward",
             **node.attributes,
         )
-        # What is saved for the backward is left out: nothing in such a graph reads it.
+        # Outputs saved for the backward are omitted, since no ONNX graph reads them.
         return [op.Squeeze(y, ints(1)), *(op.Squeeze(final, ints(0)) for final in finals)]
 
     return translate
 
 
 def _fold_weights(program: torch.onnx.ONNXProgram) -> None:
-    """Computes now what `_translation` does to weights, however large they are."""
+    """Folds what `_translation` does to weights into constants, however large they are."""
     from onnxscript import optimizer
 
     optimizer.fold_constants(

@@ -92,7 +92,7 @@ def patch() -> Patch:
 def unpatch() -> None:
     """Undoes `patch`, however often that was called."""
     global _enabled
-    _enabled = False  # for what another package has put something around
+    _enabled = False  # switches off replacements that another package has wrapped
     for theirs, ours in list(_exchanged.items()):
         if vars(theirs)["forward"] is ours:
             theirs.forward = _exchanged.pop(theirs).__wrapped__
@@ -104,14 +104,15 @@ def _is_of_torch(forward: Any, theirs: type[nn.Module]) -> bool:
 
 
 def _replacement(theirs: type[nn.Module], original: Any) -> Any:
-    """The function that takes the place of ``original``, the ``forward`` of a class."""
+    """Returns the function that replaces ``original``, the ``forward`` of a class."""
     stand_in = _stand_in(theirs, original)
 
     def forward(self: Any, input: Any, hx: Any = None) -> Any:
         served = serve(stand_in, self, input, hx)
         return original(self, input, hx) if served is None else served
 
-    # TorchScript compiles the source of what is wrapped, with the globals of what wraps it
+    # TorchScript compiles the source of the wrapped function with the globals of the wrapper, so
+    # the wrapper needs torch.nn's globals.
     serve = _serve
     own = FunctionType(
         forward.__code__, original.__globals__, None, forward.__defaults__, forward.__closure__
@@ -120,15 +121,15 @@ def _replacement(theirs: type[nn.Module], original: Any) -> Any:
 
 
 class _StandIn(NamedTuple):
-    """What runs the calls of one class of torch.nn."""
+    """Runs the calls of one class of torch.nn."""
 
     theirs: type[nn.Module]
     kind: Any
-    """A class of ours. Its instances share the attributes of torch.nn's for the time of a call."""
+    """A subclass of rnnfast's class. Its instances share a module's attributes during a call."""
     reserved: frozenset[str]
-    """What must not be set on the instance: methods of torch.nn's, and what only ours have."""
+    """Names that must not be set on the instance: methods of torch.nn, attributes of rnnfast."""
     weights: frozenset[type]
-    """What weights and biases are; a cell's may be None."""
+    """The types that weights and biases may have; a cell's may be None."""
 
 
 def _stand_in(theirs: type[nn.Module], original: Any) -> _StandIn:
@@ -151,7 +152,7 @@ def _stand_in(theirs: type[nn.Module], original: Any) -> _StandIn:
 
 
 def _serve(stand_in: _StandIn, module: Any, input: Any, hx: Any) -> Any:
-    """The result of a call, or None where torch.nn's own ``forward`` is to run."""
+    """Returns the result of a call, or None if torch.nn's own ``forward`` must run."""
     if torch.compiler.is_compiling() or not _enabled or _is_watched():
         return None
     theirs, kind, reserved, weight_types = stand_in
@@ -177,25 +178,25 @@ def _serve(stand_in: _StandIn, module: Any, input: Any, hx: Any) -> Any:
 
 
 def _is_watched() -> bool:
-    """Whether something is on that looks at or changes what torch.nn calls."""
+    """Whether a mode, autocast or tracing is active that observes or changes torch.nn's calls."""
     return (
         backend.is_tracing()
-        or torch._C._is_any_autocast_enabled()  # torch's results have other dtypes than ours
+        or torch._C._is_any_autocast_enabled()  # torch.nn's results then have other dtypes
         or torch._C._len_torch_dispatch_stack() > 0
         or (torch._C._len_torch_function_stack() > 0 and not _has_device_only())
     )
 
 
 def _has_device_only() -> bool:
-    """Whether the only mode is that of torch.set_default_device; ours name the device they use."""
-    from torch.utils._device import DeviceContext  # there already, where there is a mode
+    """Whether the only mode is that of torch.set_default_device, which has no effect on rnnfast."""
+    from torch.utils._device import DeviceContext  # already imported if a mode is active
 
     modes = range(torch._C._len_torch_function_stack())
     return all(type(torch._C._get_function_stack_at(k)) is DeviceContext for k in modes)
 
 
 _ordinary: WeakKeyDictionary[type, bool] = WeakKeyDictionary()
-"""The subclasses of torch.nn's classes that have called: whether ours do what they do."""
+"""For each subclass seen so far: whether it computes what torch.nn's class computes."""
 
 
 def _is_ordinary(kind: type, theirs: type[nn.Module]) -> bool:
@@ -212,7 +213,7 @@ def _is_ordinary(kind: type, theirs: type[nn.Module]) -> bool:
 
 
 def _weights(module: Any, parameters: dict[str, Any]) -> list[Any]:
-    """The weights and biases that torch.nn's own ``forward`` would use."""
+    """Returns the weights and biases that torch.nn's own ``forward`` would use."""
     if not isinstance(module, nn.RNNBase):
         try:
             return [parameters[name] for name in _CELL_WEIGHTS]
@@ -225,9 +226,9 @@ def _weights(module: Any, parameters: dict[str, Any]) -> list[Any]:
 
 
 def _changeable(result: Any) -> Any:
-    """``result`` with an output of which the backward does not keep the memory.
+    """Copies the output, since the backward has saved the original.
 
-    So it may be changed in place before the backward, as that of torch.nn may.
+    So the output may be changed in place before the backward, like that of torch.nn.
     """
     output, *rest = result
     data = output.data if isinstance(output, PackedSequence) else output

@@ -164,7 +164,7 @@ def layer(
     if lengths is not None:
         lengths = lengths.to(x.device)
         beyond = torch.arange(x.shape[0], device=x.device).unsqueeze(1) >= lengths
-        x = x.masked_fill(beyond.unsqueeze(2), 0)  # else a NaN there would reach gradients
+        x = x.masked_fill(beyond.unsqueeze(2), 0)  # a NaN there would reach gradients
     if x.dtype is torch.int64:
         gates_x = F.embedding(x.squeeze(2), w_ih.to(wide))
         gates_x = gates_x if b_ih is None else gates_x + b_ih.to(wide)
@@ -213,7 +213,7 @@ def _packed_layer(
     lengths: Tensor,
     w_hr: Tensor | None,
 ) -> tuple[Tensor, States, Tensor | None]:
-    """`layer` on packed x, by way of padding."""
+    """Runs `layer` on packed x: pads it, and packs the results."""
     lengths = lengths.to(x.device)
     steps, batch = int(lengths[0]), lengths.shape[0]
     running = torch.arange(steps, device=x.device).unsqueeze(1) < lengths

@@ -53,7 +53,7 @@ class Options(NamedTuple):
 
 
 class Extras(NamedTuple):
-    """What a call may ask for that torch.nn does not offer, once it has been checked."""
+    """The checked arguments of a call that torch.nn does not have."""
 
     lengths: Tensor | None = None
     """How many steps each sequence has: (B) int64 on the CPU; of a packed input, falling."""
@@ -86,7 +86,7 @@ def run_sequence(
     name = _choose_sequence(x, weights[1], requested, extras, options.proj_size > 0)
     packed = x.dim() == 2
     if name == "aten":
-        # torch's kernels on the CPU cast by themselves, or refuse what oneDNN cannot do here
+        # Under autocast torch's CPU operators cast by themselves, or raise if oneDNN cannot run it.
         arguments = given if x.device.type == "cpu" else (x, states, weights)
         y, finals = _aten_sequence(cell, *arguments, options, extras.lengths)
         return y.to(x.dtype), tuple(final.to(x.dtype) for final in finals), None
@@ -103,7 +103,7 @@ def run_sequence(
 def _choose_sequence(
     x: Tensor, like: Tensor, requested: str | None, extras: Extras, projects: bool
 ) -> str:
-    """The backend of a call, of which only the reference serves all extras on every device."""
+    """Chooses the backend of a call. Only the reference supports all extras on every device."""
     lengths, reset, return_cells = extras
     name = choose(requested, like, beyond_torch=return_cells)
     plain = lengths is None and reset is None and not projects
@@ -141,7 +141,7 @@ def run_step(
 
 
 def _layer_of(name: str) -> _Layer:
-    """What runs a layer in one direction on a backend of ours."""
+    """Returns the function that runs a layer in one direction on a backend of rnnfast."""
     if not is_tracing() or (name == "reference" and torch.onnx.is_in_onnx_export()):
         return _LAYERS[name]
     return partial(torchscript.traced_layer, name)
@@ -202,8 +202,8 @@ def _given(tensor: Tensor | None) -> Tensor:
 
 
 def _split(states: States) -> list[States]:
-    """States of shape (L*D, B, H) -> for every layer and direction, its states of shape (B, H)."""
-    if states[0].shape[0] == 1:  # the quicker way counts where the sequence is short
+    """Splits states (L*D, B, H) into a tuple of states (B, H) for every layer and direction."""
+    if states[0].shape[0] == 1:  # faster than unbind, which matters for short sequences
         return [tuple([state.squeeze(0) for state in states])]
     return list(zip(*[state.unbind(0) for state in states], strict=True))
 
@@ -252,12 +252,12 @@ def _wants_gradient(x: Tensor, states: States | None, weights: Sequence[Tensor])
 
 
 def _for_cudnn(options: Options) -> Options:
-    """The same layers in training mode, without which cuDNN keeps nothing for a backward."""
+    """Returns options with training mode on, without which cuDNN saves nothing for a backward."""
     return options._replace(training=True, dropout=options.dropout if options.training else 0.0)
 
 
 def _unwrap(states: States) -> Tensor | States:
-    """The states as torch's operators take them: a tensor where there is one, else a tuple."""
+    """Returns a single state as a tensor and two as a tuple, as torch's operators take them."""
     return states if len(states) > 1 else states[0]
 
 

@@ -64,7 +64,7 @@ def _run(
     save_cells: bool,
     recompute: bool,
 ) -> list[Tensor]:
-    """``rnnfast::layer``: y, the final states and, where they are there, the c of every step."""
+    """The kernel of ``rnnfast::layer``; returns y, the final states and, if any, the c of steps."""
     biases: list[Tensor | None] = [*weights[2:]] or [None, None]
     arguments: tuple[Any, ...] = (CELLS[cell], x, tuple(states), *weights[:2], *biases, reverse)
     arguments += (lengths, reset, w_hr)

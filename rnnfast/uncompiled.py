@@ -1,7 +1,7 @@
-"""What torch.compile calls without looking into it.
+"""Functions that torch.compile must not trace.
 
-`torch.compiler.disable` imports all of torch._dynamo. This module is therefore imported where
-Dynamo runs already, and nowhere else.
+`torch.compiler.disable` imports all of torch._dynamo. So this module is imported only where Dynamo
+already runs.
 """
 
 from __future__ import annotations

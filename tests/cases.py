@@ -1,6 +1,6 @@
-"""Calls of the operators: how they are described, drawn, made, and the oracle to compare with.
+"""Calls of the operators: their description, random inputs, execution, and expected results.
 
-Which calls the tests of kernels make is in runs.py.
+The calls that the tests of kernels make are in runs.py.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def dtype_name(value: object) -> str | None:
-    """The ids of tests with these types."""
+    """The names of dtypes, for the ids of tests."""
     return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else None
 
 
@@ -28,48 +28,48 @@ TORCH_CLASS: dict[str, tuple[type[torch.nn.Module], dict[str, str]]] = {
     "gru": (torch.nn.GRU, {}),
     "lstm": (torch.nn.LSTM, {}),
 }
-"""The module of torch.nn that has a cell, and its options."""
+"""The module of torch.nn for each cell, and its options."""
 
 
 SHAPES = (
     (1, 1, 1, 1),
-    (0, 2, 3, 4),  # no step
-    (2, 0, 3, 4),  # no sequence
-    (3, 2, 0, 4),  # no input
-    (3, 2, 5, 7),  # below every tile
+    (0, 2, 3, 4),  # no steps
+    (2, 0, 3, 4),  # no sequences
+    (3, 2, 0, 4),  # no input features
+    (3, 2, 5, 7),  # smaller than every tile
     (5, 1, 3, 16),
-    (4, 3, 17, 33),  # one over a vector
-    (2, 64, 8, 64),  # many rows, whole panels
+    (4, 3, 17, 33),  # one more than a vector
+    (2, 64, 8, 64),  # many rows, full panels
     (9, 13, 20, 65),
     (6, 1, 100, 130),
     (70, 9, 4, 12),  # several blocks of steps in the backward
-    (1, 20, 9, 70),  # one step of many rows
-    (1, 5, 20, 40),  # weights not packed, by two and three rows at once
-    (1, 2, 21, 70),  # nor in any type
-    # W_ih x as whole rows of the gates: of one panel of units, not packed, and of two panels
+    (1, 20, 9, 70),  # one step with many rows
+    (1, 5, 20, 40),  # weights are not packed; products of two and three rows at once
+    (1, 2, 21, 70),  # weights are not packed in any dtype
+    # W_ih is multiplied as one matrix of all gates: one panel of units, unpacked, and two panels
     (4, 9, 70, 5),
     (1, 3, 70, 5),
     (5, 7, 90, 20),
 )
-"""T, B, I, H: edges of the kernels."""
-LARGE = (4, 70, 170, 170)  # all products large enough for AMX, in any type
-MANY_BLOCKS = (330, 40, 2, 3)  # more rows than any device takes in one block of steps
-BLOCKS_OF_A_STEP = (2, 520, 2, 70)  # so many rows that the backward takes each step as a block
+"""T, B, I, H of cases at the limits of what kernels treat differently."""
+LARGE = (4, 70, 170, 170)  # all products are large enough for AMX, in any dtype
+MANY_BLOCKS = (330, 40, 2, 3)  # more rows than any device puts in one block of steps
+BLOCKS_OF_A_STEP = (2, 520, 2, 70)  # with so many rows, each step is a block of the backward
 SPLIT_SHAPES = {
-    (12, 1, 500, 520): "units",  # one thread multiplies x with whole rows of W_ih
-    (1, 24, 200, 520): "units",  # weights packed panel by panel
+    (12, 1, 500, 520): "units",  # one thread multiplies x by W_ih as one matrix
+    (1, 24, 200, 520): "units",  # weights are packed panel by panel
     (50, 48, 16, 64): "rows",
     (4, 2, 3, 5): "none",
 }
-"""What two threads do with them: between them every way there is."""
+"""How two threads split these cases; together they cover every way of splitting."""
 GRID_SHAPE = (3, 24, 20, 520)
-"""Four or six threads divide its rows and its units, both."""
+"""A case in which four or six threads split both rows and units."""
 OVERLAP_SHAPES = {"one row": (40, 1, 64, 64), "rows": (33, 3, 7, 48), "large": (6, 1, 256, 256)}
-"""Of layers that may run side by side."""
+"""Cases of layers that may run side by side."""
 
 
 class Case(NamedTuple):
-    """One call of a cell's operator: sizes T, B, I, H and options."""
+    """One call of a cell's operator, with sizes T, B, I, H and options."""
 
     cell: str
     T: int
@@ -80,20 +80,20 @@ class Case(NamedTuple):
     reverse: bool = False
     layout: str = "contiguous"
     lengths: str = ""
-    """Sequences of unequal length, "padded" or "packed"; else all of T steps."""
+    """"padded" or "packed" for sequences of unequal length; else all have T steps."""
     resets: bool = False
     cells: bool = False
-    """Whether the c of every step is looked at, too."""
+    """Whether the c of every step is checked too."""
     proj: int = 0
-    """P, if h is projected."""
+    """P if h is projected."""
     tokens: bool = False
-    """Whether x are tokens, I in number, and w_ih a table (I, G*H)."""
+    """Whether x is I different tokens, and w_ih a table (I, G*H)."""
     gates: str = ""
-    """Weights under which gates are "saturated", or with which a cell is "remembering"."""
+    """Weights that make gates "saturated", or the cell "remembering"."""
 
     @property
     def is_plain(self) -> bool:
-        """Whether every device has kernels for it."""
+        """Whether every device has kernels for this case."""
         return not self.lengths and not self.resets and not self.proj and not self.tokens
 
     def __str__(self) -> str:
@@ -116,11 +116,11 @@ LAYOUTS = (
     "same_row",
     "padded",
 )
-"""How x lies in memory; packed rows know neither "batch_first" nor "same_row"."""
+"""The memory layouts of x; packed x has no "batch_first" and no "same_row"."""
 
 
 def sample_x(case: Case) -> Tensor:
-    """x (T, B, I), or packed, in float64, laid out in memory as the case says; or tokens."""
+    """Returns x (T, B, I) or packed, in float64, in the case's memory layout; or tokens."""
     T, B, I = case.T, case.B, 1 if case.tokens else case.I
     lengths = lengths_of(case)
     if case.lengths == "packed":
@@ -146,7 +146,7 @@ def sample_x(case: Case) -> Tensor:
 
 
 def lengths_of(case: Case) -> Tensor | None:
-    """How long the sequences are: from 0 to T, or packed from T falling to 1 at the least."""
+    """Returns lengths from 0 to T; for packed sequences from T down to 1, not increasing."""
     if not case.lengths:
         return None
     generator = torch.Generator().manual_seed(case.T * case.B)
@@ -159,7 +159,7 @@ def lengths_of(case: Case) -> Tensor | None:
 
 
 def reset_of(case: Case, device: str = "cpu") -> Tensor | None:
-    """Where states are reset (T, B): at a quarter of the steps, some of them the first."""
+    """Returns where states are reset (T, B): a quarter of the steps, including some first ones."""
     if not case.resets:
         return None
     generator = torch.Generator().manual_seed(case.T + case.B)
@@ -167,14 +167,14 @@ def reset_of(case: Case, device: str = "cpu") -> Tensor | None:
 
 
 def pack(case: Case, padded: Tensor) -> Tensor:
-    """The rows (N, ...) of the steps that there are."""
+    """Returns the rows (N, ...) of the steps within the lengths."""
     lengths = lengths_of(case)
     assert lengths is not None
     return padded[torch.arange(case.T).unsqueeze(1) < lengths]
 
 
 def sample_inputs(case: Case, dtype: torch.dtype, seed: int = 0) -> list[Tensor | None]:
-    """(x, *states, w_ih, w_hh, b_ih, b_hh[, w_hr]) in float64, rounded to ``dtype``."""
+    """Returns (x, *states, w_ih, w_hh, b_ih, b_hh[, w_hr]), float64 rounded to ``dtype``."""
     torch.manual_seed(seed)
     row, P = CELLS[case.cell], case.proj or case.H
     rows, scale = row.gates * case.H, 0.3 * case.H**-0.5
@@ -194,25 +194,25 @@ def sample_inputs(case: Case, dtype: torch.dtype, seed: int = 0) -> list[Tensor 
 
 
 def set_gates(case: Case, weights: list[Tensor | None], dtype: torch.dtype) -> None:
-    """Makes the gates of (w_ih, w_hh, b_ih, b_hh) what `Case.gates` says."""
+    """Changes (w_ih, w_hh, b_ih, b_hh) so that the gates are as `Case.gates` says."""
     _, w_hh, b_ih, _ = weights[:4]
     assert w_hh is not None
     assert b_ih is not None, "gates are set by biases"
     H = case.H
     if case.gates == "saturated":
-        # on either side, some so far out that they are 0 or 1 to the last bit, some in the middle
+        # Both signs: some so large that gates are 0 or 1 to the last bit, some moderate.
         levels = torch.tensor([-60, -20, -4, 0, 0, 0, 4, 20, 60], dtype=torch.float64)
         levels = levels.clamp(max=1) if case.cell == "elman_relu" else levels
         b_ih += levels[torch.randint(len(levels), b_ih.shape)]
     elif case.cell in ("lstm", "gru"):
-        # f, or z, of 0.9997; in half types as near to 1 as still leaves bits of the difference
+        # f, or z, is 0.9997; in half types it is the value nearest to 1 that leaves bits of 1 - f
         b_ih[H : 2 * H] += {torch.bfloat16: 3, torch.float16: 5}.get(dtype, 8)
     else:
         w_hh.div_(32).add_(torch.eye(H, dtype=torch.float64))
 
 
 def like_layout(values: Tensor, layout: Tensor) -> Tensor:
-    """``values`` in the strides of ``layout``; where those are 0 the values repeat."""
+    """Copies ``values`` into the strides of ``layout``; where a stride is 0 the values repeat."""
     base = torch.empty_strided(
         [min(1, n) if layout.stride(dim) == 0 else n for dim, n in enumerate(layout.shape)],
         layout.stride(),
@@ -226,7 +226,7 @@ def like_layout(values: Tensor, layout: Tensor) -> Tensor:
 
 
 def cast(tensors: list[Tensor | None], dtype: torch.dtype, device: str) -> list[Tensor | None]:
-    """The tensors in another dtype, if no tokens, and on another device, in their own layouts."""
+    """Converts tensors (except tokens) to a dtype and device, keeping their memory layouts."""
     return [
         None if t is None else like_layout(t.to(device, dtype if is_number(t) else None), t)
         for t in tensors
@@ -234,12 +234,12 @@ def cast(tensors: list[Tensor | None], dtype: torch.dtype, device: str) -> list[
 
 
 def is_number(tensor: Tensor | None) -> bool:
-    """Whether there is a gradient to it: not to what is not there, and not to tokens."""
+    """Whether a gradient with respect to it exists: it is a tensor, and not tokens."""
     return tensor is not None and tensor.is_floating_point()
 
 
 GRADS = ("all", "y", "finals", "sum", "batch_first", "padded")
-"""Which gradients of results there are, or how that of y lies in memory if there are all."""
+"""Which results have gradients or, if all have, the memory layout of y's gradient."""
 
 
 def sample_grads(
@@ -247,7 +247,7 @@ def sample_grads(
 ) -> list[Tensor | None]:
     """Gradients of (y, *final states[, cells]), float64 rounded to ``dtype``.
 
-    Those of a sum are a single number, expanded.
+    With ``grads`` "sum", y's gradient is a single number, expanded.
     """
     torch.manual_seed(seed)
     P, states = case.proj or case.H, CELLS[case.cell].states
@@ -272,7 +272,7 @@ def sample_grads(
 
 
 class Expected(NamedTuple):
-    """What the oracle says: (y, *final states[, cells]) and the inputs' gradients, in float64."""
+    """Expected results in float64: (y, *final states[, cells]) and the gradients of the inputs."""
 
     outputs: list[Tensor]
     grads: list[Tensor | None]
@@ -286,8 +286,8 @@ def oracle(
 ) -> Expected:
     """The reference, differentiated by torch; None in ``grad_outputs`` stands for zeros.
 
-    In float64, or for a half ``dtype`` in float32 with h rounded after every step, as is specified:
-    a rounding decides on which side of relu's kink a unit is.
+    It runs in float64. For a half ``dtype`` it runs in float32 with h rounded after every step, as
+    the operators are specified, since a rounding can move a unit across relu's kink.
     """
     if dtype in (torch.float16, torch.bfloat16):
         inputs, grad_outputs = cast(inputs, dtype, "cpu"), cast(grad_outputs, dtype, "cpu")
@@ -316,23 +316,23 @@ def oracle(
 
 
 class Sample(NamedTuple):
-    """A call and what should come of it."""
+    """A call and its expected results."""
 
     inputs: list[Tensor | None]
     grads: list[Tensor | None]
-    """Of the outputs, and as the inputs float64 rounded to a type."""
+    """Gradients of the outputs; like the inputs, float64 rounded to a dtype."""
     expected: Expected
     noise: Expected | None
-    """How far off the type's arithmetic is, where that is more than its bits."""
+    """The error of the dtype's arithmetic, if it is larger than its rounding."""
 
 
 @lru_cache(maxsize=8)
 def sample_with_oracle(case: Case, dtype: torch.dtype, grads: str = "all") -> Sample:
     """A call in ``dtype``; see `sample_grads` for ``grads``.
 
-    A gate s that is close to 1 leaves few bits of the 1 - s that multiplies gradients, and in a GRU
-    values; sums of a few elements may cancel. How many bits are left, the reference says: its error
-    in float32, in proportion to the type's.
+    The factor 1 - s of gradients (in a GRU also of values) keeps few bits if the gate s is close to
+    1, and sums of a few elements may cancel. The loss is estimated by the reference's error in
+    float32, scaled to the dtype.
     """
     inputs, given = sample_inputs(case, dtype), sample_grads(case, dtype, grads=grads)
     expected, noise = oracle(case, inputs, given, dtype), None
@@ -354,7 +354,7 @@ def sample_with_oracle(case: Case, dtype: torch.dtype, grads: str = "all") -> Sa
 def run_forward(
     case: Case, inputs: list[Tensor | None], save: bool, recompute: bool = False
 ) -> tuple[Tensor, ...]:
-    """The operator itself: (y, *final states, gates[, cells])."""
+    """Runs the operator; returns (y, *final states, gates[, cells])."""
     op = getattr(torch.ops.rnnfast, case.cell)
     extras = lengths_of(case), reset_of(case, inputs[0].device.type)
     count = 5 + CELLS[case.cell].states
@@ -362,7 +362,7 @@ def run_forward(
 
 
 def outputs_of(case: Case, forward: tuple[Tensor, ...]) -> list[Tensor]:
-    """Of what ``run_forward`` returned, that which the oracle returns."""
+    """Returns those of ``run_forward``'s results that the oracle also returns."""
     return [*forward[: 1 + CELLS[case.cell].states], *[forward[-1]] * case.cells]
 
 
@@ -373,7 +373,7 @@ def run_backward(
     forward: tuple[Tensor, ...],
     mask: list[bool] | None = None,
 ) -> tuple[Tensor, ...]:
-    """The backward operator on what ``run_forward(save=True)`` returned."""
+    """Runs the backward operator on the results of ``run_forward(save=True)``."""
     mask = [is_number(t) for t in inputs] if mask is None else mask
     outputs, count = 1 + CELLS[case.cell].states, 5 + CELLS[case.cell].states
     grads, grad_cells = grad_outputs[:outputs], grad_outputs[outputs:]
@@ -389,7 +389,7 @@ def run_backward(
 
 
 def error(actual: Tensor, expected: Tensor) -> float:
-    """The largest difference, relative to the largest value expected; NaN never passes a bound."""
+    """Returns the largest difference relative to the largest value; NaN fails any bound."""
     assert actual.shape == expected.shape, f"{tuple(actual.shape)} != {tuple(expected.shape)}"
     if expected.numel() == 0:
         return 0.0
@@ -406,16 +406,17 @@ def assert_close(
 ) -> None:
     """No error is larger than ``tolerance`` times the largest value, or 8 times the noise.
 
-    A row, along the last dimension, is held to its own largest value, too: to 4 times the tolerance
-    of that and of a 32nd of the tensor's, for sums of much larger terms. Rows of a few elements say
-    nothing of their terms.
+    Each row along the last dimension is also compared with its own largest value. Its error may be
+    4 times the tolerance of that value plus a 32nd of the tensor's largest value, which allows for
+    sums of much larger terms. Rows of a few elements are exempt, as their values say little about
+    their terms.
     """
     assert actual.shape == expected.shape, f"{tuple(actual.shape)} != {tuple(expected.shape)}"
     if expected.numel() == 0:
         return
     difference = (actual.detach().cpu().double() - expected).abs()
     largest, info = expected.abs().max(), torch.finfo(dtype)
-    least = 8 * info.smallest_normal * info.eps  # some of the smallest numbers that there are
+    least = 8 * info.smallest_normal * info.eps  # a few of the smallest numbers of the type
     limit = tolerance * largest + least
     if noise is not None:
         limit += 8 * noise.max()
@@ -430,15 +431,15 @@ def assert_close(
 
 
 def distance(actual: Tensor, expected: Tensor) -> float:
-    """The norm of the difference, relative to the norm of what is expected."""
+    """Returns the norm of the difference, relative to the norm of the expected values."""
     difference = (actual.detach().cpu().double() - expected).norm()
     return (difference / expected.norm()).item()
 
 
 def bound(dtype: torch.dtype, steps: int = 1) -> float:
-    """How large `error` may be for values; gradients, long sums of them, may have 5 times that.
+    """Returns how large `error` may be for values; gradients, as long sums, may have 5 times that.
 
-    What has passed more than 100 steps may have in proportion to them.
+    Beyond 100 steps it grows in proportion to them.
     """
     ulps = 12 if dtype in (torch.float64, torch.float32) else 1
     return torch.finfo(dtype).eps * ulps * max(1, steps / 100)

@@ -1,4 +1,4 @@
-"""Checks an installed CUDA build on a machine that need not have a GPU (`make cuda-build`)."""
+"""Checks an installed CUDA build on a machine without a GPU (`make cuda-build`)."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Fixtures: what the kernels run on (see targets.py), memory and threads."""
+"""Fixtures: targets to run on (see targets.py), memory and threads."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rnnfast import backend
 
 @pytest.fixture
 def ieee() -> Iterator[None]:
-    """Products of float32 on CUDA in float32; torch's default for recurrent layers is TF32."""
+    """Computes float32 products on CUDA in float32; torch's default for layers is TF32."""
     before = torch.backends.cudnn.rnn.fp32_precision
     torch.backends.cudnn.rnn.fp32_precision = "ieee"
     yield
@@ -27,14 +27,14 @@ def ieee() -> Iterator[None]:
     ]
 )
 def device(request: pytest.FixtureRequest, ieee: None) -> Iterator[str]:
-    """The device of tensors for a target, with the CPU's kernels set to it."""
+    """Selects a target's CPU kernels; gives the device for its tensors."""
     with running_on(request.param) as device:
         yield device
 
 
 @pytest.fixture
 def avx512() -> Iterator[None]:
-    """For decisions that depend on the width of vectors."""
+    """Selects AVX-512 kernels, for tests of decisions that depend on the width of vectors."""
     extension = backend.EXTENSION
     if extension is None:
         if os.environ.get("RNNFAST_EXPECT_EXTENSION") == "0":
@@ -50,15 +50,15 @@ def avx512() -> Iterator[None]:
 
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
-    """Whatever torch allocates without a value is NaN, workspaces and results included."""
-    torch.use_deterministic_algorithms(True)  # with fill_uninitialized_memory, its default
+    """Fills uninitialised memory from torch with NaN, including workspaces and results."""
+    torch.use_deterministic_algorithms(True)  # this fills new memory, by torch's defaults
     yield
     torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture
 def threads() -> Iterator[None]:
-    """Restores the number of threads; the kernels take as many, with cores for them or without."""
+    """Restores the number of threads, and lets kernels use more threads than there are cores."""
     before = torch.get_num_threads()
     if backend.EXTENSION is not None:
         backend.EXTENSION.assume_cores(64)

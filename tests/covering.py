@@ -1,4 +1,4 @@
-"""Covering arrays: few rows in which every combination of values of some dimensions occurs."""
+"""Covering arrays: few rows that contain every combination of values of some dimensions."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ def covering(
     allowed: Callable[[Row], bool],
     tries: int = 3,
 ) -> list[Row]:
-    """Rows with a value of each dimension, and in them every allowed combination.
+    """Returns rows, each with a value per dimension, that contain every allowed combination.
 
-    Greedy, as AETG (Cohen, Dalal, Fredman, Patton, IEEE Transactions on Software Engineering 23(7),
-    1997): a row begins with a combination that is missing, and takes the dimensions in a random
-    order, of each the value with which most missing combinations occur. The best of some tries
-    stays. The result is the same in every process.
+    The algorithm is greedy, like AETG (Cohen, Dalal, Fredman, Patton, IEEE Transactions on Software
+    Engineering 23(7), 1997). A row begins with a missing combination. It then takes the other
+    dimensions in a random order, and for each the value that completes most missing combinations.
+    The best of several such rows is kept. The result is the same in every process.
 
     Args:
         dimensions: The values of each dimension.
-        combinations: Which dimensions are combined in full.
-        allowed: Whether a row of some of the dimensions can be part of an allowed row. Some value
-            of every dimension has to fit any allowed row of others.
-        tries: How many rows are compared for each one that is taken.
+        combinations: The dimensions whose values are to occur in every combination.
+        allowed: Whether a row of some of the dimensions can be part of an allowed row. For any
+            allowed row, every other dimension must have a value that fits.
+        tries: The number of rows of which the best is kept.
     """
     generator = random.Random(0)
     missing: dict[tuple[str, ...], set[tuple[Any, ...]]] = {
@@ -42,7 +42,7 @@ def covering(
     of_dimension = {name: [c for c in combinations if name in c] for name in dimensions}
 
     def gain(row: Row, name: str) -> int:
-        """How many missing combinations the value of ``name`` completes."""
+        """Returns how many missing combinations the value of ``name`` would complete."""
         count = 0
         for names in of_dimension[name]:
             if missing[names] and all(other in row for other in names):
@@ -65,7 +65,7 @@ def covering(
 
     rows: list[Row] = []
     for names in combinations:
-        # in the order of the dimensions' values, as sets have none that is the same everywhere
+        # A fixed order, that of the dimensions' values: the order of a set differs between runs.
         for values in product(*(dimensions[name] for name in names)):
             if values not in missing[names]:
                 continue

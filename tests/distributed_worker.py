@@ -1,4 +1,4 @@
-"""Trains in two processes in every way and writes what came of it, for test_distributed."""
+"""Trains in two processes in several ways and writes the results, for test_distributed."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ OPTIMISERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 PATHS = ["aten", "reference"]
 if backend.EXTENSION is not None:
-    PATHS += ["short way", "operators"]
+    PATHS += ["short path", "operators"]
 
 
 class Model(nn.Module):
-    """Rows of weights that two processes share evenly (20 of the LSTM) or not (15 of the GRU)."""
+    """A model whose weights two processes shard evenly (20 rows, LSTM) or not (15 rows, GRU)."""
 
     def __init__(self, namespace: ModuleType, **options: str) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ STRATEGIES: dict[str, Callable[[Model], nn.Module]] = {
 
 
 def train(model: nn.Module, optimiser: str, samples: slice) -> dict[str, Tensor]:
-    """The parameters after some steps on these samples of every batch."""
+    """Returns the parameters after some steps on these samples of every batch."""
     update = OPTIMISERS[optimiser](model.parameters())
     generator = torch.Generator().manual_seed(1)
     for _ in range(STEPS):
@@ -85,7 +85,7 @@ def main(file: str) -> None:
 
     outcomes = {}
     for path in PATHS:
-        extension = SimpleNamespace(run_layers=run_layers) if path == "short way" else None
+        extension = SimpleNamespace(run_layers=run_layers) if path == "short path" else None
         backend.short_way = lambda requested, extension=extension: extension
         name = path if path in backend.NAMES else "fused"
         for strategy, wrap in STRATEGIES.items():
@@ -95,8 +95,8 @@ def main(file: str) -> None:
                 outcomes[path, strategy, optimiser] = parameters, list(taken)
     if rank == 0:
         torch.save(outcomes, file)
-    # Models in reference cycles keep the group alive, whose threads end the process with SIGABRT if
-    # they outlive the interpreter (1 of 25 runs).
+    # A model in a reference cycle keeps the process group alive. If the group's threads outlive the
+    # interpreter, they end the process with SIGABRT (1 of 25 runs).
     gc.collect()
     dist.destroy_process_group()
 

@@ -1,7 +1,7 @@
-"""Runs the tests as machines with fewer instruction sets would: python -m tests.held_back [args].
+"""Runs the tests with fewer instruction sets: python -m tests.held_back [args].
 
-For each instruction set below this machine's best, the kernels of rnnfast, torch, oneDNN and MKL
-are held back together. Arguments go to pytest.
+It runs them once for each instruction set below this machine's best, to which the kernels of
+rnnfast, torch, oneDNN and MKL are limited together. Arguments are passed to pytest.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 
 from rnnfast import backend
 
-# ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA, MKL_ENABLE_INSTRUCTIONS
+# values of ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA and MKL_ENABLE_INSTRUCTIONS
 OTHERS = {
     "portable": ("default", "SSE41", "SSE4_2"),
     "avx2": ("avx2", "AVX2", "AVX2"),
@@ -22,7 +22,7 @@ OTHERS = {
 
 
 def environment(name: str) -> dict[str, str]:
-    """What holds all libraries back to an instruction set."""
+    """Returns the environment variables that limit all libraries to an instruction set."""
     aten, onednn, mkl = OTHERS[name]
     return {
         "RNNFAST_CPU_CAPABILITY": name,
@@ -36,7 +36,7 @@ def main() -> int:
     assert backend.EXTENSION is not None, backend.IMPORT_ERROR
     failures = 0
     for name in backend.EXTENSION.cpu_capabilities()[:-1]:
-        print(f"as a machine with no more than {name}", flush=True)
+        print(f"with instruction sets up to {name}", flush=True)
         command = [sys.executable, "-m", "pytest", "-q", *sys.argv[1:]]
         failures += subprocess.run(command, env=os.environ | environment(name)).returncode != 0
     return failures

@@ -1,13 +1,13 @@
-"""How well the tests of kernels catch faults: ``python -m tests.mutations [number ...]``.
+"""Measures how many faults the tests of kernels catch: ``python -m tests.mutations [number ...]``.
 
-A copy of the project is made in a temporary folder, with every fault below built in behind a switch
-that the environment variable RNNFAST_FAULT sets, so that one build has them all. Then the tests run
-once without a fault and once with each, up to the first failure. ``--tests`` names others than the
-short suite's, ``--limit`` says how many seconds each run may take: one that takes longer is said to
-have hung, for which a missing barrier may be the reason, or a slow machine.
+It copies the project to a temporary folder and inserts every fault below behind a switch, the
+environment variable RNNFAST_FAULT, so that one build has all faults. Then it runs the tests once
+without a fault and once with each, until the first failure. ``--tests`` selects other tests than
+the short suite's. ``--limit`` is the time limit of a run in seconds; a run that takes longer is
+reported as hung, because of a missing barrier or a slow machine.
 
-A fault must not be an equivalent of what it replaces: no wrong prefetch, no slower way to the same
-bits. Faults of AMX show on any machine with AVX512-BF16, on the emulation of AMX.
+A fault must change results: a wrong prefetch, or a slower way to the same bits, is none. Faults of
+AMX also show on machines with AVX512-BF16, through the emulation of AMX.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ inline int fault = fault_of_environment();
 }  // namespace rnnfast
 """
 FIRST = "csrc/cpu/kernels/baseline.h"
-"""Included before an instruction set is selected: so the switch is made of instructions of any."""
+"""The file that includes the switch, before an instruction set is selected: it runs on any CPU."""
 
 
 class Fault(NamedTuple):
     name: str
     file: str
-    """In csrc/."""
+    """The file, in csrc/."""
     text: str
-    """What occurs once in the file, and has the expression."""
+    """A text that occurs once in the file and contains the expression."""
     good: str
-    """The expression, the first time that it occurs in the text."""
+    """The expression: its first occurrence in the text is replaced."""
     bad: str
-    """What replaces it, of the same type."""
+    """The replacement, of the same type."""
     matters: str
-    """Where the difference shows."""
+    """The calls in which the fault makes a difference."""
 
 
 FORWARD, BACKWARD = "cpu/drivers/forward.cpp", "cpu/drivers/backward.cpp"
@@ -77,7 +77,7 @@ FAULTS = [
           "several threads, gradients of weights"),
     Fault("no barrier between steps", FORWARD,
           "first += active.size();\n      team.unit_barrier();", "team.unit_barrier()", "void()",
-          "several threads that deal units"),
+          "several threads that split units"),
     Fault("reset lost for c before a step", HISTORY,
           "if (batch.resets(t, b)) return zeros_.data;\n    if (batch.is_first(t, b)) return c0_",
           "batch.resets(t, b)", "false", "LSTM, resets, gradients"),
@@ -142,7 +142,7 @@ FAULTS = [
           "grids of several rows and columns: 4 threads or more"),
     Fault("c of another thread's units", FORWARD,
           "const int64_t begin = panels_.begin * hidden_.units();", "hidden_.units()",
-          "hidden_.width()", "LSTM, several threads that deal units"),
+          "hidden_.width()", "LSTM, several threads that split units"),
     Fault("final h of the other parity", FORWARD,
           "args_.reverse ? args_.size.T : batch_.length(b)", "args_.reverse", "true",
           "lengths of another parity than T"),
@@ -151,7 +151,7 @@ FAULTS = [
 
 
 def switched(number: int, fault: Fault, source: str) -> str:
-    """The source with the fault behind its switch."""
+    """Returns the source with the fault behind its switch."""
     if source.count(fault.text) != 1 or fault.good not in fault.text:
         raise ValueError(f"fault {number}: not once in {fault.file}: {fault.text}")
     choice = f"(rnnfast::fault == {number} ? ({fault.bad}) : ({fault.good}))"
@@ -159,7 +159,7 @@ def switched(number: int, fault: Fault, source: str) -> str:
 
 
 def make_copy(folder: Path) -> None:
-    """The project with all faults, none switched on."""
+    """Copies the project and inserts all faults, none switched on."""
     for name in ("csrc", "rnnfast", "tests"):
         ignored = shutil.ignore_patterns("__pycache__", "*.so")
         shutil.copytree(ROOT / name, folder / name, ignore=ignored)
@@ -182,9 +182,9 @@ def build(folder: Path) -> None:
 
 
 def run_tests(folder: Path, number: int, tests: list[str], limit: float) -> tuple[str, float]:
-    """The first test that fails with this fault, or what happened, and the seconds it took."""
+    """Runs the tests; returns the first that fails (or what happened instead) and the seconds."""
     environment = os.environ | {"RNNFAST_FAULT": str(number), "PYTHONPATH": str(folder)}
-    environment |= {"RNNFAST_TEST_SEED": "20300101"}  # the same random calls for all
+    environment |= {"RNNFAST_TEST_SEED": "20300101"}  # the same random calls for all faults
     command = [sys.executable, "-X", "faulthandler", "-m", "pytest", "-x", "-v", "--tb=line"]
     command += ["-p", "no:cacheprovider", *tests]
     begin = time.monotonic()

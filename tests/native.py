@@ -1,6 +1,6 @@
-"""C++ for tests alone, out of tests/native/: compiled when it is first used, and plugged in.
+"""Compiles the C++ of tests/native/ on first use, and registers its targets with the extension.
 
-What is compiled stays in build/tests/ until a source changes.
+Compiled files are kept in build/tests/ until a source changes.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ FLAGS = ["-O1", "-std=c++20", "-fPIC", "-shared", "-fvisibility=hidden"]
 FLAGS += ["-ffp-contract=off", "-fno-math-errno", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests'}"]
 
 COMPLETE_EMULATIONS = []
-"""Emulated targets with kernels for every case; cuda_emulation has them for plain ones only."""
+"""Emulated targets with kernels for every case; cuda_emulation has them only for plain cases."""
 if backend.EXTENSION is not None and "avx512_bf16" in backend.EXTENSION.cpu_capabilities():
     COMPLETE_EMULATIONS.append("amx_emulation")
 
 
 @cache
 def load(name: str) -> ctypes.CDLL:
-    """The shared object of tests/native/<name>.cpp."""
+    """Loads the shared object of tests/native/<name>.cpp; compiles it first if necessary."""
     command = [*COMPILER, *FLAGS, "-Wno-psabi"]
     key = hashlib.sha256(repr(command).encode())
     included = [*(ROOT / "csrc").rglob("*.h"), *(ROOT / "csrc" / "cpu" / "kernels").glob("*.cpp")]
@@ -41,7 +41,7 @@ def load(name: str) -> ctypes.CDLL:
     library = OUTPUT / f"{name}-{key.hexdigest()[:16]}.so"
     OUTPUT.mkdir(parents=True, exist_ok=True)
     with open(OUTPUT / f"{name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # other processes wait, and then find it done
+        fcntl.flock(lock, fcntl.LOCK_EX)  # other processes wait here, and then find it compiled
         if not library.exists():
             for outdated in OUTPUT.glob(f"{name}-*.so"):
                 outdated.unlink()
@@ -57,7 +57,7 @@ def load(name: str) -> ctypes.CDLL:
 
 @cache
 def plug_in(target: str) -> None:
-    """Makes a target known to the extension if it is an emulated one."""
+    """Registers a target with the extension if it is an emulated one."""
     if target == "cuda_emulation":
         function = load(target).rnnfast_engine
         function.restype = ctypes.c_void_p

@@ -1,4 +1,4 @@
-"""Which calls the tests of kernels make: covering arrays, edges, a sample of the day, a product."""
+"""The calls that the tests of kernels make: covering arrays, edge cases and random calls."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from rnnfast.reference import CELLS
 
 
 class Run(NamedTuple):
-    """One call, forward and backward."""
+    """One call: forward and backward."""
 
     case: Case
     dtype: torch.dtype
@@ -38,7 +38,7 @@ class Run(NamedTuple):
 
     @property
     def is_shared(self) -> bool:
-        """Whether it is work enough for several threads."""
+        """Whether there is enough work to use several threads."""
         case = self.case
         units = CELLS[case.cell].gates * case.H
         return case.T * case.B * units * (case.I + case.H) >= 100_000
@@ -51,10 +51,10 @@ class Run(NamedTuple):
 
 
 SIZES = {
-    "T": (1, 2, 3, 5, 9, 70),  # with 9 sequences or more the backward takes 70 in several blocks
+    "T": (1, 2, 3, 5, 9, 70),  # from 9 sequences on, the backward takes 70 in several blocks
     "B": (1, 2, 4, 6, 9, 17, 33, 70),  # tiles have 6, 8 or 32 rows
     "I": (1, 3, 8, 17, 33, 70, 100),
-    "H": (1, 5, 8, 16, 20, 33, 64, 70, 130),  # vectors have 2 to 16 units, Elman's panels 4 vectors
+    "H": (1, 5, 8, 16, 20, 33, 64, 70, 130),  # vectors: 2 to 16 units; Elman's panels: 4 vectors
 }
 OPTIONS = {
     "cell": tuple(CELLS),
@@ -72,11 +72,11 @@ OPTIONS = {
     "grads": GRADS,
 }
 MOST_PRODUCTS = 3e6
-"""Multiplications of a gate in a call; with more, slow kernels take too long."""
+"""The most multiplications per gate in a call; more would make slow kernels take too long."""
 
 
 def allowed(row: Row) -> bool:
-    """Whether there are calls with these options; some may be missing in ``row``."""
+    """Whether a call can have these options; some may be missing in ``row``."""
     of = row.get
     if of("lengths") == "packed":
         by_batch = of("layout") in ("batch_first", "same_row") or of("grads") == "batch_first"
@@ -85,7 +85,7 @@ def allowed(row: Row) -> bool:
     if of("cell", "lstm") != "lstm" and (of("cells") or of("proj")):
         return False
     T, B, I, H = of("shape") or [of(name, 1 if name != "H" else 5) for name in SIZES]
-    # how much gates lose is an average over units
+    # the bits that gates lose are estimated as an average over units
     if of("gates") and (of("bias") is False or H < 5):
         return False
     if of("tokens") and of("shape", (1, 1, 1))[2] == 0:
@@ -94,7 +94,7 @@ def allowed(row: Row) -> bool:
 
 
 def run_of(row: Row) -> Run:
-    """The call with these options; those that are missing are the usual ones."""
+    """Returns the call with these options; missing ones have their default."""
     row = dict(row)
     shape = row.pop("shape", None) or tuple(row.pop(name) for name in SIZES)
     dtype, threads = row.pop("dtype"), row.pop("threads", 1)
@@ -103,7 +103,7 @@ def run_of(row: Row) -> Run:
     return Run(Case(row.pop("cell"), *shape, proj=P, **row), dtype, threads, grads)
 
 
-# what decides together which way through the kernels a call takes
+# dimensions that together decide which path through the kernels a call takes
 TRIPLES = [
     ("H", "B", "layout"),
     ("T", "B", "lengths"),
@@ -123,16 +123,16 @@ ALL_SIZES = SIZES | OPTIONS
 COVERING = [
     run_of(row) for row in covering(ALL_SIZES, [*TRIPLES, *combinations(ALL_SIZES, 2)], allowed)
 ]
-"""Every pair of values of all dimensions, and these triples."""
+"""All pairs of values of all dimensions, and all triples of these dimensions."""
 
 AT_EDGES = {"shape": SHAPES} | OPTIONS
 EDGES = [
     run_of(row)
     for row in covering(AT_EDGES, [("shape", "cell", "dtype"), *combinations(AT_EDGES, 2)], allowed)
 ]
-"""Every edge with every cell in every type, and in pairs with every option."""
+"""Every edge case with every cell and dtype, and all pairs of edge cases and options."""
 
-# the same of calls that take long
+# Large cases with every cell and dtype. These calls take long.
 AT_LARGE = {"shape": (LARGE, MANY_BLOCKS, BLOCKS_OF_A_STEP)} | OPTIONS
 LONG = [run_of(row) for row in covering(AT_LARGE, [("shape", "cell", "dtype")], allowed)]
 REMEMBERING = [
@@ -140,7 +140,7 @@ REMEMBERING = [
     for cell in CELLS
     for dtype in DTYPES
     for more in ({}, {"reverse": True, "lengths": "padded"})
-    if (cell, dtype) != ("elman_relu", torch.float16)  # whose sums are beyond the largest number
+    if (cell, dtype) != ("elman_relu", torch.float16)  # sums of these sizes overflow in float16
 ]
 """Long sequences whose state hardly changes from step to step."""
 
@@ -152,34 +152,34 @@ SPLIT = [
         allowed,
     )
 ]
-"""What several threads share in every way there is."""
+"""Calls that several threads split, in every way of splitting."""
 GRID = [
     run_of(row)
     for row in covering(
         {"shape": (GRID_SHAPE,)} | OPTIONS, [("cell", "lengths"), ("cell", "dtype")], allowed
     )
 ]
-"""What threads share by rows and units, both."""
+"""Calls that threads split by both rows and units."""
 
 
 def seed_of_the_day() -> int:
-    """The date, 20300131 for one, or what ``RNNFAST_TEST_SEED`` says."""
+    """Returns today's date as a number such as 20300131, or ``RNNFAST_TEST_SEED`` if it is set."""
     today = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%d")
     return int(os.environ.get("RNNFAST_TEST_SEED") or today)
 
 
 def random_run(generator: random.Random) -> Run:
-    """Any call that is not too long: every option, sizes up to 3/2 of those above."""
+    """Returns a random call that is not too long: all options, sizes up to 3/2 of those above."""
     while True:
         row = {name: generator.choice(values) for name, values in OPTIONS.items()}
         row |= {name: round(1.5 ** generator.uniform(0, 12)) for name in SIZES}
-        row["H"] = max(4, row["H"])  # sums of a single row cancel now and then
+        row["H"] = max(4, row["H"])  # sums of a single row may cancel
         if allowed(row):
             return run_of(row)
 
 
 def product_of_all(cell: str, shape: tuple[int, ...]) -> Iterator[Run]:
-    """Every type, direction and kind of sequence, in every variant."""
+    """Returns calls with all dtypes, directions and kinds of sequences, in every variant."""
     variants: list[Row] = [{}, {"bias": False}, {"tokens": True}, {"gates": "saturated"}]
     variants += [{"proj": "few", "cells": True}, {"proj": "most"}, {"cells": True}]
     variants += [{"layout": layout} for layout in LAYOUTS[1:]]

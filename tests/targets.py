@@ -1,7 +1,7 @@
-"""What the kernels run on in tests, and which cases each target has kernels for.
+"""The targets that tests run on, and which cases each target has kernels for.
 
-Every instruction set of this CPU, AMX and the CUDA driver emulated (see native.py) and, where there
-is one, the GPU.
+The targets are every instruction set of this CPU, the emulations of AMX and of the CUDA driver (see
+native.py), and the GPU, if there is one.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from rnnfast import backend
 
 COMPLETE = ["the extension"] if backend.EXTENSION is None else backend.EXTENSION.cpu_capabilities()
 COMPLETE += COMPLETE_EMULATIONS
-"""Those that have kernels for every case."""
+"""The targets with kernels for every case."""
 EMULATION = "cuda_emulation"
 PARTIAL = [] if backend.EXTENSION is None else [EMULATION]
-"""Those that have kernels for plain cases, see `Case.is_plain`."""
+"""The targets with kernels only for plain cases, see `Case.is_plain`."""
 if PARTIAL and torch.cuda.is_available():
     PARTIAL.append("cuda")
 TARGETS = [*COMPLETE, *PARTIAL]
@@ -30,12 +30,12 @@ REPLACED = {
     "avx512_amx": (torch.bfloat16, torch.float32),
     "amx_emulation": (torch.bfloat16, torch.float32),
 }
-"""The types for which an instruction set has kernels of its own; else it has those of avx512."""
+"""The dtypes for which an instruction set has its own kernels; for others it uses avx512's."""
 
 
 @contextmanager
 def running_on(target: str) -> Iterator[str]:
-    """The device of tensors for a target, with the CPU's kernels set to it."""
+    """Selects a target's CPU kernels; yields the device for its tensors."""
     extension = backend.EXTENSION
     if extension is None:
         pytest.fail(f"rnnfast._C did not build or load: {backend.IMPORT_ERROR}")
@@ -52,12 +52,12 @@ def running_on(target: str) -> Iterator[str]:
 
 
 def is_emulated() -> bool:
-    """Whether the CPU's kernels are set to the emulated CUDA driver."""
+    """Whether the CPU's kernels are the emulated CUDA driver."""
     return backend.EXTENSION is not None and backend.EXTENSION.get_cpu_capability() == EMULATION
 
 
 def with_kernels(targets: Iterable[str], case: Case, dtype: torch.dtype | None = None) -> list[str]:
-    """Those of the targets that have kernels for a case, and with ``dtype`` ones of their own."""
+    """Returns the targets that have kernels for a case (with ``dtype``: their own kernels)."""
     return [
         name
         for name in targets
@@ -67,7 +67,7 @@ def with_kernels(targets: Iterable[str], case: Case, dtype: torch.dtype | None =
 
 
 def check_on(targets: Iterable[str], check: Callable[[str], None]) -> None:
-    """``check(device)`` on each target; an error says on which ones it failed."""
+    """Runs ``check(device)`` on each target; an error lists the targets on which it failed."""
     errors = {}
     for name in targets:
         with running_on(name) as device:
@@ -81,7 +81,7 @@ def check_on(targets: Iterable[str], check: Callable[[str], None]) -> None:
 
 
 def on(targets: Iterable[str]) -> pytest.MarkDecorator:
-    """The test runs on these, by way of the fixture ``device``."""
+    """Parametrises a test to run on these targets, through the fixture ``device``."""
     return pytest.mark.parametrize("device", [_param(name) for name in targets], indirect=True)
 
 
@@ -94,11 +94,11 @@ together = pytest.mark.parametrize(
         if group == "cpu" or "cuda" in TARGETS
     ],
 )
-"""The test gets the targets, to loop over them with `check_on`: all of the CPU's, or the GPU."""
+"""Gives a test all CPU targets, or the GPU, to loop over with `check_on`."""
 
 
 def on_every_target(cases: Iterable[Case]) -> pytest.MarkDecorator:
-    """The test runs with every case, each on the targets that have kernels for it."""
+    """Runs a test with every case, each on the targets that have kernels for it."""
     pairs = [
         _param(target, case)
         for case in cases

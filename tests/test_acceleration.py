@@ -1,4 +1,4 @@
-"""Modules of torch.nn turned into this package's inside a model, and back."""
+"""Modules of torch.nn inside a model are replaced by rnnfast's, and back."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def seed() -> None:
 
 
 def tensors(result: Any) -> Iterator[Tensor]:
-    """The tensors in nested containers, in order."""
+    """Returns the tensors in nested containers, in order."""
     if isinstance(result, Tensor):
         yield result
     elif result is not None:
@@ -65,7 +65,7 @@ def tensors(result: Any) -> Iterator[Tensor]:
 
 
 def outcome(model: nn.Module, *args: Any) -> dict[str, Tensor]:
-    """The results for one seed, and the gradients of a loss that weighs them differently."""
+    """Returns results for one seed, and gradients of a loss that weights them differently."""
     torch.manual_seed(1)
     model.zero_grad()
     results = list(tensors(model(*args)))
@@ -78,7 +78,7 @@ def outcome(model: nn.Module, *args: Any) -> dict[str, Tensor]:
 
 
 def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """As torch compares float32; float64 to its rounding."""
+    """Compares float32 with torch's tolerances, and float64 to rounding errors."""
     double = any(tensor.dtype == torch.float64 for tensor in expected.values())
     bounds = {"rtol": 1e-12, "atol": 1e-12} if double else {}
     torch.testing.assert_close(actual, expected, **bounds)
@@ -175,7 +175,7 @@ TOKENS = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 0, 0], [7, 8, 0, 0, 0]])
 
 
 class Cell(nn.LSTMCell):
-    """A class of the user, which may do anything."""
+    """A class of the user, with any code of its own."""
 
 
 class OwnBase(nn.RNNBase):
@@ -338,7 +338,7 @@ PARAMETRIZATIONS = {
 def test_parametrizations_stay(kind: str, how: str) -> None:
     module = getattr(nn, kind)(3, 4, dtype=torch.float64)
     PARAMETRIZATIONS[how](module)
-    module.eval()  # spectral_norm goes on with its power iteration in training
+    module.eval()  # in training, every forward of spectral_norm advances its power iteration
     x = torch.randn(5, 2, 3, dtype=torch.float64)
     before, state = outcome(module, x), copy.deepcopy(module.state_dict())
     parameters = list(module.parameters())
@@ -527,7 +527,7 @@ def test_compiled(theirs: type[nn.Module]) -> None:
     model = nn.Sequential(theirs(3, 4))
     x = torch.randn(2, 3) if issubclass(theirs, nn.RNNCellBase) else torch.randn(5, 2, 3)
     before = outcome(model, x)
-    # torch's own LSTM, which would run without the extension, breaks the graph
+    # torch's own LSTM, which runs without the extension, breaks the graph
     rnnfast.accelerate(model, backend=None if EXTENSION else "reference")
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -537,7 +537,7 @@ def test_compiled(theirs: type[nn.Module]) -> None:
 
 @pytest.mark.parametrize("in_place", [False, True])
 def test_compiled_before(in_place: bool) -> None:
-    """What was compiled with torch.nn's modules is compiled anew, both ways."""
+    """A model compiled before acceleration is compiled again, in both directions."""
     torch.compiler.reset()
     targets = []
 
@@ -571,7 +571,7 @@ def test_data_parallel(theirs: type[nn.Module]) -> None:
     assert rnnfast.accelerate(parallel).replaced == {"module": theirs.__name__}
     after = outcome(parallel, x)
     assert_close({name.removeprefix("module."): t for name, t in after.items()}, before)
-    # what the devices would get: a module whose parameters are plain attributes
+    # A replica as devices get it: a module whose parameters are plain attributes.
     replica = module._replicate_for_data_parallel()
     for name, parameter in module.named_parameters():
         setattr(replica, name, parameter * 1)
@@ -609,13 +609,13 @@ def test_meta_and_dtype(theirs: type[nn.Module]) -> None:
 
 
 class Regressor(nn.Module):
-    """A layer or a cell inside a model, for those who trace models."""
+    """A layer or a cell inside a model, to be traced."""
 
     def __init__(self, theirs: type[nn.Module]) -> None:
         super().__init__()
         self.rnn = theirs(4, 8)
         self.out = nn.Linear(8, 2)
-        self.several = theirs not in (nn.RNNCell, nn.GRUCell)  # results of rnn
+        self.several = theirs not in (nn.RNNCell, nn.GRUCell)  # whether there are several results
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.rnn(x)
@@ -645,7 +645,7 @@ def test_jit_trace(theirs: type[nn.Module], direct: bool, grad: bool) -> None:
 
 @kinds
 def test_fx_trace(theirs: type[nn.Module]) -> None:
-    """Modules are leaves of torch.fx graphs, as torch.nn's are."""
+    """Modules are leaves of torch.fx graphs, like torch.nn's."""
     model = Regressor(theirs)
     x = torch.randn((3, 4) if issubclass(theirs, nn.RNNCellBase) else (5, 3, 4))
     expected = model(x)
@@ -656,7 +656,7 @@ def test_fx_trace(theirs: type[nn.Module]) -> None:
 
 
 def test_an_emptied_flatten_parameters_does_not_matter() -> None:
-    """Weight-drop layers set it to nothing on the instance."""
+    """Weight-drop layers replace the method on the instance by one that does nothing."""
     module = nn.LSTM(3, 4)
     module.flatten_parameters = lambda: None
     assert rnnfast.accelerate(module).replaced == {"": "LSTM"}

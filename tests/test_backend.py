@@ -1,4 +1,4 @@
-"""Which backend a call takes on a device that this machine need not have."""
+"""Which backend a call uses, on devices that this machine need not have."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ NO_EXTRAS = Extras()
 
 
 def like(device: str, dtype: torch.dtype = torch.float32) -> SimpleNamespace:
-    """What `choose` looks at of a tensor."""
+    """The attributes of a tensor that `choose` reads."""
     return SimpleNamespace(device=torch.device(device), dtype=dtype)
 
 
 @pytest.fixture
 def cuda_build(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if the extension had been built with CUDA, and nothing were forced."""
+    """Simulates an extension built with CUDA, with no backend forced."""
     monkeypatch.setattr(backend, "_FUSED_DEVICES", frozenset({"cpu", "cuda"}))
     monkeypatch.setattr(backend, "_ENVIRONMENT", "auto")
     monkeypatch.setattr(backend, "_warned", set())
@@ -30,7 +30,7 @@ def cuda_build(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def cpu_build(cuda_build: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same without CUDA."""
+    """Simulates an extension built without CUDA."""
     monkeypatch.setattr(backend, "EXTENSION", SimpleNamespace())
     monkeypatch.setattr(backend, "_FUSED_DEVICES", frozenset({"cpu"}))
 
@@ -39,7 +39,7 @@ def cpu_build(cuda_build: None, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", sorted(backend.FUSED_DTYPES, key=str), ids=str)
 def test_auto_takes_torchs_kernels_on_cuda(dtype: torch.dtype) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # it is a choice, not a fall-back
+        warnings.simplefilter("error")  # this is a choice, not a fall-back, so no warning
         for requested in (None, "auto"):
             assert backend.choose(requested, like("cuda", dtype)) == "aten"
             assert backend.choose(requested, like("cpu", dtype)) == "fused"
@@ -75,7 +75,7 @@ def test_transforms_run_the_reference_on_cuda(
 
 LENGTHS, EMPTY = torch.tensor([2, 3]), torch.tensor([2, 0])
 RESET = torch.zeros(3, 2, dtype=torch.bool)
-ON_CUDA = {  # what a call asks for: what runs
+ON_CUDA = {  # what a call uses: the backend that runs
     "nothing": (NO_EXTRAS, False, "aten"),
     "proj_size": (NO_EXTRAS, True, "aten"),
     "lengths": (Extras(LENGTHS), False, "aten"),
@@ -116,7 +116,7 @@ def test_doctor_says_why_torchs_kernels_run_on_cuda() -> None:
 
 
 def test_cudnn_keeps_what_a_backward_in_eval_mode_needs() -> None:
-    """torch.nn's modules refuse a backward in eval mode on CUDA; nothing is dropped there."""
+    """A backward in eval mode works on CUDA, unlike torch.nn's: nothing is dropped there."""
     evaluating = Options(num_layers=2, dropout=0.5, training=False)
     training = evaluating._replace(training=True)
     assert sequences._for_cudnn(evaluating) == training._replace(dropout=0.0)

@@ -1,4 +1,4 @@
-"""The benchmarks run, and refuse to time what computes wrong numbers."""
+"""The benchmarks run, and do not time implementations with wrong results."""
 
 import copy
 import json
@@ -27,7 +27,7 @@ from benchmarks.steps import Case, Problem, Step
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ["--min-time", "0", "--repeats", "2", "--threads", "1", "--no-limit"]
-# A machine with round numbers.
+# A machine with round numbers, for expected limits that are easy to compute.
 MACHINE = Calibration(
     threads=2,
     fma=dict.fromkeys(roofline.ELEMENT_BYTES, 200e9),
@@ -327,7 +327,7 @@ def test_time_limit_ends_a_comparison(capsys):
 
 
 def test_functions_are_timed_in_turn(monkeypatch):
-    monkeypatch.setattr(timing, "LONG_CALL_SECONDS", 0.0)  # no untimed calls in between
+    monkeypatch.setattr(timing, "LONG_CALL_SECONDS", 0.0)  # no untimed calls between functions
     order = []
     functions = {name: lambda name=name: order.append(name) for name in "ab"}
     timings = timing.time_in_turn(functions, lambda: None, min_time=0.0, min_rounds=3)

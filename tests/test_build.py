@@ -1,4 +1,4 @@
-"""The build: what compiles, and what happens where something is missing."""
+"""The build: what is compiled, and what happens if something is missing."""
 
 import json
 import os
@@ -73,7 +73,7 @@ try:
 except RuntimeError as error:
     print("refused:", error)
 """
-    # -S: without it an editable install of this package would lend its compiled module.
+    # -S: otherwise an editable install of this package would supply its compiled module.
     path = os.pathsep.join([str(lib), str(Path(torch.__file__).parents[1])])
     used = run_python("-S", "-c", script, cwd=lib, PYTHONPATH=path, RNNFAST_BACKEND="auto")
     assert used.returncode == 0, used.stdout + used.stderr
@@ -128,7 +128,7 @@ def test_unknown_cpu_targets_are_refused():
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 @pytest.mark.parametrize(("macros", "targets"), [([], 5), (["-DRNNFAST_PORTABLE_ONLY"], 1)])
 def test_what_is_dispatched_to(tmp_path, macros, targets):
-    """Every instruction set that was compiled, and none that was not."""
+    """The available instruction sets are exactly those that were compiled."""
     if platform.machine() != "x86_64":
         targets = 1
     source, assembly = ROOT / "csrc" / "cpu" / "dispatch.cpp", tmp_path / "dispatch.s"
@@ -146,7 +146,7 @@ BUILD_EDITABLE = "from setuptools import build_meta; build_meta.build_editable('
 
 @pytest.mark.full
 def test_an_editable_install_is_a_path_that_type_checkers_follow(source_copy):
-    """Not a hook, which only Python itself would run."""
+    """An import hook instead of a path would work in Python only."""
     built = run_python("-c", BUILD_EDITABLE, cwd=source_copy, CXX="no-such-c++")
     assert built.returncode == 0, built.stdout + built.stderr
     (wheel,) = (source_copy / "wheels").glob("*.whl")

@@ -1,4 +1,4 @@
-"""What only a GPU can show: streams, graph capture, TF32. Other values are in test_kernels.py."""
+"""Tests that need a GPU: streams, graph capture, TF32. Values are in test_kernels.py."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ pytestmark = [
     pytest.mark.usefixtures("ieee"),
 ]
 
-# Of numbers in TF32, which keep 10 bits of a float's 23. Where each product cuts them off, which is
-# the worst that hardware does, values were off by 1.5 of it at most and gradients by 2.
+# The unit of rounding of TF32, which keeps 10 of a float's 23 bits. If products truncate their
+# operands, which is the worst that hardware does, errors of values are up to 1.5 times this unit,
+# and those of gradients up to 2 times.
 TF32_EPS = 2.0**-10
 
 
@@ -43,9 +44,9 @@ def run(case: Case, inputs: list, grads: list) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_graph_capture(cell: str) -> None:
-    """Forward and backward captured once and replayed on new input give what a plain call gives."""
+    """Forward and backward, captured once, give the results of a plain call on new input."""
     case, inputs, grads = prepare(cell)
-    run(case, inputs, grads)  # creates the cuBLAS handle, which may not happen while capturing
+    run(case, inputs, grads)  # creates the cuBLAS handle, which is not allowed during capture
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -59,7 +60,7 @@ def test_graph_capture(cell: str) -> None:
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_current_stream(cell: str) -> None:
-    """Work queues behind what the current stream holds, not on the default stream."""
+    """Work is queued on the current stream, not on the default stream."""
     case, inputs, grads = prepare(cell)
     expected = run(case, inputs, grads)
     torch.cuda.synchronize()
@@ -77,7 +78,7 @@ def test_current_stream(cell: str) -> None:
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_tf32_follows_cudnns_setting(cell: str) -> None:
-    """With a bound of its own; that it is used at all shows in results that differ."""
+    """TF32 has its own error bound; results that differ from IEEE show that it is used."""
     case, inputs, grads = prepare(cell)
     exact = run(case, inputs, grads)
     torch.backends.cudnn.rnn.fp32_precision = "tf32"
@@ -86,7 +87,7 @@ def test_tf32_follows_cudnns_setting(cell: str) -> None:
     assert not torch.equal(forward[0], exact[0])
     expected = sample_with_oracle(case, torch.float32)[2]
     values = [*expected.outputs, *expected.grads]
-    if cell == "elman_relu":  # gradients jump where a rounding takes a unit over relu's kink
+    if cell == "elman_relu":  # a rounding may move a unit across relu's kink, where gradients jump
         found, values = found[:2], values[:2]
     for actual, value in zip(found, values, strict=True):
         assert error(actual, value) < 3 * TF32_EPS
@@ -103,7 +104,7 @@ def test_auto_is_torchs_kernels() -> None:
 
 @pytest.mark.parametrize("mode", ["RNN", "GRU", "LSTM"])
 def test_gradients_in_eval_mode(mode: str) -> None:
-    """cuDNN has none for torch.nn's modules in eval mode; dropout stays off."""
+    """torch.nn's modules have no backward in eval mode on CUDA; here dropout is off."""
     torch.manual_seed(0)
     module = getattr(rnnfast, mode)(24, 40, num_layers=2, dropout=0.5, device="cuda").eval()
     x = torch.randn(15, 4, 24, device="cuda")

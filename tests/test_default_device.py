@@ -1,4 +1,4 @@
-"""A default device or dtype other than the model's changes nothing: each tensor names its own."""
+"""A default device or dtype other than the model's has no effect: tensors name their own."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ON_CPU: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}
 
 @contextmanager
 def defaults(device: str) -> Iterator[None]:
-    """As after torch.set_default_device and set_default_dtype, but for this block only."""
+    """Sets torch's default device and dtype for this block only."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
@@ -38,7 +38,7 @@ def defaults(device: str) -> Iterator[None]:
 
 
 def flat(results: Any) -> list[Tensor]:
-    """The tensors in nested tuples, lists, dictionaries and packed sequences."""
+    """Returns the tensors in nested tuples, lists, dictionaries and packed sequences."""
     if isinstance(results, dict):
         results = list(results.values())
     if isinstance(results, tuple | list):
@@ -89,7 +89,7 @@ EXTRAS: dict[str, dict[str, Any]] = {
         (backend, extras)
         for backend in BACKENDS
         for extras in EXTRAS
-        if backend != "aten" or "reset" not in extras  # torch's kernels have none
+        if backend != "aten" or "reset" not in extras  # torch's kernels have no resets
     ],
 )
 @pytest.mark.parametrize("mode", LAYERS)
@@ -222,11 +222,11 @@ def test_models_and_text(name: str) -> None:
     assert_unchanged(MODELS[name])
 
 
-@pytest.mark.skipif(not EXPECT_FUSED, reason="a build without the extension has no short way")
+@pytest.mark.skipif(not EXPECT_FUSED, reason="a build without the extension has no short path")
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("suffix", ["", "Cell"])
 @pytest.mark.parametrize("mode", LAYERS)
-def test_calls_take_the_short_way(
+def test_calls_take_the_short_path(
     mode: str, suffix: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, module = pair(mode, suffix, dtype=torch.float32)

@@ -1,6 +1,6 @@
-"""Two processes on halves of each batch end in the parameters of one on the whole, with torch.nn.
+"""Two processes that train on halves of each batch get the parameters of one torch.nn process.
 
-The weights that FSDP2 shards are whole and plain while a layer runs.
+FSDP2 gathers sharded weights, so while a layer runs they are whole, plain tensors.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Outcomes = dict[tuple[str, str, str], tuple[dict[str, Tensor], list[bool]]]
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
-    """What the worker wrote: parameters, and what became of each try of the short way."""
+    """What the worker wrote: parameters, and what happened to each try of the short path."""
     file = tmp_path_factory.mktemp("distributed") / "outcomes.pt"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     done = subprocess.run(
@@ -50,7 +50,7 @@ def test_two_processes_train_as_one(
 ) -> None:
     parameters, taken = outcomes[path, strategy, optimiser]
     torch.testing.assert_close(parameters, in_one_process(optimiser), rtol=0, atol=1e-12)
-    assert taken == [True] * (2 * STEPS if path == "short way" else 0)
+    assert taken == [True] * (2 * STEPS if path == "short path" else 0)
 
 
 @pytest.mark.parametrize("optimiser", OPTIMISERS)

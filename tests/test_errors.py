@@ -1,4 +1,4 @@
-"""Malformed calls raise what torch.nn raises; forced backends that cannot run say why."""
+"""Malformed calls raise torch.nn's errors; forced backends that cannot run say why."""
 
 import os
 import re
@@ -22,7 +22,7 @@ zeros = torch.zeros
 
 
 def error_of(call):
-    """The type and words of what ``call`` raises."""
+    """Returns the type and message of what ``call`` raises."""
     try:
         call()
     except Exception as error:
@@ -31,11 +31,11 @@ def error_of(call):
 
 
 def state(kind, *shape, **options):
-    """A state for a module of this kind: a tensor, or a pair for LSTMs."""
+    """Returns a state for a module of this kind: a tensor, or a pair for LSTMs."""
     return (zeros(*shape, **options),) * 2 if kind.startswith("LSTM") else zeros(*shape, **options)
 
 
-# Modules of input_size 3, hidden_size 4 and one layer.
+# The modules have input_size 3, hidden_size 4 and one layer.
 LAYER_CALLS = {
     "no time": lambda m, s: m(zeros(0, 2, 3)),
     "no time, one sequence": lambda m, s: m(zeros(0, 3)),
@@ -64,7 +64,7 @@ LAYER_CALLS = {
     "states are None": lambda m, s: m(zeros(5, 2, 3), (None, None)),
 }
 
-# torch.nn's layers leave these to the kernels, whose words differ from processor to processor
+# torch.nn's layers leave these to the kernels, whose messages differ between processors
 DTYPES_OF_STATES = {"float64 state": "float64", "integer state": "int64"}
 SAME_DTYPE = (
     "Input and {0} tensors are not the same dtype, found input tensor with torch.{1} and {0} "
@@ -126,7 +126,7 @@ def test_malformed_call_raises_as_torch(kind, call, backend):
 )
 @pytest.mark.parametrize("kind", LAYERS)
 def test_weights_of_other_sizes_do_not_reach_torchs_kernels(kind, name, shape, packed):
-    """oneDNN's LSTM would read beyond their ends."""
+    """oneDNN's LSTM would read beyond the ends of these weights."""
     module = getattr(rnnfast, kind)(3, 4, backend="aten")
     module.get_parameter(name).data = zeros(shape)
     x = zeros(5, 2, 3)
@@ -296,7 +296,7 @@ print(rnnfast.doctor())
     ],
 )
 def test_an_environment_that_cannot_be_followed(variable, words, on_cuda):
-    """Importing warns, every call that depends on it raises, the doctor explains it."""
+    """Importing warns, every call that depends on it raises, and the doctor explains it."""
     environment = {**os.environ, variable: "fast"}
     command = [sys.executable, "-c", USE_AN_ODD_ENVIRONMENT]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -320,7 +320,7 @@ def test_an_environment_that_cannot_be_followed(variable, words, on_cuda):
 
 @pytest.fixture
 def no_extension(monkeypatch):
-    """As if importing the extension had failed."""
+    """Simulates an extension that failed to import."""
     monkeypatch.setattr(rnnfast.backend, "EXTENSION", None)
     monkeypatch.setattr(rnnfast.backend, "IMPORT_ERROR", ImportError("no such file"))
     monkeypatch.setattr(rnnfast.backend, "_FUSED_DEVICES", frozenset())

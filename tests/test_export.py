@@ -1,6 +1,6 @@
-"""Exported and compiled ahead of time, with sizes left open: the numbers stay those of the module.
+"""Modules are exported and compiled ahead of time with dynamic sizes, and give the same results.
 
-The reference unrolls over time, so that only the fused operators leave T open.
+Only the fused operators allow a dynamic T, since the reference unrolls over time.
 """
 
 import copy
@@ -26,7 +26,7 @@ needs_compiler = pytest.mark.skipif(COMPILER is None, reason="there is no C++ co
 
 TIME, BATCH = Dim("time"), Dim("batch")
 SIZES = [(6, 3), (1, 1), (13, 5)]
-"""T and B; models are exported with the first."""
+"""Pairs of T and B; models are exported with the first."""
 LAYERS = {
     "elman_tanh": lambda: rnnfast.RNN(2, 3, bias=False),
     "elman_relu": lambda: rnnfast.RNN(2, 3, nonlinearity="relu"),
@@ -75,7 +75,7 @@ def test_saved_single_cells_with_any_batch(cell):
 
 
 class Mixture(nn.Module):
-    """All that the operators may differ in: one state or two, biases or none, both directions."""
+    """Layers of all kinds: one state or two, with and without biases, both directions."""
 
     def __init__(self):
         super().__init__()
@@ -98,7 +98,7 @@ TRACED = {
 
 
 def saved_trace(module, *args, **kwargs):
-    """What torch.jit.load makes of the trace, which torch checks against the module."""
+    """Returns what torch.jit.load makes of the trace; torch checks the trace against the module."""
     file = io.BytesIO()
     torch.jit.save(torch.jit.trace(module, *args, **kwargs), file)
     file.seek(0)
@@ -143,7 +143,7 @@ class TestTraces:
 
     @pytest.mark.parametrize("backend", [None, "reference"])
     def test_extras_are_inputs(self, backend):
-        """Lengths and resets other than those of the trace; tokens, with an embedding."""
+        """Lengths and resets may differ from those of the trace; tokens may have an embedding."""
         torch.manual_seed(0)
 
         class Model(nn.Module):
@@ -183,7 +183,7 @@ class TestTraces:
 
 
 class TestRefusals:
-    """Errors that name what does it."""
+    """Errors name their cause."""
 
     @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
     @pytest.mark.parametrize("kind", ["RNN", "GRU", "LSTM", "RNNCell", "GRUCell", "LSTMCell"])
@@ -205,7 +205,7 @@ class TestRefusals:
         module = getattr(rnnfast, kind)(2, 3).eval()
         x = torch.zeros((3, 2) if kind.endswith("Cell") else (6, 3, 2))
         whole = nn.Sequential(module)
-        # a program has been exported before, without a word
+        # a program has been exported before, without warnings
         models = [torch.export.export(whole, (x,))] if dynamo else [module, whole]
         for model in models if kind == "GRU" else [module]:
             with pytest.raises(RuntimeError, match=r"rnnfast\.onnx\.export\(model") as caught:

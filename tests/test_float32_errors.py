@@ -1,4 +1,4 @@
-"""Rounding errors in float32 beside those of torch.nn, both against the float64 oracle."""
+"""Rounding errors in float32, compared with torch.nn's; both against the float64 oracle."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def targets() -> Iterator[str]:
 
 
 def by_torch(case: Case, inputs: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
-    """(y, *final states, *gradients of the inputs) of torch.nn."""
+    """Returns (y, *final states, *gradients of the inputs) of torch.nn."""
     states = CELLS[case.cell].states
     make, options = TORCH_CLASS[case.cell]
     module = make(case.I, case.H, **options)
@@ -61,14 +61,14 @@ def by_torch(case: Case, inputs: list[Tensor], grads: list[Tensor]) -> list[Tens
 
 
 def by_kernels(case: Case, inputs: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
-    """The same of the operators."""
+    """Returns (y, *final states, *gradients of the inputs) of the operators."""
     forward = run_forward(case, inputs, save=True)
     outputs = forward[: 1 + CELLS[case.cell].states]
     return [*outputs, *run_backward(case, inputs, grads, forward)]
 
 
 def root_mean_squares(samples: list[list[float]]) -> list[float]:
-    """Over samples, of each result."""
+    """Returns the root mean square over samples, for each result."""
     return [
         (sum(value * value for value in values) / len(values)) ** 0.5
         for values in zip(*samples, strict=True)
@@ -82,9 +82,9 @@ def root_mean_squares(samples: list[list[float]]) -> list[float]:
 )
 @pytest.mark.parametrize("cell", CELLS)
 def test_float32_errors_are_torch_nns(cell: str, shape: tuple[int, int, int, int]) -> None:
-    """No larger than torch.nn's, in values and gradients, over several samples together.
+    """Errors over several samples are no larger than torch.nn's, in values and gradients.
 
-    In a single one a state of few elements may be off by half by chance.
+    In a single sample, the error of a state of few elements may differ by half by chance.
     """
     case = Case(cell, *shape)
     errors: dict[str, list[list[float]]] = {}

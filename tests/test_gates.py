@@ -1,4 +1,4 @@
-"""The gates of layers and cells, against loops over sequences and steps in plain PyTorch."""
+"""The gates of layers and cells, compared with loops over sequences and steps in plain PyTorch."""
 
 import copy
 
@@ -54,7 +54,7 @@ def make(mode, backend=None, dtype=torch.float64, **options):
 
 
 def step(mode, x, h, c, w_ih, w_hh, b_ih, b_hh, w_hr=None):
-    """The gates of one step of one sequence."""
+    """Computes the gates of one step of one sequence."""
     from_x, from_h = w_ih @ x + b_ih, w_hh @ h + b_hh
     if mode == "lstm":
         i, f, g, o = (from_x + from_h).chunk(4)
@@ -74,7 +74,7 @@ def step(mode, x, h, c, w_ih, w_hh, b_ih, b_hh, w_hr=None):
 
 @torch.no_grad()
 def by_hand(mode, module, x, hx=None, lengths=None, reset=None):
-    """{key: {name: (T, B, H)}} for x (T, B, I), sequence by sequence."""
+    """Computes {key: {name: (T, B, H)}} for x (T, B, I), sequence by sequence."""
     directions = 2 if module.bidirectional else 1
     steps, batch = x.shape[:2]
     lengths = [steps] * batch if lengths is None else lengths
@@ -120,7 +120,7 @@ def random_state(mode, module, batch=B):
 
 
 def call(way, mode, module):
-    """Arguments of a call, and those of `by_hand`, and whether there is a single sequence."""
+    """Returns arguments of a call, those of `by_hand`, and whether there is a single sequence."""
     x = torch.randn(T, B, I, dtype=torch.float64)
     given = x.transpose(0, 1) if module.batch_first else x
     hx = random_state(mode, module)
@@ -163,7 +163,7 @@ def check(record, expected, arrange=lambda tensor: tensor, **tolerances):
 @pytest.mark.parametrize("way", WAYS)
 def test_layers(mode, options, backend, way):
     if backend == "aten" and way == "reset":
-        backend = "reference"  # torch's kernels have no reset
+        backend = "reference"  # torch's kernels have no resets
     module = make(mode, backend, **options)
     args, kwargs, arguments = call(way, mode, module)
     with record_gates(module) as record:
@@ -265,7 +265,7 @@ def test_tokens(packed, one_hot, count):
     x = F.one_hot(tokens, I).double() if one_hot else embedding.weight[tokens].detach()
     lengths = [count - 2, count, 1]
     given, kwargs = tokens.clone(), {"lengths": lengths}
-    given[count - 1, 0] = 10**9  # beyond the end
+    given[count - 1, 0] = 10**9  # a token beyond the end of its sequence
     if packed:
         packed_x = pack_padded_sequence(tokens, lengths, enforce_sorted=False)
         given, kwargs = PackedSequence(*packed_x), {}
@@ -276,7 +276,7 @@ def test_tokens(packed, one_hot, count):
 
 
 class Seen(TorchDispatchMode):
-    """The operators of rnnfast that were called, with their arguments."""
+    """Records the calls of rnnfast's operators, with their arguments."""
 
     def __init__(self):
         super().__init__()
@@ -302,7 +302,7 @@ def test_the_kernels_are_asked(mode):
     ours = [args for name, args in seen.calls if name == operator]
     assert len(seen.calls) == len(ours)
     states = 2 if mode == "lstm" else 1
-    saves = [args[6 + states] for args in ours]  # after x, states, weights and reverse
+    saves = [args[6 + states] for args in ours]  # follows x, states, weights and reverse
     assert saves == ([False, False, True, True] if EXPECT_FUSED else [])
 
 
@@ -520,7 +520,7 @@ def test_functional_call_shows_the_parameters_it_was_given():
 
 @pytest.fixture
 def read():
-    """What an LSTM with a batch of one did while it read TEXT."""
+    """Records what an LSTM with a batch of one computed while it read TEXT."""
     module = make("lstm", batch_first=True)
     with record_gates(module) as record:
         module(3 * torch.randn(1, len(TEXT), I, dtype=torch.float64))

@@ -1,4 +1,4 @@
-"""Sampling: the choice of a token, the fused run, and CharLSTM.generate."""
+"""Sampling: the choice of a token, the fused generation, and CharLSTM.generate."""
 
 import math
 import re
@@ -42,7 +42,7 @@ both = pytest.mark.parametrize("draw", [sample, fused_sample], ids=["torch", "fu
 
 
 def kept(scores, choice):
-    """The probabilities of one row, by the definitions of top-k and top-p."""
+    """Returns the probabilities of one row, by the definitions of top-k and top-p."""
     probabilities = (scores / choice.temperature).softmax(0)
     order = sorted(range(len(scores)), key=lambda i: (-probabilities[i].item(), i))
     if choice.top_k:
@@ -67,7 +67,7 @@ def test_frequencies_are_the_probabilities(draw, choice):
     drawn = draw(scores.expand(count, -1).contiguous(), choice, uniforms.double())
     frequencies = drawn.bincount(minlength=9) / count
     torch.testing.assert_close(frequencies.double(), kept(scores, choice), rtol=0, atol=2e-4)
-    assert torch.equal(drawn, drawn.sort().values)  # in the order of tokens
+    assert torch.equal(drawn, drawn.sort().values)  # rising uniforms, rising tokens
 
 
 @choices
@@ -114,7 +114,7 @@ def test_scores_that_are_not_finite(draw, choice, bad, place):
 
 
 class Model:
-    """Layers, head and embedding, with scores far enough apart for greedy choices to be safe."""
+    """Layers, head and embedding whose scores differ enough to make greedy choices safe."""
 
     def __init__(self, kind, vocabulary, hidden, *, embedded=True, bias=True, dtype, **options):
         options = {"batch_first": True, "dtype": dtype, "bias": bias, **options}
@@ -136,7 +136,7 @@ class Model:
 
     @torch.no_grad()
     def plain_loop(self, prompts, choice, count, seed=3):
-        """torch.nn's layers, prompt by prompt, whole sequences again for each token."""
+        """Generates with torch.nn's layers, by prompt; each token runs the whole sequence again."""
         mode = self.layers.mode.split("_")
         theirs = getattr(nn, mode[0])(
             self.layers.input_size,
@@ -193,12 +193,12 @@ def test_runs_equal_a_plain_loop(kind, shape, backend, choice):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["RNN", "GRU", "LSTM"])
 def test_dtypes_and_instruction_sets(kind, dtype, device):
-    """Where the scores of the fused run can be told apart, its greedy choices are the loop's."""
+    """Where its scores differ enough, the fused generation makes the loop's greedy choices."""
     if is_emulated():
         states, head = [torch.zeros(1, 1, 3)] * 2, torch.zeros(2, 3)
         weights = [torch.zeros(2, 12), torch.zeros(12, 3)]
         lstm = backend.CELL_KINDS["lstm"]
-        with pytest.raises(RuntimeError, match="no kernels here that generate"):
+        with pytest.raises(RuntimeError, match="kernels in use cannot generate"):
             backend.EXTENSION.Generation(lstm, weights, False, states, head, None, 1, 0, 1)
         return
     model = Model(kind, 40, 37, dtype=dtype, num_layers=2)
@@ -242,7 +242,7 @@ def test_hooks_are_obeyed():
 
 @pytest.mark.parametrize("ours", [True, False])
 def test_a_large_vocabulary_and_few_tokens(ours, monkeypatch):
-    """Where setting up a fused run takes longer than the loop, there is none."""
+    """No fused generation is set up where that would take longer than the loop."""
     monkeypatch.setattr(generation, "_SETTING_UP", 1 if ours else 10**6)
     model = Model("GRU", 600, 16, dtype=torch.float64)
     prompts = [torch.tensor([1, 5]), torch.tensor([2])]

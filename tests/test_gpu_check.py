@@ -1,4 +1,4 @@
-"""`make gpu-check`: what it does with its time, with what fails, and without a GPU."""
+"""`make gpu-check`: its time limits, its failures, and its dry run without a GPU."""
 
 import json
 import subprocess
@@ -30,7 +30,7 @@ def test_without_a_gpu_it_says_so(monkeypatch, capsys):
 
 @pytest.mark.full
 def test_dry_run_goes_through_all_stages(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("CUDA_HOME", str(tmp_path))  # the next test and test_build.py compile
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))  # no nvcc: other tests compile CUDA
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
     assert gpu_check.main(["--dry-run", "--results", str(tmp_path)]) == 0, capsys.readouterr().out
     (file,) = tmp_path.glob("*.json")
@@ -102,7 +102,7 @@ def test_what_fails_or_hangs_does_not_stop_the_rest(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("code", ["", "exit(1)"])
 def test_nothing_runs_without_a_build(monkeypatch, tmp_path, code):
-    """Which is for this GPU and for the portable instruction set alone."""
+    """The build is for this GPU, and of the CPU's instruction sets only for the portable one."""
     look = "import os; print(os.environ['RNNFAST_CPU_TARGETS'], os.environ['FORCE_CUDA']); "
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
     on_a_gpu(monkeypatch, part("build", look + code), part("parity", ""))

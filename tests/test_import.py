@@ -1,4 +1,4 @@
-"""What `import rnnfast` and the command line import, and what they leave until it is needed."""
+"""What `import rnnfast` and the command line import, and what they import only when needed."""
 
 import ast
 import re
@@ -22,7 +22,7 @@ before = set(sys.modules)
 import rnnfast
 print(*sorted(set(sys.modules) - before))
 """
-# Only the time on the processor counts: the machine may be busy.
+# Only processor time counts, since the machine may be busy.
 COMMAND_LINE = """
 import sys, torch, time
 before, start = set(sys.modules), time.process_time()
@@ -38,13 +38,13 @@ print(seconds)
 
 
 def run(program, *arguments):
-    """What a fresh interpreter prints."""
+    """Returns what a new interpreter prints."""
     command = [sys.executable, "-c", program, *arguments]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def foreign(modules):
-    """Those that come with neither this package, torch, nor Python."""
+    """Returns the modules that belong to neither this package, torch, nor Python."""
     own = {"rnnfast", "torch", *sys.stdlib_module_names, *sys.builtin_module_names}
     return [name for name in modules if name.partition(".")[0] not in own]
 
@@ -155,7 +155,7 @@ def test_help_is_quick(arguments):
 
 
 def submodules():
-    """The modules that the map of the package lists."""
+    """Returns the modules that the map in rnnfast/README.md lists."""
     listing = MAP.read_text(encoding="utf-8").split("\n\n")[1]
     return re.findall(r"\brnnfast\.(\w+)", re.sub(r"torch\.ops\.\S+", "", listing))
 
@@ -171,7 +171,7 @@ for name in sys.argv[1:]:
 def test_submodules_need_no_import_of_their_own():
     names = submodules()
     assert {"models", "text", "onnx", "explain", "generation", "cli"} <= set(names)
-    names.reverse()  # those that import others come last
+    names.reverse()  # modules that import others come last
     assert run(USE, *names).split() == [f"rnnfast.{name}" for name in names]
 
 

@@ -1,4 +1,4 @@
-"""Modules that are accelerated and stay instances of their former classes."""
+"""Modules that are accelerated and remain instances of their former classes."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def keep(module: nn.Module) -> nn.Module:
 
 
 def tensors(result: Any) -> list[Tensor]:
-    """The floating-point tensors in nested containers, in order."""
+    """Returns the floating-point tensors in nested containers, in order."""
     if isinstance(result, Tensor):
         return [result] if result.is_floating_point() else []
     return [] if result is None else [tensor for part in result for tensor in tensors(part)]
 
 
 def outcome(module: nn.Module, *args: Any) -> list[Tensor]:
-    """Results for one seed, and gradients of a loss that weighs them differently."""
+    """Returns results for one seed, and gradients of a loss that weights them differently."""
     torch.manual_seed(1)
     module.zero_grad()
     results = tensors(module(*args))
@@ -87,7 +87,7 @@ def test_one_class_for_each_former_one() -> None:
 
 
 class Named(nn.GRU):
-    """A subclass without a forward, whose attributes and methods are its own."""
+    """A subclass without a forward, with attributes and methods of its own."""
 
     label = "names"
 
@@ -107,7 +107,7 @@ class NamedCell(nn.LSTMCell):
 
 
 class ZeroLength(ABC, nn.RNNBase):
-    """As the layers of pytorch-forecasting: a forward around that of torch.nn, by super()."""
+    """A class like those of pytorch-forecasting, whose forward calls torch.nn's through super()."""
 
     @abstractmethod
     def init_hidden_state(self, x: Tensor) -> Any: ...
@@ -200,7 +200,7 @@ def test_subclasses_that_are_left(kind: type[nn.Module], reason: str) -> None:
 
 
 class Encoder(nn.Module):
-    """As d2l's RNNModel and many others: asks for the class to know the state."""
+    """A class like d2l's RNNModel and many others, which checks the class to know the state."""
 
     def __init__(self, recurrent: nn.Module) -> None:
         super().__init__()
@@ -224,7 +224,7 @@ def test_the_state_of_a_model_that_asks_for_the_class(theirs: type[nn.Module]) -
 
 
 def test_a_model_that_masks_what_is_no_lstm() -> None:
-    """As TorchRL's LSTMModule, where a batch has resets."""
+    """A model like TorchRL's LSTMModule, for batches with resets."""
 
     def run(module: nn.Module, x: Tensor, lengths: Tensor) -> Tensor:
         if isinstance(module, nn.LSTM):
@@ -282,7 +282,7 @@ def test_copies(kind: type[nn.Module], through: Callable[[nn.Module], nn.Module]
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.RNNCell, *SUBCLASSES])
 def test_more_of_the_same_class(kind: type[nn.Module]) -> None:
-    """``type(module)(...)`` makes what the former class makes, accelerated."""
+    """``type(module)(...)`` makes what the former class would make, accelerated."""
     module = keep(kind(3, 4))
     torch.manual_seed(2)
     other = type(module)(3, 4, bias=False)
@@ -342,7 +342,7 @@ def test_errors_are_torchs() -> None:
 
 
 def test_compiled() -> None:
-    """The graph breaks at the module, as at torch.nn's."""
+    """The graph breaks at the module, like at torch.nn's."""
     torch.compiler.reset()
     model, x = nn.Sequential(nn.LSTM(3, 4)), torch.randn(5, 2, 3)
     before = outcome(model, x)

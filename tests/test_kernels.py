@@ -1,6 +1,6 @@
-"""Values and gradients of the operators against the oracle, and what is the same to the last bit.
+"""Values and gradients of the operators against the oracle, and results that must be bit-identical.
 
-How the operators refuse calls, and what autograd makes of them, is in test_operators.py.
+Errors of the operators, and their autograd, are tested in test_operators.py.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ from rnnfast import backend, reference
 from rnnfast.reference import CELLS
 
 RANDOM_RUNS = 200
-"""How many calls are drawn for a day."""
+"""The number of random calls per day."""
 
 
 def results_of(
     run: Run, inputs: list[torch.Tensor | None], grads: list[torch.Tensor | None], **options: bool
 ) -> list[torch.Tensor]:
-    """Outputs and gradients."""
+    """Returns outputs and gradients."""
     forward = run_forward(run.case, inputs, save=True, **options)
     return [*outputs_of(run.case, forward), *run_backward(run.case, inputs, grads, forward)]
 
@@ -70,7 +70,7 @@ def assert_same_bits(
 
 
 def check_run(run: Run, targets: list[str]) -> None:
-    """What holds for any call: values, gradients, and ways that lead to the same bits."""
+    """Checks what holds for any call: values, gradients, and variants that give the same bits."""
     case, dtype, wide = run.case, run.dtype, reference.compute_dtype(run.dtype)
     states, saved = CELLS[case.cell].states, CELLS[case.cell].saved
     torch.set_num_threads(1)
@@ -79,7 +79,7 @@ def check_run(run: Run, targets: list[str]) -> None:
     best = [name for name in chosen if name in COMPLETE][-1:]
     values = [*expected.outputs, *expected.grads]
     noises = [None] * len(values) if noise is None else [*noise.outputs, *noise.grads]
-    steps = case.T if case.gates == "remembering" else 1  # states that pass many steps unchanged
+    steps = case.T if case.gates == "remembering" else 1  # states pass through many steps unchanged
     tolerance, count = bound(dtype, steps), len(expected.outputs)
 
     def check(device: str) -> None:
@@ -92,7 +92,7 @@ def check_run(run: Run, targets: list[str]) -> None:
                 assert actual.numel() == 0
                 continue
             assert actual.dtype == (wide if states < i < count else dtype)
-            # sums over the batch and time of the gradients carry the rounding of all gates
+            # sums over batch and time contain the rounding errors of all gates
             allowed = tolerance if is_output else 5 * tolerance
             try:
                 assert_close(actual, value, allowed, dtype, noise)
@@ -107,7 +107,7 @@ def check_run(run: Run, targets: list[str]) -> None:
         if saved and name in COMPLETE:
             computed = results_of(run, inputs, grads, recompute=True)
             assert_same_bits(computed, found, "with gates computed again", run)
-        if not run.is_shared or name not in best:  # all deal work in the same way
+        if not run.is_shared or name not in best:  # all others split work in the same way
             return
         torch.set_num_threads(2 if run.threads == 1 else 1)
         others = results_of(run, inputs, grads)
@@ -125,7 +125,7 @@ def test_values_and_gradients(
 
 
 def check_random_run(number: int, targets: list[str]) -> None:
-    """Another one every day; ``RNNFAST_TEST_SEED`` has that of another day again."""
+    """The calls differ every day; ``RNNFAST_TEST_SEED`` repeats those of another day."""
     seed = seed_of_the_day()
     try:
         check_run(random_run(random.Random(f"{seed} {number}")), targets)
@@ -165,7 +165,7 @@ def test_every_combination(
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("cell", CELLS)
 def test_what_instruction_sets_share(cell: str, dtype: torch.dtype) -> None:
-    """Those that the table leaves out have the kernels of another, and so its bits."""
+    """For dtypes without kernels of their own, targets use another's kernels, and give its bits."""
     others = [name for name in REPLACED if name in COMPLETE and dtype not in REPLACED[name]]
     if not others:
         return
@@ -183,7 +183,7 @@ def test_what_instruction_sets_share(cell: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("run", "counts"),
     [
-        *((run, (2, 2, 3, 7)) for run in SPLIT),  # more than cores, too
+        *((run, (2, 2, 3, 7)) for run in SPLIT),  # including more threads than cores
         *((run, (4, 6)) for run in GRID),
         *(pytest.param(run, (1, 16, 40), marks=pytest.mark.full) for run in SPLIT + GRID),
     ],
@@ -212,8 +212,8 @@ def test_same_bits_for_every_run_and_thread_count(
 def test_same_bits_whatever_the_distances_of_rows(
     cell: str, dtype: torch.dtype, device: str, threads: None
 ) -> None:
-    """Of x, batch first: tiles cross borders of steps; rows are longer than is copied at once."""
-    torch.set_num_threads(1)  # else rows of a thread lie apart at the borders in any case
+    """Batch-first x: tiles span time steps, and rows are longer than AMX copies at once."""
+    torch.set_num_threads(1)  # a thread of several has rows at unequal distances in any layout
     case = Case(cell, 3, 40, 600, 34)
     x, *others = cast(sample_inputs(case, dtype), dtype, device)
     grads = cast(sample_grads(case, dtype), dtype, device)
@@ -230,7 +230,7 @@ def test_same_bits_whatever_the_distances_of_rows(
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_saved_tensors(cell: str, device: str) -> None:
-    """The gates that are kept are those of the formulas, in the documented shapes."""
+    """The saved gates have the values of the formulas and the documented shapes."""
     case = Case(cell, 4, 3, 5, 18)
     inputs = cast(sample_inputs(case, torch.float64), torch.float64, device)
     row = CELLS[cell]
@@ -250,7 +250,7 @@ def test_saved_tensors(cell: str, device: str) -> None:
         (x_r, x_z, x_n), (h_r, h_z, h_n) = from_x.chunk(3, -1), from_h.chunk(3, -1)
         r, z = (x_r + h_r).sigmoid(), (x_z + h_z).sigmoid()
         expected = torch.cat([(x_n + r * h_n).tanh(), r, z, h_n], -1)
-    else:  # nothing but y, of which the derivatives are made
+    else:  # nothing but y is saved, from which the derivatives are computed
         expected = gates.new_empty(4, 3, 0)
         values = from_x + from_h
         torch.testing.assert_close(y, values.tanh() if cell == "elman_tanh" else values.relu())
@@ -274,7 +274,7 @@ def test_absent_output_gradients_are_zeros(cell: str, device: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=dtype_name)
 def test_activations_to_a_few_ulp(dtype: torch.dtype, device: str) -> None:
-    """tanh and sigmoid over their whole range, read off cells with one unit and weight 1."""
+    """tanh and sigmoid over their whole range, from cells with one unit and weight 1."""
     small = torch.logspace(-30, 2, 4001, dtype=torch.float64)
     x = torch.cat([-small, small, torch.zeros(1), torch.linspace(-20, 20, 8001)]).to(dtype)
     one, zero = torch.ones(1, 1, dtype=dtype), torch.zeros(1, 1, dtype=dtype)
@@ -299,7 +299,7 @@ def test_activations_to_a_few_ulp(dtype: torch.dtype, device: str) -> None:
 def test_nan_and_inf_flow_through(
     cell: str, shape: tuple[int, ...], dtype: torch.dtype, device: str
 ) -> None:
-    """A NaN or an infinity in one sequence ends as in the reference, and stays in that sequence."""
+    """A NaN or infinity in one sequence has the reference's effect, and no effect on others."""
     case = Case(cell, *shape)
     inputs = sample_inputs(case, dtype)
     inputs[0][1, 0, 0], inputs[0][2, 1, 3] = float("nan"), float("inf")
@@ -314,7 +314,7 @@ def test_nan_and_inf_flow_through(
 
 
 def test_numbers_without_parts(device: str) -> None:
-    """Infinite numbers and those close to the largest are no sums of bfloat16."""
+    """Infinities and the largest numbers cannot be written as sums of bfloat16."""
     case = Case("lstm", *LARGE)
     largest = torch.finfo(torch.float32).max
     for where in ("x", "h0", "w_ih", "w_hh"):
@@ -332,7 +332,7 @@ def test_numbers_without_parts(device: str) -> None:
 
 @on(COMPLETE)
 def test_gates_of_numbers_without_parts_computed_again(device: str) -> None:
-    """An infinite input saturates gates; its weights' gradients are NaN, all others are as ever."""
+    """An infinite input gives NaN in its weights' gradients, and does not affect the others."""
     case = Case("lstm", *LARGE)
     inputs = cast(sample_inputs(case, torch.float32), torch.float32, device)
     inputs[0][1, 2, 3] = float("inf")
@@ -350,7 +350,7 @@ def test_gates_of_numbers_without_parts_computed_again(device: str) -> None:
 
 @on(COMPLETE)
 def test_blocks_without_rows(device: str) -> None:
-    """Steps beyond the end of every sequence, a whole block of them in the backward and more."""
+    """Steps beyond the end of every sequence, including a whole block of the backward."""
     torch.manual_seed(0)
     layer = rnnfast.LSTM(64, 64, backend="fused")
     lengths = torch.randint(1, 9, (70,))
@@ -369,7 +369,7 @@ def test_blocks_without_rows(device: str) -> None:
 @pytest.mark.parametrize("few", [1, 2, 3, 4])
 @pytest.mark.parametrize("cell", ["RNN", "GRU", "LSTM"])
 def test_few_rows_after_a_block(cell: str, few: int, device: str) -> None:
-    """Gradients of weights to which the backward's last block adds no more than a few rows."""
+    """The backward's last block adds at most a few rows to the gradients of weights."""
     torch.manual_seed(0)
     module = getattr(torch.nn, cell)(20, 21, device=device, dtype=torch.float64)
     twin = getattr(rnnfast, cell)(20, 21, backend="fused", device=device, dtype=torch.float64)
@@ -380,7 +380,7 @@ def test_few_rows_after_a_block(cell: str, few: int, device: str) -> None:
 
     def gradients(layer: torch.nn.Module) -> tuple[torch.Tensor, ...]:
         y, _ = layer(x, state)
-        # of the first steps alone, which the last block has
+        # the loss reads the first steps only, which are in the backward's last block
         return torch.autograd.grad(y[:few].square().sum(), list(layer.parameters()))
 
     for actual, expected in zip(gradients(twin), gradients(module), strict=True):
@@ -395,7 +395,7 @@ def test_few_rows_after_a_block(cell: str, few: int, device: str) -> None:
 
 
 def test_closed_gates_are_closed(device: str) -> None:
-    """sigmoid(-inf) is 0: a forget gate at -inf forgets any c."""
+    """sigmoid(-inf) is 0: a forget gate of -inf clears any c."""
     one, closed = torch.ones(1, 1), torch.full((4,), -float("inf"))
     weights = [torch.zeros(4, 1), torch.zeros(4, 1), closed, torch.zeros(4)]
     inputs = [one.view(1, 1, 1), one, one * 1e38, *weights]
@@ -428,7 +428,7 @@ print("equal")
 
 @pytest.mark.parametrize("limit", [1, 2, 3])
 def test_fewer_threads_than_planned(limit: int) -> None:
-    """OpenMP may give a smaller team than asked for; the numbers stay the same."""
+    """If OpenMP gives a smaller team than requested, the results are the same."""
     environment = os.environ | {"OMP_THREAD_LIMIT": str(limit), "RNNFAST_ASSUME_CORES": "64"}
     command = [sys.executable, "-c", FEWER_THREADS]
     folder = Path(__file__).parent

@@ -1,4 +1,4 @@
-"""Training memory beside torch.nn's, and memory that is kept from call to call."""
+"""Training memory compared with torch.nn's, and memory that is kept from call to call."""
 
 import os
 import threading
@@ -11,7 +11,7 @@ from benchmarks.memory import measure
 
 
 def assert_takes(share: float, name: str, size: tuple[int, int, int]) -> None:
-    """Of torch's memory, in one of three runs: where the allocator has free blocks is chance."""
+    """Passes if rnnfast's peak is at most ``share`` of torch's in one of three runs: peaks vary."""
     found = []
     for _ in range(3):
         ours, theirs = measure(name, *size), measure("torch", *size)
@@ -34,7 +34,7 @@ LAYER = rnnfast.RNN(8, 64, backend="fused")
 
 
 def large(steps: int = 100) -> torch.Tensor:
-    """An output of 100 KiB a step."""
+    """A layer whose output has 100 KiB per step."""
     with torch.no_grad():
         return LAYER(torch.ones(steps, 400, 8))[0]
 
@@ -47,7 +47,7 @@ def test_memory_serves_again() -> None:
     assert large().data_ptr() // 4096 == page
     y = large()
     size = y.untyped_storage().nbytes()
-    assert rnnfast.release_memory() < size  # not that of y, which is in use
+    assert rnnfast.release_memory() < size  # less than all, since y is in use
     del y
     assert rnnfast.release_memory() >= size
     assert rnnfast.release_memory() == 0
@@ -77,7 +77,7 @@ def test_idle_memory_is_bounded() -> None:
 def test_a_small_block_leaves_a_large_idle_one_alone() -> None:
     rnnfast.release_memory()
     size = large().untyped_storage().nbytes()
-    for steps in range(1, 6):  # of sizes that no idle block has
+    for steps in range(1, 6):  # sizes that fit no idle block
         large(steps)
     assert rnnfast.release_memory() >= size
 
@@ -113,7 +113,7 @@ def test_threads_and_forks_share_the_memory() -> None:
 
 
 def balance(layer: torch.nn.Module, steps: int) -> int:
-    """Bytes that torch's profiler saw taken and not returned, over steps that keep nothing."""
+    """Returns the bytes that torch's profiler saw allocated and not freed, over these steps."""
     x = torch.randn(50, 64, 128, requires_grad=True)
 
     def step() -> None:

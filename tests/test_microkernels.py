@@ -1,7 +1,7 @@
-"""Each micro-kernel by itself, on every instruction set and in every type.
+"""Each micro-kernel by itself, on every instruction set and for every dtype.
 
-The checks are C++, for they hand pointers to kernels: to rows that end where memory ends, that lie
-at any address, and in whose surroundings every byte is looked at. See native/checks.h.
+The checks are in C++, since kernels take pointers: to rows at any address, to rows that end where
+accessible memory ends, and to rows whose surroundings must not change. See native/checks.h.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ CHECKS = {
     "row_checks": ["conversions", "halves", "sums", "gathered_gradients"],
     "cell_checks": ["activations", "forward", "backward"],
 }
-"""The functions of tests/native/<name>.cpp."""
+"""Loads the functions of tests/native/<name>.cpp."""
 INDEX = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
-"""Of a type in a target's tables."""
+"""The index of a dtype in a target's tables."""
 TARGETS = ["the extension"] if backend.EXTENSION is None else backend.EXTENSION.cpu_capabilities()
 TARGETS += native.COMPLETE_EMULATIONS
 

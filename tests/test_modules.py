@@ -1,4 +1,4 @@
-"""The modules against torch.nn's, from the same weights."""
+"""The modules compared with torch.nn's, with the same weights."""
 
 import copy
 import io
@@ -41,7 +41,7 @@ modes = pytest.mark.parametrize("mode", LAYERS)
 
 
 def pair(mode, suffix="", *, backend=None, dtype=torch.float64, **options):
-    """Two modules with the same weights: torch.nn's and ours."""
+    """Returns torch.nn's module and rnnfast's, with the same weights."""
     kind, own = LAYERS[mode]
     theirs = getattr(nn, kind + suffix)(3, 4, **own, **options, dtype=dtype)
     ours = getattr(rnnfast, kind + suffix)(3, 4, **own, **options, dtype=dtype, backend=backend)
@@ -50,7 +50,7 @@ def pair(mode, suffix="", *, backend=None, dtype=torch.float64, **options):
 
 
 def tensors(result):
-    """The tensors in nested tuples, in order."""
+    """Returns the tensors in nested tuples, in order."""
     if isinstance(result, torch.Tensor):
         return [result]
     return [tensor for part in result for tensor in tensors(part)]
@@ -65,7 +65,7 @@ def random_state(mode, *shape, dtype=torch.float64, requires_grad=True):
 
 
 def assert_same(theirs, ours, x, hx=None):
-    """Same results, and same gradients of a loss that weighs every result differently."""
+    """Checks results, and gradients of a loss that weights every result differently."""
     outcomes = []
     for module in (theirs, ours):
         results = tensors(module(x, hx))
@@ -168,7 +168,7 @@ def test_autocast_returns_its_dtype(mode, suffix, backend, dtype):
 @pytest.mark.parametrize("packed", [False, True])
 @modes
 def test_autocast_on_aten_is_as_torch(mode, packed, dtype):
-    """The same numbers, or the same error: torch's LSTM needs AVX-512 for half types."""
+    """Results, or the error, are torch's: its LSTM needs AVX-512 for half types."""
     theirs, ours = pair(mode, backend="aten", dtype=torch.float32)
     x = torch.randn(5, 2, 3)
     x = pack_padded_sequence(x, [5, 3]) if packed else x
@@ -352,7 +352,7 @@ def test_reference_of_no_time_returns_the_states(cell, reverse):
 
 
 class TestWhatWatchesIsSeen:
-    """The short way of plain calls leaves nobody out who asked to see what is done to tensors."""
+    """The short path is not taken if something must see the operations on tensors."""
 
     def test_dispatch_mode(self):
         seen = []
@@ -398,7 +398,7 @@ class TestWhatWatchesIsSeen:
 
 
 class TestPrecedence:
-    """Argument, then context, then environment, then automatic."""
+    """The order is: argument, context, environment, automatic choice."""
 
     @pytest.fixture(autouse=True)
     def spy(self, monkeypatch):
@@ -417,7 +417,7 @@ class TestPrecedence:
         monkeypatch.setattr(rnnfast.backend, "_FUSED_DEVICES", frozenset({"cpu"}))
 
     def run(self, backend=None):
-        """The name of the backend that runs; aten leaves no trace here."""
+        """Returns the name of the backend that runs; aten leaves no trace here."""
         self.ran.clear()
         weights = list(rnnfast.GRU(3, 4).parameters())
         functional.gru(torch.zeros(1, 1, 3), None, weights, backend=backend)
@@ -436,8 +436,8 @@ class TestPrecedence:
             assert self.run() == "reference"
         assert self.run() == "aten"
 
-    def test_short_way(self, monkeypatch):
-        """Modules offer a call to the extension first only where the fused path would run."""
+    def test_short_path(self, monkeypatch):
+        """Modules try the extension's short path first, but only where the fused path would run."""
         short = rnnfast.backend.short_way
         monkeypatch.setattr(rnnfast.backend, "EXTENSION", object())
         assert short(None)
@@ -462,11 +462,11 @@ class TestPrecedence:
         assert self.run() == "fused"
 
 
-@pytest.mark.skipif(not EXPECT_FUSED, reason="a build without the extension has no short way")
+@pytest.mark.skipif(not EXPECT_FUSED, reason="a build without the extension has no short path")
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("suffix", ["", "Cell"])
 @modes
-def test_plain_calls_take_the_short_way(mode, suffix, bias, monkeypatch):
+def test_plain_calls_take_the_short_path(mode, suffix, bias, monkeypatch):
     theirs, ours = pair(mode, suffix, bias=bias)
     for general in ("run_sequence", "run_step"):
         monkeypatch.delattr(sequences, general)
@@ -475,7 +475,7 @@ def test_plain_calls_take_the_short_way(mode, suffix, bias, monkeypatch):
     assert_same(theirs, ours, x, random_state(mode, *((2, 4) if suffix else (1, 2, 4))))
 
 
-# (T, B, I, H): layers or directions of the first two overlap on several threads, not of the third
+# (T, B, I, H): the first two overlap layers or directions on several threads, the third does not
 @pytest.mark.parametrize("shape", OVERLAP_SHAPES.values(), ids=OVERLAP_SHAPES.keys())
 @pytest.mark.parametrize("options", [{"num_layers": 5}, {"num_layers": 2, "bidirectional": True}])
 @pytest.mark.parametrize("mode", LAYERS)
@@ -486,7 +486,7 @@ def test_overlapping_layers_give_the_same_bits(
     device: str,
     threads: None,
 ) -> None:
-    """On one thread they run one after the other."""
+    """With one thread, layers and directions run one after the other."""
     T, B, I, H = shape
     torch.manual_seed(0)
     name, kind = LAYERS[mode]
@@ -510,7 +510,7 @@ def test_overlapping_layers_give_the_same_bits(
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("mode", ["GRU", "LSTM"])
 def test_recompute(mode: str, compiled: bool) -> None:
-    """Same numbers, and the gates are not among what autograd keeps."""
+    """Results are the same, and autograd does not keep the gates."""
     if not EXPECT_FUSED:
         pytest.skip("only the fused kernels recompute")
     name, kind = LAYERS[mode]
@@ -550,7 +550,7 @@ def test_input_gradient_where_only_one_direction_has_any() -> None:
     found = []
     for create_graph in (False, True):
         y = module(x)[0]
-        if EXPECT_FUSED:  # y is the concatenation of the outputs of one node
+        if EXPECT_FUSED:  # y is the concatenation of one node's outputs
             node = y.grad_fn.next_functions[0][0]
             node.register_prehook(lambda grads: (grads[0], grads[1], None, None))
         found.append(torch.autograd.grad(y.sum(), x, create_graph=create_graph)[0])

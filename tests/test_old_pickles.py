@@ -1,4 +1,4 @@
-"""Modules that were pickled by an older version, which had fewer attributes."""
+"""Modules that were pickled by an older version, with fewer attributes."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ MODULES: dict[type[nn.Module], tuple[Callable[[], nn.Module], set[str], tuple[An
     models.CharLSTM: (lambda: models.CharLSTM(5, 4), {"config"}, (TOKENS,)),
     models.Seq2SeqLSTM: (lambda: models.Seq2SeqLSTM(5, 5, 4), {"config"}, (TOKENS, TOKENS)),
 }
-"""How to make one; the attributes that every version has pickled; the arguments of a call.
+"""For each class: its constructor, the attributes that every version has pickled, and arguments.
 
-An attribute that was added since is not to be added here. It has a default in its class.
+Attributes that were added later do not belong here. They have a default in their class.
 """
 
 
@@ -70,7 +70,7 @@ def test_what_is_missing_is_the_default(kind: type[nn.Module]) -> None:
 
 
 def test_configurations_grow_at_the_end() -> None:
-    """A named tuple is pickled as its values; those that an older version lacked have defaults."""
+    """A named tuple is pickled as its values; fields that an older version lacked have defaults."""
     assert CharLSTMConfig(5, 4, 2, 4, 0.0).tied_weights is False
     values = (5, 5, 4, 1, 4, 0.0, False, 0, 1, 2)
     assert Seq2SeqConfig(*values)[: len(values)] == values

@@ -1,4 +1,4 @@
-"""Modules exported to ONNX give the same numbers in ONNX Runtime, from recurrent nodes."""
+"""Modules exported to ONNX use recurrent nodes, and give the same results in ONNX Runtime."""
 
 import os
 import subprocess
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(not EXPECT_FUSED, reason="the extension is not e
 
 TIME, BATCH = Dim("time"), Dim("batch")
 SIZES = [(6, 3), (1, 1), (13, 5)]
-"""T and B; models are exported with the first."""
+"""Pairs of T and B; models are exported with the first."""
 OPERATORS = {"elman_tanh": "RNN", "elman_relu": "RNN", "gru": "GRU", "lstm": "LSTM"}
 MODULES = {
     "elman_tanh": rnnfast.RNN,
@@ -42,20 +42,20 @@ cells = pytest.mark.parametrize("cell", CELLS)
 
 
 def flat(values):
-    """The tensors of nested tuples."""
+    """Returns the tensors in nested tuples."""
     if isinstance(values, torch.Tensor):
         return [values]
     return [tensor for value in values for tensor in flat(value)]
 
 
 def states(cell, *shape):
-    """An argument ``hx`` with states of this shape."""
+    """Returns an argument ``hx`` with states of this shape."""
     values = tuple(torch.randn(shape) for _ in range(CELLS[cell].states))
     return values if len(values) > 1 else values[0]
 
 
 def like_states(cell, dynamic):
-    """The dynamic shapes of an argument ``hx``."""
+    """Returns the dynamic shapes of an argument ``hx``."""
     return (dynamic,) * CELLS[cell].states if CELLS[cell].states > 1 else dynamic
 
 
@@ -123,7 +123,7 @@ class WithLengths(nn.Module):
 
 @cells
 def test_lengths(cell):
-    """They become the input of the nodes that ONNX has for them."""
+    """Lengths become the input sequence_lens of ONNX's nodes."""
     torch.manual_seed(0)
     model = WithLengths(MODULES[cell](4, 5, num_layers=2, bidirectional=True)).eval()
 
@@ -153,7 +153,7 @@ def test_what_onnx_lacks_is_refused(options):
 @cells
 @pytest.mark.parametrize("embedded", [False, True])
 def test_tokens(cell, embedded):
-    """Tokens become one-hot vectors or rows of the embedding, as ONNX's nodes read vectors."""
+    """Tokens become one-hot vectors or rows of the embedding, since ONNX's nodes read vectors."""
 
     class Reader(nn.Module):
         def __init__(self):
@@ -215,7 +215,7 @@ class Tagger(nn.Module):
 
 @pytest.fixture
 def tagger():
-    """A model whose weights are above the size up to which torch's exporter computes constants."""
+    """A model whose weights are too large for torch's exporter to fold constants."""
     torch.manual_seed(0)
     return Tagger().eval()
 

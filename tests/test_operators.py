@@ -1,4 +1,4 @@
-"""The operators as torch sees them: derivatives, schemas, masks, and what they refuse."""
+"""The operators in torch: derivatives, schemas, gradient masks, and errors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from rnnfast.reference import CELLS
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_each_gradient_alone(cell: str, device: str) -> None:
-    """A mask leaves out work, never changes a result."""
+    """A mask saves work and does not change results."""
     case = Case(cell, 6, 5, 7, 19)
     inputs = cast(sample_inputs(case, torch.float32), torch.float32, device)
     grads = cast(sample_grads(case, torch.float32), torch.float32, device)
@@ -64,20 +64,20 @@ def test_gradcheck(case: Case, targets: list[str]) -> None:
             )
             return (y, *finals, cells) if case.cells else (y, *finals)
 
-        if case.cell == "elman_relu":  # its kink is no point for finite differences
+        if case.cell == "elman_relu":  # finite differences fail at relu's kink
             y = layer(*given)[0]
             assert y[y > 0].min() > 1e-3
         assert torch.autograd.gradcheck(layer, given)
         assert torch.autograd.gradgradcheck(layer, given)
 
-    # what is checked is autograd's way through them, the same for every instruction set
+    # autograd's path through the operators is the same for every instruction set
     chosen = [name for name in targets if name not in COMPLETE[:-1]]
     check_on(with_kernels(chosen, case), check)
 
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_opcheck(cell: str, device: str) -> None:
-    """Schemas and fake kernels, as torch.library checks them."""
+    """torch.library checks schemas and fake kernels."""
     case = Case(cell, 3, 2, 4, 5)
     inputs = cast(sample_inputs(case, torch.float32), torch.float32, device)
     grads = cast(sample_grads(case, torch.float32), torch.float32, device)
@@ -193,7 +193,7 @@ def test_operators_refuse_bad_extras(extras: dict[str, Tensor], words: str) -> N
 
 @pytest.mark.parametrize(
     ("lengths", "words"),
-    [([3, 2], "sum to 6"), ([2, 4], "fall"), ([6, 0], "be at least 1"), ([3, 4], "sum to 6")],
+    [([3, 2], "sum to 6"), ([2, 4], "increase"), ([6, 0], "at least 1"), ([3, 4], "sum to 6")],
     ids=str,
 )
 def test_operators_refuse_bad_packing(lengths: list[int], words: str) -> None:
@@ -202,7 +202,7 @@ def test_operators_refuse_bad_packing(lengths: list[int], words: str) -> None:
     with pytest.raises(RuntimeError, match=f"rnnfast::gru: expected lengths of packed x.* {words}"):
         torch.ops.rnnfast.gru(*packed, False, False, lengths=lengths)
     reset = torch.zeros(3, 2, dtype=torch.bool)
-    with pytest.raises(RuntimeError, match="expected no reset where x is packed"):
+    with pytest.raises(RuntimeError, match="expected no reset with packed x"):
         torch.ops.rnnfast.gru(*packed, False, False, lengths=torch.tensor([3, 3]), reset=reset)
 
 

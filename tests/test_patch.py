@@ -1,4 +1,4 @@
-"""torch.nn's modules sped up where they are, with the semantics of torch.nn."""
+"""torch.nn's modules are accelerated in place and keep the semantics of torch.nn."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def unpatched() -> Iterator[None]:
 
 @pytest.fixture
 def served(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the classes that ours ran a call for."""
+    """The names of the classes for which rnnfast ran a call."""
     calls: list[str] = []
 
     def count(kind: type[nn.Module]) -> None:
@@ -56,14 +56,14 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def tensors(result: Any) -> list[Tensor]:
-    """The floating-point tensors in nested containers, in order."""
+    """Returns the floating-point tensors in nested containers, in order."""
     if isinstance(result, Tensor):
         return [result] if result.is_floating_point() else []
     return [] if result is None else [tensor for part in result for tensor in tensors(part)]
 
 
 def outcome(module: nn.Module, *args: Any) -> list[Tensor]:
-    """Results for one seed, and gradients of a loss that weighs them differently."""
+    """Returns results for one seed, and gradients of a loss that weights them differently."""
     torch.manual_seed(1)
     module.zero_grad()
     results = tensors(module(*args))
@@ -81,7 +81,7 @@ def state_for(kind: type[nn.Module], **options: Any) -> Any:
 
 
 def check(module: nn.Module, *args: Any) -> None:
-    """What a call does is the same when patched."""
+    """Checks that a call gives the same when patched."""
     expected = outcome(module, *args)
     with rnnfast.patch():
         torch.testing.assert_close(outcome(module, *args), expected)
@@ -142,7 +142,7 @@ def test_projection() -> None:
 
 
 def test_context_and_calls(served: list[str]) -> None:
-    """Existing modules and new ones; nesting; a call is undone by hand, in whatever order."""
+    """Existing and new modules; nested contexts; calls undone by hand, in any order."""
     module, x = nn.GRU(3, 4), torch.randn(5, 2, 3)
     with rnnfast.patch():
         with rnnfast.patch():
@@ -183,7 +183,7 @@ def test_what_others_see(kind: type[nn.Module]) -> None:
 
 
 class NoForward(nn.LSTM):
-    """Adds something, but takes no part in the computation."""
+    """A subclass that adds attributes, but does not change the computation."""
 
     tokens = "the user's"
     backend = "the user's"
@@ -199,14 +199,14 @@ class Doubling(nn.LSTM):
 
 
 class Reordering(nn.LSTM):
-    """Changes what torch.nn's forward calls."""
+    """A subclass that changes a method which torch.nn's forward calls."""
 
     def permute_hidden(self, hx: Any, permutation: Any) -> Any:
         return tuple(-state for state in hx)
 
 
 class OwnAttributes(nn.LSTM):
-    """Uses names of ours for something else."""
+    """A subclass that uses rnnfast's attribute names for something else."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -236,7 +236,7 @@ def test_methods_set_on_the_instance(served: list[str]) -> None:
 
 @layers
 def test_weights_are_those_of_torch(kind: type[nn.Module], served: list[str]) -> None:
-    """Those in the flat list, which weight-drop layers and functional_call change."""
+    """Weights are read from the flat list, which weight-drop layers and functional_call change."""
     x = torch.randn(5, 2, 3)
     normed = parametrizations.weight_norm(kind(3, 4), "weight_hh_l0")
     check(normed, x)
@@ -254,12 +254,12 @@ def test_weights_are_those_of_torch(kind: type[nn.Module], served: list[str]) ->
     with rnnfast.patch():
         actual = tensors(torch.func.functional_call(module, other, (x,)))
         torch.testing.assert_close(actual, expected)
-    module._flat_weights[1] = module._flat_weights[1] * 0  # only this list is changed
+    module._flat_weights[1] = module._flat_weights[1] * 0  # only the flat list is changed
     check(module, x)
     module = kind(3, 4)
     replica = module._replicate_for_data_parallel()
     for name, parameter in module.named_parameters():
-        setattr(replica, name, parameter * 2)  # no parameters, but plain attributes
+        setattr(replica, name, parameter * 2)  # plain attributes, not parameters
     expected = tensors(replica(x))
     with rnnfast.patch():
         torch.testing.assert_close(tensors(replica(x)), expected)
@@ -268,13 +268,13 @@ def test_weights_are_those_of_torch(kind: type[nn.Module], served: list[str]) ->
 
 @kinds
 def test_outputs_may_be_changed_in_place(kind: type[nn.Module]) -> None:
-    """As nn.ReLU(inplace=True), and ``state.detach_()`` between two pieces of a sequence, do."""
+    """nn.ReLU(inplace=True) and ``state.detach_()`` between two chunks of a sequence do so."""
     module, x = kind(3, 4, dtype=torch.float64), input_for(kind, dtype=torch.float64)
 
     def run() -> list[Tensor]:
         module.zero_grad()
         first, *rest = tensors(module(x))
-        if kind is not nn.RNNCell:  # where torch.nn refuses
+        if kind is not nn.RNNCell:  # torch.nn refuses this for the others
             first.mul_(2)
         (first.sum() + sum(r.sum() for r in rest)).backward()
         grads = [p.grad.clone() for p in module.parameters()]
@@ -314,7 +314,7 @@ def test_errors_are_torchs(kind: type[nn.Module], args: Callable[[], Any]) -> No
 
 
 class Labelled(Tensor):
-    """A tensor that says what functions are called with it."""
+    """A tensor subclass that records the functions called with it."""
 
     seen: list[str]
 
@@ -344,7 +344,7 @@ def test_default_device(kind: type[nn.Module], device: str) -> None:
 
 @kinds
 def test_autocast(kind: type[nn.Module]) -> None:
-    """It gives torch.nn's modules other dtypes than ours, or an error without AVX-512."""
+    """Under autocast torch.nn's modules give other dtypes than rnnfast's, or an error."""
     module, x = kind(3, 4), input_for(kind)
 
     def run() -> Any:
@@ -423,7 +423,7 @@ def test_fx() -> None:
 
 @kinds
 def test_transforms(kind: type[nn.Module]) -> None:
-    """Under torch.func and forward-mode AD, torch.nn's own forward runs, and may refuse."""
+    """Under torch.func and forward-mode AD torch.nn's own forward runs, and may fail."""
     module, x = kind(3, 4).double(), input_for(kind, dtype=torch.float64)
 
     def loss(x: Tensor) -> Tensor:
@@ -459,7 +459,7 @@ def test_quantization() -> None:
 
 
 def test_ours_in_a_patched_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their way to torch.nn's forward does not lead back to ours."""
+    """In a patched process, rnnfast's modules call torch.nn's real forward, not the patched one."""
     packed = pack_padded_sequence(torch.randn(5, 2, 3), torch.tensor([5, 3]))
     module = rnnfast.LSTM(3, 4, backend="aten")
     expected = tensors(module(packed))
@@ -496,7 +496,7 @@ def test_a_forward_that_others_exchanged_is_left(monkeypatch: pytest.MonkeyPatch
 def test_a_forward_that_others_put_around_ours(
     monkeypatch: pytest.MonkeyPatch, served: list[str]
 ) -> None:
-    """It stays, and ours below it is switched off and on."""
+    """A wrapper around the patched forward stays; the patch below it is switched off and on."""
     module, x = nn.GRU(3, 4), torch.randn(5, 2, 3)
     rnnfast.patch()
     inner, around = nn.GRU.forward, []

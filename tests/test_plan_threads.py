@@ -1,6 +1,6 @@
-"""How a plan deals the recurrence to threads: a grid of shares of the rows and of the units.
+"""How a plan splits the recurrence across threads: a grid of row shares and unit shares.
 
-Costs are given, not measured, so that plans are the same on every machine with AVX-512.
+Costs are fixed instead of measured, so that plans are the same on every machine with AVX-512.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from cases import CELLS
 import rnnfast
 from rnnfast import backend
 
-BARRIERS = [300.0, 600.0, 900.0, 1200.0, 1500.0, 1800.0]  # cycles, of 2, 4, 8, ... 64 threads
+BARRIERS = [300.0, 600.0, 900.0, 1200.0, 1500.0, 1800.0]  # cycles for 2, 4, 8, ... 64 threads
 
 
 def plan(cell: str, *sizes: int, threads: int, backward: bool = False) -> dict[str, Any]:
@@ -55,15 +55,15 @@ def test_every_share_has_work(cell: str, backward: bool, threads: int, device: s
 @pytest.mark.parametrize(
     ("sizes", "expected"),
     [
-        # one row: units, as long as barriers pay
+        # one row: units are split while barriers pay
         ((100, 1, 256, 256), {4: (1, 4), 8: (1, 8), 16: (1, 16), 32: (1, 16), 64: (1, 16)}),
-        # eight rows of weights that only L3 holds
+        # eight rows, with weights that fit only L3
         ((100, 8, 1024, 1024), {4: (2, 2), 8: (2, 4), 16: (2, 8), 32: (2, 16), 64: (4, 16)}),
-        # eight rows, and few panels
+        # eight rows and few panels
         ((100, 8, 256, 256), {4: (2, 2), 8: (4, 2), 16: (4, 4), 32: (4, 8), 64: (8, 8)}),
-        # many rows of weights that fit into L2: rows, until tiles become low
+        # many rows, with weights that fit L2: rows are split until tiles become low
         ((100, 32, 128, 128), {4: (4, 1), 8: (8, 1), 16: (8, 2), 32: (16, 2), 64: (16, 4)}),
-        # no divisor of the threads: as many shares as there are rows
+        # threads that the rows do not divide: one share per row
         ((100, 3, 512, 512), {64: (3, 21)}),
         # a product so small that no second thread pays
         ((100, 1, 16, 16), {4: (1, 1), 64: (1, 1)}),
@@ -86,7 +86,7 @@ def test_sixteen_threads_have_work_with_eight_rows(avx512: None) -> None:
 
 
 def test_measured_costs_change_only_in_steps(threads: None) -> None:
-    """Costs that differed from call to call would change plans from call to call."""
+    """Plans would change from call to call if costs did."""
     torch.set_num_threads(4)
     until, seen = time.monotonic() + 1.5, set()
     while time.monotonic() < until:
@@ -104,7 +104,7 @@ def test_threads_beyond_the_grid_share_the_products(avx512: None) -> None:
 
 
 def test_costs_of_barriers_by_number_of_threads(avx512: None) -> None:
-    """A barrier of four threads that is dear leaves two of them at work."""
+    """If a barrier of four threads is expensive, only two threads are used."""
     sizes = ("lstm", 100, 1, 128, 128)
     for barrier_cycles, units in (([200.0, 200.0], 4), ([200.0, 9000.0], 2), (200.0, 4)):
         facts = backend.EXTENSION.plan(*sizes, threads=4, barrier_cycles=barrier_cycles)

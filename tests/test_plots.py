@@ -1,4 +1,4 @@
-"""Pictures: what is written on them, how large they are, and the fonts that a text needs."""
+"""Plots: their texts, their sizes, and the fonts that a text needs."""
 
 import warnings
 
@@ -69,7 +69,7 @@ def test_a_long_text_is_broken_into_rows(steps, rows, units):
 
 
 def make_font(path, characters):
-    """A font that draws these characters as squares."""
+    """Makes a font that draws these characters as squares."""
     names = {char: f"u{ord(char):X}" for char in characters}
     glyphs = [".notdef", *names.values()]
     pen = TTGlyphPen(None)
@@ -91,7 +91,7 @@ def make_font(path, characters):
 
 @pytest.fixture
 def installed(monkeypatch):
-    """The paths of the fonts that are installed: so far those that come with matplotlib."""
+    """Returns the paths of installed fonts: at first those that come with matplotlib."""
     paths = []
     own = [f for f in font_manager.fontManager.ttflist if "mpl-data" in f.fname]
     monkeypatch.setattr(font_manager.fontManager, "ttflist", own)
@@ -128,7 +128,7 @@ def test_a_missing_font_is_named(text, words):
         figure = plot_gates(activations(len(text), 2), text=text, gate="forget")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        figure.canvas.draw()  # without matplotlib's own warnings for each character
+        figure.canvas.draw()  # must not raise matplotlib's warnings about missing characters
     assert len(caught) == 1
     assert caught[0].filename == __file__
     assert "�" in [tick.get_text() for tick in figure.axes[0].get_xticklabels()]
@@ -142,7 +142,7 @@ def test_control_characters_need_no_font():
 
 
 def losses(steps):
-    """A log as of a long training: a fast fall from 6.7, then noise about 1.7."""
+    """Returns a log like that of a long training: a fast fall from 6.7, then noise about 1.7."""
     chance = np.random.default_rng(0)
     places = np.arange(1, steps + 1)
     training = 1.7 + 5 * np.exp(-places / 100) + 0.05 * chance.standard_normal(steps)
@@ -181,7 +181,7 @@ def test_the_picture_of_losses(monkeypatch, tmp_path):
     assert bigram.get_ydata() == [3.3, 3.3]
     assert len({to_rgba(line.get_color()) for line in (smoothed, held_out, bigram)}) == 3
     low, high = axes.get_ylim()
-    assert 1.3 < low < log["bits_per_char"].min()  # where the losses are, not from 0
+    assert 1.3 < low < log["bits_per_char"].min()  # the axis need not begin at 0
     assert 3.3 < high < 3.7
 
 

@@ -1,4 +1,4 @@
-"""The reference, which is the oracle of the other tests, against torch.nn in float64."""
+"""The reference, the oracle of the other tests, compared with torch.nn in float64."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ TORCH_CASES = [case for case in (run_of(row).case for row in ROWS) if case.proj 
 
 @pytest.mark.parametrize("case", TORCH_CASES, ids=str)
 def test_reference_is_torch_nn(case: Case) -> None:
-    """The oracle itself, against torch.nn in float64: values and every gradient."""
+    """Values and every gradient of the reference equal torch.nn's, in float64."""
     inputs, grads = sample_inputs(case, torch.float64), sample_grads(case, torch.float64)
     states = CELLS[case.cell].states
     make, options = TORCH_CLASS[case.cell]
@@ -68,7 +68,7 @@ def test_reference_is_torch_nn(case: Case) -> None:
 
 
 def torch_module(case: Case, inputs: list[torch.Tensor | None]) -> torch.nn.Module:
-    """torch.nn's module in float64 with the weights of ``inputs``."""
+    """Returns torch.nn's module in float64 with the weights of ``inputs``."""
     make, options = TORCH_CLASS[case.cell]
     module = make(case.I, case.H, dtype=torch.float64, **options)
     for parameter, value in zip(
@@ -98,13 +98,13 @@ def test_packed_reference_is_torch_nn(cell: str) -> None:
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("cell", CELLS)
 def test_resets_begin_new_sequences(cell: str, reverse: bool, lengths: str) -> None:
-    """The reference against torch.nn on the pieces between resets, and only up to the lengths."""
+    """The reference equals torch.nn on the pieces between resets, up to the lengths."""
     case = Case(cell, 12, 4, 3, 5, reverse=reverse, lengths=lengths, resets=True)
     inputs, states = sample_inputs(case, torch.float64), CELLS[cell].states
     expected = oracle(case, inputs, sample_grads(case, torch.float64)).outputs
     module, resets = torch_module(case, inputs), reset_of(case)
     for b, length in enumerate(lengths_of(case).tolist() if lengths else [case.T] * case.B):
-        # between the borders of pieces no state passes; one at 0 cuts the initial state off
+        # no state passes between pieces; a reset at step 0 discards the initial state
         borders = [t for t in range(length) if resets[t, b]]
         edges = sorted({0, *borders, length})
         pieces = [inputs[0][begin:end, b] for begin, end in pairwise(edges)]
@@ -125,7 +125,7 @@ def test_resets_begin_new_sequences(cell: str, reverse: bool, lengths: str) -> N
 
 
 def test_cells_are_torch_nns() -> None:
-    """The c of a step is the final c of the sequence up to it."""
+    """The c of a step is the final c of the sequence up to that step."""
     case = Case("lstm", 6, 2, 3, 4, cells=True)
     inputs = sample_inputs(case, torch.float64)
     cells = oracle(case, inputs, sample_grads(case, torch.float64)).outputs[-1]

@@ -1,4 +1,4 @@
-"""Tensors that change, lose their memory or come back otherwise before a backward."""
+"""Saved tensors that are changed, freed, or returned differently by hooks before the backward."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ LAYERS: dict[str, Callable[[], torch.nn.Module]] = {
 }
 
 
-@pytest.fixture(params=["short way", "Function"])
+@pytest.fixture(params=["short path", "Function"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both autograd Functions: the extension's own, and rnnfast.autograd's."""
+    """Parametrises tests over both autograd Functions: the extension's and rnnfast.autograd's."""
     if request.param == "Function":
         monkeypatch.setattr(backend, "short_way", lambda requested: None)
     return request.param
@@ -46,7 +46,7 @@ def sample(layer: torch.nn.Module) -> Tensor:
 def forward(
     layer: torch.nn.Module, x: Tensor, unpack: Callable[[Tensor], Tensor] = lambda t: t
 ) -> Tensor:
-    """A loss; what the layer saves passes through ``unpack``."""
+    """Returns a loss; the tensors that the layer saves pass through ``unpack``."""
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
         output, state = layer(x)
     states = state if isinstance(state, tuple) else (state,)
@@ -54,7 +54,7 @@ def forward(
 
 
 def gradients(layer: torch.nn.Module, x: Tensor) -> list[Tensor]:
-    """The gradients that lie in `.grad`, which is emptied."""
+    """Returns the gradients in `.grad`, and clears them."""
     tensors = [x, *layer.parameters()]
     found = [t.grad for t in tensors]
     for t in tensors:
@@ -131,7 +131,7 @@ def test_hooks_that_return_freed_memory_are_refused(layer: torch.nn.Module, way:
 
 @pytest.mark.parametrize("lengths", [[5, 2, 4], [1, 1, 5]], ids=str)
 def test_hooks_on_lengths_and_resets(lengths: list[int], layer: torch.nn.Module, way: str) -> None:
-    """What is no floating-point number is saved, too, and checked when it comes back."""
+    """Lengths and resets are not floating-point; they are saved and checked too."""
     x, reset = sample(layer), torch.rand(T, B) < 0.3
 
     def loss(unpack: Callable[[Tensor], Tensor] = lambda t: t) -> Tensor:
@@ -179,7 +179,7 @@ CHANGES: dict[str, Callable[[Tensor], None]] = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_changed_tensors_are_refused(change: str, layer: torch.nn.Module, way: str) -> None:
-    """Each tensor of a layer, and x, which a kernel would have read beyond its end."""
+    """Each tensor of a layer, and x, which a kernel would otherwise read beyond its end."""
     for name in ["x", *(name for name, _ in layer.named_parameters())]:
         x = sample(layer)
         loss = forward(layer, x)
@@ -187,7 +187,7 @@ def test_changed_tensors_are_refused(change: str, layer: torch.nn.Module, way: s
         before = tensor.detach().clone()
         CHANGES[change](tensor)
         if tensor.shape == before.shape and change == "transposed":
-            tensor.data = before  # a vector, or square
+            tensor.data = before  # tensors that are vectors or square cannot change in this way
             continue
         with pytest.raises(RuntimeError, match="rnnfast::"):
             loss.backward()
@@ -203,7 +203,7 @@ def test_errors_name_the_tensor(way: str) -> None:
 
 
 def test_storage_that_is_filled_again_elsewhere(layer: torch.nn.Module, way: str) -> None:
-    """As FSDP2 frees and gathers weights around forward and backward."""
+    """FSDP2 frees weights and gathers them again around forward and backward."""
     x = sample(layer)
     forward(layer, x).backward()
     expected = gradients(layer, x)
@@ -211,7 +211,7 @@ def test_storage_that_is_filled_again_elsewhere(layer: torch.nn.Module, way: str
     kept = [p.detach().clone() for p in layer.parameters()]
     for p in layer.parameters():
         free_storage(p)
-    others = [torch.full((4096,), 3.0) for _ in range(20)]  # what was freed may be used
+    others = [torch.full((4096,), 3.0) for _ in range(20)]  # may take the memory that was freed
     for p, values in zip(layer.parameters(), kept, strict=True):
         p.untyped_storage().resize_(values.untyped_storage().nbytes())
         with torch.no_grad():
@@ -225,7 +225,7 @@ def test_storage_that_is_filled_again_elsewhere(layer: torch.nn.Module, way: str
 def test_data_exchanged_for_the_same_values(
     move: Callable[[Tensor], Tensor], layer: torch.nn.Module, way: str
 ) -> None:
-    """As ZeRO-3 puts gathered weights into `.data`: in any strides."""
+    """ZeRO-3 puts gathered weights into `.data`, with any strides."""
     x = sample(layer)
     forward(layer, x).backward()
     expected = gradients(layer, x)
@@ -238,7 +238,7 @@ def test_data_exchanged_for_the_same_values(
 
 @pytest.mark.parametrize("name", ["rnn", "gru", "lstm"])
 def test_new_values_count(name: str, way: str) -> None:
-    """As in torch.nn.Linear the gradient of x goes through the weights as they are now."""
+    """As in torch.nn.Linear, the gradient of x uses the present values of the weights."""
     layer = LAYERS[name]()
     x = torch.randn(1, 1, I, requires_grad=True)
     output, _ = layer(x)
@@ -325,7 +325,7 @@ def test_operators_refuse_freed_memory(position: int) -> None:
 
 
 def test_a_view_of_what_is_left() -> None:
-    """Memory that holds the elements of a view is enough, wherever its storage ends."""
+    """Memory that holds all elements of a view suffices, wherever the storage ends."""
     layer = rnnfast.GRU(I, H, backend="fused")
     whole = torch.randn(T + 2, B, I)
     x = whole[1 : T + 1]

@@ -36,14 +36,14 @@ ways = pytest.mark.parametrize("way", ["short", "general"])
 
 
 class Watched(TorchDispatchMode):
-    """Sees every operator, and so keeps calls from taking the short way."""
+    """A mode that sees every operator, and so keeps calls from taking the short path."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         return function(*args, **(kwargs or {}))
 
 
 def two(mode, options, backend=None, dtype=torch.float64):
-    """torch.nn's module and ours with the same weights."""
+    """Returns torch.nn's module and rnnfast's, with the same weights."""
     own = dict(options)
     recompute = own.pop("recompute", False)
     theirs, ours = pair(mode, backend=backend, dtype=dtype, **own)
@@ -52,7 +52,7 @@ def two(mode, options, backend=None, dtype=torch.float64):
 
 
 def sample(mode, options, dtype=torch.float64):
-    """x of T steps and B sequences in the module's layout, and a state."""
+    """Returns x of T steps and B sequences in the module's layout, and a state."""
     shape = (B, T, 3) if options.get("batch_first") else (T, B, 3)
     rows = options.get("num_layers", 1) * (2 if options.get("bidirectional") else 1)
     x = torch.randn(shape, dtype=dtype, requires_grad=True)
@@ -60,14 +60,14 @@ def sample(mode, options, dtype=torch.float64):
 
 
 def with_gradients(call, inputs, module):
-    """The results of ``call`` and the gradients of a loss that weighs all of them differently."""
+    """Returns the results of ``call``, and gradients of a loss that weights them differently."""
     results = tensors(call())
     loss = sum((i + 1) * result.sin().sum() for i, result in enumerate(results))
     return [*results, *torch.autograd.grad(loss, [*inputs, *module.parameters()])]
 
 
 def padded(module, x, hx, lengths):
-    """torch.nn's way: pack, run, pad."""
+    """Runs torch.nn's module the usual way: pack, run, pad."""
     first = module.batch_first
     packed = pack_padded_sequence(x, lengths, first, enforce_sorted=False)
     y, finals = module(packed, hx)
@@ -129,7 +129,7 @@ class TestPacked:
 
     @modes
     def test_second_derivatives(self, mode):
-        """Through the short way, whose gradients Python differentiates again."""
+        """Second derivatives through the short path, whose gradients Python differentiates."""
         _, ours = two(mode, {})
         lengths = [4, 2]
         x = torch.randn(4, 2, 3, dtype=torch.float64)
@@ -213,7 +213,7 @@ class TestPacked:
         _, ours = two("LSTM", {}, backend)
         sequences = [torch.randn(n, 3, dtype=torch.float64) for n in (2, 3, 1)]
         packed = pack_sequence(sequences, enforce_sorted=False)
-        # the constructor would refuse, or fill in, some of it
+        # the constructor would refuse or complete some of it
         packed = PackedSequence._make((packed._asdict() | change).values())
         with pytest.raises(RuntimeError, match=words):
             ours(packed)
@@ -223,7 +223,7 @@ class TestPacked:
     @pytest.mark.parametrize(("mode", "which"), [("GRU", 0), ("LSTM", 0), ("LSTM", 1)])
     @pytest.mark.parametrize("shape", [(1, 2, 4), (3, 2, 4), (2, 3, 4), (2, 2, 5), (2, 4), ()])
     def test_malformed_states(self, mode, shape, which, backend, enforce_sorted):
-        """h0 and c0; torch.nn.LSTM trusts c0's number of layers and reads past its end."""
+        """Bad h0 and c0; torch.nn.LSTM does not check c0's layers and reads past its end."""
         _, ours = two(mode, {"num_layers": 2}, backend)
         packed = pack_sequence(
             [torch.randn(n, 3, dtype=torch.float64) for n in (5, 2)], enforce_sorted
@@ -266,7 +266,7 @@ class TestPacked:
 
     @modes
     def test_errors_are_torch_nns(self, mode):
-        """Those of torch.nn for padded sequences, where its LSTM leaves packed ones unchecked."""
+        """Errors are torch.nn's for padded sequences; its LSTM does not check packed ones."""
         theirs, ours = two(mode, {})
         x = torch.randn(5, 2, 3, dtype=torch.float64)
         packed = pack_padded_sequence(x, [5, 2])
@@ -328,7 +328,7 @@ class TestLengths:
     @backends
     @modes
     def test_no_step_at_all(self, mode, backend):
-        """A sequence of length 0 leaves its state as it was, and passes the gradient on."""
+        """A sequence of length 0 keeps its state, and passes the gradient on."""
         _, ours = two(mode, {"bidirectional": True}, backend)
         x, hx = sample(mode, {"bidirectional": True})
         y, finals = ours(x, hx, lengths=[0, 3, 0, 6])
@@ -351,7 +351,7 @@ class TestLengths:
 
     @pytest.mark.parametrize("kind", ["lengths", "reset"])
     def test_what_was_given_may_change(self, kind):
-        """The backward is that of the values at the time of the call."""
+        """The backward uses the values at the time of the call."""
         _, ours = two("LSTM", {})
         x, _ = sample("LSTM", {})
         given = LENGTHS.numpy().copy() if kind == "lengths" else TestResets.reset.clone()
@@ -408,7 +408,7 @@ class TestLengths:
 
 
 def episodes(module, x, hx, reset):
-    """One module call per piece between resets, one sequence at a time; a state of zeros each."""
+    """Runs one module call per piece between resets, one sequence at a time, from zero states."""
     outputs, finals = [], []
     for b in range(B):
         state = [s[:, b] for s in tensors(hx)]
@@ -450,7 +450,7 @@ class TestResets:
     @backends
     @modes
     def test_nothing_passes_a_reset(self, mode, backend):
-        """In neither direction, and whatever lies on the other side."""
+        """In both directions, whatever the values on the other side."""
         options = {"bidirectional": True, "batch_first": True, "num_layers": 2}
         _, ours = two(mode, options, backend)
         x, hx = sample(mode, options)
@@ -471,7 +471,7 @@ class TestResets:
     @backends
     @modes
     def test_with_lengths(self, mode, backend):
-        """What is beyond the end is not there, resets included."""
+        """Steps beyond the end have no effect, and neither have their resets."""
         _, ours = two(mode, {"bidirectional": True}, backend)
         x, hx = sample(mode, {"bidirectional": True})
         y, finals = ours(x, hx, lengths=LENGTHS, reset=self.reset)
@@ -654,7 +654,7 @@ extras = pytest.mark.parametrize("extras", EXTRAS.values(), ids=EXTRAS.keys())
 
 
 class TestTransforms:
-    """Everything that plain calls can do."""
+    """Function transforms work as with plain calls."""
 
     @extras
     @modes

@@ -1,7 +1,7 @@
-"""What the linker and the processor see of the instruction sets, in the objects of the build.
+"""The linker must not mix code of different instruction sets: checks of the object files.
 
-The linker keeps one of several inline functions with the same name. Were it one that was compiled
-for a newer instruction set, every processor would run it.
+Of several inline functions with the same name the linker keeps one. If that were compiled for a
+newer instruction set, every processor would run it.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ ROOT = Path(__file__).resolve().parents[1]
 KERNELS = ROOT / "csrc" / "cpu" / "kernels"
 NEWER = sorted(path.stem for path in KERNELS.glob("avx*.cpp"))
 BUILDS = f"{sys.implementation.cache_tag}-torch-{torch.__version__}"
-"""How the names of the folders begin in which setup.py keeps objects for this Python and torch."""
+"""The prefixes of the build folders in which setup.py keeps objects for this Python and torch."""
 SHARED = re.compile(r"^[0-9a-f]+ [WVu] (\S+)$", re.MULTILINE)
-"""A definition of which the linker keeps one, as nm tells it."""
+"""A weak definition, of which the linker keeps one, in the output of nm."""
 BEYOND_BASELINE = re.compile(r"%[yz]mm\d|%k[0-7]\b|%tmm\d|\tv[a-z0-9]+ +.*%xmm")
 
 pytestmark = pytest.mark.skipif(
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.skipif(
 
 @cache
 def objects() -> list[Path]:
-    """Of all builds, those whose sources are still there, but for CUDA's."""
+    """Returns the objects of all builds whose sources still exist, except CUDA's."""
     found = [
         path
         for build in (ROOT / "build").glob(f"{BUILDS}*")
@@ -62,20 +62,20 @@ def output_of(tool: str, *arguments: object) -> str:
 
 @pytest.mark.parametrize("target", NEWER)
 def test_inline_functions_have_names_of_their_own(target: str) -> None:
-    """All that another object may define, too, is in the namespace of the instruction set."""
+    """Every definition that other objects may have too is in its instruction set's namespace."""
     paths = [path for path in objects() if path.stem == target]
     if not paths:
         assert "-portable" in str(objects()[0]), f"no object of {target}"
         pytest.skip("the build has the portable kernels only")
     for path in paths:
         text = output_of("nm", path)
-        # as part of a mangled name: of the function itself, or of a type that it is made for
+        # as part of a mangled name: of the function itself, or of a type in its signature
         namespace = f"7rnnfast3cpu{len(target)}{target}"
         assert [name for name in SHARED.findall(text) if namespace not in name] == []
 
 
 def test_shared_definitions_are_found() -> None:
-    """Else the test above would pass with anything."""
+    """Otherwise the test above could not fail."""
     names = [
         name
         for path in objects()
@@ -86,7 +86,7 @@ def test_shared_definitions_are_found() -> None:
 
 
 def test_other_objects_run_on_any_processor() -> None:
-    """Registers and encodings of AVX and later occur in the objects of instruction sets only."""
+    """Registers and encodings of AVX and later occur only in the objects of instruction sets."""
     others = [path for path in objects() if path.stem not in NEWER]
     assert any(path.stem == "portable" for path in others)
     for path in others:

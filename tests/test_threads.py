@@ -1,4 +1,4 @@
-"""Threads that are created, that wait, and that fail; cores; processes that are forked off."""
+"""Threads: their creation, waiting and failure; the number of cores; forked processes."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ import rnnfast
 
 
 def run(script: str, *arguments: object, timeout: float = 120, **environment: str) -> str:
-    """Runs a program in a process of its own and returns what it printed.
+    """Runs a program in a new process and returns what it printed.
 
-    A process that hangs is ended, with those that it has forked off.
+    A process that hangs is killed together with its children.
     """
     process = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)],
@@ -79,9 +79,9 @@ CREATED = """
 @pytest.mark.parametrize("cores", [0, 64], ids=["cores there are", "many cores"])
 @pytest.mark.parametrize("threads", [2, 3, 4, 8, 16])
 def test_calls_create_no_threads(threads: int, cores: int) -> None:
-    """Alone, and in alternation with torch.mm.
+    """Calls alone, and alternating with torch.mm.
 
-    OpenMP ends and creates threads where the size of its teams changes from call to call.
+    OpenMP ends and creates threads whenever the size of its teams changes.
     """
     assert run(CREATED, threads, RNNFAST_ASSUME_CORES=str(cores)).split() == ["0", "0"]
 
@@ -112,13 +112,13 @@ def test_a_change_of_affinity_is_noticed() -> None:
 
 @pytest.mark.parametrize("binding", ["OMP_PROC_BIND=close", "OMP_PLACES=cores"])
 def test_bound_threads_use_all_cores(binding: str) -> None:
-    """OpenMP then binds the calling thread to a single core, and each of the others to another."""
+    """OpenMP binds the calling thread to one core, and each of the others to another."""
     script = "import rnnfast; print(rnnfast.backend.EXTENSION.usable_cores())"
     name, value = binding.split("=")
     assert int(run(script, **{name: value})) == len(os.sched_getaffinity(0))
 
 
-# More threads than cores: a crew of as many threads as there are cores does the work.
+# With more threads than cores, a crew of as many threads as cores does the work.
 CREW = """
     import os, threading, time
     import torch, rnnfast
@@ -166,7 +166,7 @@ def test_a_crew_ends_with_its_thread() -> None:
 
 
 def test_threads_leave_cores_that_others_need() -> None:
-    """Processes that spin on every core: a second thread would wait for its turn at every step."""
+    """With processes spinning on all cores, a second thread would wait for a core at every step."""
     script = """
         import os, subprocess, sys, time, torch, rnnfast
         from rnnfast.backend import EXTENSION
@@ -199,14 +199,14 @@ V2 = "41 31 0:38 {root} /fs/unified rw,relatime shared:9 - cgroup2 cgroup2 rw\n"
     [
         ("0::/a/b\n", V2.format(root="/"), {"unified/a/b/cpu.max": "150000 100000"}, 1.5),
         ("0::/a/b\n", V2.format(root="/"), {"unified/a/b/cpu.max": "max 100000"}, math.inf),
-        # the parents count as well
+        # the limits of parent groups count as well
         (
             "0::/a/b\n",
             V2.format(root="/"),
             {"unified/a/b/cpu.max": "800000 100000", "unified/a/cpu.max": "300000 100000"},
             3,
         ),
-        # a container sees its own group as the root of what is mounted, or as the root of all
+        # a container sees its own group as the root of the mount, or as the root of everything
         ("0::/docker/1\n", V2.format(root="/docker/1"), {"unified/cpu.max": "200000 100000"}, 2),
         ("0::/\n", V2.format(root="/"), {"unified/cpu.max": "400000 100000"}, 4),
         (
@@ -254,7 +254,7 @@ def test_an_error_of_any_thread_is_raised(
     threads: None,
     cores: Callable[[int], None],
 ) -> None:
-    """By the call, while the other threads wait; the next call finds all as it should be."""
+    """The call raises it while other threads wait, and the next call works."""
     extension = rnnfast.backend.EXTENSION
     count = grid[0] * grid[1]
     torch.set_num_threads(count + 1)
@@ -269,18 +269,18 @@ def test_an_error_of_any_thread_is_raised(
 
 @pytest.mark.parametrize("grid", [(1, 4), (2, 2)], ids=str)
 def test_threads_that_wait_for_long_leave_their_cores(grid: tuple[int, int], threads: None) -> None:
-    """They are also there when the wait ends: here by an error."""
+    """They are woken when the wait ends, here by an error."""
     torch.set_num_threads(5)
     for thread in (0, 3):
         before = time.process_time()
         with pytest.raises(RuntimeError, match="failed"):
             rnnfast.backend.EXTENSION.fail_in_team(*grid, thread, 4, seconds=0.5)
-        assert time.process_time() - before < 0.25  # four threads wait
+        assert time.process_time() - before < 0.25  # four threads wait, parked
 
 
-# A parent that does what its second argument names, and forks a child for each further argument,
-# which names what that does. The child prints how many warnings there were, the number of threads,
-# and whether a layer computes what it computed in the parent.
+# A parent that runs the work named by its second argument, and forks a child for each further
+# argument, which names the child's work. The child prints the number of warnings, the number of
+# threads, and whether a layer gives the same results as in the parent.
 FORK = """
     import os, sys, time, warnings
     import torch, rnnfast
@@ -349,7 +349,7 @@ FORK = """
 )
 @pytest.mark.parametrize("threads", [2, 4])
 def test_children_of_several_threads_answer(threads: int, before: str, children: list[str]) -> None:
-    """In a child the parent's team is not there: on several threads OpenMP would wait for ever."""
+    """In a child the parent's team does not exist; several threads would wait for ever."""
     *found, parent = run(FORK, threads, before, *children).splitlines()
     assert found == ["1 1 same"] * len(children)
     assert parent == str(threads)
@@ -362,7 +362,7 @@ def test_children_of_one_thread_are_not_warned() -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 def test_a_child_that_asks_for_several_threads() -> None:
-    """Of a parent that had several once, and in a child that has been told."""
+    """The parent used several threads once; the child has been warned."""
     script = """
         import os, torch, rnnfast
 

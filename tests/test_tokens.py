@@ -1,4 +1,4 @@
-"""Integer tokens in place of one-hot vectors and of embeddings."""
+"""Integer tokens instead of one-hot vectors and embeddings."""
 
 import copy
 import io
@@ -17,7 +17,7 @@ V, T, B, I, H = 23, 9, 4, 6, 11
 LENGTHS = torch.tensor([9, 0, 4, 7])
 STACK = {"num_layers": 2, "bidirectional": True}
 
-# keywords of the constructor, keywords of the call
+# keywords of the constructor; keywords of the call
 CASES = {
     "plain": ({}, {}),
     "stack": (STACK, {}),
@@ -29,7 +29,7 @@ CASES = {
     "projection": ({"proj_size": 3, "num_layers": 2}, {}),
     "cells": ({}, {"return_cells": True}),
 }
-ONLY_OURS = ("lengths", "reset", "cells")  # torch's kernels do not serve them
+ONLY_OURS = ("lengths", "reset", "cells")  # torch's kernels do not support these
 ONLY_LSTM = ("projection", "cells")
 KINDS = ("RNN", "GRU", "LSTM")
 calls = pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def seed():
 
 @pytest.fixture
 def many(monkeypatch):
-    """However few the tokens, tables count as paying."""
+    """Makes tables pay for any number of tokens."""
     monkeypatch.setattr(tokens_module, "_LEAST_TOKENS", 1)
 
 
@@ -62,7 +62,7 @@ def layer(kind, inputs, **keywords):
 
 
 def pair(kind, **keywords):
-    """A layer that reads tokens, and the same that reads vectors."""
+    """Returns a layer that reads tokens, and the same layer that reads vectors."""
     ours, theirs = layer(kind, V, tokens=True, **keywords), layer(kind, V, **keywords)
     theirs.load_state_dict(ours.state_dict())
     return ours, theirs
@@ -78,14 +78,14 @@ def drawn(module, vocabulary=V):
 
 
 def numbers(result):
-    """All tensors in a result, one after the other."""
+    """Returns all tensors in a result, in order."""
     if isinstance(result, torch.Tensor):
         return [result]
     return [t for part in result if part is not None for t in numbers(part)]
 
 
 def outcome(result, parameters):
-    """The tensors of a result and the gradients of a loss that weighs all of them."""
+    """Returns the tensors of a result, and gradients of a loss that weights them differently."""
     found = [t for t in numbers(result) if t.is_floating_point()]
     loss = sum(
         (y * torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view_as(y)).sum() for y in found
@@ -139,7 +139,7 @@ def test_padding_gets_no_gradient(kind, many):
 
 @kinds
 def test_tables_are_used(kind, many, monkeypatch):
-    """No vectors are written out where the fused kernels run."""
+    """With the fused kernels no vectors are materialised."""
     ours, _ = pair(kind)
     module, embedding = embedded(kind)
     monkeypatch.delattr(F, "one_hot")
@@ -275,7 +275,7 @@ def test_threads_agree(kind, threads):
 
 @kinds
 def test_derivatives(kind):
-    """First and second, against finite differences."""
+    """First and second derivatives, compared with finite differences."""
     module = layer(kind, 5, tokens=True)
     tokens = torch.randint(5, (3, 2))
     names = [name for name, _ in module.named_parameters()]

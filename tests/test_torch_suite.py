@@ -1,4 +1,4 @@
-"""PyTorch's own table of module inputs, with the modules here in the place of torch.nn's."""
+"""PyTorch's own table of module inputs, applied to rnnfast's modules instead of torch.nn's."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ kinds = pytest.mark.parametrize("kind", KINDS)
 
 @pytest.fixture(scope="module")
 def table() -> dict[str, Any]:
-    """The rows of the table by the name of the module."""
+    """Returns the rows of the table by the name of the module."""
     with pytest.MonkeyPatch.context() as patch:
-        # The import would forbid the whole process to set flags of torch.backends.
+        # The import would forbid the whole process to set the flags of torch.backends.
         patch.setattr(torch.backends, "disable_global_flags", lambda: None)
-        if find_spec("expecttest") is None:  # which none of what is used here needs
+        if find_spec("expecttest") is None:  # required by the import, but not by what is used here
             stand_in = SimpleNamespace(TestCase=unittest.TestCase)
             patch.setitem(sys.modules, "expecttest", stand_in)
         rows = import_module("torch.testing._internal.common_modules").module_db
@@ -54,7 +54,7 @@ def construct_and_call(namespace: ModuleType, kind: str, sample: Any) -> None:
 
 
 def flat(value: Any) -> list[Tensor]:
-    """The floating-point tensors in nested tuples and packed sequences, in order."""
+    """Returns the floating-point tensors in nested tuples and packed sequences, in order."""
     if isinstance(value, PackedSequence):
         value = value.data
     if isinstance(value, Tensor):

@@ -1,6 +1,6 @@
-"""What torch.nn's recurrent modules refuse: torch.func, forward-mode AD, torch.compile, and more.
+"""What torch.nn's recurrent modules do not support: torch.func, forward AD, torch.compile, more.
 
-The oracle is always a plain loop over calls or `rnnfast.reference` under ordinary autograd.
+The oracle is a plain loop over calls, or `rnnfast.reference` under ordinary autograd.
 """
 
 import os
@@ -49,7 +49,7 @@ def x():
 
 
 def output(result):
-    """The first tensor that a module returned."""
+    """Returns the first tensor of a module's result."""
     return result if isinstance(result, torch.Tensor) else output(result[0])
 
 
@@ -143,7 +143,7 @@ def test_the_probes_see_transforms():
 
 
 def layer_arguments(cell, *, bias=True):
-    """x, states, weights and biases of a layer of 3 steps, 2 samples, 2 inputs and 3 units."""
+    """Returns x, states, weights and biases of a layer: 3 steps, 2 samples, 2 inputs, 3 units."""
     torch.manual_seed(0)
     rows = 3 * cell.gates
     shapes = [(3, 2, 2), *[(2, 3)] * cell.states, (rows, 2), (rows, 3), *[(rows,)] * (2 * bias)]
@@ -151,7 +151,7 @@ def layer_arguments(cell, *, bias=True):
 
 
 def flat_layer(layer, cell, reverse):
-    """``layer`` as a function of a flat list of tensors that returns a flat tuple."""
+    """Makes ``layer`` a function of a flat list of tensors that returns a flat tuple."""
 
     def call(x, *tensors):
         states, weights = tensors[: cell.states], tensors[cell.states :]
@@ -184,7 +184,7 @@ def test_second_derivatives_of_one_result(cell, result):
 @fused
 @cells
 def test_derivatives_of_dependent_arguments(cell):
-    """Every argument is a function of one tensor; up to the fourth derivative."""
+    """Every argument depends on one tensor; up to the fourth derivative."""
     row = CELLS[cell]
     values = [value.detach() for value in layer_arguments(row)]
     outcomes = []
@@ -283,7 +283,7 @@ def test_compiled_inference_in_one_graph(module, dynamic):
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("kind", [rnnfast.RNN, rnnfast.GRU, rnnfast.LSTM])
 def test_compiled_training_on_torchs_kernels(kind):
-    """Of which the LSTM's stays out of the graph, as torch cannot differentiate it there."""
+    """The LSTM stays out of the graph, since torch cannot differentiate it there."""
     module = kind(2, 3, backend="aten")
     x = torch.randn(5, 2, 2, requires_grad=True)
     inputs = [x, *module.parameters()]

@@ -1,6 +1,6 @@
-"""The modules under what the rest of PyTorch does to modules: cells and layers alike.
+"""The modules, cells and layers alike, used with other features of PyTorch.
 
-The oracle is torch.nn, or the reference backend on weights that are passed to it.
+The oracle is torch.nn, or the reference backend with the same weights.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def seed() -> None:
 
 
 def sample(suffix: str, dtype: torch.dtype = DTYPE) -> Tensor:
-    """An input of a layer or cell: 5 steps or one, 2 sequences."""
+    """Returns an input of a layer or cell: 5 steps or one, 2 sequences."""
     return torch.randn((2, 3) if suffix else (5, 2, 3), dtype=dtype)
 
 
@@ -48,7 +48,7 @@ def loss_of(results: Any) -> Tensor:
 
 
 def reference(mode: str, suffix: str, x: Tensor, weights: list[Tensor], hx: Any = None) -> Any:
-    """The module's results, with the backend ``reference``, from these weights."""
+    """Returns the module's results with the backend ``reference`` and these weights."""
     kind, own = LAYERS[mode]
     if suffix:
         call = getattr(functional, f"{kind.lower()}_cell")
@@ -128,7 +128,7 @@ def test_checkpoint(mode: str, suffix: str, use_reentrant: bool) -> None:
     leaves, found = [x, *ours.parameters()], []
 
     def plain(x: Tensor) -> tuple[Tensor, ...]:
-        return tuple(tensors(ours(x)))  # the reentrant kind overlooks nested results
+        return tuple(tensors(ours(x)))  # the reentrant kind does not see nested results
 
     for call in (plain, lambda x: checkpoint(plain, x, use_reentrant=use_reentrant)):
         torch.manual_seed(0)
@@ -158,7 +158,7 @@ def test_inference_mode(mode: str, suffix: str) -> None:
 @suffixes
 @modes
 def test_training_under_autocast(mode: str, suffix: str) -> None:
-    """float32 parameters get float32 gradients, as near as bfloat16 weights and inputs come."""
+    """float32 parameters get float32 gradients, as accurate as bfloat16 inputs allow."""
     exact, ours = pair(mode, suffix, dtype=torch.float32)
     x, hx = sample(suffix, torch.float32), state(mode, suffix, torch.float32)
     expected = tensors(exact(x, hx))
@@ -179,7 +179,7 @@ def test_training_under_autocast(mode: str, suffix: str) -> None:
 @suffixes
 @modes
 def test_gradients_of_any_subset(mode: str, suffix: str, backend: str | None) -> None:
-    """Each leaf alone, each pair and all but each: the same gradients, and no others."""
+    """Each leaf alone, each pair, and all but each: the same gradients, and no others."""
     _, ours = pair(mode, suffix, backend=backend)
     leaves = [sample(suffix), *tensors(state(mode, suffix)), *ours.parameters()]
 
@@ -223,11 +223,11 @@ def prune_by_magnitude(module: nn.Module, name: str) -> None:
 def test_weights_made_of_others(
     mode: str, suffix: str, apply: Callable[[nn.Module, str], Any]
 ) -> None:
-    """Normalised, orthogonal or pruned weights: results and gradients of what they are made of."""
+    """Normalised, orthogonal or pruned weights: results, and gradients of their parameters."""
     _, ours = pair(mode, suffix)
     names = weight_names(ours, suffix)
     apply(ours, names[1])
-    ours.eval()  # spectral norms advance in training, with every look at the weight
+    ours.eval()  # in training, spectral norms advance whenever the weight is read
     x = sample(suffix)
     results = tensors(ours(x))
     weights = [getattr(ours, name) for name in names]
@@ -337,7 +337,7 @@ CONVERSIONS: dict[str, tuple[torch.dtype, Callable[[nn.Module], nn.Module]]] = {
 @suffixes
 @modes
 def test_conversions(mode: str, suffix: str, name: str) -> None:
-    """What has run in one dtype is converted and runs, and trains, in another."""
+    """A module that has run in one dtype is converted, and runs and trains in another."""
     dtype, convert = CONVERSIONS[name]
     exact, ours = pair(mode, suffix, dtype=torch.float32)
     ours(sample(suffix, torch.float32))

@@ -1,4 +1,4 @@
-"""Trains in two processes and writes what came of it, for test_training."""
+"""Trains in two processes and writes the results, for test_training."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ INTERRUPTED_AT = 7
 
 
 def train_in_float64(processes: Processes) -> tuple[list[Any], dict[str, Tensor]]:
-    """Records and final weights of a run with an odd number of validation streams."""
+    """Returns records and final weights of a run with an odd number of validation streams."""
     torch.manual_seed(0)
     vocabulary = CharVocabulary(TEXT)
     model = CharLSTM(len(vocabulary), 8, 2, dtype=torch.float64, vocabulary=vocabulary)
@@ -46,7 +46,7 @@ def train_in_float64(processes: Processes) -> tuple[list[Any], dict[str, Tensor]
 
 
 def train(text: Path, out: Path, *more: object) -> int | str | None:
-    """The exit code of the command line."""
+    """Returns the exit code of the command line."""
     arguments = ["train", "--text", text, "--out", out, *SMALL, *more]
     try:
         return main([str(argument) for argument in arguments])
@@ -56,7 +56,7 @@ def train(text: Path, out: Path, *more: object) -> int | str | None:
 
 @contextmanager
 def signal_at(step: int, number: int) -> Iterator[None]:
-    """Sends this process a signal in the course of a training step."""
+    """Sends this process a signal during a training step."""
     original = Trainer.step
     steps = 0
 

@@ -1,4 +1,4 @@
-// Every cell of the table in common.h.
+// Includes every cell of the table in common.h.
 #pragma once
 
 #include "cells/elman.h"

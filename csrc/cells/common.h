@@ -1,4 +1,5 @@
-// What every cell header needs: the table of cells, the host/device marker and the number types.
+// What every cell header needs: the table of cells, the macro for functions that run on host and
+// device (RNNFAST_HD), and the number types.
 #pragma once
 
 #include <cstdint>
@@ -10,9 +11,9 @@
 #define RNNFAST_HD RNNFAST_INLINE
 #endif
 
-// The table of cells. A new cell is a header in this folder, its #include in all.h and its entry
-// here; kernels, operators and their registration follow. (In Python: a row of
-// rnnfast.reference.CELLS.)
+// The table of cells. To add a cell, write a header in this folder, include it in all.h and name it
+// here: kernels, operators and their registration are generated from the table. In Python, add a
+// row to rnnfast.reference.CELLS.
 #define RNNFAST_FOR_EACH_CELL(DO) \
   DO(ElmanTanh)                   \
   DO(ElmanRelu)                   \
@@ -26,7 +27,8 @@ enum class CellKind : int { RNNFAST_FOR_EACH_CELL(RNNFAST_COUNT) kCount };
 #undef RNNFAST_COUNT
 inline constexpr int kCells = int(CellKind::kCount);
 
-// Storage types of half precision: bits only. Arithmetic is always in float (see Compute).
+// Storage types of half precision. They only hold bits; arithmetic is always in float (see
+// Compute).
 struct bf16 {
   uint16_t bits;
 };
@@ -34,7 +36,7 @@ struct f16 {
   uint16_t bits;
 };
 
-// The type in which a value stored as S is computed and in which the cell state is kept.
+// The type of arithmetic for values stored as S. The cell state is kept in it too.
 template <class S>
 struct ComputeType {
   using type = float;

@@ -7,20 +7,20 @@ namespace rnnfast {
 
 struct ElmanTraits {
   static constexpr int kGates = 1;         // row blocks of w_ih and w_hh
-  static constexpr int kSaved = 0;         // blocks of H kept per step for the backward
-  static constexpr int kGradBlocks = 1;    // blocks of H of gate gradients per step
-  static constexpr bool kHasCell = false;  // a second state c
-  static constexpr bool kDirect = false;   // h reaches h' other than through W_hh
-  static constexpr bool kReadsH = true;    // the backward reads h'
-  // gate block of w_ih to which gradient block j belongs; w_hh takes the last kGates blocks in
-  // order
+  static constexpr int kSaved = 0;         // blocks of H columns kept per step for the backward
+  static constexpr int kGradBlocks = 1;    // blocks of H columns of gate gradients per step
+  static constexpr bool kHasCell = false;  // whether there is a second state c
+  static constexpr bool kDirect = false;   // whether h' depends on h other than through W_hh
+  static constexpr bool kReadsH = true;    // whether the backward reads h'
+  // The gate block of w_ih that gradient block j belongs to. The last kGates gradient blocks belong
+  // to the gate blocks of w_hh, in order.
   RNNFAST_HD static constexpr int input_gate(int j) { return j; }
 };
 
-// M supplies the maths of V, a scalar or SIMD vectors: sigmoid, tanh, select(condition, yes, no),
-// fma(a, b, c) = a * b + c, fnma(a, b, c) = c - a * b and one_minus_square(a). Multiply-adds are
-// written out, for compilers are told not to make any: the same formula gives the same bits
-// wherever it is inlined.
+// V is a scalar or a group of SIMD vectors, and M supplies its maths: sigmoid, tanh,
+// select(condition, yes, no), fma(a, b, c) = a * b + c, fnma(a, b, c) = c - a * b and
+// one_minus_square(a). Multiply-adds are explicit, because compilers are told not to make any
+// (-ffp-contract=off): so a formula gives the same bits wherever it is inlined.
 template <class M>
 struct TanhActivation {
   template <class V>
@@ -37,7 +37,7 @@ template <class M>
 struct ReluActivation {
   template <class V>
   RNNFAST_HD static V forward(V x) {
-    return M::select(x < V{}, V{}, x);  // NaN passes, as in torch.relu
+    return M::select(x < V{}, V{}, x);  // relu(NaN) is NaN, as in torch.relu
   }
   template <class V>
   RNNFAST_HD static V backward(V h, V d_h) {
@@ -47,14 +47,15 @@ struct ReluActivation {
 
 template <template <class> class Activation>
 struct Elman : ElmanTraits {
-  // from_x = W_ih x + b_ih, from_h = W_hh h + b_hh, one entry per gate
+  // from_x = W_ih x + b_ih and from_h = W_hh h + b_hh have one entry per gate.
   template <class M, class V>
   RNNFAST_HD static void forward(const V* from_x, const V* from_h, V /*h_prev*/, V& /*c*/, V& h,
                                  V* /*saved*/) {
     h = Activation<M>::forward(from_x[0] + from_h[0]);
   }
 
-  // d_gates: gradient blocks as in the traits; d_h is complete on entry
+  // d_h is the whole gradient of h', from the output and from the next step. d_gates receives the
+  // kGradBlocks gradient blocks.
   template <class M, class V>
   RNNFAST_HD static void backward(const V* /*saved*/, V h, V /*h_prev*/, V /*c*/, V /*c_prev*/,
                                   V d_h, V& /*d_c*/, V& /*d_h_direct*/, V* d_gates) {

@@ -8,11 +8,11 @@
 namespace rnnfast {
 
 struct Gru {
-  static constexpr const char* kName = "gru";  // of the operator
+  static constexpr const char* kName = "gru";  // name of the operator
   static constexpr int kGates = 3;       // r, z, n in w_ih and w_hh
   static constexpr int kSaved = 4;       // n, r, z, hn with hn = W_hn h + b_hn
-  static constexpr int kGradBlocks = 4;  // d n, d r, d z, d hn before activation: the input side
-                                         // takes the first three blocks, the hidden side the last
+  static constexpr int kGradBlocks = 4;  // gradients of n, r, z before activation, and of hn: w_ih
+                                         // takes the first three blocks, w_hh the last three
   static constexpr bool kHasCell = false;
   static constexpr bool kDirect = true;
   static constexpr bool kReadsH = false;
@@ -32,7 +32,7 @@ struct Gru {
     saved[3] = hn;
   }
 
-  // d_h_direct: the part of d loss/d h_prev that does not go through W_hh
+  // d_h_direct: the part of d loss / d h_prev that does not pass through W_hh
   template <class M, class V>
   RNNFAST_HD static void backward(const V* saved, V /*h*/, V h_prev, V /*c*/, V /*c_prev*/, V d_h,
                                   V& /*d_c*/, V& d_h_direct, V* d_gates) {

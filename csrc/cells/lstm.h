@@ -10,7 +10,7 @@
 namespace rnnfast {
 
 struct Lstm {
-  static constexpr const char* kName = "lstm";  // of the operator
+  static constexpr const char* kName = "lstm";  // name of the operator
   static constexpr int kGates = 4;
   static constexpr int kSaved = 4;  // i, f, g, o after activation
   static constexpr int kGradBlocks = 4;
@@ -34,13 +34,13 @@ struct Lstm {
     saved[3] = o;
   }
 
-  // h', from what `forward` saved
+  // h', from what `forward` saved and the new state c
   template <class M, class V>
   RNNFAST_HD static V output(const V* saved, V c) {
     return saved[3] * M::tanh(c);
   }
 
-  // c is the state after the step; d_c holds d loss/d c on entry and d loss/d c_prev on return
+  // c is the state after the step; d_c is d loss / d c on entry and d loss / d c_prev on return.
   template <class M, class V>
   RNNFAST_HD static void backward(const V* saved, V /*h*/, V /*h_prev*/, V c, V c_prev, V d_h,
                                   V& d_c, V& /*d_h_direct*/, V* d_gates) {

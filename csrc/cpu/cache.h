@@ -1,4 +1,4 @@
-// Values that have been computed from a few numbers, kept for the next call with the same numbers.
+// A small cache of values that are computed from a few integers, such as plans.
 #pragma once
 
 #include <array>
@@ -7,14 +7,14 @@
 
 namespace rnnfast::cpu {
 
-// Keeps one value for each of kEntries hashes of the numbers. Not for several threads: each has its
-// own.
+// Direct-mapped: a hash of the key picks one of kEntries slots, and a new key replaces the old one.
+// Not thread-safe; use one cache per thread.
 template <class Value, size_t kNumbers>
 class Cache {
  public:
   using Key = std::array<int64_t, kNumbers>;
 
-  // The value of a key, by make() where it is not there.
+  // Returns the value of the key, calling make() if it is not cached.
   template <class F>
   const Value& get(const Key& key, F&& make) {
     uint64_t hash = 0;

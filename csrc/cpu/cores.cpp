@@ -1,4 +1,4 @@
-// The affinity of threads, and the quota of the process's control groups.
+// Counts usable cores from the affinity of threads and the quota of the process's control groups.
 #include <omp.h>
 
 #include <algorithm>
@@ -33,23 +33,24 @@ bool has_word(std::string words, const std::string& word) {
   return ("," + words + ",").find("," + word + ",") != std::string::npos;
 }
 
-// in one folder of a hierarchy of version 2 or 1
+// The quota set in one folder of a control group hierarchy, version 2 or 1.
 double quota_in(const std::string& folder) {
   double quota = 0, period = 0;
   std::istringstream version2(read(folder + "/cpu.max"));  // "max 100000" or "150000 100000"
   if (version2 >> quota >> period) return quota / period;
-  std::istringstream quota1(read(folder + "/cpu.cfs_quota_us"));  // -1 for none
+  std::istringstream quota1(read(folder + "/cpu.cfs_quota_us"));  // -1 if there is none
   std::istringstream period1(read(folder + "/cpu.cfs_period_us"));
   if (quota1 >> quota && period1 >> period && quota > 0 && period > 0) return quota / period;
   return kNoLimit;
 }
 
-// Where a hierarchy is mounted, and which of its folders is there.
+// A mounted control group hierarchy: its folder `root` appears at the path `point`.
 struct Mount {
   std::string root, point;
 };
 
-// of a line of /proc/self/mountinfo: "36 35 98:0 /root /point options ... - type source super"
+// Parses a line of /proc/self/mountinfo: "36 35 98:0 /root /point options ... - type source super".
+// Returns false if it is no hierarchy of this version with a CPU controller.
 bool parse_mount(const std::string& line, bool version2, Mount& mount) {
   const size_t dash = line.find(" - ");
   if (dash == std::string::npos) return false;
@@ -60,7 +61,7 @@ bool parse_mount(const std::string& line, bool version2, Mount& mount) {
   return version2 ? type == "cgroup2" : type == "cgroup" && has_word(super, "cpu");
 }
 
-// The min of a group and its parents, as far as they are mounted.
+// The smallest quota of a group and its parents, as far as they are mounted.
 double quota_of(const std::string& root, const Mount& mount, std::string group) {
   if (mount.root != "/" && group.starts_with(mount.root)) group.erase(0, mount.root.size());
   double quota = kNoLimit;
@@ -72,8 +73,8 @@ double quota_of(const std::string& root, const Mount& mount, std::string group) 
   }
 }
 
-// The affinity of the calling thread; or of the process where OpenMP binds each of its threads to a
-// core (OMP_PROC_BIND, GOMP_CPU_AFFINITY).
+// The affinity of the calling thread. Where OpenMP binds each thread to a core (OMP_PROC_BIND,
+// GOMP_CPU_AFFINITY) it is the affinity of the process.
 int affinity_cores() { return std::max(1, omp_get_num_procs()); }
 
 std::atomic<int>& assumed() {
@@ -84,7 +85,7 @@ std::atomic<int>& assumed() {
   return cores;
 }
 
-// A value that is found again once it is old.
+// A cached value that expires.
 template <class T>
 class Kept {
  public:
@@ -102,6 +103,8 @@ class Kept {
   std::atomic<Clock::rep> until_{0};
 };
 
+// The state of free_cores(): a limit that falls by a quarter when too much time is lost, and rises
+// by a quarter when it has been held for some time. The time doubles if the losses soon return.
 class FreeCores {
  public:
   int get(int usable) {
@@ -167,15 +170,15 @@ double quota_cores(const std::string& root) {
 
 int usable_cores() {
   if (const int cores = assumed().load(std::memory_order_relaxed)) return cores;
-  // The system call takes 0.3 us, to read the files 50.
+  // The system call takes 0.3 us, reading the files 50 us.
   constexpr Clock::duration kKeepAffinity = std::chrono::milliseconds(50);
   constexpr Clock::duration kKeepQuota = std::chrono::seconds(2);
-  static thread_local Kept<int> affinity;  // each thread has its own
+  static thread_local Kept<int> affinity;  // affinity is a property of the thread
   static Kept<double> quota;
   const Clock::time_point now = Clock::now();
   const int cores = affinity.get(now, kKeepAffinity, affinity_cores);
   const double limit = quota.get(now, kKeepQuota, [] { return quota_cores(""); });
-  // a quota of 1.5 cores lets two threads work most of the time
+  // Rounded up: under a quota of 1.5 cores two threads can run most of the time.
   return limit < cores ? std::max(1, int(std::ceil(limit))) : cores;
 }
 

@@ -6,25 +6,27 @@
 
 namespace rnnfast::cpu {
 
-// How many cores the threads of this process may use at once: those that the calling thread may run
-// on, and no more than its control group lets the process have. It is kept, and found again now and
-// then: a change of affinity counts after 50 ms, one of the control group after 2 s.
+// The number of cores that the process's threads may use at once: the calling thread's affinity,
+// limited by the control group's CPU quota. The value is cached: a new affinity is seen after
+// 50 ms, a new quota after 2 s.
 int usable_cores();
 
-// How many of them other processes leave to this one, by the time that its threads could have run
-// and did not. Threads that wait for each other beside busy processes take many times as long: each
-// of them waits for its turn, one after the other. So fewer work then, and more are tried from time
-// to time.
+// The number of usable cores that other processes leave free, estimated from the time that this
+// process's threads were ready to run and did not. A barrier beside busy processes takes many times
+// as long, since each thread waits for its turn on a core. So this number falls when threads lose
+// much time, and rises again from time to time to see whether more threads would now help.
 int free_cores();
-// What so many threads of a team have lost together in so much time, in nanoseconds.
+// Reports that the threads of a team lost `lost` nanoseconds in sum while `elapsed` nanoseconds
+// passed.
 void note_losses(int threads, int64_t lost, int64_t elapsed);
 
-// Makes both return this number; with 0, what it finds. For tests with more threads than
-// cores. The environment variable RNNFAST_ASSUME_CORES does the same from the start.
+// Makes usable_cores and free_cores return this number; 0 restores the measured ones. For tests
+// with more threads than cores. The environment variable RNNFAST_ASSUME_CORES sets the initial
+// value.
 void assume_cores(int cores);
 
-// What the control groups allow, in cores; infinity where nothing is limited. `root` is put before
-// the paths of all files that are read.
+// The CPU quota of the process's control groups, in cores; infinity if there is none. `root` is
+// prepended to the path of every file read, for tests.
 double quota_cores(const std::string& root);
 
 }  // namespace rnnfast::cpu

@@ -14,7 +14,7 @@ Crew& Crew::of_this_thread() {
   return *crew;
 }
 
-// Its destructor would wait for the threads.
+// Leaks the crew: its destructor would wait for threads that do not exist in this process.
 void Crew::forget() { [[maybe_unused]] const Crew* left_behind = crew.release(); }
 
 Crew::~Crew() {

@@ -1,4 +1,4 @@
-// Threads of the library's own, where OpenMP's team has more threads than there are cores.
+// The library's own threads, used where OpenMP's team has more threads than there are cores.
 #pragma once
 
 #include <memory>
@@ -10,22 +10,23 @@
 
 namespace rnnfast::cpu {
 
-// In a container that may use 2 of 64 cores torch has 64 threads. To call them all takes longer
-// than a small layer, and they push those that work from core to core. A crew has no more threads
-// than a call asks for, and keeps them, parked, for the next call.
+// A small thread pool. In a container that may use 2 of 64 cores, torch has 64 threads. Waking them
+// all takes longer than a small layer, and the idle ones displace the working ones from their
+// cores. A crew has no more threads than its calls ask for, and parks them between calls.
 class Crew {
  public:
-  // The crew of the calling thread, like OpenMP's teams. It ends with the thread.
+  // The calling thread's crew. Each thread has its own, as with OpenMP's teams; it ends with the
+  // thread.
   static Crew& of_this_thread();
-  // Drops the crew of the calling thread, in a child process: its threads have stayed behind.
+  // Drops the calling thread's crew in a forked child process, where its threads do not exist.
   static void forget();
 
   Crew() = default;
   Crew(const Crew&) = delete;
   ~Crew();
 
-  // Runs f(index), which must not throw, for all index < threads: 0 in the calling thread. Returns
-  // false, and runs nothing, if the system gives no more threads.
+  // Runs f(index) for every index < threads, index 0 in the calling thread. f must not throw.
+  // Returns false and runs nothing if the system refuses to create a thread.
   template <class F>
   bool run(int threads, F& f) {
     return run(threads, {[](void* f, int index) { (*static_cast<F*>(f))(index); },
@@ -34,19 +35,19 @@ class Crew {
 
  private:
   struct Work {
-    void (*function)(void*, int);  // null: the end
+    void (*function)(void*, int);  // null tells the threads to end
     void* argument;
   };
   struct Worker {
-    Barrier start;  // of the worker and the one who calls it
+    Barrier start;  // between the worker and the calling thread
     std::thread thread;
   };
   bool run(int threads, Work work);
   void live(int index, Barrier& start);
 
-  std::vector<std::unique_ptr<Worker>> workers_;  // the one with index i at i - 1
+  std::vector<std::unique_ptr<Worker>> workers_;  // index i is at i - 1
   Work work_{};
-  int threads_ = 0;  // that work_ is for
+  int threads_ = 0;  // number of threads that run work_
   Barrier end_;
 };
 

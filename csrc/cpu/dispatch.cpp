@@ -1,4 +1,5 @@
-// Chooses the instruction set: the best the machine has, or what RNNFAST_CPU_CAPABILITY names.
+// Chooses the instruction set: the best that the machine has, or the one named by the environment
+// variable RNNFAST_CPU_CAPABILITY.
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
@@ -14,7 +15,7 @@
 #include "cpu/engine.h"
 #include "cpu/targets.h"
 
-// RNNFAST_PORTABLE_ONLY (setup.py) leaves the other instruction sets out, for a build in less time.
+// RNNFAST_PORTABLE_ONLY (see setup.py) omits all other instruction sets, for a faster build.
 #if defined(__x86_64__) && !defined(RNNFAST_PORTABLE_ONLY)
 #define RNNFAST_X86_TARGETS
 #endif
@@ -25,17 +26,17 @@ namespace {
 struct Capability {
   std::string name;
   const Engine& engine;
-  const Target* target;  // null where the engine has other kernels
+  const Target* target;  // null if the engine does not use micro-kernels
 };
 
-// Lives as long as the process.
+// The engine is never freed: references to it live as long as the process.
 Capability make_capability(const std::string& name, const Target& target) {
   const CpuEngine& engine = *new CpuEngine(target);
   return {name, engine, &engine.target()};
 }
 
 #if defined(RNNFAST_X86_TARGETS)
-// Linux lends AMX's registers to processes that ask for them.
+// Linux lets a process use AMX's registers only after it has asked for permission.
 bool may_use_amx() {
 #if defined(__linux__)
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
@@ -56,7 +57,7 @@ Target with_amx(Target target) {
 }
 #endif
 
-// Worst first.
+// The capabilities of this machine and build, worst first.
 const std::list<Capability>& usable() {
   static const std::list<Capability> list = [] {
     std::list<Capability> found;
@@ -83,7 +84,7 @@ const std::list<Capability>& usable() {
   return list;
 }
 
-// Those that tests have added.
+// The capabilities that tests have added.
 std::list<Capability>& added() {
   static std::list<Capability> list;
   return list;

@@ -1,4 +1,3 @@
-// Layers on the CPU: the drivers with the micro-kernels of one instruction set.
 #include "cpu/engine.h"
 
 #include "cpu/drivers/backward.h"
@@ -8,7 +7,8 @@
 namespace rnnfast::cpu {
 namespace {
 
-// A thread's products, in which AMX has its registers.
+// Brackets a thread's products with the target's enter and leave, which AMX needs to manage its
+// registers.
 class InProducts {
  public:
   explicit InProducts(const Target& target) : target_(target) {
@@ -35,7 +35,7 @@ class CpuEngine::Call {
 
   const Context& context() const { return context_; }
 
-  // f(job, team) in all threads of all jobs
+  // Runs f(job, team) in all threads of all jobs.
   template <class Job, class F>
   void run(std::span<Job> jobs, F&& f) const {
     parallel(jobs, [&](Job& job, const Team& team) {
@@ -43,7 +43,7 @@ class CpuEngine::Call {
       f(job, team);
     });
   }
-  // The same with a driver in the job's workspace.
+  // Runs f(driver, job, team), with a driver whose memory is the job's workspace.
   template <class Driver, class Job, class F>
   void run_driver(std::span<Job> jobs, F&& f) const {
     run(jobs, [&](Job& job, const Team& team) {
@@ -52,7 +52,7 @@ class CpuEngine::Call {
       f(driver, job, team);
     });
   }
-  // False if a number had no representation in a weight format.
+  // Returns false if a number could not be represented in a weight format.
   bool run_forward(std::span<ForwardJob> jobs) const {
     std::atomic<bool> all_good{true};
     run_driver<Forward>(jobs, [&](Forward& driver, ForwardJob& job, const Team& team) {
@@ -97,7 +97,8 @@ size_t CpuEngine::forward_workspace(LayerKind kind, const ForwardArgs& args,
                                     const Plan& plan) const {
   const Call call(target_, kind);
   const size_t bytes = call.workspace<Forward>(args, plan);
-  // a call whose numbers have no representation is done once more without split precision
+  // Room also for the second run without split precision, which follows if a number could not be
+  // represented.
   const bool split = plan.step_split_precision || plan.block_split_precision;
   return split ? std::max(bytes, call.workspace<Forward>(args, plan.without_split_precision()))
                : bytes;

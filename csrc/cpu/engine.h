@@ -1,4 +1,5 @@
-// Layers on the CPU with one instruction set.
+// The engine that runs layers on the CPU: the drivers with the micro-kernels of one instruction
+// set.
 #pragma once
 
 #include "cpu/layer.h"

@@ -1,4 +1,4 @@
-// How csrc/torch has layers run on the CPU.
+// The interface through which csrc/torch runs layers on the CPU.
 #pragma once
 
 #include <span>
@@ -17,14 +17,15 @@ template <class Args>
 struct Job {
   Args args;
   Plan plan;
-  Arrangement arrangement;  // what args.ragged points into
-  void* workspace = nullptr;  // as large as forward_workspace or backward_workspace say, aligned to
-                              // Arena::kAlignment, contents undefined before and after
-  const Progress* upstream = nullptr;  // of the job whose y is this one's x; null if x is complete
+  Arrangement arrangement;  // owns what args.ragged points to
+  void* workspace = nullptr;  // size from forward_workspace or backward_workspace, aligned to
+                              // Arena::kAlignment; undefined contents before and after
+  const Progress* upstream = nullptr;  // progress of the job whose y is this job's x; null if x is
+                                       // complete
   Progress progress;
   Barriers barriers;
 
-  // Where a single thread is to do what was planned for several.
+  // Prepares the job for a single thread, though it was planned for several.
   void give_to_one_thread() {
     if (arrangement.lengths.empty()) return;
     arrangement.give_to_one_thread();
@@ -39,8 +40,9 @@ struct LayerKind {
   Dtype dtype;
 };
 
-// What runs layers: the drivers with the micro-kernels of an instruction set, or what a test puts
-// in their place. Jobs of one call run side by side; one that waits for another comes after it.
+// What runs layers: the drivers with the micro-kernels of one instruction set, or a test's
+// replacement. The jobs of one call run side by side. A job comes after the job that it waits for
+// (`upstream`).
 class Engine {
  public:
   virtual ~Engine() = default;
@@ -50,21 +52,23 @@ class Engine {
   virtual size_t backward_workspace(LayerKind, const BackwardArgs&, const Plan&) const = 0;
   virtual void forward(LayerKind, std::span<ForwardJob>) const = 0;
   virtual void backward(LayerKind, std::span<BackwardJob>) const = 0;
-  // Whether x and grad_y may have any strides of T and B.
+  // Whether x and grad_y may have any strides over T and B; else they must be contiguous.
   virtual bool takes_strides() const { return true; }
-  // Whether there are lengths, packed data, resets, tokens, a backward without gates, and
-  // generation.
+  // Whether the engine supports lengths, packed data, resets, tokens, a backward without saved
+  // gates, and generation.
   virtual bool is_complete() const { return true; }
   virtual size_t generate_workspace(LayerKind, const GenerateArgs&) const { return 0; }
   virtual void start_generating(LayerKind, GenerateJob&) const {}
   virtual void generate(LayerKind, GenerateJob&) const {}
 };
 
-// Instruction sets usable on this machine, worst first; the last is the default.
+// The instruction sets usable on this machine, worst first; the last is the default.
 std::vector<std::string> capabilities();
+// The instruction set in use.
 std::string capability();
-// Throws std::invalid_argument for one that this machine or build lacks.
+// Throws std::invalid_argument if this machine or build lacks it.
 void set_capability(const std::string& name);
+// The engine of the instruction set in use.
 const Engine& engine();
 
 // ---- for tests ----
@@ -72,8 +76,9 @@ const Engine& engine();
 struct Target;
 // The micro-kernels of an instruction set.
 const Target& target_of(const std::string& name);
-// Add what set_capability takes, though capabilities() does not name it: another engine; and the
-// drivers with the micro-kernels of instruction set `base`, which `change` may replace.
+// These register another name for set_capability; capabilities() does not list it. add_engine
+// registers a whole engine, add_target the drivers with the micro-kernels of instruction set `base`
+// as modified by `change`.
 void add_engine(const std::string& name, const Engine& engine);
 void add_target(const std::string& name, const std::string& base, void (*change)(Target&));
 

@@ -1,4 +1,4 @@
-// What planning needs to know of this machine, as measured.
+// Measures what the planner needs to know about this machine: barriers and loads from L3.
 #include <algorithm>
 #include <array>
 #include <atomic>
@@ -14,14 +14,15 @@
 namespace rnnfast::cpu {
 namespace {
 
-// Whether a barrier takes so long because threads share a core.
+// Whether a barrier took so long that threads must have shared a core.
 bool is_shared(double nanoseconds, int threads) {
   return nanoseconds > kSharedCoreNanoseconds * std::bit_width(unsigned(threads - 1));
 }
 
-// The fastest of some short rounds, in nanoseconds; 0 if there are not so many threads. Threads
-// that have just been woken may share a core for some milliseconds: for so long rounds go on.
-double wait_together(int threads) {
+// The time of a barrier in nanoseconds, as the minimum over some short rounds; 0 if there are fewer
+// threads. Threads that have just been woken may share a core for some milliseconds, so measuring
+// goes on for that long while they seem to.
+double time_barrier(int threads) {
   constexpr int kRounds = 12, kWaits = 8;
   constexpr int64_t kPatience = 5'000'000;
   Barrier barrier;
@@ -37,19 +38,19 @@ double wait_together(int threads) {
         fastest = std::min(fastest, double(end - start) / kWaits);
         enough = is_shared(fastest, threads) ? end - begin > kPatience : round >= kRounds;
       }
-      barrier.wait(threads);  // all see `enough`
+      barrier.wait(threads);  // so that all threads see `enough` and leave in the same round
     }
   });
   return complete ? fastest : 0;
 }
 
-// What a barrier of one number of threads takes, as last measured.
+// The time of a barrier for one number of threads, as last measured.
 struct Measured {
-  std::atomic<double> cycles{0};  // 0: not measured
-  std::atomic<int64_t> due{0};  // when it is measured again
+  std::atomic<double> cycles{0};  // 0 if not measured yet
+  std::atomic<int64_t> due{0};  // time of the next measurement
 };
 
-// For so many threads, in cycles: a power of two.
+// The cycles of a barrier, rounded to a power of two.
 double measured_barrier(int threads, int64_t now) {
   constexpr size_t kMaxThreads = 1 << (BarrierCycles::kSizes - 1);
   static std::array<Measured, kMaxThreads + 1> kept;
@@ -58,7 +59,7 @@ double measured_barrier(int threads, int64_t now) {
   if (now < last.due.load(std::memory_order_acquire)) return last.cycles;
   const std::lock_guard lock(one_at_a_time);
   if (now < last.due) return last.cycles;
-  const double nanoseconds = wait_together(threads);
+  const double nanoseconds = time_barrier(threads);
   double cycles = nanoseconds * kCyclesPerNanosecond;
   if (nanoseconds == 0 || is_shared(nanoseconds, threads))
     cycles = last.cycles > 0 ? double(last.cycles) : BarrierCycles::typical()(threads);
@@ -67,7 +68,7 @@ double measured_barrier(int threads, int64_t now) {
   return last.cycles;
 }
 
-// to read one line of so many bytes of memory, over and over, in nanoseconds
+// The time to load one cache line in nanoseconds, when `bytes` of memory are read over and over.
 double read_line(int64_t bytes) {
   constexpr int kRounds = 4;
   constexpr int64_t kWords = kLineBytes / int64_t(sizeof(uint64_t));

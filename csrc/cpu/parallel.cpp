@@ -1,4 +1,3 @@
-// How a job's barriers are laid out, what its threads lose, and how it fails.
 #include "cpu/parallel.h"
 
 #include "cpu/tuning.h"

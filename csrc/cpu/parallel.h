@@ -1,5 +1,5 @@
-// The team of threads that runs one whole sequence: its shares of the work, its barriers, and how
-// it ends when one of its threads fails.
+// The team of threads that runs one whole sequence: how work is split, its barriers, and how it
+// ends if one of its threads throws.
 #pragma once
 
 #include <omp.h>
@@ -22,27 +22,29 @@ struct Span {
   int64_t size() const { return end - begin; }
 };
 
-// The barriers of one job: of all its threads, and of those that share the same rows.
+// The barriers of one job: one of all its threads, and one for each group of threads that share the
+// same rows.
 class Barriers {
  public:
-  // Makes them ready for a team that has not met yet.
+  // Resets them for a new team.
   void prepare(int threads, int row_shares, int unit_shares);
   Barrier& all() { return all_; }
   Barrier& of_rows(int row_index) { return groups_ > 0 ? of_rows_[size_t(row_index)] : all_; }
-  // Ends the waiting of all that meet a thread of this row.
+  // Makes every thread that meets the threads of this row index throw Cancelled.
   void cancel(int row_index);
 
  private:
   Barrier all_;
   std::unique_ptr<Barrier[]> of_rows_;
-  int groups_ = 0;  // 0 where the threads of the same rows are all threads
+  int groups_ = 0;  // 0 if all threads share the same rows, or none do
 };
 
-// One thread's view of the threads of a job. They form a grid of row_shares x unit_shares for the
-// recurrence; those beyond the grid are idle in it and share the other work.
+// One thread's view of the threads of a job. For the recurrence they form a grid of
+// row_shares x unit_shares. Threads beyond the grid are idle during the recurrence and take part in
+// the other work.
 class Team {
  public:
-  // a thread alone
+  // A team of one thread.
   Team() = default;
   Team(Barriers& barriers, int index, int size, int row_shares, int unit_shares)
       : barriers_(&barriers),
@@ -59,13 +61,13 @@ class Team {
   int unit_index() const { return index_ % unit_shares_; }
   bool idle() const { return index_ >= row_shares_ * unit_shares_; }
 
-  // This thread's part of n items that all threads share.
+  // This thread's part of n items that are split across all threads.
   Span share(int64_t n) const { return part(n, index_, size_); }
-  // Its part of n rows, in the recurrence. The threads of one row_index have the same.
+  // Its part of n rows in the recurrence; the same for all threads of one row_index.
   Span share_rows(int64_t n) const {
     return idle() ? Span{n, n} : part(n, row_index(), row_shares_);
   }
-  // Its part of n units, or panels of units. The threads of one unit_index have the same.
+  // Its part of n units, or panels of units; the same for all threads of one unit_index.
   Span share_units(int64_t n) const {
     return idle() ? Span{n, n} : part(n, unit_index(), unit_shares_);
   }
@@ -88,11 +90,12 @@ class Team {
   int index_ = 0, size_ = 1, row_shares_ = 1, unit_shares_ = 1;
 };
 
-// The time that the threads of a team have lost to other processes; see free_cores().
+// Measures the time that the threads of a team lose to other processes, for free_cores(). It does
+// so for one call per kSampleNanoseconds at most.
 class LossSample {
  public:
   LossSample();
-  // Around the work of each thread.
+  // Each thread calls `begin` before its work, and `end` with the result after it.
   int64_t begin() const { return start_ > 0 ? lost_by_thread() : 0; }
   void end(int64_t before) {
     if (start_ > 0) lost_.fetch_add(lost_by_thread() - before, std::memory_order_relaxed);
@@ -100,21 +103,22 @@ class LossSample {
   void note(int threads) const;
 
  private:
-  // By the calling thread so far, from some beginning on, in nanoseconds.
+  // Nanoseconds in which the calling thread neither ran nor was parked, since a fixed but unknown
+  // time: only differences have a meaning.
   static int64_t lost_by_thread();
 
-  int64_t start_ = 0;  // 0: not taken, as there has just been one
+  int64_t start_ = 0;  // 0 if this call is not measured
   std::atomic<int64_t> lost_{0};
 };
 
-// Whether this thread has worked with others. A process that it forks off has none of them.
+// Whether this thread has run a team. A forked child process has none of the team's other threads.
 inline constinit thread_local bool has_team = false;
 
-// Runs f(index), which must not throw, on so many threads: on those of this thread's OpenMP team,
-// which is the one that torch uses, while the others return at once. It is always the whole team
-// that is called: OpenMP ends and creates threads where the size changes from call to call. Where
-// the team has more threads than there are cores, a crew (cpu/crew.h) works in its place. Returns
-// false, and runs nothing, where there are fewer threads.
+// Runs f(index) for every index < threads, each on a thread of its own. f must not throw. The
+// threads are those of the calling thread's OpenMP team, which torch uses too. The whole team is
+// always called, and threads without work return at once: OpenMP ends and creates threads whenever
+// the team size changes. Where the team has more threads than there are cores, a crew (cpu/crew.h)
+// is used instead. Returns false and runs nothing if there are too few threads.
 template <class F>
 bool run_in_team(int threads, F&& f) {
   if (omp_get_max_threads() < threads || omp_in_parallel()) return false;
@@ -137,8 +141,8 @@ bool run_in_team(int threads, F&& f) {
         if (index == 0) complete = false;
       } else if (index < threads) {
         work(index);
-        // OpenMP's own wait for the end spins for milliseconds. This one leaves the core to a
-        // thread that has lost its own.
+        // OpenMP's barrier at the end of the region spins for milliseconds. This barrier parks, and
+        // so leaves the core to a thread that is still at work without one.
         if (index == 0 && threads > 1) end.wait(threads);
         if (index > 0) end.arrive(threads);
       }
@@ -148,21 +152,21 @@ bool run_in_team(int threads, F&& f) {
   return complete;
 }
 
-// The first exception of a team, for the thread that has called it.
+// Keeps the first exception that a thread of a team throws, for the calling thread.
 class Failure {
  public:
-  void take();  // the current exception, if it is the first
-  void rethrow() const;  // if there is one
+  void take();  // keeps the current exception if it is the first
+  void rethrow() const;  // throws the kept exception, if any
 
  private:
   std::mutex mutex_;
   std::exception_ptr first_;
 };
 
-// Runs f(job, team) for all jobs side by side, each on plan.threads threads; or one after the other
-// on one thread if the team has fewer in all: the work has been planned, and its memory laid out,
-// for that number. If f throws, in whichever thread, the others end at their next wait and the
-// exception is thrown here.
+// Runs f(job, team) for all jobs side by side, each on plan.threads threads. If there are fewer
+// threads than that in sum, runs the jobs one after the other on the calling thread: a plan and its
+// workspace are made for one number of threads. If f throws in any thread, the others end at their
+// next wait and the exception is rethrown here.
 template <class Job, class F>
 void parallel(std::span<Job> jobs, F&& f) {
   int threads = 0;
@@ -179,7 +183,7 @@ void parallel(std::span<Job> jobs, F&& f) {
       try {
         f(*job, team);
         return;
-      } catch (const Cancelled&) {  // by another thread, whose exception it is
+      } catch (const Cancelled&) {  // another thread has thrown the real exception
       } catch (...) {
         failure.take();
       }

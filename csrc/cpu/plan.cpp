@@ -1,37 +1,37 @@
 // The cost model behind a plan.
 //
-// A step on r x u threads (r row shares, u unit shares) takes one thread the time of the products
-// of B / r rows with 1 / u of the panels, whose weights it reads from the cache that holds them.
-// Three things come on top:
+// A step runs on r x u threads (r row shares, u unit shares). Each thread multiplies B / r rows by
+// 1 / u of the panels, and reads the weights from the cache that holds them. Three costs come on
+// top:
 //
-// - u > 1: in every step a barrier of u threads, and the lines of h that the u - 1 others have
-//   written, of B / r rows. Rows that other threads have do not matter here, so u and not r x u is
-//   what waiting grows with.
-// - r > 1: once in a sequence, each thread reads the weights that r - 1 others have packed.
-// - r x u > 1: the region itself.
+// - u > 1: in every step, a barrier of u threads and the loads of the lines of h (of B / r rows)
+//   that the u - 1 other threads have written. This cost grows with u and not with r x u, since
+//   rows of other row shares are not read.
+// - r > 1: once in a sequence, each thread reads the weights that the r - 1 others have packed.
+// - r x u > 1: entering and leaving the parallel region.
 //
-// What that means on many cores, on paper: a barrier takes 0.3, 0.6, 0.9, 1.2 thousand cycles for
-// 2, 4, 8, 16 threads, a vector of weights 2.1 from L2 of 1 MiB and 2.9 from L3.
+// Examples, computed with this model: a barrier takes 300, 600, 900, 1200 cycles for 2, 4, 8, 16
+// threads; a vector of weights takes 2.1 cycles from L2 (1 MiB) and 2.9 from L3.
 //
-// An LSTM of B = 8, H = 1024 on 16 threads, in thousand cycles a step. W_hh is 16 MiB, in 64
+// LSTM with B = 8 and H = 1024 on 16 threads, in thousand cycles per step. W_hh has 16 MiB in 64
 // panels.
 //
-//   8 x 1   64 panels for 1 row, all from L3                        768       8 threads idle
-//   1 x 16  4 panels for 8 rows, in two tiles                        84, exchange of 480 lines 72
-//   2 x 8   8 panels for 4 rows, read by both rows of the grid       99, exchange of 224 lines 26
+//   grid    work of a thread                            products   exchange of h
+//   8 x 1   64 panels for 1 row, all from L3                 768   none; 8 threads are idle
+//   1 x 16  4 panels for 8 rows, in two tiles                 84   72, for 480 lines
+//   2 x 8   8 panels for 4 rows, read by both row shares      99   26, for 224 lines
 //
-// The same with H = 256, 1 MiB in 16 panels. Weights of a unit share fit L2, and a step is short.
+// The same with H = 256: W_hh has 1 MiB in 16 panels, and a unit share of it fits L2.
 //
-//   8 x 1   16 panels for 1 row                                      49       8 threads idle
-//   1 x 16  1 panel for 8 rows                                        5, exchange of 120 lines 20
-//   2 x 8   2 panels for 4 rows                                       5, exchange of 56 lines 8
+//   8 x 1   16 panels for 1 row                               49   none; 8 threads are idle
+//   1 x 16  1 panel for 8 rows                                 5   20, for 120 lines
+//   2 x 8   2 panels for 4 rows                                5    8, for 56 lines
 //
-// So rows alone leave threads without work, units alone have every thread fetch all of h, and a
-// grid fetches what its rows need. Groups of the grid that read the same weights each read them
-// from L3.
+// Splitting rows alone leaves threads idle. Splitting units alone makes every thread fetch all of
+// h. A grid fetches only what its rows need, but each of its row shares reads all weights from L3.
 //
-// A thread's workspace is touched first by that thread, and its pages lie at its own node. Packed
-// weights are common to all: each thread packs an equal part, so that they lie at all nodes evenly.
+// NUMA: a thread touches its part of the workspace first, so the pages are on its own node. Packed
+// weights are shared: each thread packs an equal part, so they are spread evenly over the nodes.
 #include "cpu/plan.h"
 
 #include <algorithm>
@@ -49,18 +49,20 @@ double step_cycles(const StepShape& s, int64_t rows, int64_t panels, const Machi
                                                           : machine.l3_line_cycles;
   const double load = line * std::max(1.0, double(vector_bytes) / double(kLineBytes));
   const int64_t tiles = ceil_div(rows, s.tile_rows);
-  // of a tile; they are nearly equally high
+  // Cycles of one tile per vector and word; tiles are nearly equally high.
   const double products = s.row_cycles * std::max(double(s.min_rows), double(rows) / double(tiles));
-  const double first = std::max(products, load);  // brings in the panel
+  const double first = std::max(products, load);  // the first tile loads the panel
   const double rest = std::max(products, kL1Vector) * double(tiles - 1);
   return double(panels) *
          (double(s.depth) * s.vectors * (first + rest) + s.cell_cycles * double(rows));
 }
 
-// What a thread reads, once in a sequence, of weights that others have packed: its unit share of
-// them, of which r threads have packed their parts. It decides short sequences. A line that another
-// core has just written comes from L3 or, where cores are far apart, from further away.
-double others_weights(const Sizes& size, const StepShape& s, int r, int u, const Machine& machine) {
+// The cycles in which a thread reads, once in a sequence, the weights that other threads have
+// packed: its unit share, without the part that it packed itself. This decides about short
+// sequences. A line that another core has just written comes from L3 or, if the cores are far
+// apart, from further away.
+double packed_weight_cycles(const Sizes& size, const StepShape& s, int r, int u,
+                            const Machine& machine) {
   const double of_h = double(s.panels) * s.vectors * double(s.depth);
   const double all = of_h * double(size.H + size.I) / double(size.H);
   return all / u * (r - 1) / r *
@@ -68,8 +70,8 @@ double others_weights(const Sizes& size, const StepShape& s, int r, int u, const
                   kBarrierOfLine * std::min(kFarBarrier, machine.barrier_cycles(r * u)));
 }
 
-// What a step takes where u threads have the same rows: they wait for each other, and each fetches
-// what the others have written of the lhs.
+// The extra cycles of a step in which u threads share the same rows: they wait for each other, and
+// each fetches the part of the lhs that the others have written.
 double exchange(const StepShape& s, int64_t rows, int u, const Machine& machine) {
   const double lines = double(rows * s.depth * s.weight_bytes) / double(kLineBytes) * (u - 1) / u;
   const double barrier = machine.barrier_cycles(u);
@@ -94,7 +96,7 @@ class Search {
          n = n < machine.threads ? std::min(2 * n, machine.threads) : n + 1) {
       for (int r = n; r >= 1; --r)
         if (n % r == 0) consider(r, n / r);
-      // as many rows as there are, and units for the threads that are left over
+      // One row per row share, with the remaining threads splitting the units.
       if (0 < step.rows && step.rows < n && n % step.rows != 0)
         consider(int(step.rows), n / int(step.rows));
     }
@@ -108,7 +110,7 @@ class Search {
     const int64_t rows = ceil_div(s.rows, r), panels = ceil_div(s.panels, u);
     double cycles = kRegion + double(size_.T) * step_cycles(s, rows, panels, machine_);
     if (cycles >= best_.cycles) return;
-    if (r > 1) cycles += others_weights(size_, s, r, u, machine_);
+    if (r > 1) cycles += packed_weight_cycles(size_, s, r, u, machine_);
     if (u > 1) cycles += double(size_.T) * exchange(s, rows, u, machine_);
     if (cycles < best_.cycles) best_ = {r, u, cycles};
   }
@@ -145,7 +147,7 @@ double BarrierCycles::operator()(int threads) const {
 
 int64_t BarrierCycles::key() const {
   int64_t key = 0;
-  for (const double cycles : of_doublings)  // the low bits of the exponents
+  for (const double cycles : of_doublings)  // the low five bits of each exponent
     key = key << 5 | int64_t(std::bit_cast<uint64_t>(cycles) >> 52 & 31);
   return key;
 }
@@ -164,15 +166,16 @@ Plan plan_forward(const Sizes& size, const StepShape& step, bool pack, const Mac
             .hidden = pack ? Packing::kOnce : Packing::kNone,
             .block_steps = T,
             .cycles = grid.cycles};
-  // With few rows the whole sequence is projected at once, and W_ih need not be kept packed; nor
-  // W_hh where there is only one step.
+  // With few rows the input projection of the whole sequence is one block, so each panel of W_ih is
+  // used once and need not be kept. The same holds for W_hh if there is a single step.
   const bool few_rows = T == 1 || T * rows * row_bytes <= kWholeProjectionBytes;
   if (!plan.by_rows() && T <= max_steps && few_rows) {
     if (pack) plan.input = Packing::kPanelwise;
     if (pack && T == 1) plan.hidden = Packing::kPanelwise;
     return plan;
   }
-  // Else the projected block should stay in L2, yet be high enough to reuse each panel of W_ih.
+  // Otherwise a projected block should stay in L2, yet have enough rows to reuse each panel of
+  // W_ih.
   const int64_t fitting = machine.l2_bytes / 4 / (rows * row_bytes);
   const int64_t useful = ceil_div(4 * step.tile_rows, rows);
   plan.block_steps = std::clamp<int64_t>(std::max(fitting, useful), 1, std::min(T, max_steps));
@@ -194,8 +197,8 @@ Plan plan_backward(const Sizes& size, const StepShape& step, const Machine& mach
                           double(size.H + size.I) / step.lanes;
   if (plan.threads == 1 && products > kProductsForAllThreads * kRegion)
     plan.threads = machine.threads;
-  // What has a single use is packed panel by panel for it: W_ih in a single block, W_hh in a single
-  // step.
+  // Panels that are used once are packed just before: those of W_ih if there is a single block,
+  // those of W_hh if there is a single step.
   const int64_t panels = ceil_div(size.I, int64_t(step.vectors) * step.lanes);
   if (plan.block_steps >= size.T && panels >= plan.threads) plan.input = Packing::kPanelwise;
   if (size.T == 1 && !plan.by_rows()) plan.hidden = Packing::kPanelwise;
@@ -222,7 +225,7 @@ void Arrangement::deal(std::span<const int64_t> of_sequences, int64_t shares) {
   lengths.resize(of_sequences.size());
   places.resize(of_sequences.size());
   rows.resize(of_sequences.size());
-  // in turn to each share of the rows, as Team::share_rows has it
+  // Round-robin over the shares of the rows; their limits are those of Team::share_rows.
   auto next = falling.begin();
   for (int64_t i = 0; next != falling.end(); ++i)
     for (int64_t share = 0; share < shares; ++share)
@@ -241,7 +244,7 @@ Arrangement arrange(std::span<const int64_t> lengths, bool packed, int64_t T, co
   result.offsets.resize(T);
   int64_t at = 0, running = int64_t(lengths.size());
   for (int64_t t = 0; t < T; at += running, ++t) {
-    while (running > 0 && lengths[running - 1] <= t) --running;  // packed lengths fall
+    while (running > 0 && lengths[running - 1] <= t) --running;  // packed lengths do not increase
     result.offsets[t] = at;
   }
   return result;

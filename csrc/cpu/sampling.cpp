@@ -30,7 +30,7 @@ int64_t Sampler::operator()(const Sampling& sampling, const A* scores, int64_t c
   if (sampling.top_p < 1) keep_top_p(sampling.top_p);
   const double aim = uniform * std::accumulate(weights_.begin(), weights_.end(), 0.0);
   double sum = 0;
-  int64_t chosen = best;  // should rounding leave the sum below
+  int64_t chosen = best;  // replaced by the last kept token if rounding leaves the sum below `aim`
   for (int64_t i = 0; i < count; ++i) {
     if (weights_[i] == 0) continue;
     sum += weights_[i];

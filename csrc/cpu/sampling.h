@@ -1,4 +1,4 @@
-// The choice of a token by its scores. Compiled for the baseline, once for all instruction sets.
+// Samples a token from scores. Compiled once, for the baseline instruction set.
 #pragma once
 
 #include <cstdint>
@@ -6,10 +6,10 @@
 
 namespace rnnfast::cpu {
 
-// p is softmax(scores / temperature); temperature 0 takes the highest score. Of the tokens only the
-// top_k likeliest stay (all that are as likely as the last of them, 0 for all tokens), and of these
-// the fewest whose part of p is top_p, the likelier and then the lower ones first (Fan, Lewis,
-// Dauphin, 2018; Holtzman et al., 2020).
+// p = softmax(scores / temperature); temperature 0 takes the highest score. top_k keeps the k most
+// likely tokens, with all ties of the last one (0 keeps all tokens). Of those, top_p keeps the
+// fewest tokens whose share of p reaches top_p, taken by falling probability and, in ties, by
+// rising index. (Fan, Lewis, Dauphin, 2018; Holtzman et al., 2020.)
 struct Sampling {
   double temperature;
   int64_t top_k;
@@ -18,8 +18,9 @@ struct Sampling {
 
 class Sampler {
  public:
-  // The first token whose part of p, with that of the lower ones, is above `uniform`, from [0, 1);
-  // -1 if the highest score is not finite, or one is NaN.
+  // The first token at which the cumulative probability, over tokens by index, exceeds `uniform`, a
+  // number in [0, 1). -1 if the highest score is not finite or any score is NaN. A is the type of
+  // the scores.
   template <class A>
   int64_t operator()(const Sampling& sampling, const A* scores, int64_t count, double uniform);
 

@@ -1,4 +1,4 @@
-// The tables of micro-kernels that this build has, one for each instruction set.
+// The tables of micro-kernels in this build, one for each instruction set.
 #pragma once
 
 #include "cpu/microkernels.h"
@@ -8,8 +8,8 @@ namespace rnnfast::cpu {
 extern const Target kPortable;
 #if defined(__x86_64__)
 extern const Target kAvx2, kAvx512;
-extern const MicroKernels kAvx512Bf16Kernels;  // of bfloat16
-// Puts AMX's products into a target of AVX512-BF16; `pairs` is to live as long.
+extern const MicroKernels kAvx512Bf16Kernels;  // for bfloat16 tensors only
+// Replaces the products of an AVX512-BF16 target by AMX's. The target keeps a pointer to `pairs`.
 void add_amx(Target& target, WeightFormat& pairs);
 #endif
 

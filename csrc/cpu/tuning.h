@@ -1,6 +1,6 @@
-// The numbers that decide how work is cut, and why they are what they are. Times are in cycles,
-// roughly; only their ratios matter. Measured on a Zen 4 with two cores unless it says otherwise;
-// see csrc/EXPERIMENTS.md.
+// The thresholds and cost estimates that decide how work is split, and the reason for each. Times
+// are rough cycles; only their ratios matter. They were measured on a Zen 4 with two cores unless a
+// comment says otherwise; see csrc/EXPERIMENTS.md.
 #pragma once
 
 #include <cstdint>
@@ -9,81 +9,89 @@ namespace rnnfast::cpu {
 
 // ---- waiting ----
 
-// So long a thread spins before it parks: about what it takes to park and to be woken, so that
-// waiting never costs more than twice what the better of the two would have cost.
+// How long a thread spins before it parks. It is about the time to park and be woken, so waiting
+// never costs more than twice the better of spinning and parking.
 inline constexpr int64_t kSpinNanoseconds = 50'000;
 
-// The threads of a team lose time where they could run and another process has the core. Two of
-// them lose half of the time together beside one process that is always busy, and a twentieth of it
-// on a machine that is not. One thread alone takes less time than two that lose half of it. Calls
-// of so much time, at least, are looked at together, and one in a millisecond at most.
+// A team loses time when its threads are ready to run but another process has the core. Two threads
+// on two cores lose, in sum, half of the elapsed time beside one busy process, and a twentieth on
+// an idle machine. At a loss of one half a single thread is faster than two. So the number of
+// threads is reduced if the losses exceed kTooMuchLost of the elapsed time. Losses are sampled once
+// in kSampleNanoseconds at most, and judged when the samples cover kLookSeconds.
 inline constexpr double kTooMuchLost = 0.3;
 inline constexpr double kLookSeconds = 0.15;
 inline constexpr int64_t kSampleNanoseconds = 1'000'000;
-// So long fewer threads work before one more is tried. The time doubles with every try in vain.
+// How long the number of threads stays reduced before more are tried. The time doubles with each
+// attempt that fails.
 inline constexpr double kMinHoldSeconds = 0.1, kMaxHoldSeconds = 1.6;
 
-// ---- what the planner takes for granted about a machine ----
+// ---- what the planner assumes about a machine ----
 
 inline constexpr double kCyclesPerNanosecond = 3.5;
-inline constexpr int64_t kLineBytes = 64;  // of a line of cache
+inline constexpr int64_t kLineBytes = 64;  // of a cache line
 
-// A barrier takes 50 ns between two cores that share a cache, 450 ns between others. Two threads
-// that share a core, as another process has the second one, take 4 us: they park in turns. What
-// takes longer than kSharedCoreNanoseconds for each doubling of the threads was measured in that
-// state, and says nothing: then kTypicalBarrier stands for two threads, and kBarrierPerDoubling
-// more for each doubling.
+// A barrier takes 50 ns between two cores that share a cache, 450 ns between others. It takes 4 us
+// between two threads that share a core because another process has the second core: they park in
+// turns. A measurement above kSharedCoreNanoseconds per doubling of the threads was taken in that
+// state and is discarded. Without a measurement, a barrier of two threads is assumed to take
+// kTypicalBarrier, and each doubling of the threads adds kBarrierPerDoubling.
 inline constexpr double kTypicalBarrier = 300;
 inline constexpr double kBarrierPerDoubling = 300;
 inline constexpr double kSharedCoreNanoseconds = 2000;
-// A virtual machine's cores may move: near ones become far ones, and a small layer with a barrier
-// in each step then takes less time on one thread. To measure again takes some microseconds.
+// How long a measured barrier is valid. The virtual cores of a virtual machine may move to other
+// physical cores; if they end up far apart, a small layer with a barrier in each step is faster on
+// one thread. Measuring again takes some microseconds.
 inline constexpr int64_t kBarrierKeptNanoseconds = 500'000'000;
 
-// To load a line that lies beyond L2: 3 on Zen 4, 7 on a Xeon with many cores.
+// Cycles to load a line that is not in L2: 3 on Zen 4, 7 on a Xeon with many cores.
 inline constexpr double kTypicalL3Line = 2.9;
 
-// ---- the recurrence: which threads take which rows and units ----
+// ---- the recurrence: how rows and units are split across threads ----
 
-// To call a team and to wait for its end.
+// Cycles to enter and leave a parallel region.
 inline constexpr double kRegion = 5000;
-// Where units are dealt, a step waits and then fetches what the others have written: so many
-// barriers in all.
+// Cost of a step in which units are split across threads, in barriers: the barrier itself and the
+// first loads of what the other threads have written.
 inline constexpr double kExchange = 2.5;
-// A line from another core, in barriers: one of many that are read one after the other, and one of
-// a few rows, where the hardware fetches several at a time.
+// Measured cost of loading a line that another core has written, as a fraction of a barrier:
+// kBarrierOfLine for packed weights, kBarrierOfRowLine for rows of the hidden state.
 inline constexpr double kBarrierOfLine = 0.02;
 inline constexpr double kBarrierOfRowLine = 0.12;
-// A barrier that takes longer waits for a core that is not free. A line does not.
+// An upper limit of the barrier in those two costs. A slower barrier waits for a core that is not
+// free, which does not slow down the loads.
 inline constexpr double kFarBarrier = 2000;
-// To load one vector of weights, up to a line.
+// Cycles to load one vector of weights (up to a cache line) from L1 and L2.
 inline constexpr double kL1Vector = 1, kL2Vector = 2.1;
-// So many bytes of weights stay in L1 beside the states, of 32 KiB.
+// The part of an L1 cache of 32 KiB in which weights stay; the states take the rest.
 inline constexpr int64_t kL1Bytes = 24 * 1024;
 
 // ---- blocks of steps ----
 
-// A projection of the whole sequence may take this much memory: read once, it only passes the
-// caches.
+// The most memory that an input projection of the whole sequence may take. It is read only once, so
+// it need not stay in cache.
 inline constexpr int64_t kWholeProjectionBytes = 4 << 20;
-// The weight gradients sum over the rows of a block: enough of them to pay for reading and writing
-// the gradient, few enough for the gate gradients to stay in cache.
+// Minimum rows (steps times sequences) of a block of the backward. The weight gradients sum over
+// the rows of a block: more rows amortise reading and writing the gradient, but the gate gradients
+// should stay in cache.
 inline constexpr int64_t kGradientRows = 512;
-// Products over the whole sequence use every thread, even where the recurrence cannot, if they take
-// so many times kRegion.
+// The backward's products over blocks of steps use every thread, even if the recurrence runs on
+// one, when they take more than this many times kRegion.
 inline constexpr double kProductsForAllThreads = 40;
-// In a stack a layer starts when the one before it has done the first of so many blocks.
+// Layers of a stack overlap: a sequence is cut into this many blocks, and a layer starts when the
+// one below has finished its first block.
 inline constexpr int64_t kStackBlocks = 8;
 
 // ---- products ----
 
-// A chain of more words would lose more bits than torch's products do; a longer sum is cut into
-// several chains. For products with weights, and for those over many rows.
+// The longest chain of additions, in words of K. Longer sums are cut into several chains, since one
+// chain would lose more bits than torch's products do. kChain is for products with weights,
+// kLongChain for those that sum over many rows.
 inline constexpr int64_t kChain = 128, kLongChain = 64;
 
-// Whether weights (G*H, K) are used often enough for tiles to make up for packing them. A small
-// matrix is packed within L2, and its rows are too short for dot products; these are slow where
-// they have to convert, most of all where tiles need not (pairs of bfloat16).
+// Whether weights (G*H, K) are used often enough to make up for packing them. The alternative is
+// dot products with the unpacked rows (dots). A small matrix pays early: it is packed within L2,
+// and its rows are too short for fast dot products. Half types pay early too, since dot products
+// have to convert them; most of all where the tiles do not (pairs of bfloat16).
 constexpr bool pays_to_pack(int64_t uses, int64_t weight_bytes, bool converts, bool pairs) {
   const int64_t min_uses = pairs                        ? 3
                            : converts                   ? 6
@@ -93,8 +101,8 @@ constexpr bool pays_to_pack(int64_t uses, int64_t weight_bytes, bool converts, b
   return uses >= min_uses;
 }
 
-// A matrix W_ih is multiplied by whole rows, not by panels of units, where that saves so many times
-// as many vectors as it costs to take the results apart.
+// W_ih is multiplied as one matrix of G*H columns, not by panels of units, if the vectors this
+// saves are more than this many times the vectors that it costs to regroup the results by units.
 inline constexpr int64_t kWholeRowsGain = 4;
 
 // ---- split precision: floats as three bfloat16, on AMX tiles ----
@@ -106,9 +114,10 @@ inline constexpr int kSplitMinRows = 14;
 inline constexpr int64_t kSplitChainSteps = 16;  // of 32 elements
 inline constexpr int64_t kSplitMinWork = 6'000'000;  // multiply-adds
 
-// Whether it pays, as measured: where weights (K, columns) are multiplied by so many rows in each
-// of the steps; by all rows at once; and in sums over rows, which make gradients of such weights.
-// By sizes alone, for results must not depend on the number of threads.
+// Whether split precision pays, as measured, for weights (K, columns): multiplied by `rows` rows in
+// each of `steps` steps; multiplied by all rows at once; and for the gradient of the weights, a sum
+// over rows. The decision uses sizes alone, because results must not depend on the number of
+// threads.
 constexpr bool split_pays_in_steps(int64_t rows, int64_t steps, int64_t K, int64_t columns) {
   const int64_t min_uses = K * columns >= 256 * 256 ? 96 : 192;
   return rows >= 12 && steps * rows >= min_uses && K >= 24 && columns >= 48;
@@ -120,26 +129,29 @@ constexpr bool split_pays_in_gradients(int64_t rows, int64_t K, int64_t columns)
   return rows >= 96 && rows * K * columns >= kSplitMinWork;
 }
 
-// ---- gate maths, for planning: cycles of a row for a vector of columns ----
+// ---- gate maths, for planning ----
 
+// Cycles per row and vector of columns.
 inline constexpr double kCellCycles = 30;
 
 // ---- gradients of weights ----
 
-// So few rows of a block are not worth packing. At most what MicroKernels::outer_few takes.
+// A block of this many rows or fewer is multiplied without packing, by MicroKernels::outer_few,
+// whose limit this is.
 inline constexpr int64_t kFewRows = 4;
-// Rows are packed so many at a time, for all panels, as they come from memory.
+// Rows are read from memory and packed into all panels this many at a time.
 inline constexpr int64_t kPackedRows = 32;
-// Bands of rows are at least so many tiles high, and stay in L2 while the panels pass.
+// The rows of a gradient are computed in bands: at least kMinBandTiles tiles high, and with an lhs
+// of about kBandBytes, so that it stays in L2 while the panels of the rhs are read.
 inline constexpr int64_t kMinBandTiles = 4, kBandBytes = 512 << 10;
-// So many bytes of panels at once stay in L2 beside a band: then whole rows of the gradient are
-// written, and not 256 bytes here and there.
+// Panels that stay in L2 beside a band, taken together so that long runs of each row of the
+// gradient are written, instead of 256 bytes at a time.
 inline constexpr int64_t kPanelGroupBytes = 256 << 10;
 
 // ---- memory ----
 
-// What threads write at the same time lies so far apart. Nearer by, the hardware's prefetching for
-// one thread's rows, which runs ahead, takes lines away from another's.
+// The distance between memory that different threads write at the same time. Closer together, the
+// hardware prefetcher, which runs ahead of one thread's rows, would take lines from another thread.
 inline constexpr int64_t kApartBytes = 16384;
 
 }  // namespace rnnfast::cpu

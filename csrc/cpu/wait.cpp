@@ -1,4 +1,4 @@
-// The slow ways of waiting: threads that park, and waits that are cancelled.
+// The slow paths of waiting: parking, waking and cancelling.
 #include "cpu/wait.h"
 
 #include <algorithm>
@@ -24,9 +24,10 @@ int64_t nanoseconds_now() {
 
 namespace {
 
-// Whether this thread spins before it parks. Two threads that share a core, which other processes
-// may leave them with, spin in vain: each holds the core that the other one needs. So after some
-// waits in vain only one in a few spins, to see whether it would help again.
+// Decides whether this thread spins before it parks. When other processes leave two threads a
+// single core, spinning is useless: the spinning thread holds the core that the other one needs. So
+// after kEnough useless spins in a row, only one wait in kOneOf spins, to see whether it helps
+// again.
 class Patience {
  public:
   bool spins() { return in_vain_ < kEnough || ++skipped_ % kOneOf == 0; }
@@ -38,10 +39,10 @@ class Patience {
 };
 constinit thread_local Patience patience;
 
-// For how long this thread has been parked, and not been late to go on.
+// See nanoseconds_parked().
 constinit thread_local int64_t parked_nanoseconds = 0;
 
-// Counts the time of a park.
+// Adds the time from construction until the wake-up to parked_nanoseconds.
 class Parked {
  public:
   explicit Parked(const std::atomic<int64_t>& woken_at) : woken_at_(woken_at) {}
@@ -53,10 +54,10 @@ class Parked {
   const int64_t start_ = nanoseconds_now();
 };
 
-// Spins for a bounded time. Returns false if the condition has not come true by then.
+// Spins until the condition is true, for kSpinNanoseconds at most. Returns whether it is true.
 template <class Condition>
 bool spin_until(Condition&& condition) {
-  constexpr int kSpinsPerLook = 64;  // at the clock
+  constexpr int kSpinsPerLook = 64;  // reading the clock takes longer than a spin
   for (int64_t until = 0;;) {
     for (int spins = 0; spins < kSpinsPerLook; ++spins) {
       if (condition()) return true;
@@ -72,7 +73,7 @@ bool spin_until(Condition&& condition) {
   }
 }
 
-// Spins, if that is likely to help.
+// Spins if that is likely to help, else checks once. Returns whether the condition is true.
 template <class Condition>
 bool may_spin_until(Condition&& condition) {
   if (!patience.spins()) return condition();
@@ -81,7 +82,7 @@ bool may_spin_until(Condition&& condition) {
   return helped;
 }
 
-// Parks this thread while `word` has this value. It may return early.
+// Parks this thread while `word` has this value. May return early.
 void park_on(const std::atomic<uint32_t>& word, uint32_t value) {
 #if defined(__linux__)
   syscall(SYS_futex, &word, FUTEX_WAIT_PRIVATE, value, nullptr, nullptr, 0);
@@ -117,8 +118,8 @@ void Barrier::wait_for_end(uint32_t round, int threads) {
   if (!may_spin_until(over)) {
     const Parked parked(woken_at_);
     while (!over()) {
-      // The last thread to come sees the mark and wakes the others. If it has come before, it is
-      // just about to tell so, and may have reset the count.
+      // The last thread to arrive sees the mark kParked and wakes the others. If it has already
+      // arrived, it is about to end the round and may have reset the count: then do not park.
       const uint32_t arrived = arrived_.fetch_or(kParked, std::memory_order_acq_rel) & ~kParked;
       if (arrived == 0 || arrived == uint32_t(threads))
         std::this_thread::yield();

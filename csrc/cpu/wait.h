@@ -1,4 +1,4 @@
-// How threads wait for each other: barriers, and the progress of a sequence.
+// How threads wait for each other: Barrier, and Progress of a sequence.
 #pragma once
 
 #include <atomic>
@@ -6,26 +6,29 @@
 
 namespace rnnfast::cpu {
 
+// The time of a monotonic clock.
 int64_t nanoseconds_now();
-// For how long the calling thread has been parked so far, without the time it took to go on.
+// The total time that the calling thread has spent parked. A park ends when the thread is woken;
+// the delay until it runs again is not counted.
 int64_t nanoseconds_parked();
 
-// What a barrier or a wait throws in a thread whose team has failed. It ends that thread's work;
+// Thrown by a barrier or a wait in a thread whose team has failed. It ends that thread's work;
 // parallel() (cpu/parallel.h) catches it.
 struct Cancelled {};
 
-// Threads that wait spin first, as steps are a few microseconds apart, and then park. So a thread
-// that waits for long leaves its core to others, also to the one that it waits for.
+// A barrier whose waiting threads spin for a bounded time, since steps are a few microseconds
+// apart, and then park. A thread that waits for long thus leaves its core to other threads,
+// including the one that it waits for.
 class Barrier {
  public:
   void wait(int threads) { meet(threads, true); }
-  // Counts this thread as one that has come. It does not wait for the others.
+  // Counts this thread as arrived, without waiting for the others.
   void arrive(int threads) { meet(threads, false); }
 
-  // Makes this and every later wait throw Cancelled. Only for a thread that the others wait for,
-  // and that does not come to this barrier again.
+  // Makes this and every later wait throw Cancelled. To be called by a thread that the others wait
+  // for and that will not arrive again.
   void cancel();
-  // Only where no thread waits.
+  // To be called only while no thread waits.
   void reset() {
     arrived_.store(0, std::memory_order_relaxed);
     round_.store(0, std::memory_order_relaxed);
@@ -52,17 +55,18 @@ class Barrier {
 
   alignas(64) std::atomic<uint32_t> arrived_{0};
   alignas(64) std::atomic<uint32_t> round_{0};
-  std::atomic<int64_t> woken_at_{0};  // when those that had parked could go on
+  std::atomic<int64_t> woken_at_{0};  // time at which parked threads were last woken
 };
 
-// How many steps of a sequence are done, for a team that reads them while others are being written.
+// The number of finished steps of a sequence. One team advances it, and another reads the finished
+// steps while later ones are still being written.
 class Progress {
  public:
   void reach(int64_t steps) {
     steps_.store(steps);
     if (parked_.load()) unpark();
   }
-  // Throws Cancelled where they will never be reached.
+  // Throws Cancelled if the writing team has failed before these steps.
   void wait_for(int64_t steps) const {
     if (steps_.load(std::memory_order_acquire) < steps) wait_long(steps);
   }
@@ -77,8 +81,8 @@ class Progress {
 
   alignas(64) std::atomic<int64_t> steps_{0};
   std::atomic<bool> cancelled_{false};
-  mutable std::atomic<uint32_t> parked_{0};  // threads
-  mutable std::atomic<uint32_t> news_{0};  // what they park on
+  mutable std::atomic<uint32_t> parked_{0};  // number of parked threads
+  mutable std::atomic<uint32_t> news_{0};  // the futex word; it changes with every wake-up
   std::atomic<int64_t> woken_at_{0};
 };
 

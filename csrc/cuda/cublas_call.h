@@ -1,4 +1,4 @@
-// A row-major product as the column-major call that cuBLAS offers.
+// Converts a row-major product to the arguments of cuBLAS, which is column-major.
 #pragma once
 
 #include "cuda/sequence.h"
@@ -12,8 +12,8 @@ struct ColumnMajorProduct {
   int64_t lda, ldb, ldc;
 };
 
-// A row-major matrix read as column-major is its transpose, so c' = op(b)' op(a)': pass b first,
-// then a.
+// A row-major matrix read as column-major is its transpose, and c' = op(b)' op(a)'. So b is the
+// first operand of the call, and a the second.
 inline ColumnMajorProduct column_major(const Product& p) {
   return {p.N, p.M, p.K, p.transpose_b, p.transpose_a, p.ldb, p.lda, p.ldc};
 }

@@ -1,4 +1,4 @@
-// How host code that nvcc does not compile starts the kernels of steps.cu.
+// Launches the kernels of steps.cu from host code that nvcc does not compile.
 #pragma once
 
 #include <cuda_runtime_api.h>

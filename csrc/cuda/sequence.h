@@ -1,13 +1,15 @@
-// The driver of one layer in one direction on CUDA: the input projection for a block of steps, then
-// per step one product with W_hh over the whole gate block and one gate kernel; in the backward the
-// gradients of weights and input as products over a block of steps.
+// The driver of one layer in one direction on CUDA. The forward computes the input projection of a
+// block of steps, then in each step one product with W_hh, for all gates, and one elementwise
+// kernel with the cell. The backward mirrors this and ends each block with the gradients of weights
+// and input, as products over the block.
 //
-// Device supplies what runs where (the GPU in torch/cuda/gpu.cpp, the host in emulation.cpp):
+// The template argument Device supplies the operations (on the GPU: torch/cuda/gpu.cpp; on the
+// host, for tests: tests/native/cuda_emulation.cpp):
 //   void gemm(const Product&, const In* a, const In* b, Out* c)    row-major, see Product
-//   void for_each(int64_t n, const F& f)                           f(0) ... f(n - 1), any order
+//   void for_each(int64_t n, const F& f)                           f(0) ... f(n - 1), in any order
 //   void copy(void* to, const void* from, size_t bytes)
-// which run in the order of the calls. x, y and grad_y are contiguous. The driver allocates nothing
-// and never waits for the device.
+// They run asynchronously, in the order of the calls. x, y and grad_y must be contiguous. The
+// driver allocates nothing and never waits for the device.
 #pragma once
 
 #include <algorithm>
@@ -17,17 +19,18 @@
 
 namespace rnnfast::cuda {
 
-// c (M, N) = op(a) (M, K) op(b) (K, N) + beta c. Row-major with leading dimensions lda, ldb, ldc;
-// op is the transpose where asked for, a then being stored as (K, M) and b as (N, K).
+// c (M, N) = op(a) (M, K) op(b) (K, N) + beta c. Matrices are row-major with leading dimensions
+// lda, ldb, ldc. op is the transpose if transpose_a or transpose_b is set: a is then stored as (K,
+// M), b as (N, K).
 struct Product {
   int64_t M, N, K;
   bool transpose_a, transpose_b;
   int64_t lda, ldb, ldc;
   bool add;  // beta = 1 instead of 0
-  bool allow_tf32;  // where the device's setting allows it too
+  bool allow_tf32;  // use TF32 if torch's setting allows it too
 };
 
-// Steps between the products over many rows.
+// The number of steps in a block: enough for products over about 4096 rows.
 inline int64_t block_steps(const Sizes& size) {
   constexpr int64_t kRows = 4096;
   return std::clamp<int64_t>(ceil_div(kRows, std::max<int64_t>(size.B, 1)), 1,
@@ -54,7 +57,7 @@ class Forward {
     if (Cell::kHasCell) device.for_each(state, Convert<A, S>{c_, static_cast<const S*>(args_.c0)});
     for (int64_t begin = 0; begin < T; begin += steps_) {
       const int64_t count = std::min(steps_, T - begin);
-      // steps of a block are neighbours in time; a reversed block starts with its last step
+      // A block is a contiguous range of times. With `reverse` its first step has the last time.
       const int64_t first_time = args_.reverse ? T - begin - count : begin;
       device.gemm(Product{count * B, G * H, I, false, true, I, I, G * H, false, true},
                   static_cast<const S*>(args_.x) + first_time * B * I,
@@ -104,7 +107,7 @@ template <class Cell, class S>
 class Backward {
   using A = Compute<S>;
   static constexpr int G = Cell::kGates, D = Cell::kGradBlocks;
-  // whether the gradient blocks of the input side are in another order than the gates
+  // Whether the gradient blocks of w_ih's gates are in another order than the gates.
   static constexpr bool kReordered = Cell::input_gate(0) != 0;
 
  public:
@@ -132,7 +135,7 @@ class Backward {
     }
     if (args_.grad_x && kReordered) reorder_input_weights(device);
     if (args_.grad_b_ih || args_.grad_b_hh) device.for_each(steps_ * B, Fill<S>{ones_, A(1)});
-    // Steps are counted in the order of the backward: step 0 is the last of the forward.
+    // Steps are counted in the order of the backward: step 0 is the last step of the forward.
     for (int64_t begin = 0; begin < T; begin += steps_) {
       const int64_t count = std::min(steps_, T - begin);
       for (int64_t step = begin; step < begin + count; ++step)
@@ -148,7 +151,7 @@ class Backward {
 
  private:
   int64_t time(int64_t step) const { return args_.reverse ? step : args_.size.T - 1 - step; }
-  // The block holds neighbouring times in rising order.
+  // The first time of a block. Its rows are in the order of time, whatever the direction.
   int64_t first_time(int64_t begin, int64_t count) const {
     return args_.reverse ? begin : args_.size.T - begin - count;
   }
@@ -160,7 +163,7 @@ class Backward {
     return is_first_in_time(step) ? static_cast<const S*>(args_.h0) : y(time(step + 1));
   }
 
-  // rows of w_ih in the order of the gradient blocks
+  // Copies the gate blocks of w_ih in the order of the gradient blocks.
   template <class Device>
   void reorder_input_weights(Device& device) const {
     const int64_t block = args_.size.H * args_.size.I;
@@ -233,8 +236,8 @@ class Backward {
     const int64_t inner = has_first ? count - 1 : count;
     const int64_t t = first_time(begin, count);
     const S* d_gates = d_gates_ + (D - G) * H;
-    // Skips the first step of the sequence, whose state before is h0 and not in y. It is the first
-    // row of the block or, in a reversed sequence, the last.
+    // Skips the forward's first step, whose previous state is h0 and not in y. Its rows are the
+    // first of the block or, with `reverse`, the last.
     const int64_t skip = has_first && !args_.reverse ? 1 : 0;
     const Product product{G * H, H, inner * B, true, false, D * H, H, H, begin > 0, true};
     if (inner > 0)
@@ -248,7 +251,7 @@ class Backward {
                 static_cast<const S*>(args_.h0), grad);
   }
 
-  // Column sums as a product with a row of ones. Not in TF32, which would round d_gates.
+  // Column sums, as a product with a row of ones. TF32 is off, since it would round d_gates.
   template <class Device>
   void sum_biases(Device& device, int64_t rows, bool add) const {
     const int64_t H = args_.size.H;
@@ -272,9 +275,9 @@ class Backward {
   const BackwardArgs& args_;
   const int64_t steps_;
   S* d_gates_;  // (steps, B, D*H)
-  S* w_ih_;  // (G*H, I), reordered where that is needed
-  A* through_weights_;  // (B, H)
-  A* d_h_;  // (B, H): grad_h_n at first, then the gradient that reaches h other than through W_hh
+  S* w_ih_;  // (G*H, I), gate blocks reordered, if kReordered
+  A* through_weights_;  // (B, H): gradient of h through W_hh
+  A* d_h_;  // (B, H): grad_h_n at first, then the gradient of h that bypasses W_hh
   A *d_c_, *c0_;  // (B, H)
   S* ones_;  // (steps * B)
   A* bias_;  // (D*H)

@@ -1,4 +1,4 @@
-// The kernels: one thread per element of a functor of steps.h.
+// The CUDA kernels: each runs one functor of steps.h, with one thread per element.
 #include <algorithm>
 #include <stdexcept>
 #include <string>

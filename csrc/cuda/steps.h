@@ -1,5 +1,6 @@
-// The elementwise work of the CUDA driver, one functor per kernel: on the GPU operator()(i) is one
-// thread's work (steps.cu), in the emulation one turn of a loop (emulation.cpp).
+// The elementwise work of the CUDA driver, one functor per kernel. operator()(i) is the work of one
+// thread on the GPU (steps.cu), and of one iteration of a loop in the emulation
+// (tests/native/cuda_emulation.cpp).
 #pragma once
 
 #include <cmath>
@@ -37,6 +38,7 @@ RNNFAST_HD void store(f16* p, float value) {
 #endif
 }
 
+// The maths of the cells' formulas for scalars; see cells/elman.h.
 struct ScalarMath {
   RNNFAST_HD static float sigmoid(float x) { return 1 / (1 + ::expf(-x)); }
   RNNFAST_HD static double sigmoid(double x) { return 1 / (1 + ::exp(-x)); }
@@ -58,7 +60,7 @@ struct ScalarMath {
   }
 };
 
-// to[i] = from[i] across number types; zeros where from is null
+// to[i] = from[i], converted between number types; 0 if `from` is null
 template <class To, class From>
 struct Convert {
   To* to;
@@ -75,19 +77,19 @@ struct Fill {
   RNNFAST_HD void operator()(int64_t i) const { store(to + i, value); }
 };
 
-// The gate maths of one step; i = b * H + unit.
+// The gate maths of one step of the forward; i = b * H + unit. K is the number of saved blocks.
 template <class Cell, class S>
 struct ForwardStep {
   using A = Compute<S>;
   int64_t H;
-  const A* from_x;      // (B, G*H): W_ih x
-  const A* from_h;      // (B, G*H): W_hh h_prev
-  const S *b_ih, *b_hh; // (G*H) or null
-  const S* h_prev;      // (B, H)
-  A* c;                 // (B, H), updated in place
-  S* y;                 // (B, H)
-  S* gates;             // (B, K*H) or null
-  A* cells;             // (B, H) or null
+  const A* from_x;  // (B, G*H): W_ih x
+  const A* from_h;  // (B, G*H): W_hh h_prev
+  const S *b_ih, *b_hh;  // (G*H) or null
+  const S* h_prev;  // (B, H)
+  A* c;  // (B, H), updated in place
+  S* y;  // (B, H)
+  S* gates;  // (B, K*H) or null
+  A* cells;  // (B, H) or null
 
   RNNFAST_HD void operator()(int64_t i) const {
     constexpr int G = Cell::kGates, K = Cell::kSaved;
@@ -110,21 +112,22 @@ struct ForwardStep {
   }
 };
 
-// The gate maths of one step of the backward; i = b * H + unit.
+// The gate maths of one step of the backward; i = b * H + unit. K is the number of saved blocks, D
+// that of gradient blocks.
 template <class Cell, class S>
 struct BackwardStep {
   using A = Compute<S>;
   int64_t H;
-  const S* gates;           // (B, K*H)
-  const S *h, *h_prev;      // (B, H)
-  const A *c, *c_prev;      // (B, H), where the cell has c
-  const S* grad_y;          // (B, H) or null
-  const A* grad_c;          // (B, H) or null
-  const A* through_weights; // (B, H): d loss/d h by way of W_hh, or null
-  A* d_h;                   // (B, H): on entry, if add_d_h, the gradient of h that
-                            // bypasses W_hh; on return, if kDirect, that of h_prev
-  A* d_c;                   // (B, H), updated in place
-  S* d_gates;               // (B, D*H)
+  const S* gates;  // (B, K*H)
+  const S *h, *h_prev;  // (B, H)
+  const A *c, *c_prev;  // (B, H), if the cell has c
+  const S* grad_y;  // (B, H) or null
+  const A* grad_c;  // (B, H) or null
+  const A* through_weights;  // (B, H): gradient of h through W_hh, or null
+  A* d_h;  // (B, H): on entry, if add_d_h, the gradient of h that
+           // bypasses W_hh; on return, if kDirect, that of h_prev
+  A* d_c;  // (B, H), updated in place
+  S* d_gates;  // (B, D*H)
   bool add_d_h;
 
   RNNFAST_HD void operator()(int64_t i) const {
@@ -146,7 +149,7 @@ struct BackwardStep {
   }
 };
 
-// grad_h0 = the gradient through W_hh + for cells with kDirect, the one that does not go through it
+// grad_h0 = the gradient through W_hh plus, for cells with kDirect, the gradient that bypasses it
 template <class S>
 struct GradState {
   using A = Compute<S>;

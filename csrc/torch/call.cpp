@@ -1,10 +1,10 @@
-// Whole calls of a module on the CPU, in C++. The kernels are the same, but calls of them do not
-// go through Python and the dispatcher, which take most of the time of a single step of a small
-// layer.
+// The short path: runs a whole call of a module on the CPU in C++. The kernels are the same as on
+// the general path, but Python and the dispatcher are avoided, which take most of the time of a
+// single step of a small layer.
 //
 // Only plain calls run here. For anything else (wrong shapes, other devices, tensor subclasses,
-// modes, autocast) the functions return None, and the caller takes the general path in
-// Python, which runs the call or raises the error.
+// modes, autocast) the functions return None, and the caller takes the general path in Python,
+// which runs the call or raises the error.
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/TracerMode.h>
 #include <ATen/ops/cat.h>
@@ -41,7 +41,8 @@ Tensor zeros(at::IntArrayRef shape, const Tensor& like) {
   return result;
 }
 
-// A CPU tensor without a subclass or a lazy operation on it.
+// Whether a tensor is an ordinary CPU tensor: no subclass, and no lazy operation such as a pending
+// conjugation.
 bool is_plain(const Tensor& t) {
   static const uint64_t ordinary = [] {
     const c10::InferenceMode off(false);
@@ -51,12 +52,12 @@ bool is_plain(const Tensor& t) {
 }
 
 // Whether a torch-function mode is active that must see the call. DeviceContext, the mode of
-// torch.set_default_device and `with torch.device(...)`, need not: it only sets the device of new
-// tensors that name none, and tensors made here name theirs.
+// torch.set_default_device and `with torch.device(...)`, need not see it: it only chooses the
+// device of new tensors without an explicit one, and tensors made here have one.
 bool function_mode_watches() {
   using Modes = at::impl::PythonTorchFunctionTLS;
   if (!at::impl::torch_function_mode_enabled()) return false;
-  if (Modes::stack_len() > 1) return true;  // torch keeps at most one device among the modes
+  if (Modes::stack_len() > 1) return true;  // at most one mode is a DeviceContext
   PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<py::object> device_mode;
   const py::object& type = device_mode
                                .call_once_and_store_result([] {
@@ -69,33 +70,34 @@ bool function_mode_watches() {
   return reinterpret_cast<const PyObject*>(Py_TYPE(mode)) != type.ptr();
 }
 
-// Tracing and autocast are known by their dispatch keys, as torch's own functions know them: the
-// headers of those include all operators.
+// Whether no mode, tracing or autocast is active. Tracing and autocast are found through their
+// dispatch keys, since the headers of torch's own functions for them include all operators.
 bool is_plain_context() {
   return !c10::impl::dispatch_mode_enabled() && !function_mode_watches() &&
          !at::tracer::impl::is_dispatch_enabled() &&
          c10::impl::tls_is_dispatch_key_excluded(c10::DispatchKey::AutocastCPU);
 }
 
-// Unpacks a Python object into `tensor`. False if it is not exactly a torch.Tensor or Parameter (a
-// subclass, for example), or not plain (see is_plain).
+// Unpacks a Python object into `tensor`. Returns false if its type is not exactly torch.Tensor or
+// Parameter (subclasses do not count), or if it is not plain (see is_plain).
 bool unpack(py::handle object, Tensor& tensor) {
   if (!THPVariable_CheckExact(object.ptr())) return false;
   tensor = THPVariable_Unpack(object.ptr());
   return is_plain(tensor);
 }
 
+// A call of a module: L layers, D directions.
 struct Call {
   const CellInfo& cell;
   Tensor x;  // (T, B, I), or packed (N, I)
-  std::vector<Tensor> states;   // (L*D, B, H) each, or (B, H) of a single step
+  std::vector<Tensor> states;   // (L*D, B, H) each; (B, H) for a cell module
   std::vector<Tensor> weights;  // per layer and direction: w_ih, w_hh[, b_ih, b_hh][, w_hr]
-  bool step;  // a call of a cell module: states are (B, H), without a dimension of layers
+  bool step;  // a call of a cell module: states have no dimension of layers
   int64_t layers, directions;
   bool biases, projects;
   double dropout;  // between layers; 0 when not training
-  bool recompute;  // do not save gates; the backward computes them again
-  Tensor lengths, reset;  // see LayerInputs; undefined where there are none
+  bool recompute;  // do not save gates; the backward recomputes them
+  Tensor lengths, reset;  // see LayerInputs; undefined if not given
 
   bool packed() const { return x.dim() == 2; }
   int64_t batch() const { return packed() ? lengths.size(0) : x.size(1); }
@@ -107,8 +109,8 @@ struct Call {
     return step ? one_state_shape(k)
                 : c10::DimVector{count(), batch(), k == 0 ? h_size() : hidden()};
   }
-  // Shape of a state of one layer and direction. If there is only one, it takes the call's states
-  // without a view: making views would cost more than the step itself.
+  // Shape of a state of one layer and direction. With a single one, the call's states are used
+  // without a view, since making views would take longer than the step itself.
   c10::DimVector layer_state_shape(size_t k) const {
     return count() == 1 ? state_shape(k) : one_state_shape(k);
   }
@@ -175,31 +177,32 @@ LayerOutputs allocate(const Call& call, const LayerInputs& in, bool save) {
   return out;
 }
 
-// Python's differentiable backward (rnnfast.autograd), for derivatives of derivatives and batched
-// gradients: (cell, reverse, mask, grads, tensors and what was saved) -> gradients.
+// The differentiable backward in Python (rnnfast.autograd), for double backward and batched
+// gradients. Its arguments are (cell, reverse, mask, grads, inputs and saved tensors), its result
+// the gradients.
 py::object& python_backward() {
   static py::object* function = new py::object();  // outlives the interpreter
   return *function;
 }
 
-// The autograd node of calls that run here; rnnfast.autograd has that of the general path. A node
+// The autograd Function of the short path; that of the general path is in rnnfast.autograd. A node
 // is one layer with all of its directions, so that their backwards can run at the same time.
 class LayerFunction : public torch::autograd::Function<LayerFunction> {
   using List = torch::autograd::variable_list;
   using In = LayerInputs;
-  // Inputs that have gradients: x, which both directions share, and kOwn inputs of each direction.
+  // The differentiable inputs: x, which both directions share, and kOwn inputs per direction.
   static constexpr size_t kInputs = 8, kOwn = kInputs - 1;
   static constexpr Tensor In::* kMembers[kInputs] = {&In::x,    &In::h0,   &In::c0,   &In::w_ih,
                                                      &In::w_hh, &In::b_ih, &In::b_hh, &In::w_hr};
 
  public:
-  // A layer whose forward has run already: what `record` puts into the graph.
+  // A layer whose forward has already run, to be put into the graph by `record`.
   struct Done {
     const CellInfo& cell;
     std::span<const LayerForward> directions;
   };
 
-  // Adds a node to the autograd graph and makes the outputs its results, without copying them.
+  // Adds a node to the autograd graph and makes the layer's outputs its results, without copies.
   static void record(const Done& done) {
     const auto optional = [](const Tensor& t) {
       return t.defined() ? std::optional<Tensor>(t) : std::nullopt;
@@ -244,12 +247,12 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
       plain = plain && (!grad.defined() || is_plain(grad));
     }
     if (!any) return results;
-    // saved-tensor hooks may have returned any kind of tensor
+    // Saved-tensor hooks may have returned any kind of tensor.
     for (const Tensor& t : saved) plain = plain && (!t.defined() || is_plain(t));
 
     const size_t outputs = cell.has_cell ? 3 : 2;
     std::vector<Direction> directions(grads.size() / outputs);
-    size_t edge = 1;  // absent inputs have no edge in the graph
+    size_t edge = 1;  // undefined inputs have no edge in the graph
     auto next = saved.begin() + 1;
     for (size_t d = 0; d < directions.size(); ++d) {
       auto& [layer, wanted] = directions[d];
@@ -281,11 +284,11 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
   }
 
  private:
-  // What the backward has to know beside tensors.
+  // What the backward needs besides tensors.
   struct Record : torch::CustomClassHolder {
     Record(const CellInfo& c, bool r, LayerFormat f) : cell(c), reverse(r), format(std::move(f)) {}
     const CellInfo& cell;
-    const bool reverse;  // the first direction
+    const bool reverse;  // of the first direction
     const LayerFormat format;
   };
   struct Direction {
@@ -317,8 +320,8 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
     return found;
   }
 
-  // The arguments of Python's backward have no c0, w_hr, cells or its gradient where the cell has
-  // no c, and its states are (B, H).
+  // Calls the backward in Python. Its states are (B, H), and it takes no c0, w_hr, cells or
+  // gradient of cells if the cell has no c.
   static std::vector<List> run_python(const CellInfo& cell,
                                       const std::vector<Direction>& directions) {
     const py::gil_scoped_acquire acquire;
@@ -360,7 +363,8 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
   }
 };
 
-// Runs layers and directions; `finals` become the final states (L*D, B, H) each.
+// Runs all layers and directions. Returns the output, and appends the final states (L*D, B, H) to
+// `finals`.
 Tensor run(const Call& call, std::vector<Tensor>& finals) {
   RECORD_FUNCTION(call.cell.name, std::vector<c10::IValue>());
   const bool record = needs_grad(call);
@@ -374,8 +378,9 @@ Tensor run(const Call& call, std::vector<Tensor>& finals) {
   };
   std::vector<Tensor> h_n, c_n;
   Tensor x = last_stride_one(call.x);
-  // How many layers or directions are handed to the kernels at once: both directions of a layer, or
-  // up to as many layers of a stack as there are threads. Memory holds the outputs of all of them.
+  // The number of layers or directions that are passed to the kernels together: both directions of
+  // a layer, or as many layers of a stack as there are threads. The limit saves memory, since the
+  // outputs of all of them are allocated first.
   const bool stacked = call.directions == 1 && call.dropout == 0;
   const size_t together =
       size_t(stacked ? std::min<int64_t>(count, usable_threads()) : call.directions);
@@ -420,7 +425,8 @@ Tensor run(const Call& call, std::vector<Tensor>& finals) {
   return x;
 }
 
-// Fills in states and weights; x is set already, as (T, B, I) or packed. False to return None.
+// Fills in the states and weights of a call whose x is set. Returns false if one is not plain, and
+// the call must take the general path.
 bool collect(Call& call, py::handle hx, const py::list& weights) {
   if (!hx.is_none()) {
     const size_t states = call.cell.has_cell ? 2 : 1;
@@ -450,8 +456,8 @@ py::object pack(const Tensor& first, const std::vector<Tensor>& states) {
 
 void set_python_backward(py::object function) { python_backward() = std::move(function); }
 
-// The index of the first tensor whose storage does not hold all of its elements, or -1. Only plain
-// CPU tensors are checked.
+// Returns the index of the first tensor whose storage has been freed or is too small for its
+// elements, or -1. Only plain CPU tensors are checked.
 int64_t find_freed(const std::vector<std::optional<Tensor>>& tensors) {
   for (size_t i = 0; i < tensors.size(); ++i)
     if (tensors[i] && tensors[i]->defined() && is_plain(*tensors[i]) && !has_memory(*tensors[i]))
@@ -459,8 +465,9 @@ int64_t find_freed(const std::vector<std::optional<Tensor>>& tensors) {
   return -1;
 }
 
-// (output, states) of a stack of layers, shaped as torch.nn's, or None. Lengths and resets are None
-// or have been checked, see LayerInputs; reset is (T, B) whatever batch_first.
+// Runs a stack of layers. Returns (output, states), shaped as torch.nn's, or None for a call that
+// must take the general path. Lengths and resets are None or already checked, see LayerInputs;
+// `reset` is (T, B) even with batch_first.
 py::object run_layers(int cell, py::handle input, py::handle hx, const py::list& weights,
                       int64_t layers, bool biases, int64_t proj_size, double dropout,
                       bool batch_first, bool bidirectional, bool recompute, py::handle lengths,
@@ -498,7 +505,8 @@ py::object run_layers(int cell, py::handle input, py::handle hx, const py::list&
   return pack(y, finals);
 }
 
-// The next state or states (B, H) of one step, or None.
+// Runs one step of a cell module. Returns the next state or states (B, H), or None for a call that
+// must take the general path.
 py::object run_step(int cell, py::handle input, py::handle hx, const py::list& weights,
                     bool biases) {
   Tensor x;

@@ -1,4 +1,4 @@
-// The CPU kernels behind the ops.
+// Runs the ops on the CPU: plans the work, allocates workspaces and calls the engine.
 #include <unistd.h>
 
 #include <vector>
@@ -28,8 +28,8 @@ Ragged arrange(const LayerInputs& in, const cpu::Plan& plan, cpu::Arrangement& m
   return memory.view();
 }
 
-// How layers of one kind are run on this machine. Plans depend on numbers alone, and a plan takes
-// as long as a step of a small layer: they are kept.
+// Plans layers of one kind on this machine. Making a plan takes as long as a step of a small layer,
+// and plans depend on a few numbers alone, so they are cached.
 class Planner {
  public:
   Planner(const CellInfo& cell, const LayerInputs& in)
@@ -61,7 +61,7 @@ class Planner {
     });
   }
 
-  // How many of so many layers run side by side. In a stack each waits for the one before.
+  // How many of `layers` layers run side by side. In a stack each waits for the one before.
   int side_by_side(size_t layers, const Sizes& size, bool backward, bool stacked) const {
     const int max_count = std::min(int(layers), machine.threads);
     if (max_count == 1) return 1;
@@ -85,7 +85,7 @@ class Planner {
   const cpu::Engine& engine;
   const cpu::LayerKind kind;
   const cpu::Machine machine;
-  const int64_t barriers;  // identifies the costs in `machine`
+  const int64_t barriers;  // key of machine.barrier_cycles
 
  private:
   int64_t engine_number() const { return int64_t(reinterpret_cast<uintptr_t>(&engine)); }

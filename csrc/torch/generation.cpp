@@ -1,4 +1,5 @@
-// Sampling from a language model without a return to Python for each token: rnnfast._C.Generation.
+// rnnfast._C.Generation: samples from a language model in C++, without returning to Python for each
+// token.
 #include <ATen/ops/empty.h>
 #include <torch/csrc/utils/pybind.h>
 
@@ -15,11 +16,11 @@ using at::Tensor;
 
 cpu::Machine this_machine();
 
-// What a run reads: weights stay where they are, and are packed once.
+// A generation: packs the weights once, keeps the states, and samples tokens on each `run`.
 class Generation {
  public:
-  // weights: for each layer w_ih, w_hh[, b_ih, b_hh]; the first w_ih is a table (V, G*H). states:
-  // (L, B, H) each.
+  // `weights` are w_ih, w_hh[, b_ih, b_hh] of each layer, where the first w_ih is a table (V, G*H).
+  // `states` are (L, B, H) each.
   Generation(int kind, const std::vector<Tensor>& weights, bool biases,
              const std::vector<Tensor>& states, const Tensor& head_weight,
              const std::optional<Tensor>& head_bias, double temperature, int64_t top_k,
@@ -28,7 +29,7 @@ class Generation {
     const CellInfo& cell = cell_info(CellKind(kind));
     const size_t per_layer = biases ? 4 : 2;
     TORCH_CHECK(!weights.empty() && weights.size() % per_layer == 0, "expected ", per_layer,
-                " tensors of each layer, got ", weights.size(), " in all");
+                " tensors per layer, got ", weights.size(), " in total");
     TORCH_CHECK(states[0].dim() == 3 && head_weight.dim() == 2,
                 "expected states (L, B, H) and a head (V, H), got ", states[0].sizes(), " and ",
                 head_weight.sizes());
@@ -56,7 +57,7 @@ class Generation {
         .c0 = cell.has_cell ? keep(states.at(1), {layers, B, H}) : nullptr,
         .sampling = {temperature, top_k, top_p},
     };
-    const int64_t many = 1000;  // steps: planned as a long sequence, as the number is not known yet
+    const int64_t many = 1000;  // the number of steps is not known yet: plan a long sequence
     job_.plan = engine_.plan_forward(kind_, {many, B, H, H}, this_machine(), many);
     job_.samplers.resize(size_t(job_.plan.threads));
     workspace_ = new_on_cpu({int64_t(engine_.generate_workspace(kind_, job_.args))}, at::kByte);
@@ -88,7 +89,7 @@ class Generation {
     job_.steps.count = uniforms.size(0);
     job_.steps.uniforms = numbers.const_data_ptr<double>();
     job_.steps.tokens = all.data_ptr<int64_t>();
-    failed_ = true;  // should it throw, half a step may have been done
+    failed_ = true;  // if generate throws, the states may be those of half a step
     engine_.generate(kind_, job_);
     failed_ = false;
     job_.steps.done += job_.steps.count;
@@ -100,7 +101,7 @@ class Generation {
 
  private:
   static const cpu::Engine& complete_engine() {
-    TORCH_CHECK(cpu::engine().is_complete(), "rnnfast: there are no kernels here that generate");
+    TORCH_CHECK(cpu::engine().is_complete(), "rnnfast: the kernels in use cannot generate");
     return cpu::engine();
   }
   static cpu::LayerKind layer_kind(int kind, const Tensor& like) {
@@ -124,11 +125,11 @@ class Generation {
   std::vector<cpu::GenerateArgs::Layer> layers_;
   Tensor workspace_;
   cpu::GenerateJob job_;
-  std::mutex mutex_;  // of the job, from the first run on
+  std::mutex mutex_;  // guards job_ and failed_ in `run`
   bool failed_ = false;
 };
 
-// scores (B, V) and uniforms (B) -> tokens (B), as `Generation` samples them
+// Samples tokens (B) from scores (B, V) and random numbers (B) in [0, 1), as `Generation` does.
 Tensor sample(const Tensor& scores, const Tensor& uniforms, double temperature, int64_t top_k,
               double top_p) {
   TORCH_CHECK(scores.device().is_cpu() && scores.dim() == 2 && scores.size(1) > 0 &&

@@ -11,7 +11,7 @@
 namespace rnnfast {
 namespace {
 
-// in the order of CellKind
+// In the order of CellKind.
 constexpr CellInfo kTable[kCells] = {
 #define RNNFAST_ROW(Cell) \
   {Cell::kName, CellKind::k##Cell, Cell::kGates, Cell::kSaved, Cell::kHasCell},
@@ -19,7 +19,7 @@ constexpr CellInfo kTable[kCells] = {
 #undef RNNFAST_ROW
 };
 
-// Checks tensors of one call, whose dtype and device are to be these.
+// Checks the shape of tensors, and that they have this dtype and device and live memory.
 struct Checker {
   const CellInfo& cell;
   at::ScalarType dtype;
@@ -34,7 +34,7 @@ struct Checker {
                 " on the device ", device, ", got ", t.device());
     check_memory(cell.name, name, t);
   }
-  // and makes it contiguous, unless it is absent
+  // Checks a tensor and makes it contiguous, unless it is undefined.
   void operator()(at::Tensor& t, const char* name, at::IntArrayRef shape) const {
     if (!t.defined()) return;
     check(t, name, shape);
@@ -49,11 +49,12 @@ void check_lengths(const CellInfo& cell, const at::Tensor& x, at::Tensor& length
               ", int64 and on the CPU, got ", lengths.sizes(), " of ", lengths.scalar_type());
   check_memory(cell.name, "lengths", lengths);
   lengths = lengths.contiguous();
-  TORCH_CHECK(lengths_fit(x, lengths), "rnnfast::", cell.name,
-              x.dim() == 3
-                  ? ": expected lengths from 0 to T = "
-                  : ": expected lengths of packed x to fall, to be at least 1 and to sum to ",
-              x.size(0));
+  TORCH_CHECK(
+      lengths_fit(x, lengths), "rnnfast::", cell.name,
+      x.dim() == 3
+          ? ": expected lengths from 0 to T = "
+          : ": expected lengths of packed x that do not increase, are at least 1 and sum to ",
+      x.size(0));
 }
 
 void check_tokens(const CellInfo& cell, const LayerInputs& in) {
@@ -119,7 +120,7 @@ const CellInfo& cell_info(const std::string& name) {
     if (name == one.name) return one;
   std::string names;
   for (const CellInfo& one : kTable) names += std::string(names.empty() ? "" : ", ") + one.name;
-  TORCH_CHECK_VALUE(false, "rnnfast: no cell is called '", name, "'; there are ", names);
+  TORCH_CHECK_VALUE(false, "rnnfast: unknown cell '", name, "'; available: ", names);
 }
 
 Dtype dtype_of(const at::Tensor& t) {
@@ -191,7 +192,7 @@ LayerInputs check_inputs(const CellInfo& cell, const at::Tensor& x, const at::Te
               ": expected tokens of shape (T, B, 1) and w_ih of shape (V, G*H), got ", x.sizes(),
               " and ", w_ih.sizes());
   TORCH_CHECK(!packed || !in.reset.defined(), "rnnfast::", cell.name,
-              ": expected no reset where x is packed");
+              ": expected no reset with packed x");
   TORCH_CHECK(in.b_ih.defined() == in.b_hh.defined(), "rnnfast::", cell.name,
               ": expected both b_ih and b_hh, or neither");
   dtype_of(in.has_tokens() ? h0 : x);

@@ -1,4 +1,5 @@
-// One layer in one direction, as tensors: what every device shares before and after its kernels.
+// One layer in one direction, as tensors: the checks, allocations and conversions that all devices
+// share, before and after their kernels.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -12,28 +13,28 @@
 
 namespace rnnfast {
 
-// The row of a cell in the op table.
+// The facts about a cell that do not depend on the device.
 struct CellInfo {
   const char* name;
   CellKind kind;
   int gates;      // G: blocks of H rows in w_ih and w_hh
   int saved;      // blocks of H columns in `gates`, saved for the backward
-  bool has_cell;  // a second state c
+  bool has_cell;  // whether there is a second state c
 };
 const CellInfo& cell_info(CellKind kind);
-// Throws for a name that is no cell's.
+// Throws ValueError for an unknown name.
 const CellInfo& cell_info(const std::string& name);
 
-// Sizes and types of the tensors of a call. The forward keeps them, and the backward checks saved
-// tensors against them: weights may have been replaced since, and saved-tensor hooks may return
+// Sizes and types of the tensors of a call. The forward saves them, and the backward checks its
+// tensors against them: weights may have been replaced meanwhile, and saved-tensor hooks may return
 // anything.
 struct LayerFormat {
-  at::ScalarType dtype;  // of every tensor but tokens, cells, lengths and reset
+  at::ScalarType dtype;  // of every tensor except tokens, cells, lengths and reset
   c10::Device device = at::kCPU;
-  c10::DimVector rows;  // (T, B), or (N) where x is packed
-  int64_t B, I, H, P;  // I is 1 for tokens; P is the size of h, H where it is not projected
-  int64_t V = -1;  // rows of the table w_ih where x is tokens, else -1
-  bool one_layer = false;  // states are (1, B, H), not (B, H)
+  c10::DimVector rows;  // (T, B), or (N) if x is packed
+  int64_t B, I, H, P;  // I is 1 for tokens; P is the size of h, which is H unless h is projected
+  int64_t V = -1;  // rows of the table w_ih if x is tokens, else -1
+  bool one_layer = false;  // whether states are (1, B, H) instead of (B, H)
 
   // Shape of a tensor that has a row of `columns` elements for each row of x.
   c10::DimVector shape(int64_t columns) const;
@@ -41,16 +42,16 @@ struct LayerFormat {
 };
 
 struct LayerInputs {
-  // (T, B, I), or packed (N, I): the rows of all steps; last stride 1. Or tokens: int64 with I = 1,
-  // each the number of the row of w_ih that stands for W_ih x.
+  // (T, B, I), or packed (N, I) with the rows of all steps; last stride 1. Or int64 tokens with
+  // I = 1: each is the index of a row of the table w_ih, which has W_ih x for every token.
   at::Tensor x;
-  at::Tensor h0, c0;  // (B, P), (B, H); c0 undefined where the cell has none
-  at::Tensor w_ih;      // (G*H, I), or (V, G*H) of tokens
+  at::Tensor h0, c0;  // (B, P), (B, H); c0 is undefined if the cell has no c
+  at::Tensor w_ih;      // (G*H, I); for tokens a table (V, G*H)
   at::Tensor w_hh;  // (G*H, P)
   at::Tensor b_ih, b_hh;  // (G*H), or both undefined
   bool reverse;
-  at::Tensor w_hr;  // (P, H), the projection of h, or undefined: P is H
-  at::Tensor lengths;   // (B) int64 on the CPU, not increasing if packed; undefined: all are T
+  at::Tensor w_hr;  // (P, H), the projection of h; undefined if there is none, with P = H
+  at::Tensor lengths;   // (B) int64 on the CPU, not increasing if packed; undefined if all are T
   at::Tensor reset;     // (T, B) bool, or undefined
 
   bool packed() const { return x.dim() == 2; }
@@ -84,25 +85,27 @@ struct LayerGradOutputs {
   at::Tensor cells;     // (T, B, H) in the compute type, contiguous, or undefined
 };
 
-// Each in the order of the ops' results; undefined where not wanted.
+// In the order of the ops' results; undefined if not wanted.
 struct LayerGrads {
   at::Tensor x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr;
 };
 
-// Whether int64 lengths on the CPU fit x. If x is (T, B, I), each must be from 0 to T. If x is
+// Whether lengths (int64, on the CPU) fit x. If x is (T, B, I), each must be from 0 to T. If x is
 // packed, they must not increase, be at least 1, and sum to the rows of x.
 bool lengths_fit(const at::Tensor& x, const at::Tensor& lengths);
+// Returns t, copied if its last stride is not 1.
 at::Tensor last_stride_one(const at::Tensor& t);
 
-// Whether the storage of a tensor holds all of its elements. It does not where it has been freed or
-// shrunk, as by `untyped_storage().resize_(0)` or by sharded training: kernels would crash.
+// Whether the storage of a tensor holds all of its elements. It does not if it has been freed or
+// shrunk, as by `untyped_storage().resize_(0)` or by sharded training; kernels would then crash.
 bool has_memory(const at::Tensor& t);
-// Throws, with the tensor's name, where it does not.
+// Throws an error with the tensor's name if has_memory(t) is false.
 void check_memory(const char* op, const char* name, const at::Tensor& t);
 
-// Checks the tensors of a call against its format, and brings them into the layouts above.
+// Checks the tensors of a call against its format, and copies those whose layout is not the one
+// above.
 void check_inputs(const CellInfo& cell, const LayerFormat& format, LayerInputs& in);
-// The same for tensors that come one by one, and whose format is not known yet.
+// Collects the tensors of a call, whose format is derived from them, and checks them.
 LayerInputs check_inputs(const CellInfo& cell, const at::Tensor& x, const at::Tensor& h0,
                          const at::Tensor& c0, const at::Tensor& w_ih, const at::Tensor& w_hh,
                          const std::optional<at::Tensor>& b_ih,
@@ -111,21 +114,23 @@ LayerInputs check_inputs(const CellInfo& cell, const at::Tensor& x, const at::Te
                          const std::optional<at::Tensor>& lengths,
                          const std::optional<at::Tensor>& reset);
 LayerFormat format_of(const LayerInputs& in);
-// Of what a forward has saved: y, gates and cells.
+// Checks the tensors that a forward has saved: y, gates and cells. Copies those that are not
+// contiguous.
 void check_saved(const CellInfo& cell, const LayerFormat& format, LayerOutputs& saved);
-// Undefined tensors stand for zeros.
+// Checks incoming gradients; undefined ones stand for zeros.
 void check_grad_outputs(const CellInfo& cell, const LayerFormat& format, LayerGradOutputs& grads);
 
 LayerOutputs allocate_outputs(const CellInfo& cell, const LayerInputs& in, bool save_gates,
                               bool save_cells);
-// Gradients of parameters are in the compute type, for the caller to round with finish_grads.
+// Allocates the gradients that `mask` asks for. Those of parameters are in the compute type;
+// finish_grads rounds them to the dtype, and makes undefined ones empty tensors.
 LayerGrads allocate_grads(const CellInfo& cell, const LayerInputs& in, at::ArrayRef<bool> mask);
 void finish_grads(const LayerInputs& in, LayerGrads& grads);
 
 Dtype dtype_of(const at::Tensor& t);
 at::ScalarType compute_type(at::ScalarType storage);
 
-// Throws if the gates were not saved and the device cannot compute them again (`complete`).
+// Throws if the gates were not saved and the device cannot recompute them (not `complete`).
 void check_gates(const CellInfo& cell, const LayerOutputs& out, bool complete);
 
 // The arguments of the kernels: sizes, strides and pointers of these tensors.
@@ -133,7 +138,7 @@ ForwardArgs forward_args(const LayerInputs& in, const LayerOutputs& out);
 BackwardArgs backward_args(const LayerGradOutputs& grad_out, const LayerInputs& in,
                            const LayerOutputs& out, const LayerGrads& grads);
 
-// A layer in one direction, as the CPU runs several of at once.
+// One layer in one direction, of which the CPU can run several at once.
 struct LayerForward {
   LayerInputs in;
   LayerOutputs out;
@@ -145,17 +150,19 @@ struct LayerBackward {
   LayerGrads grads;
 };
 
-// A device's kernels. Sizes are positive; every output is written in full, but for gates beyond a
-// sequence's end.
+// The kernels of a device. Sizes must be positive. Every output is written in full, except gates
+// beyond a sequence's end.
 struct CpuDevice {
   static void forward(const CellInfo& cell, LayerInputs in, LayerOutputs& out);
   static void backward(const CellInfo& cell, LayerGradOutputs grad_out, LayerInputs in,
                        const LayerOutputs& out, LayerGrads& grads);
-  // Layers of equal hidden size: independent directions, or a stack, in which x of each layer is y
-  // of the one before. They run at the same time if the planner finds that faster.
+  // Runs several layers of equal hidden size: independent directions, or (`stacked`) a stack, in
+  // which the x of each layer is the y of the one before. They run at the same time if the planner
+  // expects that to be faster.
   static void forward(const CellInfo& cell, std::span<LayerForward> layers, bool stacked);
   static void backward(const CellInfo& cell, std::span<LayerBackward> layers);
-  // Whether it takes lengths, packed data and resets, and its backward can do without gates.
+  // Whether lengths, packed data, resets, projections and tokens are supported, and a backward
+  // without saved gates.
   static bool complete();
 };
 struct CudaDevice {

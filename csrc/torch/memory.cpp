@@ -19,16 +19,17 @@ namespace rnnfast {
 namespace {
 
 constexpr size_t kHugePage = 2 << 20;
-constexpr size_t kLeast = 64 << 10;  // smaller tensors are malloc's
+constexpr size_t kLeast = 64 << 10;  // smaller tensors come from torch's allocator
 constexpr size_t kMostIdle = 256 << 20;
 constexpr size_t kPage = 4096, kLine = 64;
 
-// Blocks in use and idle blocks. A request reuses an idle block that is at most a quarter too
-// large; workspaces take any that is large enough. If there is none, a block is allocated. If the
-// pool would then exceed 1.25 times the peak of bytes in use, idle blocks are freed first, those
-// first that have been idle for longest.
+// Keeps the blocks in use and the idle blocks. A request reuses an idle block that is at most a
+// quarter too large; workspaces take any block that is large enough. If there is none, a block is
+// allocated. If the pool would then exceed 1.25 times the peak of bytes in use, idle blocks are
+// freed first, from the one that has been idle for longest.
 class Pool {
  public:
+  // `for_short`: the block is a workspace, which is soon given back.
   void* take(size_t bytes, bool for_short) {
     const size_t granule = bytes < kHugePage ? kLeast : kHugePage;
     const size_t size = (bytes + granule - 1) / granule * granule;
@@ -80,8 +81,8 @@ class Pool {
   };
   using Idle = std::multimap<size_t, Block>;  // by size
 
-  // Data begin at a different cache line of the page in each block, if it has room. If all tensors
-  // began at the start of a page, they would compete for the same sets of L1.
+  // Places the data at a different cache line of the page in each block, if the block has room. If
+  // all tensors began at the start of a page, they would compete for the same sets of L1.
   void* use(const Block& block, size_t bytes) {
     lines_ += 5;
     const size_t room = (block.size - bytes) / kLine * kLine;
@@ -111,13 +112,13 @@ class Pool {
   std::mutex mutex_;
   Idle idle_;
   std::map<uint64_t, Idle::iterator> by_age_;
-  std::unordered_map<void*, Block> in_use_;  // by where data begin
+  std::unordered_map<void*, Block> in_use_;  // by the address of their data
   size_t idle_bytes_ = 0, used_bytes_ = 0, most_used_ = 0, lines_ = 0;
   uint64_t returns_ = 0;
 };
 
-// Never destroyed, so that it outlives every tensor. The lock is held during a fork, so that the
-// child's copy is consistent.
+// The pool is never destroyed, so that it outlives every tensor. Its lock is held during a fork, so
+// that the child's copy is consistent.
 Pool& pool() {
   static Pool& one = []() -> Pool& {
     pthread_atfork([] { pool().mutex().lock(); }, [] { pool().mutex().unlock(); },

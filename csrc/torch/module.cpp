@@ -1,5 +1,5 @@
-// The Python module rnnfast._C. Loading it registers the ops. Its functions run calls of modules,
-// print plans and choose the instruction set.
+// The Python module rnnfast._C. Importing it registers the ops. Its functions run calls of modules
+// (the short path), return plans and choose the instruction set.
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
@@ -14,8 +14,8 @@ namespace rnnfast {
 
 namespace py = pybind11;
 
-cpu::Machine this_machine();
-// of call.cpp
+cpu::Machine this_machine();  // in cpu.cpp
+// In call.cpp.
 py::object run_layers(int cell, py::handle input, py::handle hx, const py::list& weights,
                       int64_t layers, bool biases, int64_t proj_size, double dropout,
                       bool batch_first, bool bidirectional, bool recompute, py::handle lengths,
@@ -24,8 +24,8 @@ py::object run_step(int cell, py::handle input, py::handle hx, const py::list& w
                     bool biases);
 void set_python_backward(py::object function);
 int64_t find_freed(const std::vector<std::optional<at::Tensor>>& tensors);
-void bind_generation(py::module_& m);  // of generation.cpp
-void bind_threads(py::module_& m);  // of threads.cpp
+void bind_generation(py::module_& m);  // in generation.cpp
+void bind_threads(py::module_& m);  // in threads.cpp
 
 namespace {
 
@@ -56,13 +56,15 @@ Dtype dtype_named(const std::string& name) {
   throw py::value_error("expected dtype float64, float32, bfloat16 or float16, got '" + name + "'");
 }
 
-// In cycles: the same for every number of threads, or for 2, 4, 8, ... of them, the last for more.
+// The cycles of a barrier: one number for any number of threads, or a list for 2, 4, 8, ...
+// threads, whose last entry is also for more.
 using BarrierCosts = std::variant<double, std::vector<double>>;
 
 cpu::BarrierCycles barrier_table(const BarrierCosts& costs) {
   if (const double* one = std::get_if<double>(&costs)) return cpu::BarrierCycles::constant(*one);
   const auto& list = std::get<std::vector<double>>(costs);
-  if (list.empty()) throw py::value_error("expected barrier_cycles of 2 threads, and more");
+  if (list.empty())
+    throw py::value_error("expected barrier_cycles for 2, 4, ... threads, got an empty list");
   cpu::BarrierCycles table = cpu::BarrierCycles::constant(list.back());
   for (size_t i = 0; i < list.size() && i + 1 < table.of_doublings.size(); ++i)
     table.of_doublings[i + 1] = list[i];
@@ -105,7 +107,7 @@ py::dict plan(const std::string& cell, int64_t T, int64_t B, int64_t I, int64_t 
   BackwardArgs backward_args{};
   forward_args.size = backward_args.size = size;
   forward_args.h_size = backward_args.h_size = H;
-  backward_args.gates = &size;  // there, so not to be computed again
+  backward_args.gates = &size;  // not null: gates are saved, so no workspace to recompute them
   facts["workspace_bytes"] = backward ? engine.backward_workspace(kind, backward_args, plan)
                                       : engine.forward_workspace(kind, forward_args, plan);
   return facts;
@@ -127,7 +129,7 @@ int layers_at_once(const std::string& cell, int64_t T, int64_t B, int64_t I, int
   return cpu::side_by_side(count, threads, stacked ? T : 0, cycles);
 }
 
-// What tests put in the place of kernels, by the address of what they have compiled.
+// For tests: replaces kernels by those that a test has compiled, given by their addresses.
 void bind_test_hooks(py::module_& m) {
   m.def(
       "target_address", [](const std::string& name) { return uintptr_t(&cpu::target_of(name)); },

@@ -1,4 +1,5 @@
-// The ops' schemas and their registration: checks and allocation here, kernels behind a Device.
+// The ops: their schemas, checks, allocation and registration. Kernels are called through a Device
+// (CpuDevice or CudaDevice).
 #include <torch/library.h>
 
 #include "cells/all.h"

@@ -21,10 +21,10 @@
 namespace rnnfast {
 namespace {
 
-// Set in the child, for the thread that forked. Threads that the child starts get OpenMP teams of
-// their own.
+// State of a forked child process, for the thread that forked: fork copies only that thread, so its
+// OpenMP team is gone. Threads that the child starts have new teams.
 thread_local bool team_is_lost = false;
-thread_local bool should_warn = false;  // it would have run on several threads
+thread_local bool should_warn = false;  // whether several threads would have been used
 bool several_threads_before_fork = false;
 
 int count_threads() {
@@ -32,8 +32,8 @@ int count_threads() {
   return stat("/proc/self/task", &tasks) == 0 ? int(tasks.st_nlink) - 2 : 1;
 }
 
-// The threads may be OpenMP's or another library's, and there is no way to tell. If they are not
-// OpenMP's, running on one thread is only slower. If they are, calling the team would hang.
+// There is no way to tell whether the process's threads are OpenMP's or another library's. If they
+// are OpenMP's, calling the team in the child would hang; if not, using one thread is only slower.
 void prepare_fork() { several_threads_before_fork = count_threads() > 1; }
 
 void continue_child() {
@@ -41,7 +41,7 @@ void continue_child() {
   if (!several_threads_before_fork) return;
   team_is_lost = true;
   should_warn = at::get_num_threads() > 1;
-  // torch's own operations, before the first call here, would wait for the same team
+  // torch's own operations would wait for the same team, maybe before the first call here.
   if (cpu::has_team) at::set_num_threads(1);
 }
 
@@ -53,9 +53,9 @@ void warn() {
   has_warned = true;
   const pybind11::gil_scoped_acquire acquire;
   if (PyErr_WarnEx(PyExc_RuntimeWarning,
-                   "rnnfast: this process was forked from one that ran on several threads, which "
-                   "OpenMP cannot use here. rnnfast and torch run on one thread. Start processes "
-                   "by the method 'spawn' or 'forkserver' to use several.",
+                   "rnnfast: this process was forked from one that ran on several threads. OpenMP "
+                   "cannot use threads after that, so rnnfast and torch run on one thread. Start "
+                   "processes with the method 'spawn' or 'forkserver' to use several.",
                    1) < 0)
     throw pybind11::error_already_set();
 }
@@ -72,7 +72,7 @@ int usable_threads() {
 
 namespace {
 
-// What a job of the kernels has for parallel(), and nothing to compute.
+// A job for parallel() without any computation.
 struct EmptyJob {
   struct {
     int threads, row_shares, unit_shares;
@@ -84,9 +84,9 @@ struct EmptyJob {
   void give_to_one_thread() {}
 };
 
-// A thread of a team of row_shares x unit_shares waits for so long as it comes to its n-th barrier,
-// and throws. The others wait for it there, those of a second job for what the first would have
-// done. For tests.
+// For tests: runs a team of row_shares x unit_shares threads, of which one throws at its n-th
+// barrier, after `seconds`. Meanwhile the others wait at that barrier, and a second job waits for
+// the progress of the first.
 void fail_in_team(int row_shares, int unit_shares, int failing_thread, int nth_barrier,
                   double seconds) {
   std::vector<EmptyJob> jobs(2);

@@ -1,4 +1,4 @@
-// AMX's kernels on emulated tile registers, for tests on processors with AVX512-BF16 alone.
+// AMX's kernels on emulated tile registers, for tests on processors with AVX512-BF16 but no AMX.
 #define RNNFAST_AMX_INSTRUCTIONS "native/amx_instructions.h"
 #include "cpu/kernels/avx512_amx.cpp"
 

@@ -1,5 +1,5 @@
-// AMX's instructions as functions, after Intel's definition of them, for processors without AMX. In
-// place of kernels/amx_instructions.h. What raises an exception of the processor throws one here.
+// AMX's instructions as functions, by Intel's definition, for processors without AMX. This replaces
+// kernels/amx_instructions.h. Where the processor would raise an exception, these throw one.
 #pragma once
 
 #include <immintrin.h>
@@ -11,7 +11,7 @@
 namespace rnnfast::cpu::RNNFAST_TARGET::amx {
 
 struct TileRegister {
-  int rows, row_bytes;  // none where it is not configured
+  int rows, row_bytes;  // 0 if the register is not configured
   alignas(64) char data[16][64];
 };
 inline thread_local TileRegister tile_registers[8];
@@ -63,8 +63,9 @@ void clear_tile() {
   std::memset(tile_register(kRegister).data, 0, sizeof(tile_register(kRegister).data));
 }
 
-// Of a row, first the sums of the even and of the odd elements of pairs, one multiply-add after the
-// other; then these two are added, and that to what the row holds. The caller has set rounding.
+// For each element, sums the products of the even and of the odd elements of pairs separately, by
+// multiply-adds. Then adds the two sums, and their sum to the element. The caller sets the
+// rounding.
 __attribute__((noinline)) inline void tile_product(TileRegister& sums, const TileRegister& lhs,
                                                    const TileRegister& rhs) {
   const __m512i odd_half = _mm512_set1_epi32(int(0xffff0000));
@@ -92,7 +93,7 @@ void multiply_add() {
   const TileRegister &lhs = tile_register(kLhs), &rhs = tile_register(kRhs);
   if (lhs.rows != sums.rows || rhs.row_bytes != sums.row_bytes || lhs.row_bytes != 4 * rhs.rows)
     throw std::logic_error("tdpbf16ps: shapes that do not fit");
-  // to nearest even, subnormal numbers taken and given as zero, whatever the thread has set
+  // AMX rounds to nearest even and flushes subnormal numbers, whatever the thread has set.
   constexpr unsigned kMasked = 0x1f80, kFlushToZero = 0x8000, kSubnormalsAreZero = 0x40;
   const unsigned before = _mm_getcsr();
   _mm_setcsr(kMasked | kFlushToZero | kSubnormalsAreZero);

@@ -18,7 +18,7 @@ Real sigmoid(Real x) { return 1 / (1 + std::exp(-x)); }
 struct Step {
   Real h = 0, c = 0, saved[4] = {};
 };
-// x and h: W_ih x + b_ih and W_hh h + b_hh by gates
+// x and h are W_ih x + b_ih and W_hh h + b_hh, one number per gate.
 Step step(CellKind cell, const Real* x, const Real* h, Real h_prev, Real c_prev) {
   Step s;
   if (cell == CellKind::kElmanTanh) s.h = std::tanh(x[0] + h[0]);
@@ -66,7 +66,7 @@ Gradients step_back(CellKind cell, const Real* saved, Real h, Real h_prev, Real 
   return d;
 }
 
-// What the formulas should be like; a table of numbers, so that a wrong one does not pass.
+// The numbers that every cell should have, written out, so that a wrong trait does not pass.
 Cell numbers_of(CellKind cell) {
   switch (cell) {
     case CellKind::kGru:
@@ -80,8 +80,8 @@ Cell numbers_of(CellKind cell) {
 
 // ---- tiles ----
 
-// With the rounding errors of numbers of about 1 in A, and of a rounding to S unless the number has
-// type A in any case.
+// Tolerates the rounding errors of numbers of about 1 in A, and of a rounding to S unless the
+// result is of type A.
 void expect_near(const Kit& kit, const char* what, int64_t row, int64_t unit, const Numbers& actual,
                  int64_t i, Real expected, bool rounded = true) {
   Sum sum;
@@ -91,9 +91,9 @@ void expect_near(const Kit& kit, const char* what, int64_t row, int64_t unit, co
   expect(what, row, unit, actual[i], sum, 16 * epsilon(kit.A) + rounding);
 }
 
-// Where a tile lies in a layer.
+// The position of a tile in a layer.
 struct Place {
-  int64_t H, first, units, whole;  // whole vectors
+  int64_t H, first, units, whole;  // whole: units, rounded up to whole vectors
 
   Place(const Kit& kit, const Cell& cell, int64_t panel, int64_t H_) : H(H_) {
     const int64_t width = (cell.gates == 1 ? 4 : 1) * kit.lanes;
@@ -101,7 +101,7 @@ struct Place {
     units = std::min(width, H - first);
     whole = (units + kit.lanes - 1) / kit.lanes * kit.lanes;
   }
-  // of a row with room for whole vectors
+  // The length of a row with room for whole vectors.
   int64_t room() const { return std::max(H, first + whole); }
 };
 
@@ -125,14 +125,14 @@ struct OfCell {
   }
 };
 
-// f(cell, place) for every cell, and tiles of every number of units.
+// Calls f(cell, place) for every cell, and for tiles of every number of units.
 template <class F>
 void for_places(Kit& kit, F&& f) {
   for (int i = 0; i < kCells; ++i) {
     const OfCell of(kit, i);
     for (int64_t units = 1; units <= of.unit_vectors * kit.lanes; ++units)
       for (const int64_t panel : {0, 1}) {
-        // the last units of a layer, or with others beyond them
+        // The tile has the last units of the layer, or there are others beyond it.
         const int64_t before = panel * of.unit_vectors * kit.lanes;
         f(of, Place(kit, of.cell, panel, before + units));
       }
@@ -140,13 +140,13 @@ void for_places(Kit& kit, F&& f) {
   }
 }
 
-// One row of a forward, with memory of its own.
+// One row of a forward tile, with its own memory.
 struct RowForward {
   Numbers h_prev, c_prev, h, c, saved, c_copy;
   std::vector<Real> h_before, c_before;
   ForwardRow row;
 
-  // Options by bits: without each of h, c, saved, c_copy and c_prev; in place.
+  // The bits of `options` omit h, c, saved, c_copy and c_prev, and make the update in place.
   RowForward(Kit& kit, const Cell& cell, const Place& at, int options)
       : h_prev(kit.E, at.H, kit.random.below(2)),
         c_prev(kit.A, at.H, kit.random.below(2)),
@@ -191,7 +191,7 @@ struct RowForward {
 struct GateInputs {
   int64_t stride;
   Numbers memory;
-  // rows end with the last vector of units that there are
+  // Rows end with the last vector that has units.
   GateInputs(Kit& kit, const OfCell& of, const Place& at, int count, Real scale)
       : stride(of.cell.gates * of.unit_vectors * kit.lanes + kit.random.below(2)),
         memory(kit.A,
@@ -206,7 +206,7 @@ struct GateInputs {
 
 }  // namespace
 
-// sigmoid and tanh over their whole range, by way of an LSTM's first gate and an Elman cell.
+// Checks sigmoid and tanh over their whole range, through an LSTM's first gate and an Elman cell.
 RNNFAST_CHECK(activations) {
   if (kit.S != kit.A) return;
   const bool is_double = kit.A == Dtype::kFloat64;
@@ -214,7 +214,7 @@ RNNFAST_CHECK(activations) {
   for (int i = -4000; i <= 4000; ++i) points.push_back(i * (is_double ? 0.2 : 0.03));
   for (int i = -60; i < 4; ++i)
     for (const double factor : {1., 1.3, 1.7, -1., -1.3}) points.push_back(std::ldexp(factor, i));
-  // Of all points, in tiles of a vector. The other operand of the gates' sums is zero.
+  // Evaluates all points, in tiles of a vector. The other operand of the gates' sums is zero.
   const auto run = [&](CellKind kind) {
     const OfCell of(kit, int(kind));
     const Place at(kit, of.cell, 0, kit.lanes);
@@ -236,7 +236,7 @@ RNNFAST_CHECK(activations) {
   for (size_t i = 0; i < points.size(); ++i) {
     const double x = is_double ? points[i] : double(float(points[i]));
     now("at %.17g", x);
-    // Below the smallest normal number, where exp comes out as zero, all is right to within it.
+    // Where exp underflows to zero, results may be off by the smallest normal number.
     const Real smallest = is_double ? 0x1p-1020L : 0x1p-124L;
     const auto check = [&](const char* what, double actual, Real expected) {
       if (std::isnan(expected)
@@ -281,7 +281,7 @@ RNNFAST_CHECK(forward) {
         for (int k = 0; row.row.saved && k < of.cell.saved; ++k)
           expect_near(kit, "saved", r, u, row.saved, k * at.H + at.first + u, s.saved[k]);
       }
-      // the same bits as of a row alone
+      // The bits must be those of a row by itself.
       RowForward alone(kit, of.cell, at, options & 31);
       for (int64_t u = 0; u < at.units; ++u) {
         alone.h_prev.set(at.first + u, double(row.h_before[size_t(u)]));
@@ -311,7 +311,7 @@ RNNFAST_CHECK(backward) {
     const int count = int(kit.random.below(4)) + 1;
     now("cell %d, H=%lld, %lld units from %lld on, %d rows", int(of.kind), (long long)at.H,
         (long long)at.units, (long long)at.first, count);
-    // read to their end at most, and in whole vectors
+    // Rows that may be read only to their end, and rows that may be read in whole vectors.
     struct Row {
       Numbers saved, h, h_prev, c, c_prev, grad_c, grad_y, d_h_rest, d_gates, d_c, d_h_direct,
           output, d_c_before, d_h_before;
@@ -337,7 +337,7 @@ RNNFAST_CHECK(backward) {
       std::memcpy(row.d_c_before.data(), row.d_c.data(), size_t(row.d_c.bytes()));
       std::memcpy(row.d_h_before.data(), row.d_h_rest.data(), size_t(row.d_h_rest.bytes()));
       const auto maybe = [&](Numbers& from) { return kit.random.coin() ? from.data() : nullptr; };
-      // the rest of d_h may be where its direct part goes, as in the driver
+      // d_h_rest and d_h_direct may be the same memory, as in the driver.
       Numbers& direct = kit.random.coin() ? row.d_h_rest : row.d_h_direct;
       of_rows.push_back({.saved = row.saved.data(),
                          .h = cell.reads_h ? row.h.data() : nullptr,

@@ -1,5 +1,5 @@
-// What checks of micro-kernels are made of: memory with borders, numbers of every type read and
-// written by their definition, and messages.
+// Tools for the checks of micro-kernels: guarded memory, numbers of every type read and written by
+// their definition, and messages.
 #pragma once
 
 #include <setjmp.h>
@@ -40,7 +40,7 @@ __attribute__((format(printf, 1, 2))) inline void now(const char* format, ...) {
   throw std::runtime_error(std::string(current_case) + ": " + words);
 }
 
-// Runs a check. The answer is empty, or says what was wrong and where.
+// Runs a check. Returns an empty string, or what was wrong and where.
 template <class F>
 const char* report(F&& check) {
   static std::string words;
@@ -63,8 +63,8 @@ const char* report(F&& check) {
 
 // ---- memory ----
 
-// Bytes that end just before a page that nobody can read, or `slack` bytes before it. What lies
-// around them, and they themselves at first, is 0xff: NaN in every type.
+// Bytes that end `slack` bytes before a page that cannot be accessed. They and the bytes around
+// them are 0xff at first, which is NaN in every type.
 class Buffer {
  public:
   explicit Buffer(int64_t bytes, int64_t slack = 0) : bytes_(bytes), slack_(slack) {
@@ -92,7 +92,7 @@ class Buffer {
 
   char* data() const { return map_ + usable_ - slack_ - bytes_; }
   int64_t bytes() const { return bytes_; }
-  // Fails if anything was written around it.
+  // Fails if anything around the bytes was written.
   void check_border(const char* what) const {
     check_untouched(what, -kBorder, 0);
     check_untouched(what, bytes_, bytes_ + slack_);
@@ -107,7 +107,7 @@ class Buffer {
  private:
   static constexpr int64_t kBorder = 256;
 
-  // Those that are not in use, by their size: there are many, and to map takes long.
+  // Unused mappings by size. They are reused, since there are many and mapping takes long.
   static std::map<int64_t, std::vector<char*>>& idle_maps() {
     static std::map<int64_t, std::vector<char*>> all;
     return all;
@@ -125,7 +125,7 @@ inline int size_of(Dtype type) {
 inline Dtype compute_type(Dtype type) {
   return type == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
 }
-// half a unit in the last place of 1
+// Half a unit in the last place of 1.
 inline double epsilon(Dtype type) {
   constexpr double kEpsilons[] = {0x1p-53, 0x1p-24, 0x1p-8, 0x1p-11};
   return kEpsilons[int(type)];
@@ -142,7 +142,7 @@ inline double half_value(Dtype type, uint16_t bits) {
   return sign * std::ldexp(with_one, (exponent ? exponent : 1) - bias - mantissa_bits);
 }
 
-// to nearest, ties to even
+// Rounds to nearest, ties to even.
 inline uint16_t half_bits(Dtype type, double value) {
   const bool is_bf16 = type == Dtype::kBFloat16;
   const int mantissa_bits = is_bf16 ? 7 : 10, bias = is_bf16 ? 127 : 15;
@@ -154,7 +154,7 @@ inline uint16_t half_bits(Dtype type, double value) {
   const int exponent = std::ilogb(value), lowest = 1 - bias;
   const int unit = (exponent < lowest ? lowest : exponent) - mantissa_bits;
   const auto steps = int(std::nearbyint(std::ldexp(std::fabs(value), -unit)));
-  // A carry goes into the exponent, which lies just above, also from subnormal numbers.
+  // A carry goes into the exponent, the next higher bits; this also holds for subnormal numbers.
   const int bits = ((unit + mantissa_bits - lowest) << mantissa_bits) + steps;
   return uint16_t(sign | (bits < infinite ? bits : infinite));
 }
@@ -184,7 +184,7 @@ inline void put(Dtype type, void* to, int64_t i, double value) {
   if (size_of(type) == 2) std::memcpy(at, &as_half, sizeof(as_half));
 }
 
-// A row, or rows at equal distances, of numbers of one type.
+// One or more rows, at equal distances, of numbers of one type.
 struct Numbers : Buffer {
   Dtype type;
   Numbers(Dtype of, int64_t count, int64_t slack = 0)
@@ -207,7 +207,7 @@ class Random {
   bool coin() { return below(2) == 1; }
   double whole(int64_t largest) { return double(below(2 * largest + 1) - largest); }
   double real() { return double(below(1 << 30)) / (1 << 29) - 1; }  // from -1 to 1
-  // Whole numbers whose products have exact sums in every type, or any numbers.
+  // Integers whose products have exact sums in every type, or arbitrary numbers.
   void fill(Numbers& to, bool exact) {
     for (int64_t i = 0; i < to.count(); ++i) to.set(i, exact ? whole(8) : real());
   }
@@ -216,9 +216,9 @@ class Random {
   uint64_t state_ = 1;
 };
 
-// ---- what is checked ----
+// ---- kernels and sums ----
 
-// The kernels for one storage type; while it lives, a thread's products.
+// The kernels for one storage type. Calls `enter` and `leave` in constructor and destructor.
 struct Kit {
   const Target& target;
   const MicroKernels& k;
@@ -263,7 +263,7 @@ inline std::vector<const void*> pointers(const std::vector<Numbers>& rows) {
   return all;
 }
 
-// Of a sum: what it is, and the sum of magnitudes, which bounds its rounding errors.
+// A sum, and the sum of the magnitudes, which bounds its rounding errors.
 struct Sum {
   long double value = 0, magnitude = 0;
   void add(long double term) {
@@ -271,7 +271,8 @@ struct Sum {
     magnitude += std::fabs(term);
   }
 };
-// `units` of rounding of the sum's magnitude are tolerated; none where numbers are exact.
+// Compares with an expected sum. `tolerance` counts units of rounding of the sum of magnitudes; 0
+// for exact numbers.
 inline void expect(const char* what, int64_t i, int64_t j, double actual, const Sum& expected,
                    double tolerance) {
   if (!(std::fabs((long double)actual - expected.value) <= tolerance * expected.magnitude))

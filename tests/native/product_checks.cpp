@@ -10,7 +10,7 @@ using namespace rnnfast::cpu::checks;
 
 namespace {
 
-// Rows of the lhs of products in a format, made of rows of S; at equal distances or not.
+// lhs rows in a weight format, made from rows of S, at equal or unequal distances.
 struct Lhs {
   std::vector<Numbers> sources;
   std::vector<Buffer> memory;
@@ -19,7 +19,7 @@ struct Lhs {
   Lhs(Kit& kit, const WeightFormat& format, int count, int64_t K, bool exact, bool equal) {
     equal |= format.converts_lhs;
     sources = kit.rows(kit.S, count, K, exact);
-    // the extra bytes at the end of a row keep rows apart, and are not read
+    // The extra bytes at the end of a row are padding, and not read.
     const int64_t pitch = format.row_bytes(K), bytes = pitch - format.row_extra_bytes;
     if (equal) memory.emplace_back((count - 1) * pitch + bytes);
     for (int i = 0; i < count; ++i) {
@@ -32,11 +32,11 @@ struct Lhs {
   }
 };
 
-// The columns of a panel, as rows of S along k; some are null, for zeros.
+// The columns of a panel, as rows of S along k, of which some are null (zeros).
 struct Rhs {
   std::vector<Numbers> sources;
   std::vector<const void*> rows;
-  int64_t first, columns;  // the panel begins at column `first` of so many
+  int64_t first, columns;  // the panel begins at column `first` of `columns` columns
 
   Rhs(Kit& kit, int vectors, int64_t K, bool exact) {
     first = kit.random.below(2) * 4 * kit.lanes;
@@ -65,14 +65,14 @@ struct CountedWork : Deferred {
   explicit CountedWork(int64_t pieces) : Deferred{&some_of_it, pieces} {}
   static void some_of_it(Deferred& deferred, int64_t pieces) {
     auto& work = static_cast<CountedWork&>(deferred);
-    if (pieces <= 0 || work.left <= 0) fail("deferred work called in vain");
+    if (pieces <= 0 || work.left <= 0) fail("deferred work called with nothing to do");
     pieces = std::min(pieces, work.left);
     work.left -= pieces;
     work.done += pieces;
   }
 };
 
-// A result of so many rows and vectors, with what it holds at first.
+// The memory of a tile's results, and its contents before the product.
 struct Out {
   int64_t stride, width;
   Numbers memory, before;
@@ -82,7 +82,7 @@ struct Out {
         width(vectors * kit.lanes),
         memory(kit.A, (rows - 1) * stride + width, kit.random.below(2)),
         before(kit.numbers(kit.A, rows * width, exact)) {}
-  // else it is NaN
+  // Without this call the memory holds NaN.
   void fill(int rows) {
     for (int i = 0; i < rows; ++i)
       for (int64_t j = 0; j < width; ++j) memory.set(i * stride + j, before[i * width + j]);
@@ -107,7 +107,7 @@ void check_tile(Kit& kit, const WeightFormat& format, int vectors, int rows, int
   if (add) out.fill(rows);
   CountedWork work(kit.random.below(40));
   const int64_t pieces = work.left;
-  // words, or steps in split precision: one chain, or several
+  // The length of a chain, in words (steps in split precision): for one chain, or several.
   const int64_t chain = kit.random.coin() ? format.chain : format.converts_lhs ? 1 : 16;
   TileOptions options{.chain = chain, .add = add};
   if (kit.random.coin()) options.deferred = &work;
@@ -133,7 +133,8 @@ void check_tile(Kit& kit, const WeightFormat& format, int vectors, int rows, int
   if (runs_deferred && work.done != pieces)
     fail("%lld of %lld pieces of deferred work done", (long long)work.done, (long long)pieces);
 
-  // the same bits by single rows and vectors, wherever rows lie, and without all else
+  // The bits must not depend on the tile's rows and vectors, on the distances of rows, or on
+  // options.
   std::vector<Buffer> copies;
   Numbers one(kit.A, kit.lanes);
   const int64_t step_bytes = format.panel_step_bytes, steps = format.steps(K);
@@ -167,14 +168,14 @@ struct Gates {
     return int(std::min(panel_units(), shape.H - panel * panel_units()) + lanes - 1) / lanes;
   }
   int64_t full_width() const { return shape.gates * panel_units(); }
-  // Of column j of the panel, or -1 beyond H.
+  // The row of w for column j of the panel, or -1 beyond H.
   int64_t row(int64_t j) const {
     const int64_t unit = panel * panel_units() + j % panel_units();
     return unit < shape.H ? j / panel_units() * shape.H + unit : -1;
   }
 };
 
-// f(shape, panels) for some sizes of H and every number of gates.
+// Calls f(shape, panels) for some sizes of H and every number of gates.
 template <class F>
 void for_shapes(const Kit& kit, F&& f) {
   const int64_t lanes = kit.lanes;
@@ -189,7 +190,7 @@ void for_shapes(const Kit& kit, F&& f) {
 
 }  // namespace
 
-// Every tile of every format.
+// Checks every tile of every format.
 RNNFAST_CHECK(products) {
   for (const WeightFormat* format : kit.formats())
     for (int vectors = 1; vectors <= kMaxTileVectors; ++vectors) {
@@ -197,7 +198,7 @@ RNNFAST_CHECK(products) {
       if (height > kMaxTileRows) fail("too high a tile");
       for (int rows = 1; rows <= height; ++rows)
         for (const int64_t K : {0, 1, 2, 17, 31, 32, 33, 95, 600}) {
-          // all else by chance, so that long sums of high tiles do not take too long
+          // Other options are random, since all combinations would take too long.
           if (K == 600 && (rows + vectors) % 8 != 0) continue;
           for (const bool exact : {true, false}) {
             const bool add = kit.random.coin();
@@ -207,7 +208,8 @@ RNNFAST_CHECK(products) {
     }
 }
 
-// A number that is too small beside the first one of its chain is lost, and no other.
+// Checks the lengths of chains: a small number is lost only if it is added to a large one of its
+// chain.
 RNNFAST_CHECK(chains) {
   const int digits = kit.A == Dtype::kFloat64 ? 53 : 24;
   for (const WeightFormat* format : kit.formats()) {
@@ -231,7 +233,7 @@ RNNFAST_CHECK(chains) {
   }
 }
 
-// Numbers that are no sums of bfloat16 are told; all others have representations.
+// Formats must report numbers that they cannot represent, and no others.
 RNNFAST_CHECK(representations) {
   for (const WeightFormat* format : kit.formats()) {
     const bool is_split = format->converts_lhs;
@@ -252,7 +254,7 @@ RNNFAST_CHECK(representations) {
   }
 }
 
-// Weights by panels of units: packed and multiplied, with a bias.
+// Checks weights in panels of units: packing, and the product with a bias.
 RNNFAST_CHECK(gates) {
   for (const WeightFormat* format : kit.formats())
     for_shapes(kit, [&](const GateShape& shape, int64_t panels) {
@@ -294,7 +296,7 @@ RNNFAST_CHECK(gates) {
     });
 }
 
-// All panels' biases at once, and zeros in place of one.
+// Checks pack_bias for all panels at once, and zeros instead of a bias.
 RNNFAST_CHECK(biases) {
   for_shapes(kit, [&](const GateShape& shape, int64_t panels) {
     const Numbers bias = kit.numbers(kit.S, shape.gates * shape.H, false, 1);
@@ -314,7 +316,7 @@ RNNFAST_CHECK(biases) {
   });
 }
 
-// Parts of rows [G][H] for a panel.
+// Checks gather_tokens and gather_gates.
 RNNFAST_CHECK(gathers) {
   for_shapes(kit, [&](const GateShape& shape, int64_t panels) {
     const int count = int(kit.random.below(4)) + 1;
@@ -349,7 +351,7 @@ RNNFAST_CHECK(gathers) {
   });
 }
 
-// Weights as they lie.
+// Checks products with unpacked weights.
 RNNFAST_CHECK(dots) {
   if (kit.k.dot_rows < 1 || kit.k.dot_rows > 4) fail("dot_rows");
   const int64_t lanes = kit.lanes;
@@ -368,7 +370,7 @@ RNNFAST_CHECK(dots) {
     for (int i = 0; i < rows; ++i)
       for (int64_t j = 0; j < out.width; ++j) {
         const int64_t row = of.row(j);
-        if (row < 0) continue;  // any number
+        if (row < 0) continue;  // a column beyond H, whose result is unspecified
         Sum sum;
         for (int64_t k = 0; k < K; ++k) sum.add((long double)lhs[size_t(i)][k] * w[row * K + k]);
         sum.add(bias[j]);
@@ -382,11 +384,11 @@ RNNFAST_CHECK(dots) {
         for (const int64_t K : {int64_t(1), lanes - 1, lanes, lanes + 1, 3 * lanes + 1})
           check(shape, panel, rows, K);
   });
-  // beyond one chain in every lane
+  // More than one chain in every lane.
   for (int rows = 1; rows <= kit.k.dot_rows; ++rows) check({5, 1, 4}, 0, rows, 300 * lanes + 3);
 }
 
-// Outer products of few rows.
+// Checks outer products of few rows.
 RNNFAST_CHECK(outer_few) {
   const int64_t lanes = kit.lanes;
   for (int count = 1; count <= 4; ++count)
@@ -415,7 +417,7 @@ RNNFAST_CHECK(outer_few) {
       }
 }
 
-// Rows read down their columns are lhs rows, and have sums.
+// Checks transpose_lhs and sum_lhs.
 RNNFAST_CHECK(transposed) {
   const int64_t lanes = kit.lanes;
   for (const WeightFormat* format : kit.formats())
@@ -425,7 +427,7 @@ RNNFAST_CHECK(transposed) {
         now("%s, %lld rows, %lld elements from %lld on", format->name, (long long)count,
             (long long)n, (long long)begin);
         const auto rows = kit.rows(kit.E, count, begin + n, true);
-        // whole vectors of words
+        // Rows are filled to whole vectors of words.
         const int64_t whole = format->converts_lhs ? format->step : lanes * format->word;
         const int64_t depth = (count + whole - 1) / whole * whole;
         const int64_t bytes = format->steps(depth) * format->row_step_bytes;

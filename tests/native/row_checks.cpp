@@ -9,7 +9,7 @@ namespace {
 
 using Convert = void (*)(void* to, const void* from, int64_t n);
 
-// AVX512-BF16's conversion takes subnormal numbers as zeros.
+// AVX512-BF16 converts subnormal numbers to zeros.
 bool flushes(const Kit& kit) { return kit.S == Dtype::kBFloat16 && kit.E == Dtype::kBFloat16; }
 
 double rounded(const Kit& kit, Dtype type, double value) {
@@ -20,7 +20,8 @@ double rounded(const Kit& kit, Dtype type, double value) {
   return get(type, memory, 0);
 }
 
-// Rows of every length up to two vectors and one element; `through`: a type to round to on the way.
+// Checks rows of every length up to two vectors and one element. `through` is a type to which
+// numbers are rounded on the way.
 void check_rows(Kit& kit, const char* name, Convert convert, Dtype to, Dtype from, Dtype through) {
   for (int64_t n = 0; n <= 2 * kit.lanes + 1; ++n)
     for (const int slack : {0, 1}) {
@@ -34,8 +35,8 @@ void check_rows(Kit& kit, const char* name, Convert convert, Dtype to, Dtype fro
     }
 }
 
-// The sum of some numbers of A is rounded after each addition and then to `to`. Here the sum of two
-// numbers of which the other may be missing.
+// The expected sum of two numbers of A, of which one may be missing: it is rounded after each
+// addition and then to the type `to`.
 void expect_rounded_sum(Kit& kit, const Numbers& result, int64_t i, const Sum& sum) {
   expect("result", i, 0, result[i], sum,
          2 * epsilon(kit.A) + (result.type == kit.A ? 0 : epsilon(result.type)));
@@ -43,7 +44,7 @@ void expect_rounded_sum(Kit& kit, const Numbers& result, int64_t i, const Sum& s
 
 }  // namespace
 
-// load, store and the same of states
+// Checks load, store, load_state, store_state and round_state.
 RNNFAST_CHECK(conversions) {
   check_rows(kit, "load", kit.k.load, kit.A, kit.S, kit.S);
   check_rows(kit, "store", kit.k.store, kit.S, kit.A, kit.A);
@@ -59,7 +60,8 @@ RNNFAST_CHECK(conversions) {
   }
 }
 
-// All numbers of a half type both ways, and what lies half way between neighbours or just beside.
+// Checks conversions of all numbers of a half type in both directions, and of the numbers halfway
+// between neighbours, and next to those.
 RNNFAST_CHECK(halves) {
   if (!kit.k.converts()) return;
   constexpr int64_t kAll = 65536;
@@ -73,7 +75,7 @@ RNNFAST_CHECK(halves) {
   kit.k.store(back.data(), wide.data(), kAll);
   for (int64_t i = 0; i < kAll; ++i) expect_same("number", i, back[i], rounded(kit, kit.S, all[i]));
 
-  // Beyond the largest number the next one would be 2^(its exponent + 1).
+  // Rounding treats 2^(exponent + 1) as the number after the largest one.
   for (const double sign : {1., -1.})
     for (const int part : {-1, 0, 1}) {
       now("store half way between numbers, sign %g, part %d", sign, part);
@@ -109,7 +111,7 @@ RNNFAST_CHECK(halves) {
   }
 }
 
-// add, add_elements and store_sum
+// Checks add, add_elements and store_sum.
 RNNFAST_CHECK(sums) {
   for (int64_t n = 0; n <= 2 * kit.lanes + 1; ++n)
     for (const int slack : {0, 1})
@@ -164,7 +166,7 @@ RNNFAST_CHECK(sums) {
     }
 }
 
-// gather_grad
+// Checks gather_grad.
 RNNFAST_CHECK(gathered_gradients) {
   for (int64_t n = 0; n <= 2 * kit.lanes + 1; ++n)
     for (int given = 0; given < 8; ++given) {

@@ -25,8 +25,9 @@ Backward::Backward(const Context& context, const BackwardArgs& args, const Plan&
   if (context.cell.has_c) d_c_ = {arena.take<char>(B * c_bytes), c_bytes};
   const int64_t h_bytes = context.compute(context.state_pitch(P));
   d_h_ = {arena.take<char>(B * h_bytes), h_bytes};
-  // Of two blocks, which alternate, so that nobody waits for the products of the last one; where
-  // all wait anyway, of one and the step before it.
+  // Rows of two blocks are kept, used alternately: so no thread waits for the products of the block
+  // before. With recomputed gates all threads wait anyway, and the rows of one block and of the
+  // step before it suffice.
   slots_ = recomputes() ? plan.block_steps + 1 : 2 * plan.block_steps;
   const int64_t vector = context.kernels.lanes * context.kernels.state_align;
   d_gates_ =
@@ -64,7 +65,7 @@ void Backward::run(const Team& team) {
   unit_panels_ = team.share_units(units_.count());
   for (int64_t n = 0; n < T; n += plan_.block_steps) {
     const Span steps{n, std::min(T, n + plan_.block_steps)};
-    // block_ has two halves, of which the other one takes the next block.
+    // The lists in block_ alternate: threads may still read the one of the block before.
     const int64_t half = n / plan_.block_steps % 2;
     const BlockRow* block = block_ + half * block_rows_;
     if (team.index() == 0) list_rows(steps, half);
@@ -85,8 +86,8 @@ void Backward::run(const Team& team) {
   if (!args_.reverse) finish(0, {last.end, rows_.end});
 }
 
-// In the order of the batch, whichever rows sequences have been dealt: so sums do not depend on the
-// number of threads.
+// Lists the rows of a block in the order of the batch, whatever their order in the threads' shares:
+// so sums over them do not depend on the number of threads.
 void Backward::list_rows(Span steps, int64_t half) {
   BlockRow* next = block_ + half * block_rows_;
   for (int64_t step = steps.begin; step < steps.end; ++step) {
@@ -98,7 +99,7 @@ void Backward::list_rows(Span steps, int64_t half) {
   block_counts_[half] = next - (block_ + half * block_rows_);
 }
 
-// the saved blocks of a step and a sequence, S [saved][H]
+// The saved blocks of a step and a sequence, S [saved][H].
 const void* Backward::gates(int64_t step, int64_t b) const {
   return recomputes() ? recompute_.gates(step, b)
                       : history_.row(args_.gates, step, b,
@@ -131,7 +132,8 @@ void Backward::pack(const Team& team) {
 
 void Backward::load_state(Span rows) {
   const int64_t H = args_.size.H, P = args_.h_size, align = context_.kernels.state_align;
-  // what completes the last word of an lhs of `depth` elements, the last of a row of n
+  // Writes the zeros after a row of n elements that fill the last word of an lhs of `depth`
+  // elements, which ends with the row.
   const auto complete = [&](const StepRows& to, int64_t b, int64_t n, int64_t depth) {
     const int64_t rest = ceil_div(depth, align) * align - depth;
     for (int64_t step = 0; rest > 0 && step < slots_; ++step)
@@ -149,8 +151,8 @@ void Backward::load_state(Span rows) {
   }
 }
 
-// d loss / d h that reaches the state before `step` through W_hh, for the rows of a tile and one
-// panel
+// The gradient of the state before `step` that passes through W_hh, for the rows of a tile and one
+// panel of columns. Steps count in the order of the backward.
 void Backward::through_weights(int64_t step, int64_t panel, int64_t b, int rows, char* out,
                                const TileOptions& options) const {
   const int64_t first = (context_.cell.grad_blocks - context_.cell.gates) * args_.size.H;
@@ -161,8 +163,8 @@ void Backward::through_weights(int64_t step, int64_t panel, int64_t b, int rows,
   hidden_.multiply(panel, rows, depth_, lhs, w_hh_panel(panel), out, hidden_.width(), options);
 }
 
-// What a step reads and writes of these rows; those from `both` on had no later step. What comes
-// through W_hh, or W_hr, is told to the cell by tile.
+// Sets up the rows `now` that are active at a step for the cell's backward. Rows from `both` on
+// begin here: the forward has no step after this one for them.
 void Backward::set_rows(int64_t step, Span now, int64_t both) {
   const int64_t H = args_.size.H;
   const Cell& cell = context_.cell;
@@ -190,7 +192,8 @@ void Backward::set_rows(int64_t step, Span now, int64_t both) {
   }
 }
 
-// The cell on some rows from b on and one panel of units.
+// Runs the cell's backward on `count` rows from b on and one panel of units, and converts the gate
+// gradients to lhs rows where the format needs that.
 void Backward::apply_cell(int64_t step, int64_t panel, const BackwardRow* rows, int64_t b,
                           int count, const void* from_weights) const {
   const int64_t H = args_.size.H, first = panel * units_.width(), units = units_.columns(panel);
@@ -214,8 +217,8 @@ void Backward::apply_cell(int64_t step, int64_t panel, const BackwardRow* rows, 
   }
 }
 
-// What follows the product with W_hh on its tile: at once, or row by row between the steps of the
-// next tile's product where the weight format defers.
+// The epilogue of a tile of the product with W_hh: the cell's backward. It runs at once or, if the
+// weight format defers, row by row between the steps of the next tile's product.
 class Backward::CellWork : public Deferred {
  public:
   CellWork(const Backward& all, int64_t step) : Deferred{&do_some, 0}, all_(all), step_(step) {}
@@ -264,7 +267,8 @@ class Backward::CellWork : public Deferred {
 
 void Backward::step_back(int64_t step, const Team& team) {
   const Span now = history_.active(step, rows_);
-  // the rows that were at work in the step before; others begin here, or have just ended
+  // The rows active in the step before. Rows only in `now` begin here; rows only in `before` have
+  // just ended.
   const Span before = step > 0 ? history_.active(step - 1, rows_) : Span{rows_.begin, rows_.begin};
   const int64_t both = std::min(now.end, before.end);
   set_rows(step, now, both);
@@ -287,7 +291,7 @@ void Backward::step_back(int64_t step, const Team& team) {
       if (!defers) cell.finish();
     });
   };
-  // To and fro, as in the forward.
+  // Panels are walked in alternating directions, as in the forward.
   const int64_t way = step % 2 ? -1 : 1, first = way > 0 ? panels_.begin : panels_.end - 1;
   for (int64_t i = 0; i < panels_.size(); ++i) {
     const int64_t p = first + way * i;
@@ -315,7 +319,7 @@ void Backward::through_projection(int64_t step, Span rows) {
       BackwardRow tile[kMaxTileRows];
       for (int i = 0; i < n; ++i) {
         lhs[i] = d_h_rows_(step, first + i);
-        // all of the gradient of h has been gathered there
+        // d_h_rows_ already has the whole gradient of h.
         tile[i] = tile_rows_[first + i];
         tile[i].grad_y = tile[i].d_h_rest = nullptr;
         tile[i].takes_weights = true;
@@ -327,8 +331,8 @@ void Backward::through_projection(int64_t step, Span rows) {
   }
 }
 
-// Stores the gradients of the initial states of rows that had their last step just before `step`;
-// those that had none, where it is 0.
+// Stores the gradients of the initial states of rows whose last step was the one before `step`.
+// With step 0: of rows whose sequences have no steps.
 void Backward::finish(int64_t step, Span rows) const {
   if (rows.size() <= 0) return;
   const int64_t H = args_.size.H, P = args_.h_size, width = hidden_.width();

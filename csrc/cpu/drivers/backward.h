@@ -1,9 +1,9 @@
 // The backward of one layer in one direction.
 //
-// Steps are walked in the reverse of the forward's order, in blocks. Per step: the gradient of h
-// comes from the step after it through W_hh, and on each tile of that product the cell turns it
-// into gate gradients. Per block: the gradients of x, of the weights and of the biases as products
-// over all rows of the block.
+// Steps run in reverse order of the forward, in blocks. In each step the gate gradients of the next
+// step are multiplied by W_hh, which gives the gradient of h; the cell's backward, as the epilogue
+// of each tile, turns it into gate gradients. After each block follow the gradients of x, of the
+// weights and of the biases, as products over all rows of the block.
 #pragma once
 
 #include "cpu/drivers/block_products.h"
@@ -25,7 +25,7 @@ class Backward {
 
   bool projects() const { return args_.w_hr; }
   bool recomputes() const { return Recompute::wanted(context_, args_); }
-  // else each thread packs a panel of W_hh just before its only use
+  // If false, each thread packs a panel of W_hh just before its only use.
   bool packs_at_once() const { return plan_.hidden == Packing::kOnce; }
 
   void list_rows(Span steps, int64_t half);
@@ -51,23 +51,23 @@ class Backward {
   BlockProducts products_;
   const Columns hidden_, units_;
   const int64_t block_rows_;
-  const int64_t gate_depth_;  // of the sums with W_hh, for a gate: H, or whole steps of the format
-  const int64_t depth_;  // the same of all gates
+  const int64_t gate_depth_;  // K of one gate in products with W_hh: H, or H rounded up to whole
+                              // steps of the format
+  const int64_t depth_;  // K of all gates
   Span rows_{0, 0}, panels_{0, 0}, unit_panels_{0, 0};  // this thread's part of the batch, of the
                                                         // panels of h and of those of the units
-  int64_t slots_;
-  Rows lhs_[2];  // [B], gate gradients of even and odd steps as the format has them, where it
-                 // converts
-  char* w_hh_;  // packed columns [panel][G*H], or this thread's one panel
-  Rows d_c_, d_h_;  // A [B]: gradient of c; grad_h_n, then what bypasses W_hh
-  StepRows d_gates_;  // E; rows a vector longer than they need be, see BlockProducts
-  BackwardRow* tile_rows_;  // [B], of a step
-  BlockRow* block_;  // two blocks [row of a block]
-  int64_t* block_counts_;
-  // only where h is projected
+  int64_t slots_;  // number of steps whose rows are kept (see StepRows)
+  Rows lhs_[2];  // [B]: gate gradients of even and odd steps as lhs rows, if the format converts
+  char* w_hh_;  // packed columns [panel][G*H], or this thread's only panel
+  Rows d_c_, d_h_;  // A [B]: gradient of c; grad_h_n, then the gradient of h that bypasses W_hh
+  StepRows d_gates_;  // E; rows have an extra vector, as in BlockProducts::take_transposed
+  BackwardRow* tile_rows_;  // [B], for the current step
+  BlockRow* block_;  // two lists, used alternately: the rows of a block
+  int64_t* block_counts_;  // number of rows in each list
+  // Only if h is projected.
   char* w_hr_ = nullptr;  // packed columns [panel][P]
-  StepRows d_h_rows_;  // E
-  StepRows unprojected_;  // S, what the cells put out
+  StepRows d_h_rows_;  // E: gradient of the projected h
+  StepRows unprojected_;  // S: h as the cells computed it, before the projection
 };
 
 }  // namespace rnnfast::cpu

@@ -44,8 +44,7 @@ BlockProducts::BlockProducts(const Context& context, const BackwardArgs& args, c
 BlockProducts::Transposed BlockProducts::take_transposed(Arena& arena, int64_t elements,
                                                          int64_t rows,
                                                          const WeightFormat& format) const {
-  // A vector longer than they need be: at multiples of 4 KiB rows would compete for the same lines
-  // of L1.
+  // Rows have an extra vector: rows at multiples of 4 KiB would compete for the same sets of L1.
   const int64_t whole = context_.kernels.lanes * format.word;
   const int64_t bytes = format.converts_lhs ? format.row_bytes(rows)
                                             : format.row_bytes((ceil_div(rows, whole) + 1) * whole);
@@ -71,7 +70,8 @@ void BlockProducts::pack_w_ih(int64_t panel, char* to) const {
   });
 }
 
-// grad_x[t] = d_gates[t] W_ih, rows of the block dealt to threads, or panels
+// grad_x[t] = d_gates[t] W_ih. Threads split the rows of the block or, if W_ih is packed panelwise,
+// its panels.
 void BlockProducts::grad_input(const Block& block, const Team& team) const {
   if (!args_.grad_x) return;
   const auto [T, B, I, H] = args_.size;
@@ -123,7 +123,8 @@ BlockProducts::WeightGrad BlockProducts::grad_of_w_hr() const {
   return {args_.grad_w_hr, 1, kSamePlace, args_.h_size, units_};
 }
 
-// Of weights and biases. d_gates is transposed, and x and h are packed, once for all threads.
+// The gradients of weights and biases. The threads together transpose d_gates and pack x and h
+// once; after a barrier they split the products.
 void BlockProducts::grad_parameters(const Block& block, const Team& team) const {
   if (args_.tokens && args_.grad_w_ih) grad_table(block, team);
   const bool of_x = args_.grad_w_ih && !args_.tokens;
@@ -161,7 +162,8 @@ void BlockProducts::grad_parameters(const Block& block, const Team& team) const 
     accumulate(block, team, projection_lhs_, packed_unprojected_, grad_of_w_hr());
 }
 
-// The same of a few rows as they lie, for transposing and packing them would take longer.
+// Adds a few rows to a weight gradient without packing them, which would take longer than the
+// product.
 template <class Lhs, class Rhs>
 void BlockProducts::sum_few(const Block& block, const Team& team, Lhs&& lhs, Rhs&& rhs,
                             int64_t first_element, const WeightGrad& grad) const {
@@ -182,7 +184,8 @@ void BlockProducts::sum_few(const Block& block, const Team& team, Lhs&& lhs, Rhs
   }
 }
 
-// The rows of tokens; a thread has its part of the columns.
+// Adds the gate gradients of each row to its token's row of the table. Threads split the columns,
+// so that no two add to the same element.
 void BlockProducts::grad_table(const Block& block, const Team& team) const {
   const int64_t H = args_.size.H, G = context_.cell.gates;
   const Span own = share_vectors(team, G * H);
@@ -199,7 +202,8 @@ void BlockProducts::grad_table(const Block& block, const Team& team) const {
   }
 }
 
-// sums(m, n, to) has the sums of n gate gradients from the m-th on, over the rows of the block
+// Adds to the bias gradients. sums(m, n, to) computes the sums over the block's rows of n gate
+// gradients from the m-th on.
 template <class Sums>
 void BlockProducts::grad_bias(const Block& block, Span own, Sums&& sums) const {
   if (!args_.grad_b_ih && !args_.grad_b_hh) return;
@@ -220,14 +224,14 @@ void BlockProducts::grad_bias(const Block& block, Span own, Sums&& sums) const {
   }
 }
 
-// a thread's part of so many elements, in whole vectors
+// A thread's part of `elements` elements, in whole vectors.
 Span BlockProducts::share_vectors(const Team& team, int64_t elements) const {
   const int64_t lanes = context_.kernels.lanes;
   const Span vectors = team.share(ceil_div(elements, lanes));
   return {vectors.begin * lanes, std::min(vectors.end * lanes, elements)};
 }
 
-// Elements `own` of the rows of a block, read down.
+// Transposes elements `own` of the rows of a block into lhs rows.
 template <class Source>
 void BlockProducts::transpose(const Block& block, Span own, Source&& source,
                               const Transposed& to) const {
@@ -255,8 +259,9 @@ void BlockProducts::pack_rows(const Block& block, const Team& team, const Column
   }
 }
 
-// Bands of rows times panels of columns are dealt to threads: a band for each thread, unless that
-// would make them too narrow for the tiles, or several, which stay in L2 while the panels pass.
+// Adds to a weight gradient. Its rows are cut into bands, and bands times panels of columns are
+// split across threads. There is one band per thread; fewer if bands would be too low for the
+// tiles, more if a band would not stay in L2 while the panels are read.
 void BlockProducts::accumulate(const Block& block, const Team& team, const Transposed& lhs,
                                const char* packed, const WeightGrad& grad) const {
   const Columns& columns = grad.columns;
@@ -285,14 +290,14 @@ void BlockProducts::accumulate(const Block& block, const Team& team, const Trans
   }
 }
 
-// to[m][columns of the panels] (+)= sum_k lhs[m][k] packed[k]
+// to[m][columns of the panels] (= or +=) the sum over k of lhs[m][k] packed[k]
 void BlockProducts::outer_product(const Transposed& lhs, int64_t rows, int64_t depth,
                                   const char* packed, const Columns& columns, Span panels, bool add,
                                   char* to) const {
   const WeightFormat& format = columns.format();
   const int64_t N = columns.N(), lanes = context_.kernels.lanes;
   TileOptions options{.chain = format.long_chain};
-  // the first panel is the widest
+  // The first panel is the widest, so its tiles are the lowest.
   for_row_tiles(rows, columns.tile_rows(panels.begin), [&](int64_t m, int n) {
     const void* from[kMaxTileRows];
     for (int i = 0; i < n; ++i) from[i] = lhs.rows[m + i];
@@ -301,12 +306,13 @@ void BlockProducts::outer_product(const Transposed& lhs, int64_t rows, int64_t d
     for (int64_t p = panels.begin; p < panels.end; ++p) {
       const char* panel = packed + p * columns.panel_bytes(depth);
       char* target = to + context_.compute(m * N + p * columns.width());
-      // a tile of so few terms would wait for the lines that it writes
+      // With so few terms a tile would wait for the lines that it writes: prefetch those of the
+      // next.
       if (depth <= kLongChain && p + 1 < panels.end)
         fetch_tile(target + context_.compute(columns.width()), n, columns, p + 1);
       const bool whole = columns.vectors(p) * lanes <= N - p * columns.width();
       if (whole) {
-        // AMX would wait for the lines to add to
+        // AMX would wait for the lines that it adds to.
         if (add && format.defers && format.converts_lhs) fetch_tile(target, n, columns, p);
         options.add = add;
         columns.multiply(p, n, depth, from, panel, target, N, options);

@@ -1,5 +1,5 @@
-// The gradients of x, of the weights and of the biases as products over the rows of a block of
-// steps.
+// The gradients of x, of the weights and of the biases, computed as products over the rows of a
+// block of steps. A row is one sequence at one step.
 #pragma once
 
 #include "cpu/drivers/history.h"
@@ -7,7 +7,7 @@
 
 namespace rnnfast::cpu {
 
-// A row for each sequence of the last steps, so many of them.
+// A ring buffer of rows, one per sequence for each of the last `slots` steps.
 struct StepRows {
   Rows rows;
   int64_t slots = 0, batch = 0;
@@ -19,7 +19,7 @@ struct StepRows {
   char* operator()(BlockRow row) const { return (*this)(row.step, row.b); }
 };
 
-// The rows at work in a block of steps.
+// A block of steps and the rows that are active in it.
 struct Block {
   Span steps;
   const BlockRow* rows;
@@ -30,25 +30,25 @@ struct Block {
 
 class BlockProducts {
  public:
-  // Of what the steps of the backward leave: gate gradients of E and, where h is projected, the
-  // gradient of h, of E, and what the cells put out, of S.
+  // The inputs are left by the steps of the backward: gate gradients (E) and, if h is projected,
+  // the gradient of h (E) and the h that the cells computed before the projection (S).
   BlockProducts(const Context& context, const BackwardArgs& args, const Plan& plan,
                 const History& history, const StepRows& d_gates, const StepRows& d_h,
                 const StepRows& unprojected, Arena& arena);
 
   void pack(const Team& team);
-  // With a barrier inside if gradients of weights are wanted.
+  // All threads call this; it has a barrier inside if gradients of weights are wanted.
   void run(const Block& block, const Team& team) const;
 
  private:
-  // The lhs of products over the rows of a block, [element][row of the block].
+  // The lhs of products that sum over the rows of a block: lhs rows [element][row of the block].
   struct Transposed {
     Rows rows;
     const WeightFormat* format = nullptr;
     Transposed from(int64_t element) const { return {{rows[element], rows.pitch}, format}; }
   };
-  // One weight gradient: A (count * height, columns.N()), whose row place[j] * height + i is the
-  // sum over the rows of a block of lhs element j * height + i times the rhs row.
+  // One weight gradient, A (count * height, columns.N()). Its row place[j] * height + i is the sum,
+  // over the rows of a block, of lhs element j * height + i times the rhs row.
   struct WeightGrad {
     void* grad;
     int count;
@@ -88,16 +88,16 @@ class BlockProducts {
   const BackwardArgs& args_;
   const History& history_;
   const StepRows &d_gates_, &d_h_, &unprojected_;
-  const int64_t hidden_element_;  // of a row of d_gates, the first that W_hh takes
+  const int64_t hidden_element_;  // first element of a row of d_gates that belongs to W_hh
   const Columns hidden_, input_, units_;
-  const bool panelwise_;  // W_ih is packed by each thread, one panel at a time
-  char* w_ih_ =
-      nullptr;  // packed columns [panel, or thread][G*H], its rows in the order of d_gates
+  const bool panelwise_;  // each thread packs one panel of W_ih at a time
+  // Packed columns [panel, or thread][G*H] of W_ih, its rows in the order of d_gates.
+  char* w_ih_ = nullptr;
   Transposed lhs_;        // gate gradients [D*H]
-  Rows lhs_rows_;  // gate gradients as lhs rows [row of a block], for grad_x, where needed
-  char *x_ = nullptr, *h_ = nullptr;  // packed columns of the rows of a block
+  Rows lhs_rows_;  // gate gradients as lhs rows [row of a block] for grad_x, if the format converts
+  char *x_ = nullptr, *h_ = nullptr;  // packed columns of x and h, over the rows of a block
   Transposed projection_lhs_;  // gradient of h [P]
-  char* packed_unprojected_ = nullptr;  // columns of the rows of a block
+  char* packed_unprojected_ = nullptr;  // packed columns of unprojected_, over the rows of a block
 };
 
 }  // namespace rnnfast::cpu

@@ -1,5 +1,5 @@
-// What every driver needs: the micro-kernels of a call, rows in memory whose element type only
-// these know, and the loop over tiles.
+// What every driver needs: the micro-kernels of a call, rows in memory whose element type only the
+// micro-kernels know, and the loop over tiles.
 #pragma once
 
 #include <algorithm>
@@ -18,7 +18,7 @@ struct Context {
   const CellFunctions& functions;
   const Cell& cell = functions.cell;
 
-  // bytes of so many elements of S, A and E
+  // The bytes of n elements of S, A and E.
   int64_t storage(int64_t n) const { return n * kernels.storage_bytes; }
   int64_t compute(int64_t n) const { return n * kernels.compute_bytes; }
   int64_t element(int64_t n) const { return n * kernels.element_bytes; }
@@ -27,34 +27,35 @@ struct Context {
   const WeightFormat& format(bool split_precision) const {
     return split_precision ? *kernels.split : *kernels.dense;
   }
-  // elements of a row of states: whole vectors, and one more, as rows at multiples of 4 KiB would
-  // compete for the same lines of L1
+  // The elements from one row of states to the next: whole vectors plus one, since rows at
+  // multiples of 4 KiB would compete for the same sets of L1.
   int64_t state_pitch(int64_t n) const {
     return (whole_vectors(n) + kernels.lanes) * kernels.state_align;
   }
 };
 
+// The address `bytes` after `base`.
 inline const char* at(const void* base, int64_t bytes) {
   return static_cast<const char*>(base) + bytes;
 }
 inline char* at(void* base, int64_t bytes) { return static_cast<char*>(base) + bytes; }
 
-// Rows at equal distances.
+// Rows in memory, `pitch` bytes apart.
 struct Rows {
   char* data = nullptr;
-  int64_t pitch = 0;  // bytes
+  int64_t pitch = 0;
 
   char* operator[](int64_t row) const { return data + row * pitch; }
   explicit operator bool() const { return data; }
 };
 
-// A tile of results on a thread's stack: of up to kMaxTileRows rows and kMaxTileVectors vectors.
+// Room on a thread's stack for the results of a tile of any size.
 struct TileBuffer {
   static constexpr int64_t kBytes = int64_t(kMaxTileRows) * kMaxTileVectors * 64;
   alignas(64) char data[kBytes];
 };
 
-// How many tiles rows are cut into. One is what small batches have, and needs no division.
+// The number of tiles that cover `rows` rows. The usual case of one tile avoids the division.
 inline int64_t count_tiles(int64_t rows, int tile_rows) {
   return rows <= tile_rows ? (rows > 0) : ceil_div(rows, tile_rows);
 }
@@ -70,8 +71,9 @@ inline void for_row_tiles(int64_t rows, int tile_rows, F&& f) {
   }
 }
 
-// Has a tile of some of the rows fetch its part of what is needed soon and lies in L3, where the
-// hardware's own prefetching comes too late. Null: nothing.
+// Makes a tile prefetch its part of `bytes` at `from` (null: nothing), in proportion to its `count`
+// of the `rows` rows. This is for memory in L3 that is needed soon; the hardware's own prefetching
+// comes too late for it.
 inline void prefetch_part(TileOptions& options, const void* from, int64_t bytes, int64_t first,
                           int count, int64_t rows) {
   options.prefetch = from;

@@ -1,5 +1,5 @@
-// Which weight formats the products of a layer take, and what planning needs to know of these. The
-// choice depends on sizes alone, because results must not depend on the number of threads.
+// Chooses the weight formats for the products of a layer, and tells the planner about the product
+// of a step. The choice uses sizes alone, because results must not depend on the number of threads.
 #pragma once
 
 #include "cpu/drivers/weights.h"
@@ -7,8 +7,8 @@
 namespace rnnfast::cpu {
 
 struct ForwardFormats {
-  bool pack;  // whether weights are packed, else read as they lie
-  bool x_split, h_split;  // split precision in the products with x and with h
+  bool pack;  // whether weights are packed
+  bool x_split, h_split;  // whether products with x and with h use split precision
 };
 
 inline ForwardFormats choose_forward_formats(const Context& context, const Sizes& size) {
@@ -21,7 +21,7 @@ inline ForwardFormats choose_forward_formats(const Context& context, const Sizes
 }
 
 struct BackwardFormats {
-  bool block_split, step_split;  // in the products of a block of steps and of a step
+  bool block_split, step_split;  // whether products over a block and of a step use split precision
 };
 
 inline BackwardFormats choose_backward_formats(const Context& context, const Sizes& size) {

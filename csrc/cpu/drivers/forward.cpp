@@ -47,7 +47,8 @@ StepShape Forward::step_shape(const Context& context, const Sizes& size, bool sp
                          vectors * kCellCycles);
 }
 
-// Threads that divide the units of the same rows have h in common. All else is a thread's own.
+// Moves the pointers to this thread's part of the workspace. Threads that split the units of the
+// same rows share h; everything else is a thread's own.
 void Forward::take_own(const Team& team) {
   for (Rows& h : h_) h.data += team.row_index() * kApartBytes;
   if (unprojected_) unprojected_.data += team.row_index() * kApartBytes;
@@ -66,7 +67,7 @@ bool Forward::run(const Team& team, const Progress* upstream, Progress& done) {
   panels_ = team.share_units(hidden_.count());
   take_own(team);
   pack(team);
-  // Rows of h are loaded by one of the threads that have them in common.
+  // Each row of h is loaded and stored by one of the threads that share it.
   const auto part = [&](Span of) {
     const Span own = team.share_units(of.size());
     return Span{of.begin + own.begin, of.begin + own.end};
@@ -79,7 +80,7 @@ bool Forward::run(const Team& team, const Progress* upstream, Progress& done) {
     const Span steps{s, std::min(T, s + plan_.block_steps)};
     if (upstream) upstream->wait_for(steps.end);
     input_.run(steps, rows_, panels_);
-    int64_t first = 0;  // row of the step in the block
+    int64_t first = 0;  // index of the step's first row in the block
     Outputs before{steps.begin, {0, 0}};
     for (int64_t step = steps.begin; step < steps.end; ++step) {
       const Span active = batch_.active(time(step), rows_);
@@ -90,7 +91,7 @@ bool Forward::run(const Team& team, const Progress* upstream, Progress& done) {
       }
       first += active.size();
       team.unit_barrier();
-      before = {step, part(active)};  // of rows that are complete now
+      before = {step, part(active)};  // these rows of h are complete now
       clear(step, part({active.end, rows_.end}));
     }
     write(before);
@@ -110,7 +111,7 @@ void Forward::pack(const Team& team) {
 
 void Forward::load_h(Span rows) {
   const int64_t H = args_.size.H, P = args_.h_size;
-  // what completes the last word of a row
+  // Fills the last word of a row with zeros.
   const auto complete = [&](const Rows& to, int64_t b, int64_t n) {
     const int64_t rest =
         ceil_div(n, context_.kernels.state_align) * context_.kernels.state_align - n;
@@ -120,7 +121,7 @@ void Forward::load_h(Span rows) {
     context_.kernels.load_state(h_[0][b], at(args_.h0, context_.storage(batch_.place(b) * P)), P);
     for (const Rows& h : h_) complete(h, b, P);
     if (unprojected_) complete(unprojected_, b, H);
-    // a sequence that starts late may start at an odd step
+    // In the reverse direction a short sequence starts late, maybe at an odd step.
     if (batch_.is_ragged()) std::memcpy(h_[1][b], h_[0][b], size_t(context_.element(P)));
   }
 }
@@ -134,7 +135,8 @@ void Forward::store_h(Span rows) const {
   }
 }
 
-// f(of S, of A, units) for the rows of this thread's part of c, in a tensor (B, H) and in memory
+// For each row of this thread's part of c, calls f(byte offset in a tensor S (B, H), address in c_,
+// number of units).
 template <class F>
 void Forward::for_c(F&& f) const {
   const int64_t begin = panels_.begin * hidden_.units();
@@ -154,8 +156,8 @@ void Forward::store_c() const {
   });
 }
 
-// Copies y from h row by row: written unit by unit, it would have threads meet at the borders of
-// their parts (see kApartBytes).
+// Copies rows of y from h. Each thread writes whole rows: if it wrote only its units, threads would
+// write close to each other (see kApartBytes).
 void Forward::write(const Outputs& outputs) const {
   const int64_t P = args_.h_size, t = time(outputs.step);
   for (int64_t b = outputs.rows.begin; b < outputs.rows.end; ++b)
@@ -163,7 +165,7 @@ void Forward::write(const Outputs& outputs) const {
                                  h_after(outputs.step, b), P);
 }
 
-// zeros as the outputs of sequences that have no such step
+// Writes zeros as the outputs of sequences that are too short to have this step.
 void Forward::clear(int64_t step, Span rows) const {
   if (batch_.is_packed()) return;
   for (int64_t b = rows.begin; b < rows.end; ++b) {
@@ -175,8 +177,8 @@ void Forward::clear(int64_t step, Span rows) const {
   }
 }
 
-// The cell on a tile: at once, or in pieces between the steps of the next tile's product where the
-// weight format defers.
+// The epilogue of a tile of the recurrent product: the cell's forward. It runs at once or, if the
+// weight format defers, in pieces between the steps of the next tile's product.
 class Forward::CellWork : public Deferred {
  public:
   explicit CellWork(const Forward& all)
@@ -226,7 +228,7 @@ class Forward::CellWork : public Deferred {
   ForwardTile tile_;
 };
 
-// Where a step reads and writes the states of these rows.
+// Sets up, for each of these rows, where the cell reads and writes its states.
 void Forward::set_rows(int64_t step, Span rows) {
   const int64_t t = time(step), H = args_.size.H;
   const int64_t saved_bytes = context_.storage(context_.cell.saved * H);
@@ -244,8 +246,9 @@ void Forward::set_rows(int64_t step, Span rows) {
   }
 }
 
-// One step of the recurrence: the product with W_hh and, on each tile, the cell. Meanwhile writes
-// the outputs of the step before, a few rows after each tile: at once, they would wait for memory.
+// One step of the recurrence: the product with W_hh, with the cell as the epilogue of each tile. It
+// also writes the outputs of the step before, a few rows after each tile: written all at once, they
+// would stall on memory.
 void Forward::advance(int64_t step, Span rows, int64_t first_row, Outputs before) {
   const int64_t tiles = panels_.size() * count_tiles(rows.size(), hidden_.max_tile_rows());
   const int64_t at_once = tiles > 1 ? ceil_div(before.rows.size(), tiles) : before.rows.size();
@@ -266,7 +269,8 @@ void Forward::advance(int64_t step, Span rows, int64_t first_row, Outputs before
   TileOptions options = hidden_.options();
   options.deferred = &cell;
   int64_t count = 0;
-  // To and fro: a step begins with the panels that the last one left in cache.
+  // Panels are walked in alternating directions: a step begins with those that the last step left
+  // in cache.
   const int64_t way = step % 2 ? -1 : 1, first = way > 0 ? panels_.begin : panels_.end - 1;
   for (int64_t i = 0; i < panels_.size(); ++i) {
     const int64_t p = first + way * i;
@@ -289,7 +293,7 @@ void Forward::advance(int64_t step, Span rows, int64_t first_row, Outputs before
   write(before);
 }
 
-// h = W_hr times what the cells have put out
+// h = W_hr times the h that the cells computed.
 void Forward::project_state(int64_t step, Span rows, Span panels) {
   TileBuffer h;
   const TileOptions options = projection_->options();

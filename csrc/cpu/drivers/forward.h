@@ -1,4 +1,5 @@
-// The forward of one layer in one direction.
+// The forward of one layer in one direction: the loop over time, with the cell as the epilogue of
+// the recurrent product.
 #pragma once
 
 #include "cpu/drivers/input_projection.h"
@@ -12,13 +13,14 @@ class Forward {
   // The recurrent product of a step, for planning.
   static StepShape step_shape(const Context& context, const Sizes& size, bool split_precision);
 
-  // Waits for the steps of `upstream`, if any, before it reads them; `done` tells of its own. False
-  // if a number has no representation in the weight format: the outputs are wrong then.
+  // Runs the sequence. Waits for the steps of `upstream`, if any, before it reads them, and reports
+  // its own finished steps in `done`. Returns false if a number cannot be represented in a weight
+  // format; the outputs are wrong then.
   bool run(const Team& team, const Progress* upstream, Progress& done);
 
  private:
   class CellWork;
-  // Rows of y after a step that this thread has to write.
+  // The rows of y at a step that this thread has yet to write.
   struct Outputs {
     int64_t step;
     Span rows;
@@ -48,16 +50,16 @@ class Forward {
   const Batch batch_;
   GateWeights hidden_;              // W_hh
   std::optional<GateWeights> projection_;  // W_hr
-  const int64_t max_rows_;  // of the batch, for a thread
+  const int64_t max_rows_;  // most rows of the batch that a thread has
   InputProjection input_;
   bool good_ = true;
   Span rows_{0, 0}, panels_{0, 0};  // this thread's part of the batch and of the panels of units
   Rows h_[2];             // E [B], the state before even and odd steps
-  Rows unprojected_;      // E [B], where h is projected
+  Rows unprojected_;      // E [B], h before the projection, if there is one
   Rows c_;                // A, per thread [max_rows]
-  Rows lhs_;  // per thread [max_rows], h as the weight format has it, where it converts
-  ForwardRow* tile_rows_;  // per thread [max_rows], of a step
-  char* zeros_ = nullptr;  // E, a row where states are reset
+  Rows lhs_;  // per thread [max_rows], h as lhs rows, if the format converts
+  ForwardRow* tile_rows_;  // per thread [max_rows], for the current step
+  char* zeros_ = nullptr;  // E, the state after a reset: one row
 };
 
 }  // namespace rnnfast::cpu

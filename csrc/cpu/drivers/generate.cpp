@@ -16,7 +16,7 @@ Generate::Generate(const Context& context, const GenerateArgs& args, Arena& aren
       result.take(arena, 1);
       return result;
     };
-    // W_ih of the first layer is a table of tokens
+    // W_ih of the first layer is a table of tokens: it is looked up, not multiplied.
     layers_.push_back({weights(args.layer[l].w_ih, l > 0 ? Packing::kOnce : Packing::kNone),
                        weights(args.layer[l].w_hh, Packing::kOnce)});
   }
@@ -46,7 +46,7 @@ void Generate::start(const Team& team) {
   const int64_t rest = context_.element(ceil_div(H, align) * align - H);
   for (int64_t row = rows.begin; row < rows.end; ++row) {
     context_.kernels.load_state(h_[0][row], at(args_.h0, context_.storage(row * H)), H);
-    // what completes the last word of a row
+    // Fill the last word of the row with zeros.
     for (const Rows& h : h_) std::memset(h[row] + context_.element(H), 0, size_t(rest));
     if (c_) context_.kernels.load(c_[row], at(args_.c0, context_.storage(row * H)), H);
   }
@@ -79,7 +79,7 @@ void Generate::run(const GenerateSteps& steps, Sampler* samplers, const Team& te
   }
 }
 
-// one layer, from the states of one parity to those of the other
+// One step of one layer, from the states h_[parity] to the other ones.
 void Generate::advance(int64_t layer, int64_t parity, const int64_t* tokens, Span panels) {
   const auto& [input, hidden] = layers_[size_t(layer)];
   const int64_t H = args_.H;
@@ -122,7 +122,7 @@ void Generate::advance(int64_t layer, int64_t parity, const int64_t* tokens, Spa
   }
 }
 
-// the scores of tokens from the last layer's h
+// The scores of all tokens, from the last layer's h.
 void Generate::score(int64_t parity, Span panels) {
   bool good = true;
   const int64_t stride = head_.count() * head_.width();

@@ -1,5 +1,6 @@
-// A stack of layers that reads back what is sampled from its outputs. Every thread computes its
-// panels of each layer's units and of the scores; a barrier follows each.
+// Generation: a stack of layers and a linear head, whose sampled tokens are the next inputs.
+// Threads split the panels of each layer's units and of the scores, with a barrier after each layer
+// and after the scores.
 #pragma once
 
 #include <vector>
@@ -15,7 +16,7 @@ class Generate {
 
   // Packs the weights and loads the states.
   void start(const Team& team);
-  // Ends early where a token cannot be sampled; that is -1 then.
+  // Takes the steps. Ends early if a token cannot be sampled, and stores -1 for it.
   void run(const GenerateSteps& steps, Sampler* samplers, const Team& team);
 
  private:
@@ -32,8 +33,8 @@ class Generate {
   };
   std::vector<Layer> layers_;
   GateWeights head_;
-  Rows h_[2];    // E [layer][B], before even and odd steps
-  Rows c_;       // A [layer][B]
+  Rows h_[2];  // E [layer][B], the state before even and odd steps
+  Rows c_;  // A [layer][B]
   Rows scores_;  // A [B]
 };
 

@@ -1,4 +1,4 @@
-// What the forward of a layer left for its backward.
+// Access to what the forward of a layer left for its backward: inputs, states and their positions.
 #pragma once
 
 #include "cpu/drivers/batch.h"
@@ -6,8 +6,8 @@
 
 namespace rnnfast::cpu {
 
-// One sequence at one step, steps being counted in the order of the backward: step 0 is the last of
-// the forward.
+// One sequence at one step. Steps are counted in the order of the backward: step 0 is the last step
+// of the forward.
 struct BlockRow {
   int32_t step, b;
 };
@@ -33,21 +33,21 @@ class History {
   int64_t time(int64_t step) const { return args_.reverse ? step : args_.size.T - 1 - step; }
   Span active(int64_t step, Span rows) const { return batch.active(time(step), rows); }
 
-  // a row of x, of S
+  // A row of x (S).
   const char* x(int64_t step, int64_t b) const {
     return at(args_.x,
               context_.storage(batch.offset(time(step), b, args_.x_stride_t, args_.x_stride_b)));
   }
-  // the number of the row of w_ih that a token stands for
+  // The token at a step: an index of a row of w_ih.
   int64_t token(int64_t step, int64_t b) const {
     return args_.tokens[batch.offset(time(step), b, args_.x_stride_t, args_.x_stride_b)];
   }
-  // a row of so many bytes of y, cells, ... or null
+  // A row, `bytes` long, of y, gates, cells or their gradients; null if `data` is null.
   const char* row(const void* data, int64_t step, int64_t b, int64_t bytes) const {
     return data ? at(data, batch.row(time(step), b) * bytes) : nullptr;
   }
 
-  // the states before a step: h of S, c of A
+  // The states before a step: h (S) and c (A).
   const char* h_before(int64_t step, int64_t b) const {
     const int64_t t = time(step), bytes = context_.storage(args_.h_size);
     if (batch.resets(t, b)) return zeros_.data;
@@ -60,7 +60,7 @@ class History {
     if (batch.is_first(t, b)) return c0_[b];
     return at(args_.cells, batch.row(batch.before(t), b) * context_.compute(args_.size.H));
   }
-  // whether no gradient passes to the states before a step
+  // Whether no gradient passes to the states before a step.
   bool cut(int64_t step, int64_t b) const { return batch.resets(time(step), b); }
 
   const Batch batch;
@@ -69,7 +69,7 @@ class History {
   const Context& context_;
   const BackwardArgs& args_;
   Rows c0_;     // A [B]
-  Rows zeros_;  // one row, where states are reset
+  Rows zeros_;  // one row: the state after a reset
 };
 
 }  // namespace rnnfast::cpu

@@ -32,7 +32,7 @@ InputProjection::InputProjection(const Context& context, const ForwardArgs& args
   inputs_ = arena.take<const void*>(plan.threads * block_rows);
   const WeightFormat& format = by_units_.format();
   const int64_t bytes = format.row_bytes(args.size.I);
-  // x is an lhs as it lies where it is of E and no number completes its last word
+  // x can be read in place if S is E and its rows need no zeros to fill the last word.
   if (format.converts_lhs || context.kernels.storage_bytes != context.kernels.element_bytes ||
       bytes != context.storage(args.size.I))
     x_ = {arena.take<char>(plan.threads * block_rows * bytes), bytes};
@@ -47,7 +47,7 @@ void InputProjection::take_own(int thread) {
 
 void InputProjection::pack(const Team& team) {
   GateWeights& w = whole_rows_ ? *whole_rows_ : by_units_;
-  if (args_.tokens) {  // w_ih is no matrix to be multiplied
+  if (args_.tokens) {  // w_ih is a table, which is not multiplied
     const Span own = team.share(w.count());
     return context_.kernels.pack_bias(w.shape(), args_.b_ih, own.begin, own.end,
                                       w.bias_at(own.begin));
@@ -55,7 +55,7 @@ void InputProjection::pack(const Team& team) {
   good_ &= w.pack(args_.b_ih, team.share(w.count()));
 }
 
-// A row of x; of a token, the row of w_ih that stands for W_ih x, [G][H].
+// A row of x; for a token, its row [G][H] of the table w_ih.
 const char* InputProjection::input(int64_t t, int64_t b) const {
   const int64_t offset = batch_.offset(t, b, args_.x_stride_t, args_.x_stride_b);
   return args_.tokens

@@ -1,5 +1,5 @@
-// What the gates get from the input, W_ih x + b_ih. It does not wait for the recurrence, so a block
-// of steps is computed at once.
+// The input projection W_ih x + b_ih. It does not depend on the recurrence, so it is computed for a
+// block of steps at once.
 #pragma once
 
 #include <optional>
@@ -11,24 +11,26 @@ namespace rnnfast::cpu {
 
 class InputProjection {
  public:
-  // A thread has up to `block_rows` rows in a block of steps, one for each step and sequence.
+  // `block_rows` is the most rows that a thread has in a block, where a row is one sequence at one
+  // step.
   InputProjection(const Context& context, const ForwardArgs& args, const Plan& plan,
                   const Batch& batch, int64_t block_rows, Arena& arena);
 
-  // From here on memory is this thread's.
+  // Selects this thread's part of the workspace for all later calls.
   void take_own(int thread);
   void pack(const Team& team);
-  // For the rows of a block of steps, one step after the other, and this thread's panels of units.
+  // Projects a block of steps, for this thread's rows and panels of units.
   void run(Span steps, Span rows, Span panels);
 
   struct Projected {
-    const void* first;  // A [gate][unit], as a ForwardTile's from_x
-    int64_t stride;  // elements
+    const void* first;  // A, rows [gate][unit], as a ForwardTile's from_x
+    int64_t stride;  // elements between rows
   };
-  // Of some rows of the block and one panel of units; where they do not lie so already, in `to`.
+  // The projection of some rows of the block for one panel of units. It is copied to `to`, a
+  // TileBuffer, if it is not already in this layout.
   Projected rows(int64_t first, int count, int64_t panel, void* to) const;
 
-  // Whether all numbers that this thread has seen have a representation in the weight format.
+  // Whether the weight format could represent all numbers that this thread has met.
   bool good() const { return good_; }
 
  private:
@@ -42,15 +44,16 @@ class InputProjection {
   const ForwardArgs& args_;
   const Batch& batch_;
   GateWeights by_units_;
-  // Panels of whole units leave lanes unused where the units do not fill their last vector. Rows of
-  // W_ih one after the other, [gate][unit], do not, but have to be taken apart for each panel.
+  // W_ih as one matrix of G*H columns, used instead of by_units_ for small H: panels of units leave
+  // lanes unused if the units do not fill their last vector. The results must then be regrouped by
+  // units, for each panel.
   std::optional<GateWeights> whole_rows_;
   const int64_t block_rows_, max_width_;
   bool good_ = true;
   Span own_{0, 0};  // panels of units
   char* projected_;  // A, per thread [block_rows][max_width]
   const void** inputs_;  // per thread [block_rows]: rows of x, or of the table of tokens
-  Rows x_;  // per thread [block_rows]: a copy of x as an lhs, where needed
+  Rows x_;  // per thread [block_rows]: x as lhs rows, if x cannot be read in place
 };
 
 }  // namespace rnnfast::cpu

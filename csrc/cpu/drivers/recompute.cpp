@@ -7,7 +7,7 @@ Recompute::Recompute(const Context& context, const BackwardArgs& args, const Pla
     : context_(context),
       args_(args),
       history_(history),
-      // as in the forward, which would sum in another order else
+      // The forward's formats: others would sum in another order.
       formats_(choose_forward_formats(context, args.size)),
       input_(context, context.format(formats_.x_split), context.cell.gates, args.size.H,
              args.size.I, formats_.pack ? Packing::kOnce : Packing::kNone),
@@ -57,7 +57,8 @@ void Recompute::run(const BlockRow* rows, int64_t count, const Team& team) const
     if (x_ && !args_.tokens) good &= input_.format().load_lhs(x_[i], x(i), I);
     if (h_) good &= hidden_.format().load_lhs(h_[i], h(i), P);
   }
-  // A copy, or where there is none or one without a representation the row as it lies.
+  // An lhs row. The row is read in place if there are no copies, or if a number cannot be
+  // represented in them.
   const auto lhs = [&](const Rows& copies, int64_t i, const char* row) {
     return copies && good ? copies[i] : row;
   };
@@ -70,7 +71,8 @@ void Recompute::run(const BlockRow* rows, int64_t count, const Team& team) const
                  w.options());
     });
   };
-  const Rows& states = formats_.h_split ? Rows{} : h_;  // of E
+  // The copies that the cell can read as h_prev: rows of E, which those in split precision are not.
+  const Rows& states = formats_.h_split ? Rows{} : h_;
   TileBuffer from_x, from_h;
   for (int64_t p = 0; p < hidden_.count(); ++p) {
     for_row_tiles(own.size(), hidden_.max_tile_rows(), [&](int64_t r, int n) {

@@ -1,5 +1,5 @@
-// The gates of a block of steps computed again, where the forward did not save them. No step of
-// this waits for another, as y and cells hold all states.
+// Recomputes the gates of a block of steps for the backward, if the forward did not save them. All
+// steps are independent, since y and cells hold all states.
 #pragma once
 
 #include <optional>
@@ -19,9 +19,9 @@ class Recompute {
             const History& history, Arena& arena);
 
   void pack(const Team& team);
-  // For this thread's share of so many rows of a block.
+  // Recomputes this thread's share of the rows of a block.
   void run(const BlockRow* rows, int64_t count, const Team& team) const;
-  // the saved blocks of a step and a sequence, S [saved][H]
+  // The saved blocks of a step and a sequence, S [saved][H].
   char* gates(int64_t step, int64_t b) const {
     return gates_[step % block_steps_ * args_.size.B + b];
   }
@@ -31,11 +31,11 @@ class Recompute {
   const BackwardArgs& args_;
   const History& history_;
   const ForwardFormats formats_;
-  GateWeights input_, hidden_;  // packed as in the forward, or as they lie
+  GateWeights input_, hidden_;  // W_ih and W_hh, packed if the forward packs them
   const int64_t block_steps_;
   Rows gates_;            // S [step of a block][B]
-  bool* good_ = nullptr;  // of each thread: whether its weights have representations in the formats
-  Rows x_, h_;  // copies as lhs rows [row of a block], where needed
+  bool* good_ = nullptr;  // per thread: whether the formats can represent the weights it packed
+  Rows x_, h_;  // lhs rows [row of a block], for x and h that cannot be read in place
 };
 
 }  // namespace rnnfast::cpu

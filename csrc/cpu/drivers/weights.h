@@ -1,11 +1,13 @@
-// Rhs of products: a weight matrix by panels of units, and columns of anything.
+// The rhs of products: GateWeights for a weight matrix in panels of units, Columns for any other
+// matrix.
 #pragma once
 
 #include "cpu/drivers/context.h"
 
 namespace rnnfast::cpu {
 
-// A weight matrix (G*H, K) and its bias by panels of units (GateShape), packed or as they lie.
+// A weight matrix (G*H, K) and its bias in panels of units (see GateShape), packed or read in
+// place.
 class GateWeights {
  public:
   GateWeights(const Context& context, const WeightFormat& format, int gates, int64_t H, int64_t K,
@@ -26,9 +28,9 @@ class GateWeights {
   // One panel, ready to be multiplied.
   struct Panel {
     int64_t index;
-    const TileFunction* tiles;  // by rows - 1
+    const TileFunction* tiles;  // indexed by rows - 1
     int tile_rows;
-    const char* packed;  // null: as the weights lie
+    const char* packed;  // null if the weights are read in place
     const char* bias;
   };
 
@@ -40,12 +42,12 @@ class GateWeights {
   int64_t width() const { return width_; }  // columns of a panel
   int64_t panel_bytes() const { return panel_bytes_; }
   int64_t count() const { return count_; }
-  // The last panel of one gate has no more vectors than its units need.
+  // With one gate, the last panel has only the vectors that its units need.
   int vectors(int64_t panel) const { return panel + 1 == count_ ? last_vectors_ : vectors_; }
   int tile_rows(int64_t panel) const { return format_.tile_rows[vectors(panel) - 1]; }
   int max_tile_rows() const { return format_.tile_rows[vectors_ - 1]; }
   int64_t units(int64_t panel) const { return std::min(units_, shape_.H - panel * units_); }
-  // columns of some panels side by side
+  // The columns of some panels side by side.
   int64_t width(Span panels) const {
     return panels.size() > 0 ? (panels.size() - 1) * width_ + vectors(panels.end - 1) * lanes_ : 0;
   }
@@ -60,14 +62,14 @@ class GateWeights {
                                                         : threads;
     if (panels > 0) packed_ = arena.take<char>(panels * panel_bytes_);
   }
-  // From here on memory for a panel at a time is this thread's.
+  // Selects this thread's buffer for panels that are packed one at a time.
   void take_own(int thread) {
     if (packing_ == Packing::kPanelwise) packed_ += thread * panel_bytes_;
   }
   void set(const void* w) { w_ = w; }
 
-  // Packs what is packed once, and the bias (null for zeros). False if a weight has no
-  // representation in the format.
+  // Packs these panels, if all panels are packed once, and the bias (null for zeros). Returns false
+  // if a weight cannot be represented in the format.
   bool pack(const void* bias, Span panels) {
     bool good = true;
     for (int64_t p = panels.begin; p < panels.end && packing_ == Packing::kOnce; ++p)
@@ -76,7 +78,8 @@ class GateWeights {
     return good;
   }
 
-  // Packs it if it is packed panel by panel; then not good where that fails.
+  // Returns a panel. Packs it first if panels are packed one at a time, and clears `good` if a
+  // weight cannot be represented.
   Panel panel(int64_t p, bool& good) const {
     const int n = vectors(p);
     const char* packed = packed_;
@@ -84,17 +87,18 @@ class GateWeights {
     if (packing_ == Packing::kPanelwise) good &= format_.pack_gates(shape_, w_, K_, p, packed_);
     return {p, format_.tiles[n - 1], format_.tile_rows[n - 1], packed, bias_at(p)};
   }
-  // The same with weights as they lie.
+  // A panel whose weights are read in place.
   Panel unpacked_panel(int64_t p) const {
     const int n = vectors(p);
     return {p, format_.tiles[n - 1], format_.tile_rows[n - 1], nullptr, bias_at(p)};
   }
-  // The panel that follows in memory, in this direction, if all are packed.
+  // The packed panel before (way = -1) or after (way = 1) this one, for prefetching; null unless
+  // all panels are packed.
   const char* neighbour(const Panel& panel, int64_t way) const {
     return packing_ == Packing::kOnce ? panel.packed + way * panel_bytes_ : nullptr;
   }
 
-  // W a + bias for a tile of up to tile_rows rows; rows of `out` are `stride` elements apart.
+  // out = W lhs + bias for a tile of up to tile_rows rows; see TileFunction.
   void multiply(const Panel& panel, const void* const* lhs, int rows, void* out, int64_t stride,
                 const TileOptions& options) const {
     if (panel.packed)
@@ -118,12 +122,12 @@ class GateWeights {
   const int64_t units_, width_, panel_bytes_, count_;
   const int last_vectors_;
   const void* w_ = nullptr;
-  char* packed_ = nullptr;  // panels, all or one; null: as they lie
+  char* packed_ = nullptr;  // all panels or one; null if weights are read in place
   char* bias_ = nullptr;    // A [panel][width]
 };
 
-// A general rhs (K, N) in panels of up to kMaxTileVectors vectors of columns. A narrow last panel
-// is not padded.
+// A general rhs (K, N) in panels of kMaxTileVectors vectors of columns. The last panel has only the
+// vectors that it needs.
 class Columns {
  public:
   Columns(const Context& context, const WeightFormat& format, int64_t N)
@@ -144,15 +148,15 @@ class Columns {
   int64_t panel_bytes(int64_t K) const { return format_.panel_bytes(kMaxTileVectors, K); }
   int64_t bytes(int64_t K) const { return count() * panel_bytes(K); }
 
-  // Rows [begin, begin + count) of the K rows of a panel: rows[i] of S, null for zeros. begin is a
-  // multiple of the format's step.
+  // Packs rows [begin, begin + count) of the K rows of a panel: rows[i] is a row of S, or null for
+  // zeros. begin must be a multiple of the format's step.
   void pack(const void* const* rows, int64_t begin, int64_t count, int64_t panel,
             void* packed) const {
     const int n = vectors(panel);
     format_.pack_columns(rows, count, panel * width_, N_, n,
                          at(packed, format_.panel_bytes(n, begin)));
   }
-  // All K rows of a panel, where row(k) has them.
+  // Packs all K rows of a panel; row(k) returns row k.
   template <class F>
   void pack_all(int64_t K, int64_t panel, void* packed, F&& row) const {
     const void* rows[kPackedRows];

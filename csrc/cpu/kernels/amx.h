@@ -1,8 +1,8 @@
-// Products of bfloat16 pairs in Intel's AMX tiles.
+// Products of bfloat16 pairs on Intel's AMX tiles.
 //
-// One of the eight registers holds up to 16 rows of 64 bytes: sums of 16 rows and a vector of
-// columns; 16 words of k of 16 lhs rows; or 16 words of k of a vector of columns as they lie in a
-// panel.
+// Each of the eight tile registers holds up to 16 rows of 64 bytes: the sums of 16 rows times a
+// vector of columns; 16 words of k of 16 lhs rows; or 16 words of k of a vector of columns, in the
+// layout of a panel.
 #pragma once
 
 #include "cpu/kernels/amx_instructions.h"
@@ -13,8 +13,7 @@ namespace rnnfast::cpu::RNNFAST_TARGET::amx {
 inline constexpr int kRows = 16, kWords = 16;
 inline constexpr int kTileRows = 2 * kRows;
 
-// What registers are used for, where R is 1 or 2 groups of up to 16 rows and L registers have the
-// lhs.
+// The use of the registers, for R = 1 or 2 groups of up to 16 rows and L registers for the lhs.
 template <int R, int L = R>
 struct Registers {
   static constexpr int kMaxColumns = R == 1 ? 4 : 2;
@@ -23,13 +22,14 @@ struct Registers {
   static constexpr int rhs(int column) { return 4 + L + column % (4 - L); }
 };
 
-// The shapes of the registers, as AMX takes them.
+// The shapes of the registers, in the layout of the instruction ldtilecfg.
 struct alignas(64) Shapes {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t row_bytes[16] = {};
   uint8_t rows[16] = {};
 
-  // for an lhs of so many rows; one group of them has `lhs_registers` registers
+  // For a tile of `of_rows` rows. With a single group of rows the lhs has `lhs_registers`
+  // registers.
   constexpr Shapes(int of_rows, int lhs_registers) {
     for (int i = 0; i < 8; ++i) row_bytes[i] = kLineBytes, rows[i] = kWords;
     if (of_rows > kRows) {
@@ -51,15 +51,15 @@ struct alignas(64) Shapes {
 };
 static_assert(sizeof(Shapes) == 64);
 
-// for 1, 2, ... rows
+// The shapes for tiles of 1, 2, ... rows.
 template <int kLhsRegisters, int... I>
 constexpr std::array<Shapes, sizeof...(I)> all_shapes(std::integer_sequence<int, I...>) {
   return {Shapes(I + 1, kLhsRegisters)...};
 }
 inline constexpr auto kShapes = all_shapes<1>(std::make_integer_sequence<int, kTileRows>());
 
-// Between `enter` and `leave` a thread's registers belong to these products, so that shapes need
-// only be set where they change: that takes as long as a dozen products.
+// Between `enter` and `leave` a thread uses its tile registers only for these products. So shapes
+// are set only when they change; setting them takes as long as a dozen tile multiplications.
 inline thread_local const Shapes* current_shapes = nullptr;
 inline void enter() { current_shapes = nullptr; }
 inline void leave() { release(); }
@@ -69,7 +69,7 @@ RNNFAST_INLINE void use(const Shapes& shapes) {
   current_shapes = &shapes;
 }
 
-// Deferred work in equal shares between the steps of a product.
+// Spreads deferred work evenly over the steps of a product.
 class Interleaved {
  public:
   RNNFAST_INLINE Interleaved(Deferred* deferred, int64_t steps)
@@ -84,14 +84,14 @@ class Interleaved {
   int64_t pieces_;
 };
 
-// lhs rows at equal distances
+// lhs rows, `stride` bytes apart.
 struct Lhs {
   const char* rows;
   int64_t stride;
 };
 
-// out (=, or += if add) bias + the sums over `steps` times kWords words of k, for R groups of rows
-// and C vectors of columns out of NR in a panel
+// out (=, or += if add) bias + the sums over `steps` times kWords words of k. It computes R groups
+// of rows by C vectors of columns; the panel has NR vectors. If `add` is true, bias is ignored.
 template <int R, int C, int NR>
 RNNFAST_INLINE void block(int64_t steps, const Lhs& lhs, const float* panel, const float* bias,
                           float* out, int64_t stride, bool add, Prefetcher& prefetcher,
@@ -148,7 +148,7 @@ void columns(int64_t steps, const Lhs& lhs, const float* panel, const float* bia
   });
 }
 
-// Whole steps of kWords words of k of a tile of up to kTileRows rows.
+// The product over whole steps of kWords words of k, for up to kTileRows rows.
 template <int NR>
 RNNFAST_INLINE void whole_steps(int rows, int64_t steps, const Lhs& lhs, const float* panel,
                                 const float* bias, float* out, int64_t stride, bool add,
@@ -167,8 +167,8 @@ RNNFAST_INLINE bool at_equal_distances(const void* const* rows, int count) {
   return true;
 }
 
-// A TileFunction. Rows that do not lie at equal distances are copied; words of k that do not fill a
-// step are left to vectors.
+// A TileFunction. lhs rows at unequal distances are copied first. Words of k that do not fill a
+// step are multiplied by the vector kernels.
 template <int NR>
 void product(int rows, int64_t K, const void* const* lhs, const void* packed, const void* bias,
              void* out, int64_t stride, const TileOptions& options) {
@@ -183,7 +183,7 @@ void product(int rows, int64_t K, const void* const* lhs, const void* packed, co
     whole_steps<NR>(rows, steps, {static_cast<const char*>(lhs[0]), distance}, panel, given_bias,
                     sums, stride, options.add, options);
   } else {
-    constexpr int64_t kSteps = 16;  // copied at once
+    constexpr int64_t kSteps = 16;  // steps copied at a time
     alignas(64) char copy[kTileRows][kSteps * kLineBytes];
     for (int64_t step = 0; step < steps; step += kSteps) {
       const int64_t count = smaller(kSteps, steps - step);

@@ -1,5 +1,6 @@
-// The instructions of Intel's AMX. GCC's intrinsics are macros that take no template argument as
-// the register, hence the assembler. A build for tests may put functions in their place.
+// The instructions of Intel's AMX, in inline assembly: GCC's intrinsics are macros that do not
+// accept a template argument as the register. A build for tests may replace them by an emulation
+// (RNNFAST_AMX_INSTRUCTIONS).
 #pragma once
 
 #include "cpu/kernels/target.h"
@@ -9,7 +10,7 @@
 #else
 namespace rnnfast::cpu::RNNFAST_TARGET::amx {
 
-// One of the eight tile registers; rows in memory lie `stride` bytes apart.
+// kRegister is one of the eight tile registers. Rows in memory are `stride` bytes apart.
 template <int kRegister>
 RNNFAST_INLINE void load_tile(const void* from, int64_t stride) {
   asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(kRegister) : "memory");
@@ -22,13 +23,13 @@ template <int kRegister>
 RNNFAST_INLINE void clear_tile() {
   asm volatile("tilezero %%tmm%c0" ::"i"(kRegister));
 }
-// sums[m][n] += lhs[m][k] rhs[k][n] for pairs k of bfloat16
+// sums[m][n] += the sum over k of lhs[m][k] rhs[k][n], where k counts pairs of bfloat16
 template <int kSums, int kLhs, int kRhs>
 RNNFAST_INLINE void multiply_add() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSums), "i"(kLhs), "i"(kRhs));
 }
-// 64 bytes: palette, start row, 14 reserved, bytes of a row of each register (16 bits), rows of
-// each
+// The 64 bytes of `shapes` are: palette, start row, 14 reserved bytes, bytes per row of each
+// register (16 bits each), rows of each register (8 bits each).
 RNNFAST_INLINE void configure(const void* shapes) {
   asm volatile("ldtilecfg %0" ::"m"(*static_cast<const char (*)[64]>(shapes)));
 }

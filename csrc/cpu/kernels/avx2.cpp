@@ -3,7 +3,7 @@
 #include "cpu/kernels/baseline.h"
 #include "cpu/targets.h"
 
-// vectors that functions return are no matter of an ABI: all such functions are inlined
+// The warning about the ABI of returned vectors does not apply: all such functions are inlined.
 #pragma GCC diagnostic ignored "-Wpsabi"
 #pragma GCC target("avx2,fma,f16c")
 #define RNNFAST_TARGET avx2

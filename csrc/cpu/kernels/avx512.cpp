@@ -3,9 +3,9 @@
 #include "cpu/kernels/baseline.h"
 #include "cpu/targets.h"
 
-// GCC 12 warns of its own intrinsics, which begin with an undefined register
+// GCC 12 warns about its own intrinsics, which start from an undefined register.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-// vectors that functions return are no matter of an ABI: all such functions are inlined
+// The warning about the ABI of returned vectors does not apply: all such functions are inlined.
 #pragma GCC diagnostic ignored "-Wpsabi"
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #define RNNFAST_TARGET avx512

@@ -1,12 +1,12 @@
-// AVX-512 with AMX tiles (Intel's server processors): products of bfloat16, and of floats in split
-// precision. All else is AVX512-BF16's.
+// AVX-512 with AMX tiles (Intel's server processors): the products of bfloat16, and of floats in
+// split precision. All other kernels are those of AVX512-BF16.
 #if defined(__x86_64__)
 #include "cpu/kernels/baseline.h"
 #include "cpu/targets.h"
 
-// GCC 12 warns of its own intrinsics, which begin with an undefined register
+// GCC 12 warns about its own intrinsics, which start from an undefined register.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-// vectors that functions return are no matter of an ABI: all such functions are inlined
+// The warning about the ABI of returned vectors does not apply: all such functions are inlined.
 #pragma GCC diagnostic ignored "-Wpsabi"
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")
 #define RNNFAST_TARGET avx512_amx
@@ -32,7 +32,7 @@ constexpr WeightFormat make_bf16x3() {
   format.name = "bf16x3";
   format.step = bf16x3::kStep;
   format.row_step_bytes = bf16x3::kRowStep * sizeof(float);
-  // rows at multiples of 4 KiB would compete for the same lines of L1
+  // Rows at multiples of 4 KiB would compete for the same sets of L1.
   format.row_extra_bytes = RNNFAST_VECTOR_BYTES;
   format.panel_step_bytes = bf16x3::kTerms * bf16x3::kBlock * sizeof(float);
   format.converts_lhs = format.defers = true;

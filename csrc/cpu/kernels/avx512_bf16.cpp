@@ -1,11 +1,12 @@
-// AVX-512 with dot products of bfloat16 pairs: other kernels for bfloat16, AVX-512's for the rest.
+// AVX-512 with dot products of bfloat16 pairs: the kernels for bfloat16. All other kernels are
+// those of AVX-512.
 #if defined(__x86_64__)
 #include "cpu/kernels/baseline.h"
 #include "cpu/targets.h"
 
-// GCC 12 warns of its own intrinsics, which begin with an undefined register
+// GCC 12 warns about its own intrinsics, which start from an undefined register.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-// vectors that functions return are no matter of an ABI: all such functions are inlined
+// The warning about the ABI of returned vectors does not apply: all such functions are inlined.
 #pragma GCC diagnostic ignored "-Wpsabi"
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")
 #define RNNFAST_TARGET avx512_bf16

@@ -1,6 +1,7 @@
-// Everything that the kernels share, included before an instruction set is selected so that it is
-// compiled for the baseline. The cells' formulas are not among it: GCC inlines a function only into
-// code for the same instruction set, so kernels/cell_tile.h and convert.h include them after that.
+// The headers that must be included before an instruction set is selected, so that their functions
+// are compiled for the baseline. The cells' formulas are not among them: GCC inlines a function
+// only into code for the same instruction set, so kernels/cell_tile.h and convert.h include them
+// later.
 #pragma once
 
 #if !defined(__GNUC__) || defined(__clang__)

@@ -1,5 +1,6 @@
-// Products of bfloat16 pairs (AVX512-BF16): one instruction adds both products of a pair to a
-// float. A word of k is a pair. States and gate gradients are read as bfloat16, as they are stored.
+// Products of bfloat16 pairs (AVX512-BF16): one instruction multiplies the two elements of a pair
+// and adds both products to a float. A word of k is a pair. States and gate gradients are read as
+// bfloat16, without conversion.
 #pragma once
 
 #include "cpu/kernels/product.h"

@@ -1,13 +1,13 @@
-// Products of floats in AMX tiles in split precision: each float as the sum of three bfloat16.
+// Products of floats on AMX tiles in split precision: each float is the sum of three bfloat16.
 //
-// A float has 24 bits and a bfloat16 8, so that a = a0 + a1 + a2 without an error, each term being
-// what the ones before leave, rounded. Of the nine products of terms the six that may reach the
-// last bit of a float are summed, a0 b0 last: a0 b2, a0 b1, a1 b1, a1 b0, a2 b0, a0 b0. They are
-// exact and AMX sums in float. (Henry, Tang, Heinecke: Leveraging the bfloat16 artificial
+// A float has 24 bits and a bfloat16 has 8, so a = a0 + a1 + a2 exactly: each term is the rounded
+// remainder of those before it. Of the nine products of terms, six can affect the last bit of a
+// float. They are summed with a0 b0 last: a0 b2, a0 b1, a1 b1, a1 b0, a2 b0, a0 b0. Each product is
+// exact, and AMX sums in float. (Henry, Tang, Heinecke: Leveraging the bfloat16 artificial
 // intelligence datatype for higher-precision computations, 2019.)
 //
-// Infinite numbers and NaN have no such terms, nor have numbers that round to infinity as a
-// bfloat16: products that meet one are NaN. Terms below 2^-126 are taken as zero.
+// Infinities, NaN, and numbers that round to infinity as a bfloat16 cannot be split: their products
+// are NaN. Terms below 2^-126 are taken as zero.
 //
 // A step is 32 elements of k. An lhs row is [step][term][32 bfloat16]; a panel is
 // [step][vector][term][16 pairs of k][lane].
@@ -21,8 +21,9 @@ namespace rnnfast::cpu::RNNFAST_TARGET::bf16x3 {
 using V = Vec<float>;
 inline constexpr int kTerms = 3, lanes = kLanes<float>;
 inline constexpr int64_t kStep = 2 * lanes;
-inline constexpr int64_t kRowStep = kTerms * lanes;  // floats' memory of an lhs row for a step
-inline constexpr int64_t kBlock = lanes * lanes;     // and of a panel for a vector and a term
+// Sizes in memory, counted in floats: a step of an lhs row; a step of a panel per vector and term.
+inline constexpr int64_t kRowStep = kTerms * lanes;
+inline constexpr int64_t kBlock = lanes * lanes;
 inline constexpr auto kShapes =
     amx::all_shapes<kTerms>(std::make_integer_sequence<int, amx::kTileRows>());
 
@@ -37,7 +38,7 @@ RNNFAST_INLINE Decoded decoded(V words) {
   return {half(_mm512_castsi512_si256(bits)), half(_mm512_extracti64x4_epi64(bits, 1))};
 }
 
-// 32 consecutive numbers
+// The terms of 32 consecutive numbers.
 struct Words {
   V term[kTerms];
 };
@@ -51,13 +52,13 @@ RNNFAST_INLINE Words split(V first, V second) {
   });
   return words;
 }
-// whether all have terms
+// Whether all numbers could be split.
 RNNFAST_INLINE bool finite(const Words& words) {
   const __m512i infinite = _mm512_set1_epi16(0x7f80);
   const __m512i exponents = _mm512_and_si512(__m512i(words.term[0]), infinite);
   return _mm512_cmpeq_epi16_mask(exponents, infinite) == 0;
 }
-// element i beside element 16 + i
+// Pairs element i with element 16 + i.
 RNNFAST_INLINE V in_pairs(V words) {
   alignas(64) static constexpr auto kOrder = [] {
     std::array<uint16_t, 2 * lanes> order{};
@@ -172,14 +173,14 @@ inline void sum_lhs(const void* lhs, int64_t pitch, int64_t count, int64_t depth
   }
 }
 
-// With one group of rows all terms of the lhs have registers, with two only one.
+// With one group of rows, the registers hold all terms of the lhs; with two, one term at a time.
 template <int R>
 using Registers = amx::Registers<R, R == 1 ? kTerms : R>;
 template <int R>
-inline constexpr int kRounds = R == 1 ? 3 : 6;  // of a step, after which lines are fetched
+inline constexpr int kRounds = R == 1 ? 3 : 6;  // rounds of multiplications in a step
 
-// What is done between the rounds and the steps of a product. Several lines are fetched after each
-// round; none where there would be so many that they took longer than they save.
+// The other work of a product: prefetching after each round, and deferred work after each step. If
+// there are too many lines per round, none is prefetched, as that would take longer than it saves.
 class Between {
  public:
   RNNFAST_INLINE Between(const TileOptions& options, int64_t steps, int rounds)
@@ -200,7 +201,7 @@ class Between {
   amx::Interleaved interleaved_;
 };
 
-// R groups of rows and C vectors of columns out of NR in a panel
+// As amx::block: R groups of rows by C vectors of columns; the panel has NR vectors.
 template <int R, int C, int NR>
 RNNFAST_INLINE void block(int rows, int64_t steps, const amx::Lhs& lhs, const float* panel,
                           const float* bias, float* out, int64_t stride, bool add,
@@ -240,7 +241,7 @@ RNNFAST_INLINE void block(int rows, int64_t steps, const amx::Lhs& lhs, const fl
         between.round();
       });
     } else {
-      // pairs of terms that differ from the pair before on one side
+      // The order of the six products: each shares a term with the one before, which stays loaded.
       constexpr int kLhs[] = {0, 0, 1, 1, 2, 0}, kRhs[] = {2, 1, 1, 0, 0, 0};
       unrolled<kRounds<R>>([&](auto round) __attribute__((always_inline)) {
         constexpr bool kFirst = round == 0;
@@ -289,7 +290,7 @@ RNNFAST_INLINE void columns(int rows, int64_t steps, const amx::Lhs& lhs, const 
   });
 }
 
-// A TileFunction; lhs rows lie at equal distances. The chain of options counts steps.
+// A TileFunction. lhs rows must be at equal distances, and options.chain counts steps.
 template <int NR>
 void product(int rows, int64_t K, const void* const* lhs, const void* packed, const void* bias,
              void* out, int64_t stride, const TileOptions& options) {

@@ -1,6 +1,6 @@
-// A cell's formulas applied to a tile (see cell.h): built from the headers of cells/. S is the
-// storage type and E the type of states and gate gradients; what is loaded and stored is converted
-// in registers.
+// The cell functions on a tile (see cpu/cell.h), built from the formulas in cells/. S is the
+// storage type and E the type of states and gate gradients. Values are converted in registers when
+// they are loaded and stored.
 #pragma once
 
 #include "cells/all.h"
@@ -9,7 +9,7 @@
 
 namespace rnnfast::cpu::RNNFAST_TARGET {
 
-// The vectors of units in a panel of gates.
+// Vectors of units in a panel of weights; see GateShape::unit_vectors.
 template <class Cell>
 inline constexpr int kUnitVectors = Cell::kGates == 1 ? 4 : 1;
 
@@ -22,8 +22,7 @@ RNNFAST_INLINE T* in_row(void* row, int64_t at) {
   return static_cast<T*>(row) + at;
 }
 
-// R rows by U vectors of units, whose instructions alternate. kWhole: there are as many units as
-// the vectors hold.
+// R rows by U vectors of units, with interleaved instructions. kWhole: the units fill the vectors.
 template <class Cell, class S, class E, int R, int U, bool kWhole>
 RNNFAST_INLINE void forward_rows(const ForwardTile& t, int first, int64_t unit_vectors) {
   using A = Compute<S>;
@@ -60,7 +59,7 @@ template <class Cell, class S, class E>
 void cell_forward(const ForwardTile& t) {
   constexpr int lanes = kLanes<Compute<S>>;
   const auto all_rows = [&]<int U>() __attribute__((always_inline)) {
-    constexpr int kRows = U == 1 ? 3 : U == 2 ? 2 : 1;  // side by side
+    constexpr int kRows = U == 1 ? 3 : U == 2 ? 2 : 1;  // rows computed together
     int i = 0;
     if (t.units >= U * lanes) {
       for (; i + kRows <= t.count; i += kRows)
@@ -78,7 +77,7 @@ void cell_forward(const ForwardTile& t) {
     as_constant(int((t.units + lanes - 1) / lanes), all_rows);
 }
 
-// Two vectors of units of a row at a time.
+// Computes two vectors of units of a row at a time.
 template <class Cell, class S, class E>
 void cell_backward(const BackwardTile& t) {
   using A = Compute<S>;

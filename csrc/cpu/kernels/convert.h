@@ -6,7 +6,7 @@
 
 namespace rnnfast::cpu::RNNFAST_TARGET {
 
-// The elements of half types as they lie in memory, and as numbers.
+// load_bits and store_bits move the bits of half types; decode and encode convert them.
 RNNFAST_INLINE HalfBits load_bits(const void* p) {
   return *static_cast<const HalfBitsUnaligned*>(p);
 }
@@ -85,8 +85,8 @@ RNNFAST_INLINE void store(S* p, Vec<float> v, int64_t n)
   n >= kLanes<float> ? store_bits(p, bits) : store_first(p, bits, n);
 }
 
-// A state, which the next step sees as it is given out: rounded to S. May store a whole vector
-// where E is A.
+// Stores a state rounded to S, so that the next step reads the same values as the output has. May
+// store a whole vector where E is A.
 template <class S, class E>
 RNNFAST_INLINE void store_state(E* p, Vec<Compute<S>> v, int64_t n) {
   if constexpr (!kIsHalf<E> && !kIsHalf<S>)
@@ -97,7 +97,9 @@ RNNFAST_INLINE void store_state(E* p, Vec<Compute<S>> v, int64_t n) {
     store(p, v, n);
 }
 
-// The kernels on rows of n elements (see MicroKernels). From and To are S, A or E.
+// ---- the kernels on rows of n elements (see MicroKernels) ----
+
+// From and To are S, A or E. A null `from` stands for zeros.
 template <class To, class From>
 void convert_row(void* to, const void* from, int64_t n) {
   constexpr int lanes = kLanes<Compute<From>>;
@@ -114,7 +116,7 @@ void convert_row(void* to, const void* from, int64_t n) {
   }
 }
 
-// E from A by way of S: a state is no more exact than what is given out of it.
+// E from A, rounded to S: a state has the same values as the output made from it.
 template <class E, class S>
 void round_row(void* to, const void* from, int64_t n) {
   if constexpr (std::is_same_v<E, S>) {

@@ -1,4 +1,5 @@
-// Products that packing would not pay for: weights as they lie, and outer products of few rows.
+// Products without packing, for when it would not pay: dot products with rows of the weights, and
+// outer products of few rows.
 #pragma once
 
 #include "cpu/kernels/pack.h"
@@ -7,9 +8,9 @@ namespace rnnfast::cpu::RNNFAST_TARGET {
 
 inline constexpr int kDotRows = RNNFAST_REGISTERS == 32 ? 3 : 1;
 
-// sum[r][i] += the products of row i of w and lhs[r] for k in [begin, end), eight rows of w at a
-// time: so many have their addresses in registers. In place of rows that w has not, the last one is
-// read again.
+// Adds to sum[r][i], lane by lane, the products of row i of w and lhs[r] for k in [begin, end).
+// Eight rows of w are read at a time, so that their addresses fit in registers. Beyond the last of
+// the `rows` rows of w, the last one is read again.
 template <int R, class S, class E>
 RNNFAST_INLINE void dot_rows(const S* w, int64_t pitch, int rows, int64_t begin, int64_t end,
                              const void* const* lhs,
@@ -38,14 +39,14 @@ RNNFAST_INLINE void dot_rows(const S* w, int64_t pitch, int rows, int64_t begin,
   }
 }
 
-// R rows of lhs against up to a vector of rows of w. Out of line, so that the loop has all
+// R rows of the lhs times up to a vector of rows of w. Not inlined, so that the loop has all
 // registers for addresses.
 template <int R, class S, class E>
 __attribute__((noinline)) void dots_of_vector(const S* w, int64_t K, int rows,
                                               const void* const* lhs, const Compute<S>* bias,
                                               Compute<S>* out, int64_t stride) {
   using A = Compute<S>;
-  // Lanes have chains of their own, which are cut where those of a tile are.
+  // Each lane has its own chain of additions, as long as a tile's at most.
   constexpr int64_t kPart = kChain * kLanes<A>;
   for (int64_t k = 0; k == 0 || k < K; k += kPart) {
     Vec<A> sum[R][kLanes<A>] = {};

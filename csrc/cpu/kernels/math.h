@@ -1,4 +1,4 @@
-// exp, sigmoid and tanh: a few ulp over the whole range, for several vectors side by side.
+// exp, sigmoid and tanh with errors of a few ulp over the whole range, for several vectors at once.
 #pragma once
 
 #include "cells/half.h"
@@ -6,8 +6,8 @@
 
 namespace rnnfast::cpu::RNNFAST_TARGET {
 
-// N vectors that take the same operations. Their instructions alternate, so that the latencies of
-// one are hidden behind the others' work: gate maths is one long chain for each vector.
+// N vectors that go through the same operations. Gate maths is one long dependency chain per
+// vector; the chains of the N vectors are interleaved, which hides latency.
 template <class V, int N>
 struct Wide {
   V v[N];
@@ -59,9 +59,8 @@ template <>
 struct ExpConstants<float> {
   static constexpr float kLog2E = 0x1.715476p0f;
   static constexpr float kLn2High = 0x1.62e4p-1f, kLn2Low = 0x1.7f7d1cp-20f;
-  static constexpr float kRound =
-      0x1.8p23f;  // adding it leaves the nearest integer in the mantissa
-  static constexpr float kLimit = 88.0f;      // exp(-limit) comes out as 0
+  static constexpr float kRound = 0x1.8p23f;  // adding it rounds to an integer, in the mantissa
+  static constexpr float kLimit = 88.0f;  // exp_parts(-limit) has scale 0
   static constexpr int kMantissa = 23, kBias = 127;
   // minimax in the relative error over |r| <= ln(2) / 2: 1.6e-8
   static constexpr float kSeries[] = {
@@ -77,10 +76,11 @@ struct ExpConstants<double> {
   static constexpr auto kSeries = taylor_series<double>(std::make_integer_sequence<int, 13>());
 };
 
-// What the cells' formulas call (see cells/elman.h). sigmoid and tanh both end in q or 1 - q with a
-// small q, so that a result near 1 is rounded once: backward formulas take differences from 1.
+// The maths that the cells' formulas call (see cells/elman.h). sigmoid and tanh return q or 1 - q
+// with a small q, so a result near 1 is rounded only once. This matters since the backward formulas
+// subtract it from 1.
 struct Math {
-  // a * b + c and c - a * b, rounded once where the target can
+  // a * b + c and c - a * b, rounded once if the target has FMA
   template <class V, int N>
   RNNFAST_INLINE static Wide<V, N> fma(const Wide<V, N>& a, const Wide<V, N>& b,
                                        const Wide<V, N>& c) {
@@ -104,8 +104,8 @@ struct Math {
     return select(x < Wide<V, N>{}, q, 1 - q);
   }
 
-  // With e = exp(-2 |x|): tanh |x| = (1 - e) / (1 + e), the numerator as -expm1(-2 |x|) where x is
-  // small.
+  // With e = exp(-2 |x|), tanh |x| = (1 - e) / (1 + e). For small x the numerator is computed as
+  // -expm1(-2 |x|), for larger x the quotient as 1 - 2 e / (1 + e).
   template <class V, int N>
   RNNFAST_INLINE static Wide<V, N> tanh(const Wide<V, N>& x) {
     const auto [scale, rest] = exp_parts(2 * minus_magnitude(x));
@@ -121,7 +121,7 @@ struct Math {
         select(small, q, 1 - q), x);
   }
 
-  // yes where the condition holds, else no
+  // Per lane: `yes` if the condition holds, else `no`.
   template <class Mask, class V, int N>
   RNNFAST_INLINE static Wide<V, N> select(const Wide<Mask, N>& condition, const Wide<V, N>& yes,
                                           const Wide<V, N>& no) {
@@ -141,7 +141,7 @@ struct Math {
     return each([](V one) { return bit_cast<V>(bit_cast<Integer<V>>(one) | sign_bit<V>()); }, x);
   }
 
-  // For x <= 0: exp(x) = scale + scale * rest with scale a power of two, 0 at the limit, and
+  // For x <= 0: exp(x) = scale + scale * rest. scale is a power of two, or 0 at the limit, and
   // rest = expm1(x - log(scale)).
   template <class V, int N>
   struct ExpParts {

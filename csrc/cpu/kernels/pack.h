@@ -1,22 +1,22 @@
-// Packing of panels (rhs) and of transposed rows (lhs), for the formats whose words are read as
-// they lie: dense ones and pairs of bfloat16.
+// Packing of panels (rhs) and of transposed rows (lhs) for the dense formats: words of one element
+// and pairs of bfloat16.
 #pragma once
 
 #include "cpu/kernels/product.h"
 
 namespace rnnfast::cpu::RNNFAST_TARGET {
 
-// Where the columns of a panel lie in a weight matrix (G * H, K).
+// Maps the vectors of columns of a panel to rows of a weight matrix (G*H, K).
 struct GateColumns {
   const GateShape& shape;
   int64_t panel;
   int lanes;
 
-  RNNFAST_INLINE int64_t unit(int j) const {  // of lane 0 of vector j
+  RNNFAST_INLINE int64_t unit(int j) const {  // the unit in lane 0 of vector j
     return (panel * shape.unit_vectors + j % shape.unit_vectors) * lanes;
   }
-  RNNFAST_INLINE int64_t units(int j) const { return shape.H - unit(j); }  // left from there on
-  RNNFAST_INLINE int64_t row(int j) const {  // of the matrix
+  RNNFAST_INLINE int64_t units(int j) const { return shape.H - unit(j); }  // units from there on
+  RNNFAST_INLINE int64_t row(int j) const {  // the row of the matrix for lane 0 of vector j
     return j / shape.unit_vectors * shape.H + unit(j);
   }
   RNNFAST_INLINE int vectors() const {
@@ -26,7 +26,8 @@ struct GateColumns {
   }
 };
 
-// panel[word][j][lane] = the words of row `lane` of up to a vector of rows of w, K elements long
+// Packs up to a vector of rows of w, K elements long each, as columns:
+// panel[word * pitch + lane] = that word of row `lane`.
 template <class Op, class S>
 RNNFAST_INLINE void pack_transposed(const S* w, int64_t K, int64_t rows,
                                     typename Op::Compute* panel, int64_t pitch) {
@@ -58,7 +59,7 @@ bool pack_gates(const GateShape& shape, const void* w, int64_t K, int64_t panel,
   return true;
 }
 
-// panel[word][vector] = the words of rows along k, columns from `column` on
+// See WeightFormat::pack_columns.
 template <class Op, class S>
 void pack_columns(const void* const* rows, int64_t count, int64_t column, int64_t columns,
                   int vectors, void* to) {
@@ -112,7 +113,8 @@ void transpose_lhs(const void* const* rows, int64_t count, int64_t begin, int64_
   }
 }
 
-// Rounding errors must not grow with the length of the rows: sums of 16 vectors are added up.
+// See WeightFormat::sum_lhs. Partial sums of 16 vectors are added up, so that rounding errors grow
+// less with the length of the rows.
 template <class Op>
 void sum_lhs(const void* lhs, int64_t pitch, int64_t count, int64_t depth, void* sums) {
   using A = typename Op::Compute;
@@ -135,7 +137,7 @@ void sum_lhs(const void* lhs, int64_t pitch, int64_t count, int64_t depth, void*
   }
 }
 
-// ---- weights by gates that are not multiplied ----
+// ---- biases and rows of gates, which are not multiplied ----
 
 template <class S>
 void pack_bias(const GateShape& shape, const void* bias, int64_t begin, int64_t end, void* to) {
@@ -152,7 +154,7 @@ void pack_bias(const GateShape& shape, const void* bias, int64_t begin, int64_t 
   }
 }
 
-// Rows of T, with a bias or (null) without.
+// Gathers a panel's part of rows of T, and adds the bias unless it is null.
 template <class T>
 RNNFAST_INLINE void gather(const GateShape& shape, const void* const* rows, int count,
                            const void* bias, int64_t panel, void* to) {

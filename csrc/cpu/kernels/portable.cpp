@@ -1,4 +1,4 @@
-// What every machine of the architecture has: 16-byte vectors.
+// The portable target: 16-byte vectors, which every machine of the architecture has.
 #include "cpu/kernels/table.h"
 #include "cpu/targets.h"
 

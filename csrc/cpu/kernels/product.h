@@ -1,33 +1,32 @@
-// The register-tiled product (a TileFunction, see microkernels.h) on vectors, and how it reads its
-// operands.
+// The register-tiled product on vectors (a TileFunction, see microkernels.h).
 //
 // A tile of MR rows by NR vectors of columns is accumulated in registers. Every element is summed
-// over k in the same order whatever the tile, so results do not depend on how rows and columns are
-// dealt to threads.
+// over k in the same order in any tile, so results do not depend on how rows and columns are split
+// across threads.
 #pragma once
 
 #include "cpu/kernels/convert.h"
 
 namespace rnnfast::cpu::RNNFAST_TARGET {
 
-// The sum over k goes word by word; a word has the size of the compute type. Here it is one element
-// of that type; pairs of bfloat16 are in kernels/bf16_pairs.h.
+// How a product reads its operands, word by word. Here a word is one element of the compute type;
+// pairs of bfloat16 are in kernels/bf16_pairs.h.
 template <class A>
 struct DenseOperand {
   using Compute = A;
-  using Element = A;  // E, of lhs rows
+  using Element = A;  // E, the type of lhs rows
   using Word = A;
   static constexpr int kPerWord = 1;
 
   RNNFAST_INLINE static Vec<A> multiply_add(Vec<A> sum, Word lhs, Vec<A> rhs) {
     return fma(broadcast<Vec<A>>(lhs), rhs, sum);
   }
-  // up to a vector of words along k, zeros beyond `elements`
+  // Loads up to a vector of words along k, with zeros beyond `elements`.
   template <class T>
   RNNFAST_INLINE static Vec<A> load_words(const T* from, int64_t elements) {
     return load(from, elements);
   }
-  // one word of k for a vector of columns, from kPerWord rows along k; null for zeros
+  // Loads one word of k for a vector of columns, from kPerWord rows of which null ones are zeros.
   template <class T>
   RNNFAST_INLINE static Vec<A> load_columns(const T* const* rows, int64_t columns) {
     return rows[0] ? load(rows[0], columns) : Vec<A>{};
@@ -50,8 +49,8 @@ inline constexpr int kRegisterRows[] = {
     RNNFAST_REGISTERS == 32 ? 8 : 6, RNNFAST_REGISTERS == 32 ? 8 : 6,
     RNNFAST_REGISTERS == 32 ? 8 : 4, RNNFAST_REGISTERS == 32 ? 6 : 3};
 
-// Fetches memory line by line, up to one line with each word of k; `harmless` where there is
-// nothing to fetch.
+// Prefetches the memory that the options name, spread over the words of k: at most one line per
+// word. If there is nothing to prefetch, it prefetches `harmless`, which avoids a branch.
 class Prefetcher {
  public:
   RNNFAST_INLINE Prefetcher(const TileOptions& options, int64_t words, const void* harmless)
@@ -67,14 +66,14 @@ class Prefetcher {
   int64_t step_;
 };
 
-// panel[k][j][lane], k counting words
+// The TileFunction. The panel is [word of k][vector][lane].
 template <class Op, int NR, int MR>
 void tile(int, int64_t K, const void* const* lhs, const void* packed, const void* bias, void* out,
           int64_t stride, const TileOptions& options) {
   using A = typename Op::Compute;
   constexpr int lanes = kLanes<A>;
-  constexpr bool kFetches = MR > 2;  // lower tiles wait for their own panel anyway
-  // GCC would read weights from memory for each row, which is right only where registers are full.
+  constexpr bool kFetches = MR > 2;  // tiles with fewer rows wait for their own panel anyway
+  // GCC would read weights from memory for each row, which is better only if registers are full.
   constexpr bool kKeepsWeights = MR > 1 && MR * NR + NR < RNNFAST_REGISTERS;
   const int64_t depth = words<Op>(K);
   const A* panel = static_cast<const A*>(packed);

@@ -1,4 +1,4 @@
-// The tables of one instruction set, made of everything in this folder.
+// Builds the table of micro-kernels of one instruction set from the headers of this folder.
 #pragma once
 
 #include "cpu/kernels/cell_tile.h"
@@ -7,7 +7,7 @@
 
 namespace rnnfast::cpu::RNNFAST_TARGET {
 
-// Words of Op, made from tensors of S.
+// The dense format for tensors of S, whose words are Op's.
 template <class Op, class S>
 constexpr WeightFormat dense_format() {
   using A = typename Op::Compute;
@@ -45,7 +45,7 @@ constexpr Cell cell_numbers() {
   for (int j = 0; j < C::kGates; ++j) cell.input_gate[j] = C::input_gate(j);
   return cell;
 }
-// Op reads E, its Element.
+// The kernels for tensors of S with products by Op, whose Element is E.
 template <class S, class Op>
 constexpr MicroKernels make_kernels(Dtype dtype) {
   using A = Compute<S>;

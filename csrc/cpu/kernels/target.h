@@ -1,14 +1,15 @@
-// What the files of this folder are compiled for. Each file <target>.cpp includes
-// kernels/baseline.h, selects its instruction set with `#pragma GCC target`, defines
+// The instruction set that the headers of this folder are compiled for. Each file <target>.cpp
+// includes kernels/baseline.h, selects its instruction set with `#pragma GCC target`, defines
 //   RNNFAST_TARGET        the namespace of the instruction set
 //   RNNFAST_VECTOR_BYTES  the width of a vector register
-//   RNNFAST_REGISTERS     how many there are
-// and then includes the headers of this folder. A header read by itself, as an editor does, is
-// compiled for the target below.
+//   RNNFAST_REGISTERS     the number of vector registers
+// and then includes the headers of this folder. A header that is opened alone, as editors do, is
+// compiled for the portable target below.
 //
-// A function that is compiled for a newer machine must not be taken by the linker for code that any
-// machine runs. So everything in this folder lives in the namespace RNNFAST_TARGET, and functions
-// from outside that it calls are always inlined (RNNFAST_INLINE). A test checks it with nm.
+// The linker merges inline functions of the same name. It must not pick one that was compiled for a
+// newer machine as the code for all machines. So everything in this folder is in the namespace
+// RNNFAST_TARGET, and the functions from outside that it calls are always inlined (RNNFAST_INLINE).
+// tests/test_symbols.py checks this.
 #pragma once
 
 #include "cpu/kernels/baseline.h"

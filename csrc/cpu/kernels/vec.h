@@ -1,5 +1,5 @@
-// SIMD vectors, written once with the compiler's generic vectors: loads, stores, multiply-adds and
-// transposition.
+// SIMD vectors for all instruction sets, written with the compiler's generic vectors: loads,
+// stores, multiply-adds and transposition.
 #pragma once
 
 #include "cpu/kernels/target.h"
@@ -49,7 +49,8 @@ RNNFAST_INLINE void store(double* p, Vec<double> v) {
   *reinterpret_cast<VectorOf<double>::unaligned*>(p) = v;
 }
 
-// ---- the first n elements only: those beyond are zero, and memory beyond is not touched ----
+// ---- load and store of the first n elements: a load makes the others zero; memory beyond them is
+// not accessed ----
 
 #if RNNFAST_VECTOR_BYTES == 64
 RNNFAST_INLINE uint32_t first_lanes(int64_t n) { return n <= 0 ? 0 : (uint32_t(1) << n) - 1; }
@@ -63,7 +64,7 @@ RNNFAST_INLINE __m256i first_lanes(int64_t n) {
 }
 #endif
 
-// V has more than n elements of type T.
+// n must be less than the number of elements of type T in V. A negative n counts as 0.
 template <class V, class T>
 RNNFAST_INLINE V load_first(const T* p, int64_t n) {
 #if RNNFAST_VECTOR_BYTES == 64
@@ -118,12 +119,11 @@ RNNFAST_INLINE void store(A* p, Vec<A> v, int64_t n)
 
 template <class V>
 RNNFAST_INLINE V broadcast(ElementOf<V> value) {
-  return value -
-         V{};  // exact for every value, -0 included, so that the compiler drops the difference
+  return value - V{};  // exact for every value, including -0, so the compiler omits the subtraction
 }
 
-// ---- multiply-adds, rounded once where the target has them. The compiler makes none by itself
-// (-ffp-contract=off): the same source gives the same bits wherever it is inlined. ----
+// ---- multiply-adds, rounded once if the target has FMA. The compiler makes none by itself
+// (-ffp-contract=off), so the same source gives the same bits wherever it is inlined. ----
 
 template <class V>
 RNNFAST_INLINE V fma(V a, V b, V c) {  // a * b + c
@@ -156,9 +156,10 @@ RNNFAST_INLINE V fnma(V a, V b, V c) {  // c - a * b
 #endif
 }
 
-// ---- constants instead of loops ----
+// ---- compile-time loops ----
 
-// f(0), f(1), ... f(N - 1), the index being a constant: as a loop it would keep vectors in memory.
+// Calls f(0), f(1), ... f(N - 1) with the index as a constant. In a run-time loop GCC would keep
+// arrays of vectors in memory instead of registers.
 template <int N, class F>
 RNNFAST_INLINE void unrolled(F&& f) {
   [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
@@ -166,7 +167,7 @@ RNNFAST_INLINE void unrolled(F&& f) {
   }(std::make_integer_sequence<int, N>());
 }
 
-// f<n>(), for n from 1 to 4
+// Calls f<n>(), for n from 1 to 4.
 template <class F>
 RNNFAST_INLINE auto as_constant(int n, F&& f) {
   return n == 4   ? f.template operator()<4>()
@@ -187,7 +188,8 @@ RNNFAST_INLINE V interleave(V a, V b, int first, std::integer_sequence<int, I...
                : __builtin_shuffle(a, b, Index{(I / 2 + (I & 1) * lanes)...});
 }
 
-// GCC would load a value anew for each of up to three uses, as an operand of the instruction.
+// Forces a loaded value into a register. GCC would otherwise use memory operands, and load the
+// value again for each of up to three uses.
 template <class V>
 RNNFAST_INLINE void keep_in_register([[maybe_unused]] V& value) {
 #if defined(__x86_64__)
@@ -213,7 +215,7 @@ RNNFAST_INLINE void transpose(Vec<A> (&rows)[kLanes<A>]) {
   }
 }
 
-// sums[j] = the sum over the lanes of v[j]: pairs are folded while transposing
+// Returns sums[j] = the sum over the lanes of v[j], by adding pairs of vectors while transposing.
 template <class A>
 RNNFAST_INLINE Vec<A> lane_sums(Vec<A> (&v)[kLanes<A>]) {
   constexpr int lanes = kLanes<A>;

@@ -1,5 +1,5 @@
-// The CUDA driver on the GPU: products by cuBLAS, elementwise work by the kernels of cuda/steps.cu,
-// all on torch's current stream.
+// Runs the CUDA driver on the GPU: products by cuBLAS, elementwise work by the kernels of
+// cuda/steps.cu, all on torch's current stream.
 #include <ATen/Context.h>
 #include <ATen/cuda/CUDAContext.h>
 #include <ATen/cuda/Exceptions.h>
@@ -30,7 +30,7 @@ class Gpu {
   Gpu()
       : handle_(at::cuda::getCurrentCUDABlasHandle()),
         stream_(at::cuda::getCurrentCUDAStream()),
-        // the setting that torch.nn's recurrent layers follow, not that of matmul
+        // The setting that torch.nn's recurrent layers follow, not the one of matmul.
         tf32_(at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::RNN) ==
               at::Float32Precision::TF32) {
     TORCH_CUDABLAS_CHECK(cublasGetMathMode(handle_, &math_mode_));
@@ -45,7 +45,7 @@ class Gpu {
   void gemm(const cuda::Product& product, const In* a, const In* b, Out* c) const {
     const cuda::ColumnMajorProduct p = cuda::column_major(product);
     if (p.m == 0 || p.n == 0) return;
-    if (p.k == 0) {  // an empty sum; products of this kind are dense
+    if (p.k == 0) {  // an empty sum; c is contiguous (ldc = N) in all such products
       const size_t bytes = size_t(p.m) * size_t(p.n) * sizeof(Out);
       if (!product.add) AT_CUDA_CHECK(cudaMemsetAsync(c, 0, bytes, stream_));
       return;
@@ -75,10 +75,10 @@ class Gpu {
   static cublasOperation_t operation(bool transpose) {
     return transpose ? CUBLAS_OP_T : CUBLAS_OP_N;
   }
-  // Sizes are cut into blocks of steps, so only a single dimension beyond 2^31 could fail here.
+  // Products are cut into blocks of steps, so only a single size beyond 2^31 could fail here.
   static int narrow(int64_t value) {
     TORCH_CHECK(value <= std::numeric_limits<int>::max(), "rnnfast: a size of ", value,
-                " is beyond what cuBLAS takes");
+                " is too large for cuBLAS");
     return int(value);
   }
   static int leading(int64_t value) { return narrow(std::max<int64_t>(value, 1)); }
