@@ -87,7 +87,7 @@ std::atomic<int>& assumed() {
 
 // A cached value that expires.
 template <class T>
-class Kept {
+class Expiring {
  public:
   template <class Find>
   T get(Clock::time_point now, Clock::duration keep, Find&& find) {
@@ -173,8 +173,8 @@ int usable_cores() {
   // The system call takes 0.3 us, reading the files 50 us.
   constexpr Clock::duration kKeepAffinity = std::chrono::milliseconds(50);
   constexpr Clock::duration kKeepQuota = std::chrono::seconds(2);
-  static thread_local Kept<int> affinity;  // affinity is a property of the thread
-  static Kept<double> quota;
+  static thread_local Expiring<int> affinity;  // affinity is a property of the thread
+  static Expiring<double> quota;
   const Clock::time_point now = Clock::now();
   const int cores = affinity.get(now, kKeepAffinity, affinity_cores);
   const double limit = quota.get(now, kKeepQuota, [] { return quota_cores(""); });

@@ -30,7 +30,8 @@ bool Crew::run(int threads, Work work) {
     auto worker = std::make_unique<Worker>();
     const int index = int(workers_.size()) + 1;
     try {
-      worker->thread = std::thread([this, index, &start = worker->start] { live(index, start); });
+      worker->thread =
+          std::thread([this, index, &start = worker->start] { worker_loop(index, start); });
     } catch (const std::system_error&) {
       return false;
     }
@@ -44,7 +45,7 @@ bool Crew::run(int threads, Work work) {
   return true;
 }
 
-void Crew::live(int index, Barrier& start) {
+void Crew::worker_loop(int index, Barrier& start) {
   for (;;) {
     start.wait(2);
     if (!work_.function) return;

@@ -43,7 +43,7 @@ class Crew {
     std::thread thread;
   };
   bool run(int threads, Work work);
-  void live(int index, Barrier& start);
+  void worker_loop(int index, Barrier& start);
 
   std::vector<std::unique_ptr<Worker>> workers_;  // index i is at i - 1
   Work work_{};

@@ -40,7 +40,7 @@ struct GenerateJob {
   GenerateSteps steps{};
   Barriers barriers;
 
-  void give_to_one_thread() {}  // nothing depends on the number of threads
+  void use_one_thread() {}  // nothing depends on the number of threads
 };
 
 }  // namespace rnnfast::cpu

@@ -26,9 +26,9 @@ struct Job {
   Barriers barriers;
 
   // Prepares the job for a single thread, though it was planned for several.
-  void give_to_one_thread() {
+  void use_one_thread() {
     if (arrangement.lengths.empty()) return;
-    arrangement.give_to_one_thread();
+    arrangement.use_one_thread();
     args.ragged = arrangement.view();
   }
 };

@@ -193,7 +193,7 @@ void parallel(std::span<Job> jobs, F&& f) {
     if (run_in_team(threads, work)) return failure.rethrow();
   }
   for (Job& job : jobs) {
-    if (job.plan.threads > 1) job.give_to_one_thread();
+    if (job.plan.threads > 1) job.use_one_thread();
     f(job, Team());
   }
 }

@@ -210,13 +210,13 @@ Ragged Arrangement::view() const {
   return {pointer(lengths), pointer(places), pointer(rows), pointer(offsets)};
 }
 
-void Arrangement::give_to_one_thread() {
+void Arrangement::use_one_thread() {
   std::vector<int64_t> of_sequences;
   for (const int64_t row : rows) of_sequences.push_back(lengths[row]);
-  deal(of_sequences, 1);
+  distribute(of_sequences, 1);
 }
 
-void Arrangement::deal(std::span<const int64_t> of_sequences, int64_t shares) {
+void Arrangement::distribute(std::span<const int64_t> of_sequences, int64_t shares) {
   const int64_t B = int64_t(of_sequences.size());
   std::vector<int64_t> falling(of_sequences.size());
   std::iota(falling.begin(), falling.end(), 0);
@@ -239,7 +239,7 @@ void Arrangement::deal(std::span<const int64_t> of_sequences, int64_t shares) {
 
 Arrangement arrange(std::span<const int64_t> lengths, bool packed, int64_t T, const Plan& plan) {
   Arrangement result;
-  result.deal(lengths, plan.row_shares);
+  result.distribute(lengths, plan.row_shares);
   if (!packed) return result;
   result.offsets.resize(T);
   int64_t at = 0, running = int64_t(lengths.size());

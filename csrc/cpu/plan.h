@@ -110,9 +110,9 @@ struct Arrangement {
   Ragged view() const;
   // Distributes sequences of these lengths over the threads' shares of the rows, round-robin from
   // the longest to the shortest: each share has long and short ones, the long ones first.
-  void deal(std::span<const int64_t> of_sequences, int64_t shares);
+  void distribute(std::span<const int64_t> of_sequences, int64_t shares);
   // Reorders the rows for a single thread.
-  void give_to_one_thread();
+  void use_one_thread();
 };
 // The arrangement for a plan. `lengths` are those of the batch's sequences; with `packed` data they
 // do not increase.

@@ -128,11 +128,11 @@ Pool& pool() {
   return one;
 }
 
-template <bool kForShort>
+template <bool kWorkspace>
 class PoolAllocator final : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t bytes) override {
-    void* block = pool().take(std::max<size_t>(bytes, 1), kForShort);
+    void* block = pool().take(std::max<size_t>(bytes, 1), kWorkspace);
     c10::profiledCPUMemoryReporter().New(block, bytes);
     return {block, block, &give_back, c10::Device(c10::kCPU)};
   }
@@ -148,9 +148,9 @@ class PoolAllocator final : public c10::Allocator {
   }
 };
 
-template <bool kForShort>
+template <bool kWorkspace>
 at::Tensor pooled(at::IntArrayRef shape, at::ScalarType type) {
-  static auto& allocator = *new PoolAllocator<kForShort>();
+  static auto& allocator = *new PoolAllocator<kWorkspace>();
   at::Tensor result = at::detail::empty_generic(
       shape, &allocator, c10::DispatchKeySet(c10::DispatchKey::CPU), type, std::nullopt);
   const at::Context& context = at::globalContext();

@@ -81,7 +81,7 @@ struct EmptyJob {
   cpu::Progress progress;
   cpu::Progress* upstream = nullptr;
 
-  void give_to_one_thread() {}
+  void use_one_thread() {}
 };
 
 // For tests: runs a team of row_shares x unit_shares threads, of which one throws at its n-th
