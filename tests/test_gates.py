@@ -439,7 +439,9 @@ def test_calls_of_different_batches():
     with record_gates(module) as record:
         module(torch.randn(2, T, I, dtype=torch.float64))
         module(torch.randn(3, T, I, dtype=torch.float64))
-    with pytest.raises(ValueError, match=r"calls of l0 do not fit .* \(2, 5, 6\), \(3, 5, 6\)"):
+    with pytest.raises(
+        ValueError, match=r"calls of l0 cannot be concatenated.* \(2, 5, 6\), \(3, 5, 6\)"
+    ):
         record["l0"]
     assert [call["reset"].shape for call in record.calls("l0")] == [(2, T, H), (3, T, H)]
 

@@ -92,7 +92,8 @@ def test_the_state_of_one_sequence_for_a_batch(kind):
     model = kind(3, 5, 2)
     with pytest.raises(
         RuntimeError,
-        match=r"got \[1, \d\]; init_hidden\(4\) makes such zeros, .* is \(batch, time, features\)",
+        match=r"got \[1, \d\]; init_hidden\(4\) makes a state of zeros for a batch of 4\. "
+        r"An input sequence is \(batch, time, features\)",
     ):
         model(torch.randn(4, 3), model.init_hidden())
 
@@ -279,7 +280,7 @@ def test_logits_of_a_step_in_programs_and_transforms():
 
 @pytest.mark.parametrize(
     ("shape", "words"),
-    [((3,), r"unsqueeze\(0\) makes a batch"), ((1, 3, 7), r"the tokens are vectors\.argmax\(-1\)")],
+    [((3,), r"unsqueeze\(0\) makes a batch"), ((1, 3, 7), r"vectors\.argmax\(-1\) turns one-hot")],
 )
 def test_input_of_another_shape_is_told_what_to_do(shape, words):
     with pytest.raises(ValueError, match=words):

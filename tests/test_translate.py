@@ -626,7 +626,9 @@ def test_useless_training_options_are_refused(tmp_path, arguments, words, capsys
 def test_too_few_pairs_are_refused(tmp_path, times, capsys):
     path = tmp_path / "pairs.tsv"
     path.write_text("one\t1\n" * times, encoding="utf-8")
-    assert "--pairs: too few pairs, 1 by" in refusal(["--pairs", path, "--out", tmp_path], capsys)
+    assert "--pairs: too few pairs: 1 distinct" in refusal(
+        ["--pairs", path, "--out", tmp_path], capsys
+    )
 
 
 def test_no_source_is_learnt_and_held_out():
