@@ -122,7 +122,7 @@ def stop_and_resume(text: Path, folder: Path, rank: int, *more: object) -> dict[
     with signal_at(INTERRUPTED_AT, signal.SIGTERM) if rank else nullcontext():
         outcome["stopped"] = train(text, folder / "parts", *more)
     outcome["steps"] = len((folder / "parts" / "log.csv").read_text().splitlines()) - 1
-    outcome["resumed"] = train(text, folder / "parts", "--resume")
+    outcome["resumed"] = train(text, folder / "parts", "--resume", *more)
     return outcome
 
 
@@ -130,7 +130,7 @@ def work(text: Path, folder: Path) -> None:
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     rank, size = dist.get_rank(), dist.get_world_size()
     if size > 2:
-        outcome = stop_and_resume(text, folder, rank, "--batch-size", 2 * size)
+        outcome = stop_and_resume(text, folder, rank, "--batch-size", 3 * size)
     else:
         outcome = stop_and_resume(text, folder, rank)
         with join(torch.device("cpu")) as processes:
