@@ -1,4 +1,4 @@
-"""Programs from textbooks on our models: what fits runs, and what does not says how to call."""
+"""Typical textbook programs run with these models, or get an error that says how to change them."""
 
 import copy
 import io
@@ -35,7 +35,7 @@ def seed():
 
 
 def result_of(kind):
-    """What a model returns for a batch, and a target of that shape."""
+    """The result of a model for a batch, and a target of the same shape as its output."""
     model = kind(3, 5, 2)
     result = (
         model(torch.randn(4, 3), 6) if kind is SequenceGenerator else model(torch.randn(4, 6, 3))
@@ -105,7 +105,7 @@ def test_a_ratio_in_the_place_of_lengths(ratio):
         Seq2SeqLSTM(7, 6, 5)(TOKEN, TOKEN, ratio)
 
 
-# ---- a pair where a tensor is expected ----
+# ---- the pair used as a tensor ----
 
 
 @pytest.mark.parametrize("kind", [*TEXTBOOK, *LAYERED, SequenceGenerator])
@@ -192,7 +192,7 @@ def test_a_pair_passes_through_what_takes_pairs():
         torch.testing.assert_close(program.module()(x[0])[0], model(x[0])[0])
 
 
-# ---- a softmax over the axis of a single step ----
+# ---- a softmax over the time axis ----
 
 
 @pytest.mark.parametrize(

@@ -168,13 +168,13 @@ def test_unsigned_features_count_the_hashed_tokens():
 def test_hashes_are_spread_evenly_and_signs_are_fair():
     words = [f"word {number}" for number in range(20_000)]
     counts = torch.bincount(hash_tokens(words, 16), minlength=16)
-    assert 1100 < counts.min() < counts.max() < 1400  # 1250 and 34 standard deviation
+    assert 1100 < counts.min() < counts.max() < 1400  # expected 1250, standard deviation 34
     signs = torch.stack([hash_features([word], 1)[0] for word in words])
     assert abs(signs.mean()) < 0.03
 
 
 def test_signs_make_the_inner_product_right_on_average():
-    # Weinberger et al. (2009), lemma 2; a prefix makes another hash function of it.
+    # Weinberger et al. (2009), lemma 2; another prefix acts as another hash function.
     one, other = [*"aabcdef"], [*"aefghij"]
     exact = 2 * 1 + 1 + 1  # a, e, f
     products = {True: [], False: []}
@@ -185,7 +185,7 @@ def test_signs_make_the_inner_product_right_on_average():
         ]
         products[signed].append(float(hashed[0] @ hashed[1]))
     assert np.mean(products[True]) == pytest.approx(exact, abs=0.25)
-    # Every other pair of items collides with a chance of 1 / 8.
+    # Every pair of different items collides with a probability of 1 / 8.
     assert np.mean(products[False]) == pytest.approx(exact + (7 * 7 - exact) / 8, abs=0.25)
 
 
@@ -193,7 +193,7 @@ def test_hashes_are_the_same_in_every_process():
     code = "from rnnfast.text import *; print(hash_tokens(['naïve', '漢', '', '\\ud800'], 2**40))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == str(hash_tokens(["naïve", "漢", "", "\ud800"], 2**40))
-    assert hash_tokens(["hello"], 1000).tolist() == [595]  # what was stored yesterday stays valid
+    assert hash_tokens(["hello"], 1000).tolist() == [595]  # stored tokens must remain valid
 
 
 @pytest.mark.parametrize(
@@ -242,7 +242,7 @@ def test_impossible_windows_and_sequences_are_refused():
         (random_matrix(12, 20), 5, 1e-12),
         (random_matrix(12, 20), 12, 1e-12),
         (random_matrix(300, 220), 40, 1e-12),  # exact: 220 is below 2 * 40 + 256
-        (decaying_matrix(400, 350, 0.97), 10, 1e-10),  # a search in 276 of 350 dimensions
+        (decaying_matrix(400, 350, 0.97), 10, 1e-10),  # the search space has 276 of 350 dimensions
         (decaying_matrix(350, 400, 0.97), 10, 1e-10),
     ],
 )
@@ -270,7 +270,7 @@ def vectors_by_numpy(matrix, size):
 
 
 def test_a_search_too_narrow_is_nearly_the_best():
-    # Singular values that hardly decay are the hardest case, beyond 2 * 3 + 256 dimensions.
+    # The hardest case: slowly decaying singular values in more than 2 * 3 + 256 dimensions.
     matrix = random_matrix(700, 600)
     S = torch.linalg.svdvals(matrix)[:3]
     found = reduce_svd(matrix, 3).norm(dim=0)

@@ -36,12 +36,12 @@ OPTIONS = TrainingOptions(
     **{"seq_length": 12, "batch_size": 5, "epochs": 3, "max_seconds": math.inf},
     **{"learning_rate": 0.02, "clip": 0.5, "eval_every": 4},
 )
-STEPS_PER_EPOCH = 11  # the last of them shorter
+STEPS_PER_EPOCH = 11  # the last one is shorter
 
 
 @pytest.fixture(autouse=True)
 def one_thread(threads):
-    """Tiny models gain nothing by more, and a resumed run needs as many as before."""
+    """Tiny models need only one, and a resumed run needs the same number as before."""
     torch.set_num_threads(1)
 
 
@@ -162,7 +162,7 @@ def test_an_unknown_schedule_is_refused():
 def test_a_training_without_progress_runs_out_of_patience():
     options = replace(OPTIONS, learning_rate=1e-30, patience=3, eval_every=2)
     records = list(run := new_run(options))
-    assert len(records) == 8  # looked at after 2, 4, 6, 8: the first is the best
+    assert len(records) == 8  # validations after 2, 4, 6 and 8; the first is the best
     assert (run.best_step, run.out_of_patience, run.ended) == (2, True, True)
     assert run.best_bits == records[1].validation_bits_per_char
     assert len(list(new_run(replace(options, patience=None)))) == 33
@@ -178,7 +178,7 @@ def test_the_best_weights_are_kept():
     assert evaluate(run.model, HELD_OUT, 5, 12) == run.best_bits
 
 
-@pytest.mark.filterwarnings("error")  # torch warns of schedulers that are called out of order
+@pytest.mark.filterwarnings("error")  # torch warns if schedulers are called out of order
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("steps", [0, 1, 11, 20])
 def test_a_resumed_run_is_the_uninterrupted_one(schedule, steps, tmp_path):
@@ -203,7 +203,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(schedule, steps, tmp_path):
 
 
 def test_a_state_without_the_initial_learning_rate_goes_on(tmp_path):
-    # Files written before the schedules were torch's do not have it.
+    # Files from versions without LambdaLR do not have it.
     whole = new_run()
     expected = list(whole)
     first = new_run()
@@ -261,7 +261,7 @@ def test_a_validation_that_was_ended_is_done_anew(step, anew, tmp_path):
     parts, taken = [], []
     run.on_validation = on_validation
     with pytest.raises(KeyboardInterrupt):
-        taken.extend(run)  # those before
+        taken.extend(run)  # the records before the exception
     assert (run.steps, run.recorded) == (step, step - 1)
     assert parts[0] == 12 / 19
     run.on_validation = None
@@ -294,9 +294,9 @@ def test_time_is_kept_for_the_last_validation(monkeypatch):
     clock = itertools.count()
     monkeypatch.setattr(training.time, "monotonic", lambda: float(next(clock)))
     run = new_run(replace(OPTIONS, eval_every=None, max_seconds=9.0))
-    run.evaluate()  # one second, as all has that is between two looks at the clock
-    assert len(list(run)) == 7  # then 8 are less than one step and one validation
-    assert run.seconds == 10  # besides the clock of the validation itself
+    run.evaluate()  # one second passes between two calls of the clock
+    assert len(list(run)) == 7  # an eighth step and a validation would not fit
+    assert run.seconds == 10  # including the calls of the clock in the validation
 
 
 @pytest.mark.parametrize(
@@ -324,7 +324,7 @@ def test_settings_that_may_change_take_the_new_value(name, tmp_path):
 
 
 class Trap:
-    """Makes a folder when it is unpickled."""
+    """An object that makes a folder when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -570,7 +570,7 @@ def torchrun(*command, processes=2):
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """The folder in which two processes trained, and what each of them says of it."""
+    """The folder in which two processes trained, and the outcome in each of them."""
     return train_in(2, tmp_path_factory.mktemp("two"))
 
 

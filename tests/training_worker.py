@@ -38,10 +38,10 @@ INTERRUPTED_AT = 7
 
 
 def train_in_float64(processes: Processes) -> tuple[list[Any], dict[str, Tensor], list[int]]:
-    """A run with an odd number of validation streams.
+    """Train with an odd number of validation streams.
 
-    Returns its records and final weights, and how many wrappers of DistributedDataParallel there
-    are in the course of it and after it. They keep the process group alive.
+    Returns the records, the final weights, and the numbers of DistributedDataParallel objects
+    during and after the training.
     """
     torch.manual_seed(0)
     vocabulary = CharVocabulary(TEXT)
@@ -49,7 +49,7 @@ def train_in_float64(processes: Processes) -> tuple[list[Any], dict[str, Tensor]
     tokens = vocabulary.encode(TEXT)
     run = Run(model, tokens[:-40], OPTIONS, tokens[-40:], processes)
     gc.collect()
-    gc.disable()  # it would free what reference cycles keep alive
+    gc.disable()  # a collection would hide reference cycles
     records, wrappers = [], []
     for record in run:
         records.append(record)
@@ -65,7 +65,7 @@ def count_wrappers() -> int:
 
 
 def wrappers_after_error() -> int:
-    """How many wrappers there are while an exception from the model is handled."""
+    """The number of DistributedDataParallel objects while an error of the model is handled."""
     vocabulary = CharVocabulary(TEXT)
     model = CharLSTM(len(vocabulary), 8, vocabulary=vocabulary)
     tokens = vocabulary.encode(TEXT)
@@ -98,7 +98,7 @@ def train(text: Path, out: Path, *more: object) -> int | str | None:
 
 @contextmanager
 def signal_at(step: int, number: int) -> Iterator[None]:
-    """Sends this process a signal in the course of a training step."""
+    """Send a signal to this process during a training step."""
     original = Trainer.step
     steps = 0
 

@@ -109,12 +109,13 @@ def join(device: torch.device) -> Iterator[Processes]:
     try:
         yield Processes(dist.get_rank(), dist.get_world_size(), device)
     except BaseException as error:
-        # An error in the wrapper's forward would keep it alive, by the frames of the traceback.
+        # The traceback of an error in the wrapper's forward would keep the wrapper alive.
         traceback.clear_frames(error.__traceback__)
         raise
     finally:
         if started_here:
-            # torch's lazy imports leave the first wrapper of a process in a reference cycle. gloo
-            # hangs if the wrapper is freed after the process group is destroyed.
+            # A wrapper that is freed later frees the group's threads with it, which deadlocks: the
+            # destructor waits for them with the GIL held, and they wait for the GIL. The first
+            # wrapper of a process is part of a reference cycle, so it needs a collection.
             gc.collect()
             dist.destroy_process_group()
