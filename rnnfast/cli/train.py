@@ -308,8 +308,9 @@ def _introduce(run: Run, options: argparse.Namespace, data: _Data) -> None:
     """Print the sizes of the text and of the model."""
     parameters = sum(weight.numel() for weight in run.model.parameters())
     print(
-        f"text   {options.text or 'the manual that comes with Python'}: {len(data.text):,} "
-        f"characters, {len(data.vocabulary)} distinct, the last {len(data.held_out):,} held out\n"
+        f"text   {options.text or 'the language reference that comes with Python'}: "
+        f"{len(data.text):,} characters, {len(data.vocabulary)} distinct, "
+        f"the last {len(data.held_out):,} held out\n"
         f"model  {options.layers} x {options.hidden} LSTM units, {parameters:,} parameters, "
         f"backend {options.backend}"
     )
