@@ -1,4 +1,4 @@
-"""The command line, in this process and once in its own."""
+"""The command line, mostly called in this process and sometimes in a separate one."""
 
 import json
 import math
@@ -47,7 +47,7 @@ def text_file(tmp_path_factory):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder with an untrained model that knows the characters of TEXT."""
+    """A folder with an untrained model whose vocabulary has the characters of TEXT."""
     vocabulary = CharVocabulary(TEXT)
     model = CharLSTM(len(vocabulary), 8, 1, vocabulary=vocabulary)
     checkpoint.save(model, tmp_path / checkpoint.FILE_NAME)
@@ -71,7 +71,7 @@ def held_out_bits(output):
 
 
 def refusal(arguments, capsys):
-    """What the command line says to arguments that it must refuse."""
+    """The error message for invalid arguments."""
     with pytest.raises(SystemExit) as stop:
         main([str(argument) for argument in arguments])
     output = capsys.readouterr()
@@ -190,7 +190,7 @@ def test_a_training_that_is_killed_ends_the_same(text_file, tmp_path, times, thr
 
 
 def wait_for_rows(log, rows, before, process):
-    """Until a process has gone on with a log and taken it to so many rows."""
+    """Wait until a process has written a log of this many rows."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and process.poll() is None:
         content = log.read_bytes() if log.exists() else b""
@@ -296,7 +296,7 @@ def test_a_resumed_training_finds_its_text_where_it_is_now(
     capsys.readouterr()
     arguments = ["train", "--resume", "--out", tmp_path / "run"]
     assert f"--text {tmp_path}/old.txt: No such file" in refusal(arguments, capsys)
-    for _ in range(2):  # which is remembered
+    for _ in range(2):  # the first resumption must store the new option
         assert resume(tmp_path / "run", "--text", tmp_path / "new.txt", "--epochs", 2) == 0
     (tmp_path / "new.txt").write_text(TEXT[:-1])
     capsys.readouterr()
@@ -420,7 +420,7 @@ def test_the_estimate_of_the_bar_knows_the_time_limit():
 
 
 def test_everything_is_over_in_time(tmp_path, capsys):
-    """The held-out text, the sample and the comparison of speeds alone would take minutes."""
+    """A long held-out text, sample and speed comparison must not exceed --max-seconds."""
     (tmp_path / "text").write_text(TEXT * 1000)
     start = time.monotonic()
     sizes = ["--hidden", 128, "--sample-length", 10**7, "--max-seconds", 4]
@@ -468,7 +468,14 @@ def test_absurd_results_are_said(text_file, tmp_path, options, code, words, caps
 
 def test_defaults_on_a_short_text_beat_the_bigram_model(tmp_path, capsys):
     (tmp_path / "text").write_text(default_text()[200_000:212_000])
-    options = ["--hidden", "64", "--embedding", "32", "--max-seconds", "inf"]  # to be quick
+    options = [
+        "--hidden",
+        "64",
+        "--embedding",
+        "32",
+        "--max-seconds",
+        "inf",
+    ]  # a small model, for speed
     text = ["train", "--text", f"{tmp_path}/text", "--out", f"{tmp_path}/out"]
     assert main([*text, *options]) == 0
     output = capsys.readouterr()
@@ -668,7 +675,7 @@ def test_every_command_explains_itself(command, capsys):
 
 
 def test_the_module_is_the_command(folder):
-    """In a process of its own, whose terminal knows no more than ASCII."""
+    """Run in a separate process whose terminal supports only ASCII."""
     command = [sys.executable, "-m", "rnnfast", "generate", "--model", str(folder)]
     finished = subprocess.run(
         [*command, "--prompt", "the °", "--length", "3"],
@@ -739,7 +746,7 @@ QUIET, BUSY = [1e-5, 2e-5, 1.1e-5, 1e-5, 1e-5] * 3, [1e-5] * 9 + [2e-2] * 6
         (QUIET, 1, True),
         (BUSY, 1, False),
         (BUSY[::-1], 1, False),
-        ([2e-2] * 12 + [1e-5] + [2e-2] * 2, 2000, False),  # which only the least of them tells
+        ([2e-2] * 12 + [1e-5] + [2e-2] * 2, 2000, False),  # only the minimum shows it
         ([3e-5] * 5, 3, True),
         ([3e-5], 3, True),
     ],
@@ -781,7 +788,7 @@ def test_bench_says_when_its_times_are_in_doubt(times, load, words, monkeypatch,
         "rnnfast.cli.bench.time_in_turn",
         lambda *_: {"rnnfast": [1e-5] * len(QUIET), "torch.nn": next(later)},
     )
-    with warnings.catch_warnings():  # pytest records them otherwise
+    with warnings.catch_warnings():  # otherwise pytest records the warnings
         warnings.simplefilter("always")
         warnings.showwarning = lambda m, c, f, n, *_: sys.stderr.write(
             warnings.formatwarning(m, c, f, n)

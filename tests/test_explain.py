@@ -1,4 +1,4 @@
-"""A step with its numbers, and fading gradients: values, text, pictures, command line."""
+"""Explained steps and vanishing gradients: values, text, plots, command line."""
 
 import json
 import math
@@ -35,7 +35,7 @@ sizes = pytest.mark.parametrize("size", SIZES, ids=str)
 
 
 def sample(cell, size, scale=1.0):
-    """torch's cell, and the arguments of a step with its weights."""
+    """A cell of torch, and the arguments of a step with the same weights."""
     torch.manual_seed(1)
     inputs, hidden = size
     module = CELLS[cell](inputs, hidden, dtype=torch.float64)
@@ -50,7 +50,7 @@ def sigmoid(value):
 
 
 def equations(text):
-    """The (name, left side, right side) of a step's equations, wrapped ones in one piece."""
+    """The (name, left side, right side) of all equations, with wrapped lines joined."""
     joined = re.sub(r"\n {5,}\+", " +", text)
     for line in joined.splitlines():
         if re.match(r"  \w+'?\[\d+\] =", line):
@@ -242,7 +242,7 @@ def test_a_kernel_that_computes_something_else_is_found_out(monkeypatch, capsys)
 
 
 def refusal(arguments, capsys):
-    """What the command line says to arguments that it must refuse."""
+    """The error message for invalid arguments."""
     with pytest.raises(SystemExit) as stop:
         main([str(argument) for argument in arguments])
     output = capsys.readouterr()
@@ -268,10 +268,10 @@ def test_numbers_from_a_file(cell, tmp_path, capsys):
     ("content", "words"),
     [
         (None, "No such file"),
-        ("", "is no JSON"),
-        ('{"x": [1', "is no JSON"),
-        (b"\xff\xfe", "is no JSON"),
-        ("[" * 100_000, "is no JSON"),
+        ("", "is not JSON"),
+        ('{"x": [1', "is not JSON"),
+        (b"\xff\xfe", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
         ("[1, 2]", "expected an object of names and numbers, got list"),
         ("3", "expected an object of names and numbers, got int"),
         ('{"x": [1]}', "'h' is missing; lstm takes x, h, c, weight_ih"),
@@ -425,7 +425,7 @@ def test_gradients_vanish_fastest_in_the_elman_layer():
 
 
 def test_an_open_forget_gate_carries_the_error():
-    """With f near 1 the factor per step is near 1, as in the LSTM of 1997."""
+    """With f near 1, the gradient changes by a factor near 1 per step, as in the LSTM of 1997."""
     closed, opened = (explain.compare_gradients(80, forget_bias=b)["LSTM c"] for b in (-2, 8))
     assert closed[79] / closed[0] < 1e-30
     assert 0.1 < opened[79] / opened[0] < 100

@@ -1,4 +1,4 @@
-"""The gates of layers and cells, compared with loops over sequences and steps in plain PyTorch."""
+"""The recorded gates, compared with loops over sequences and steps in plain PyTorch."""
 
 import copy
 
@@ -74,7 +74,7 @@ def step(mode, x, h, c, w_ih, w_hh, b_ih, b_hh, w_hr=None):
 
 @torch.no_grad()
 def by_hand(mode, module, x, hx=None, lengths=None, reset=None):
-    """Computes {key: {name: (T, B, H)}} for x (T, B, I), sequence by sequence."""
+    """The expected {key: {name: (T, B, H)}} for x (T, B, I), one sequence at a time."""
     directions = 2 if module.bidirectional else 1
     steps, batch = x.shape[:2]
     lengths = [steps] * batch if lengths is None else lengths
@@ -120,7 +120,7 @@ def random_state(mode, module, batch=B):
 
 
 def call(way, mode, module):
-    """Returns arguments of a call, those of `by_hand`, and whether there is a single sequence."""
+    """The arguments of a call and of `by_hand`, and whether there is a single sequence."""
     x = torch.randn(T, B, I, dtype=torch.float64)
     given = x.transpose(0, 1) if module.batch_first else x
     hx = random_state(mode, module)
@@ -163,7 +163,7 @@ def check(record, expected, arrange=lambda tensor: tensor, **tolerances):
 @pytest.mark.parametrize("way", WAYS)
 def test_layers(mode, options, backend, way):
     if backend == "aten" and way == "reset":
-        backend = "reference"  # torch's kernels have no resets
+        backend = "reference"  # torch's kernels do not support reset
     module = make(mode, backend, **options)
     args, kwargs, arguments = call(way, mode, module)
     with record_gates(module) as record:
@@ -265,7 +265,7 @@ def test_tokens(packed, one_hot, count):
     x = F.one_hot(tokens, I).double() if one_hot else embedding.weight[tokens].detach()
     lengths = [count - 2, count, 1]
     given, kwargs = tokens.clone(), {"lengths": lengths}
-    given[count - 1, 0] = 10**9  # a token beyond the end of its sequence
+    given[count - 1, 0] = 10**9  # padding
     if packed:
         packed_x = pack_padded_sequence(tokens, lengths, enforce_sorted=False)
         given, kwargs = PackedSequence(*packed_x), {}
@@ -439,7 +439,9 @@ def test_calls_of_different_batches():
     with record_gates(module) as record:
         module(torch.randn(2, T, I, dtype=torch.float64))
         module(torch.randn(3, T, I, dtype=torch.float64))
-    with pytest.raises(ValueError, match=r"calls of l0 do not fit .* \(2, 5, 6\), \(3, 5, 6\)"):
+    with pytest.raises(
+        ValueError, match=r"calls of l0 cannot be concatenated.* \(2, 5, 6\), \(3, 5, 6\)"
+    ):
         record["l0"]
     assert [call["reset"].shape for call in record.calls("l0")] == [(2, T, H), (3, T, H)]
 
@@ -520,7 +522,7 @@ def test_functional_call_shows_the_parameters_it_was_given():
 
 @pytest.fixture
 def read():
-    """Records what an LSTM with a batch of one computed while it read TEXT."""
+    """The activations of an LSTM that has read TEXT in a batch of one."""
     module = make("lstm", batch_first=True)
     with record_gates(module) as record:
         module(3 * torch.randn(1, len(TEXT), I, dtype=torch.float64))

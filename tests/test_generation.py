@@ -114,7 +114,7 @@ def test_scores_that_are_not_finite(draw, choice, bad, place):
 
 
 class Model:
-    """Layers, head and embedding whose scores differ enough to make greedy choices safe."""
+    """Layers, head and embedding with logits so different that rounding changes no choice."""
 
     def __init__(self, kind, vocabulary, hidden, *, embedded=True, bias=True, dtype, **options):
         options = {"batch_first": True, "dtype": dtype, "bias": bias, **options}
@@ -136,7 +136,7 @@ class Model:
 
     @torch.no_grad()
     def plain_loop(self, prompts, choice, count, seed=3):
-        """Generates with torch.nn's layers, by prompt; each token runs the whole sequence again."""
+        """The choices of torch.nn's layers, which read the whole sequence again for each token."""
         mode = self.layers.mode.split("_")
         theirs = getattr(nn, mode[0])(
             self.layers.input_size,
@@ -193,7 +193,7 @@ def test_runs_equal_a_plain_loop(kind, shape, backend, choice):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["RNN", "GRU", "LSTM"])
 def test_dtypes_and_instruction_sets(kind, dtype, device):
-    """Where its scores differ enough, the fused generation makes the loop's greedy choices."""
+    """The greedy choices agree with the loop's, unless the logits are almost equal."""
     if is_emulated():
         states, head = [torch.zeros(1, 1, 3)] * 2, torch.zeros(2, 3)
         weights = [torch.zeros(2, 12), torch.zeros(12, 3)]
@@ -242,7 +242,7 @@ def test_hooks_are_obeyed():
 
 @pytest.mark.parametrize("ours", [True, False])
 def test_a_large_vocabulary_and_few_tokens(ours, monkeypatch):
-    """No fused generation is set up where that would take longer than the loop."""
+    """The loop is used if setting up a fused run would take longer."""
     monkeypatch.setattr(generation, "_SETTING_UP", 1 if ours else 10**6)
     model = Model("GRU", 600, 16, dtype=torch.float64)
     prompts = [torch.tensor([1, 5]), torch.tensor([2])]

@@ -13,7 +13,7 @@ from rnnfast.text import CharVocabulary, TextError, WordVocabulary
 
 TEXT = "the cat sat on the mat; " * 60
 VOCABULARY = CharVocabulary(TEXT)
-WORDS = WordVocabulary([*VOCABULARY.characters])  # as many symbols
+WORDS = WordVocabulary([*VOCABULARY.characters])  # the same number of symbols
 QUICK = TrainingOptions(
     seq_length=24, batch_size=8, epochs=30, max_seconds=60, learning_rate=2e-2, clip=1.0
 )
@@ -27,7 +27,7 @@ def small(**options):
 
 @pytest.fixture(scope="module")
 def trained():
-    """A model that has learnt TEXT, with its losses on the way."""
+    """A model trained on TEXT, and the losses of its training."""
     model = small()
     losses = [step.bits_per_char for step in Run(model, VOCABULARY.encode(TEXT), QUICK)]
     return model, losses

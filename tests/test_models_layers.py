@@ -1,4 +1,4 @@
-"""What all recurrent models have in common: lengths, states, options, errors."""
+"""The common behaviour of the recurrent models: lengths, states, options, errors."""
 
 import copy
 
@@ -117,7 +117,7 @@ def test_an_empty_sequence_leaves_the_state_as_it_was(kind, options):
 
 
 def run(model, x, state=None, lengths=None):
-    """Any model on a batch (B, T, I)."""
+    """Run any model on a batch (B, T, I)."""
     if isinstance(model, SequenceGenerator):
         return model(x[:, 0], x.shape[1], state, lengths=lengths)
     return model(x, state, lengths=lengths)
@@ -182,7 +182,7 @@ def test_each_compiles_into_one_graph(kind, options):
 
 
 def nodes(tensor):
-    """How many nodes there are in the graph of the gradient."""
+    """The number of nodes in the autograd graph."""
     seen, waiting = set(), [tensor.grad_fn]
     while waiting:
         node = waiting.pop()

@@ -1,4 +1,4 @@
-"""Programs from textbooks on our models: what fits runs, and what does not says how to call."""
+"""Typical textbook programs run with these models, or get an error that says how to change them."""
 
 import copy
 import io
@@ -35,7 +35,7 @@ def seed():
 
 
 def result_of(kind):
-    """What a model returns for a batch, and a target of that shape."""
+    """The result of a model for a batch, and a target of the same shape as its output."""
     model = kind(3, 5, 2)
     result = (
         model(torch.randn(4, 3), 6) if kind is SequenceGenerator else model(torch.randn(4, 6, 3))
@@ -92,7 +92,8 @@ def test_the_state_of_one_sequence_for_a_batch(kind):
     model = kind(3, 5, 2)
     with pytest.raises(
         RuntimeError,
-        match=r"got \[1, \d\]; init_hidden\(4\) makes such zeros, .* is \(batch, time, features\)",
+        match=r"got \[1, \d\]; init_hidden\(4\) makes a state of zeros for a batch of 4\. "
+        r"An input sequence is \(batch, time, features\)",
     ):
         model(torch.randn(4, 3), model.init_hidden())
 
@@ -104,7 +105,7 @@ def test_a_ratio_in_the_place_of_lengths(ratio):
         Seq2SeqLSTM(7, 6, 5)(TOKEN, TOKEN, ratio)
 
 
-# ---- a pair where a tensor is expected ----
+# ---- the pair used as a tensor ----
 
 
 @pytest.mark.parametrize("kind", [*TEXTBOOK, *LAYERED, SequenceGenerator])
@@ -191,7 +192,7 @@ def test_a_pair_passes_through_what_takes_pairs():
         torch.testing.assert_close(program.module()(x[0])[0], model(x[0])[0])
 
 
-# ---- a softmax over the axis of a single step ----
+# ---- a softmax over the time axis ----
 
 
 @pytest.mark.parametrize(
@@ -279,7 +280,7 @@ def test_logits_of_a_step_in_programs_and_transforms():
 
 @pytest.mark.parametrize(
     ("shape", "words"),
-    [((3,), r"unsqueeze\(0\) makes a batch"), ((1, 3, 7), r"the tokens are vectors\.argmax\(-1\)")],
+    [((3,), r"unsqueeze\(0\) makes a batch"), ((1, 3, 7), r"vectors\.argmax\(-1\) turns one-hot")],
 )
 def test_input_of_another_shape_is_told_what_to_do(shape, words):
     with pytest.raises(ValueError, match=words):

@@ -1,4 +1,4 @@
-"""Classifier, tagger, generator, layers and directions: definitions and what they learn."""
+"""Classifier, tagger, generator, stacked and bidirectional models: formulas and training."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def build(kind, *sizes, **options):
 
 
 def torchs(model):
-    """torch.nn's layers with the weights of the model's."""
+    """Layers of torch.nn with the weights of the model's layers."""
     ours = model.rnn
     kind = {"LSTM": nn.LSTM, "GRU": nn.GRU}.get(ours.mode, nn.RNN)
     options = {"nonlinearity": ours.nonlinearity} if kind is nn.RNN else {}
@@ -100,7 +100,7 @@ def test_each_sequence_is_as_if_alone_in_torch(cell, kind, options, read):
 
 
 def generator_steps(model, z, steps, state):
-    """The generator's formula, by torch.nn's layer on one step at a time."""
+    """The generator's formula, computed by a layer of torch.nn step by step."""
     layer, outputs = torchs(model), []
     layer.weight_ih_l0, layer.weight_hh_l0 = model.rnn.weight_ih_l0, model.rnn.weight_hh_l0
     layer.bias_ih_l0, layer.bias_hh_l0 = model.rnn.bias_ih_l0, model.rnn.bias_hh_l0
@@ -198,7 +198,7 @@ def learn(model, loss, steps, rate=0.01):
 
 
 def first_bit(batch, steps=6):
-    """Random bits, padded with NaN beyond random lengths; the answer is the first."""
+    """Random bits of random lengths, padded with NaN; the answer is the first bit."""
     bits = torch.randint(2, (batch, steps))
     lengths = torch.randint(1, steps + 1, (batch,))
     x = nn.functional.one_hot(bits, 2).float()
@@ -287,7 +287,7 @@ def test_the_backward_direction_knows_the_beginning_at_the_first_step_only(readi
         model.fc.weight[:, :16] = 0  # the forward direction is not read
     model.fc.weight.register_hook(lambda g: torch.cat([torch.zeros(2, 16), g[:, 16:]], 1))
     x, lengths, target = first_bit(256)
-    long = lengths > 1  # where the first step is not the last one too
+    long = lengths > 1  # sequences of more than one step
     x, lengths, target = x[long], lengths[long], target[long]
     learn(
         model,

@@ -1,4 +1,4 @@
-"""SimpleRNN, ElmanRNN and JordanRNN: their formulas step by step, and what they learn."""
+"""SimpleRNN, ElmanRNN and JordanRNN: their formulas step by step, and training."""
 
 import pytest
 import torch
@@ -49,7 +49,7 @@ STEPS = {SimpleRNN: simple_steps, ElmanRNN: elman_steps, JordanRNN: jordan_steps
 
 
 def results_and_gradients(model, run, x, state):
-    """What `run` returns, and the gradients of x, the state and all parameters."""
+    """The results of `run`, and the gradients of x, the state and all parameters."""
     x, state = x.clone().requires_grad_(), state.clone().requires_grad_()
     output, final = run(x, state)
     weight = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view(output.shape)
@@ -209,7 +209,7 @@ def test_elman_learns_to_remember_the_step_before():
 
 
 def test_jordan_learns_a_running_sum():
-    """y_t = y_{t-1} + x_t needs no memory but the former output."""
+    """y_t = y_{t-1} + x_t needs no memory except the previous output."""
     model = build(JordanRNN, 1, 16, 1, dtype=torch.float32)
     x = 0.3 * torch.randn(64, 10, 1)
     optimiser = torch.optim.Adam(model.parameters(), 0.01)

@@ -1,4 +1,4 @@
-"""Plots: their texts, their sizes, and the fonts that a text needs."""
+"""Plots: their labels, their sizes, and the fonts for a text."""
 
 import warnings
 
@@ -91,7 +91,7 @@ def make_font(path, characters):
 
 @pytest.fixture
 def installed(monkeypatch):
-    """Returns the paths of installed fonts: at first those that come with matplotlib."""
+    """The paths of the installed fonts, initially only those that come with matplotlib."""
     paths = []
     own = [f for f in font_manager.fontManager.ttflist if "mpl-data" in f.fname]
     monkeypatch.setattr(font_manager.fontManager, "ttflist", own)
@@ -142,7 +142,7 @@ def test_control_characters_need_no_font():
 
 
 def losses(steps):
-    """Returns a log like that of a long training: a fast fall from 6.7, then noise about 1.7."""
+    """The log of a long training: a fast fall from 6.7, then noise around 1.7."""
     chance = np.random.default_rng(0)
     places = np.arange(1, steps + 1)
     training = 1.7 + 5 * np.exp(-places / 100) + 0.05 * chance.standard_normal(steps)
@@ -181,7 +181,9 @@ def test_the_picture_of_losses(monkeypatch, tmp_path):
     assert bigram.get_ydata() == [3.3, 3.3]
     assert len({to_rgba(line.get_color()) for line in (smoothed, held_out, bigram)}) == 3
     low, high = axes.get_ylim()
-    assert 1.3 < low < log["bits_per_char"].min()  # the axis need not begin at 0
+    assert (
+        1.3 < low < log["bits_per_char"].min()
+    )  # the axis covers the losses and does not start at 0
     assert 3.3 < high < 3.7
 
 
@@ -199,6 +201,8 @@ def test_the_picture_of_few_losses(monkeypatch, tmp_path, steps):
 
 def test_smoothing():
     line = np.arange(10.0)
-    assert loss_plot.smooth(line, 2)[:8] == pytest.approx(line[:8])  # without lag
+    assert loss_plot.smooth(line, 2)[:8] == pytest.approx(
+        line[:8]
+    )  # the average does not lag behind
     assert loss_plot.smooth(line, 2)[8:] == pytest.approx([7.5, 8.0])
     assert np.array_equal(loss_plot.smooth(line[:1], 5), [0.0])

@@ -1,4 +1,4 @@
-"""Seq2SeqLSTM beside torch.nn.LSTM step by step, and beam search beside exhaustive search."""
+"""Seq2SeqLSTM against torch.nn.LSTM step by step, and beam search against exhaustive search."""
 
 import itertools
 import math
@@ -14,7 +14,7 @@ PAD, START, END = 0, 1, 2
 SOURCES = [[3, 1, 4, 1, 5], [2], [6, 5, 3, 5]]
 TARGETS = [[4, 3, END], [3, 5, 4, 4, END], [END]]
 LENGTHS = [len(source) for source in SOURCES]
-SEEDS = [4, 9, 10, 18]  # of models whose outputs have many lengths
+SEEDS = [4, 9, 10, 18]  # these seeds give models whose outputs have many lengths
 VARIANTS = [
     {},
     {"num_layers": 2},
@@ -24,7 +24,7 @@ VARIANTS = [
 
 
 def small(**options):
-    """A model over 7 source and 6 target symbols with decided opinions."""
+    """A model for 7 source and 6 target symbols, with clearly different probabilities."""
     torch.manual_seed(options.pop("seed", 0))
     model = Seq2SeqLSTM(7, options.pop("output_vocab_size", 6), 5, dtype=torch.float64, **options)
     with torch.no_grad():
@@ -40,7 +40,7 @@ def padded(rows, padding=PAD):
 
 
 def layers_in_torch(ours):
-    """torch.nn.LSTM, one step of one sequence at a time, on the parameters of our layers."""
+    """torch.nn.LSTM with our parameters, one step of one sequence at a time."""
     torchs = nn.LSTM(ours.input_size, ours.hidden_size, ours.num_layers).double()
     weights = dict(ours.named_parameters())
 
@@ -52,7 +52,7 @@ def layers_in_torch(ours):
 
 
 def encoded(model, source, state=None):
-    """What `Seq2SeqLSTM.encode` defines, for one sequence without padding."""
+    """The expected result of `Seq2SeqLSTM.encode` for one sequence without padding."""
     step = layers_in_torch(model.encoder)
     zeros = torch.zeros(model.config.num_layers, 1, 5, dtype=torch.float64)
     state = (zeros, zeros) if state is None else state
@@ -62,7 +62,7 @@ def encoded(model, source, state=None):
 
 
 def written(model, source, target, take_truth=lambda t: True, state=None):
-    """What `Seq2SeqLSTM.forward` defines, for one sequence: its logits (T, V)."""
+    """The expected logits (T, V) of `Seq2SeqLSTM.forward` for one sequence."""
     step, state = layers_in_torch(model.decoder), encoded(model, source, state)
     latest, logits = START, []
     for t, truth in enumerate(target):
@@ -75,7 +75,7 @@ def written(model, source, target, take_truth=lambda t: True, state=None):
 
 
 def assert_same(model, logits, expected):
-    """Equal values at all true places, and equal gradients of all parameters."""
+    """Check that all values outside the padding, and the gradients of all parameters, agree."""
     ours = [row[: len(want)] for row, want in zip(logits, expected, strict=True)]
     gradients = []
     for rows in (ours, expected):
@@ -138,7 +138,7 @@ def test_teacher_forcing_mixes_truth_and_prediction(ratio, given):
     logits = model(sources, targets, LENGTHS, ratio, generator=generator)
     torch.manual_seed(5)
     chances = torch.rand(targets.shape)
-    # all five places, so that what is read after a short target counts as well
+    # all five positions, including the padding after a short target
     expected = [
         written(model, source, target, lambda t, chance=chance: chance[t] < ratio)
         for source, target, chance in zip(SOURCES, targets.tolist(), chances, strict=True)
@@ -214,7 +214,7 @@ def test_the_loss_ignores_the_padding_symbol_of_the_model():
 
 
 def log_probability(model, source, target):
-    """Of a target, with its end symbol if it has one."""
+    """The log-probability of a target, including its end symbol if it has one."""
     scores = written(model, source, target).log_softmax(1)
     return scores[range(len(target)), target].sum().item()
 
@@ -250,7 +250,7 @@ def search(model, source, beam_size, max_length, penalty):
 
 
 def assert_decoded(decoded, expected, max_length):
-    """`expected` are symbols, with the end symbol if there is one, and log-probabilities."""
+    """Compare with `expected`: symbols, including the end symbol, and log-probabilities."""
     for row, (symbols, score) in enumerate(expected):
         content = [symbol for symbol in symbols if symbol != END]
         length = int(decoded.lengths[row])
@@ -323,7 +323,7 @@ def test_a_wider_beam_finds_what_greedy_search_misses():
 
 
 def chain(table):
-    """A decoder that remembers the symbols so far: `table` has the odds of what follows them."""
+    """A decoder with a table: the probabilities of the next symbol after each prefix."""
 
     def step(latest, state):
         (past,) = state
@@ -350,7 +350,7 @@ MISLEADING = {  # 3 looks better than 4 at first, and ends badly
     (4,): [0, 0, 0.9, 0.1, 0.0],
     None: [0, 0, 0.5, 0.25, 0.25],
 }
-BRIEF = {  # to end at once is the likeliest, though not the likeliest first symbol
+BRIEF = {  # the empty output is the likeliest, but the end is not the likeliest symbol
     (): [0, 0, 0.3, 0.4, 0.3],
     (3,): [0, 0, 0.4, 0.3, 0.3],
     None: [0, 0, 0.5, 0.25, 0.25],

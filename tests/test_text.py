@@ -28,7 +28,7 @@ PROSE = "the cat sees the dog; the dog, it seems, doesn't see the cat."
 VOCABULARIES = [
     CharVocabulary(PROSE),
     CharVocabulary("“naïve”\n漢\ud800"),
-    CharVocabulary("\ud83d\ude42"),  # two lone surrogates, which are no emoji
+    CharVocabulary("\ud83d\ude42"),  # two lone surrogates, which must not become an emoji
     CharVocabulary(PROSE, **SPECIAL),
     WordVocabulary(PROSE),
     WordVocabulary(PROSE, max_size=7, **SPECIAL),
@@ -114,7 +114,7 @@ def test_a_decoded_text_has_the_same_words(text):
     ("words", "options", "expected"),
     [
         ("b a b c a b", {}, ("b", "a", "c")),
-        ("z y z y x", {}, ("z", "y", "x")),  # equally frequent: the first to occur
+        ("z y z y x", {}, ("z", "y", "x")),  # equally frequent words are in order of occurrence
         ({"z", "y", "x"}, {}, ("x", "y", "z")),
         (["a b", "c", "c"], {}, ("c", "a b")),
         ("a b b c c c", {"min_count": 2}, ("c", "b")),

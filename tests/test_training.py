@@ -36,12 +36,12 @@ OPTIONS = TrainingOptions(
     **{"seq_length": 12, "batch_size": 5, "epochs": 3, "max_seconds": math.inf},
     **{"learning_rate": 0.02, "clip": 0.5, "eval_every": 4},
 )
-STEPS_PER_EPOCH = 11  # the last of them shorter
+STEPS_PER_EPOCH = 11  # the last one is shorter
 
 
 @pytest.fixture(autouse=True)
 def one_thread(threads):
-    """Tiny models gain nothing by more, and a resumed run needs as many as before."""
+    """Tiny models need only one, and a resumed run needs the same number as before."""
     torch.set_num_threads(1)
 
 
@@ -145,10 +145,10 @@ def test_a_run_follows_its_schedule(name):
 def test_a_plateau_halves_the_learning_rate():
     weight = nn.Parameter(torch.zeros(1))
     optimiser = torch.optim.Adam([weight], 0.8)
-    schedule = Schedule("plateau", optimiser)
+    schedule = Schedule("plateau", optimiser, lambda steps: steps / 9)
     rates = []
-    for loss in (3.0, 2.0, 2.5, 1.9, 2.0, 2.0, 2.0, 2.0, 1.0):
-        schedule.before_step(0.5)
+    for step, loss in enumerate((3.0, 2.0, 2.5, 1.9, 2.0, 2.0, 2.0, 2.0, 1.0)):
+        schedule.before_step(step)
         schedule.after_validation(loss)
         rates.append(optimiser.param_groups[0]["lr"])
     assert rates == [0.8, 0.8, 0.8, 0.8, 0.8, 0.4, 0.4, 0.2, 0.2]
@@ -162,7 +162,7 @@ def test_an_unknown_schedule_is_refused():
 def test_a_training_without_progress_runs_out_of_patience():
     options = replace(OPTIONS, learning_rate=1e-30, patience=3, eval_every=2)
     records = list(run := new_run(options))
-    assert len(records) == 8  # looked at after 2, 4, 6, 8: the first is the best
+    assert len(records) == 8  # validations after 2, 4, 6 and 8; the first is the best
     assert (run.best_step, run.out_of_patience, run.ended) == (2, True, True)
     assert run.best_bits == records[1].validation_bits_per_char
     assert len(list(new_run(replace(options, patience=None)))) == 33
@@ -178,8 +178,9 @@ def test_the_best_weights_are_kept():
     assert evaluate(run.model, HELD_OUT, 5, 12) == run.best_bits
 
 
+@pytest.mark.filterwarnings("error")  # torch warns if schedulers are called out of order
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("steps", [0, 7, 11, 20])
+@pytest.mark.parametrize("steps", [0, 1, 11, 20])
 def test_a_resumed_run_is_the_uninterrupted_one(schedule, steps, tmp_path):
     options = replace(OPTIONS, schedule=schedule, patience=20, learning_rate=0.1)
     whole = new_run(options, dropout=0.3)
@@ -199,6 +200,21 @@ def test_a_resumed_run_is_the_uninterrupted_one(schedule, steps, tmp_path):
     for run in (second, whole):
         run.restore_best()
     assert_same(bits_of(second), bits_of(whole))
+
+
+def test_a_state_without_the_initial_learning_rate_goes_on(tmp_path):
+    # Files from versions without LambdaLR do not have it.
+    whole = new_run()
+    expected = list(whole)
+    first = new_run()
+    taken = list(itertools.islice(first, 20))
+    run_state.save(first, {}, tmp_path / "state")
+    _, state = run_state.load(tmp_path / "state")
+    for group in state["optimiser"]["param_groups"]:
+        del group["initial_lr"]
+    second = new_run(seed=1)
+    run_state.restore(second, state)
+    assert taken + list(second) == expected
 
 
 @pytest.mark.parametrize("schedule", ["constant", "plateau"])
@@ -245,7 +261,7 @@ def test_a_validation_that_was_ended_is_done_anew(step, anew, tmp_path):
     parts, taken = [], []
     run.on_validation = on_validation
     with pytest.raises(KeyboardInterrupt):
-        taken.extend(run)  # those before
+        taken.extend(run)  # the records before the exception
     assert (run.steps, run.recorded) == (step, step - 1)
     assert parts[0] == 12 / 19
     run.on_validation = None
@@ -278,9 +294,9 @@ def test_time_is_kept_for_the_last_validation(monkeypatch):
     clock = itertools.count()
     monkeypatch.setattr(training.time, "monotonic", lambda: float(next(clock)))
     run = new_run(replace(OPTIONS, eval_every=None, max_seconds=9.0))
-    run.evaluate()  # one second, as all has that is between two looks at the clock
-    assert len(list(run)) == 7  # then 8 are less than one step and one validation
-    assert run.seconds == 10  # besides the clock of the validation itself
+    run.evaluate()  # one second passes between two calls of the clock
+    assert len(list(run)) == 7  # an eighth step and a validation would not fit
+    assert run.seconds == 10  # including the calls of the clock in the validation
 
 
 @pytest.mark.parametrize(
@@ -308,7 +324,7 @@ def test_settings_that_may_change_take_the_new_value(name, tmp_path):
 
 
 class Trap:
-    """Makes a folder when it is unpickled."""
+    """An object that makes a folder when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -540,10 +556,10 @@ def test_processes_need_equal_shares():
         Run(small(), LEARNT, OPTIONS, HELD_OUT, Processes(0, 2))
 
 
-def torchrun(*command):
+def torchrun(*command, processes=2):
+    options = ["--standalone", "--nproc-per-node", processes]
     return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        + [str(part) for part in command],
+        [sys.executable, "-m", "torch.distributed.run", *map(str, [*options, *command])],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -554,19 +570,27 @@ def torchrun(*command):
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """The folder in which two processes trained, and what each of them says of it."""
-    folder = tmp_path_factory.mktemp("two")
+    """The folder in which two processes trained, and the outcome in each of them."""
+    return train_in(2, tmp_path_factory.mktemp("two"))
+
+
+def train_in(processes, folder):
     (folder / "text").write_text(training_worker.TEXT)
-    done = torchrun(training_worker.__file__, folder / "text", folder)
+    worker = training_worker.__file__
+    done = torchrun(worker, folder / "text", folder, processes=processes)
     assert done.returncode == 0, done.stderr
-    return folder, [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)], done
+    ranks = range(processes)
+    return folder, [torch.load(folder / f"{r}.pt", weights_only=False) for r in ranks], done
 
 
 def test_two_processes_train_as_one(two):
-    records, weights = training_worker.train_in_float64(Processes())
+    records, weights, wrappers = training_worker.train_in_float64(Processes())
     assert len(records) == 20
+    assert wrappers == [0, 0]
     for outcome in two[1]:
-        theirs, their_weights = outcome["float64"]
+        theirs, their_weights, wrappers = outcome["float64"]
+        assert wrappers == [1, 0]
+        assert outcome["wrappers after error"] == 0
         torch.testing.assert_close(
             [[float(value or 0) for value in record] for record in theirs],
             [[float(value or 0) for value in record] for record in records],
@@ -577,7 +601,16 @@ def test_two_processes_train_as_one(two):
 
 
 def test_two_processes_stop_together_and_resume_exactly(two):
-    folder, outcomes, done = two
+    assert_stopped_and_resumed(*two)
+
+
+@pytest.mark.full
+def test_three_processes_stop_together_and_resume_exactly(tmp_path):
+    # A sum of three numbers depends on their order, a sum of two does not.
+    assert_stopped_and_resumed(*train_in(3, tmp_path))
+
+
+def assert_stopped_and_resumed(folder, outcomes, done):
     for outcome in outcomes:
         assert (outcome["whole"], outcome["stopped"], outcome["resumed"]) == (0, 143, 0)
         assert outcome["steps"] == training_worker.INTERRUPTED_AT
@@ -589,6 +622,7 @@ def test_two_processes_stop_together_and_resume_exactly(two):
     weights = [(folder / name / checkpoint.FILE_NAME).read_bytes() for name in ("whole", "parts")]
     assert weights[0] == weights[1]
     assert done.stderr.count("stopped by SIGTERM after step 7 of") == 1
+    assert "unused parameters" not in done.stderr
 
 
 def test_the_first_of_two_processes_speaks_for_both(two):

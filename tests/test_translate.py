@@ -38,7 +38,7 @@ def days(first, last):
 
 
 def read_date(spelling):
-    """The date that a spelling stands for by the documented rules; its weekday must be right."""
+    """Parse a spelling by the documented rules, and check its weekday."""
     words = re.findall(r"[a-z]+|\d+", spelling.lower())
     words = [word for word in words if word not in ("the", "of", "st", "nd", "rd", "th")]
     numbers = [word for word in words if word.isdigit()]
@@ -165,7 +165,7 @@ QUICK = TrainingOptions(batch_size=4, epochs=150, max_seconds=60, learning_rate=
 
 @pytest.fixture(scope="module")
 def trained():
-    """A translator that has learnt PAIRS by heart, with its losses on the way."""
+    """A translator that has memorised PAIRS, and the losses of its training."""
     translator = small()
     losses = [step.bits_per_char for step in train(translator, PAIRS, QUICK)]
     return translator, losses
@@ -223,7 +223,9 @@ def test_a_step_clips_the_gradient():
 
 def test_training_ends_when_its_time_is_over():
     options = TrainingOptions(4, 10**6, max_seconds=0.3, learning_rate=1e-2, clip=1.0)
-    next(train(small(), PAIRS, options))  # the first step in a process takes torch's imports
+    next(
+        train(small(), PAIRS, options)
+    )  # the first step of a process triggers lazy imports of torch
     assert len(list(train(small(), PAIRS, options))) > 1
 
 
@@ -273,7 +275,7 @@ def test_a_translator_survives_its_file(tmp_path, trained):
 
 
 def described(change):
-    """The content of a file whose description was changed."""
+    """The content of a file with a changed description."""
 
     def write(path):
         small().save(path)
@@ -386,7 +388,7 @@ def translate(*arguments):
 
 
 def refusal(arguments, capsys):
-    """What the command line says to arguments that it must refuse."""
+    """The error message for invalid arguments."""
     with pytest.raises(SystemExit) as stop:
         translate(*arguments)
     output = capsys.readouterr()
@@ -410,7 +412,7 @@ SMALL = ["--hidden", 8, "--embedding", 4, "--examples", 200, "--epochs", 1]
 
 
 def test_dates_are_read_from_standard_input(tmp_path, capsys, monkeypatch):
-    """What `test_dates_are_learnt` learns, here of a training too short to learn much."""
+    """The training of `test_dates_are_learnt`, but too short to learn much."""
     assert translate("--out", tmp_path / "new" / "run", *SMALL) == 0
     output = capsys.readouterr()
     assert len(re.findall(r"exact matches on 2,000 held-out texts: [\d.]+ %", output.out)) == 1
@@ -484,7 +486,7 @@ def test_training_says_when_its_time_is_over(tmp_path, capsys):
     start = time.monotonic()
     options = [*SMALL, "--epochs", 10**6, "--max-seconds", 0.3, "--beam", 100]
     assert translate("--out", tmp_path, *options) == 0
-    assert time.monotonic() - start < 20  # a million epochs take days
+    assert time.monotonic() - start < 20  # a million epochs would take days
     output = capsys.readouterr().out
     assert "the time limit of 0.3 s ended the training after 0.0% of it" in output
     words = r"exact matches on (\d+) held-out texts \(no time is left for ([\d,]+)\): "
@@ -493,7 +495,7 @@ def test_training_says_when_its_time_is_over(tmp_path, capsys):
 
 
 def signal_at(step, number, monkeypatch):
-    """Sends this process a signal in the course of a training step."""
+    """Send a signal to this process during a training step."""
     forward, steps = Seq2SeqLSTM.forward, itertools.count(1)
 
     def counted(*arguments):
@@ -626,7 +628,9 @@ def test_useless_training_options_are_refused(tmp_path, arguments, words, capsys
 def test_too_few_pairs_are_refused(tmp_path, times, capsys):
     path = tmp_path / "pairs.tsv"
     path.write_text("one\t1\n" * times, encoding="utf-8")
-    assert "--pairs: too few pairs, 1 by" in refusal(["--pairs", path, "--out", tmp_path], capsys)
+    assert "--pairs: too few pairs: 1 distinct" in refusal(
+        ["--pairs", path, "--out", tmp_path], capsys
+    )
 
 
 def test_no_source_is_learnt_and_held_out():

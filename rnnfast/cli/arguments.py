@@ -1,4 +1,4 @@
-"""Argument types and groups that several commands share."""
+"""Argument types and groups of arguments that several commands share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DEFAULT_FOLDER = Path("char-lstm")
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports an error in one line, without the usage."""
+    """A parser that reports an error in one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         """Print one line to stderr and exit with code 2."""
@@ -21,7 +21,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class Noted(argparse.Action):
-    """Stores a value, or True if it takes none, and puts its name in the set `given`."""
+    """Stores the value (True for a flag), and adds the name of the option to the set `given`."""
 
     def __call__(
         self,
@@ -30,13 +30,13 @@ class Noted(argparse.Action):
         values: str | Sequence[Any] | None,
         option_string: str | None = None,
     ) -> None:
-        """Called by the parser if the option was given, rather than left at its default."""
+        """Store the value; the parser calls this only for options on the command line."""
         setattr(namespace, self.dest, True if self.nargs == 0 else values)
         namespace.given = {*getattr(namespace, "given", ()), self.dest}
 
 
 class NotedFlag(Noted):
-    """As action "store_true"."""
+    """The action "store_true", which also adds the name of the option to the set `given`."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, **options: Any) -> None:
         super().__init__(option_strings, dest, nargs=0, default=False, **options)
@@ -57,7 +57,7 @@ def add_temperature(parser: argparse._ActionsContainer) -> None:
         type=positive,
         default=0.8,
         metavar="T",
-        help="low values keep to likely characters, higher ones dare more",
+        help="divides the logits: below 1 unlikely characters become rarer, above 1 more frequent",
     )
     parser.add_argument("--greedy", action="store_true", help="always take the likeliest character")
 
@@ -69,14 +69,14 @@ def add_placement(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--backend",
         choices=("fused", "aten", "reference"),
-        help="what runs the layers; if not given, the best that can (see rnnfast doctor)",
+        help="backend of the layers; by default the fastest available (see rnnfast doctor)",
     )
 
 
 def number(
     kind: type[int] | type[float], expected: str, accepts: Callable[[float], bool]
 ) -> Callable[[str], float]:
-    """An argument type: a number that `accepts` agrees to."""
+    """Make an argument type: numbers for which `accepts` returns true."""
 
     def parse(text: str) -> float:
         try:
@@ -104,14 +104,14 @@ def path(text: str) -> Path:
 
 
 def prompt(text: str) -> str:
-    """An argument type: text that can be continued."""
+    """An argument type: a text that is not empty."""
     if not text:
         raise argparse.ArgumentTypeError("expected at least one character, got none")
     return text
 
 
 def device(text: str) -> torch.device:
-    """An argument type: a device that this machine and this torch have."""
+    """An argument type: a device that is available here."""
     try:
         found = torch.empty(0, device=text).device
         if found.type not in ("cpu", "cuda"):

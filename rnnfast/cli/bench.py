@@ -20,9 +20,9 @@ from rnnfast.cli.timing import RUNS, compare, doubts, time_in_turn
 
 
 def run(options: argparse.Namespace) -> None:
-    """Check, time, and print a line for each layer, size and mode."""
+    """Check and time every layer, size and mode; print a line for each."""
     if options.json is not None:
-        options.json.open("a").close()  # what cannot be written to is refused before the timing
+        options.json.open("a").close()  # fails before the timing if the file cannot be written
     where = f"{options.device}, {torch.get_num_threads()} threads, backend {options.backend}"
     print(f"rnnfast {where}; torch {torch.__version__}; microseconds per call, medians")
     print(
@@ -74,7 +74,7 @@ def run(options: argparse.Namespace) -> None:
 def _calls(
     size: Size, layer: str, training: bool, options: argparse.Namespace
 ) -> dict[str, Callable[[], list[Tensor]]]:
-    """The same layer twice, each as a function that runs it and returns all it computed."""
+    """Functions that run the same layer of each library, and return its outputs and gradients."""
     torch.manual_seed(0)
     ours = getattr(rnnfast, layer)(size.I, size.H, backend=options.backend, device=options.device)
     theirs = getattr(nn, layer)(size.I, size.H, device=options.device)
@@ -95,10 +95,11 @@ def _calls(
 
 
 def _check(results: dict[str, list[Tensor]], case: str) -> None:
-    """Refuse to compare the speed of things that are not the same.
+    """Check that both libraries computed the same tensors.
 
     Raises:
-        ArithmeticError: a tensor differs by more than rounding, relative to its largest element.
+        ArithmeticError: the difference of two tensors is larger than rounding explains, relative to
+            their largest element.
     """
     for ours, theirs in zip(results["rnnfast"], results["torch.nn"], strict=True):
         tolerance = 1e-2 if ours.is_cuda else 1e-3  # cuDNN may use TensorFloat-32
@@ -111,7 +112,7 @@ def _check(results: dict[str, list[Tensor]], case: str) -> None:
 
 
 def _synchronize(device: torch.device) -> Callable[[], Any]:
-    """What waits for the work on a device."""
+    """A function that waits until the device has finished its work."""
     if device.type == "cuda":
         return lambda: torch.cuda.synchronize(device)
     return lambda: None

@@ -8,5 +8,5 @@ import rnnfast
 
 
 def run(options: argparse.Namespace) -> None:
-    """Print what was built and what will run here."""
+    """Print which kernels were built and which backends will run here."""
     print(rnnfast.doctor())

@@ -21,7 +21,7 @@ _UNITS = 24
 
 
 def run(options: argparse.Namespace) -> None:
-    """Print what was asked for, and draw it where that was asked for."""
+    """Print the explanation, and save a plot if --plot is given."""
     subjects = {"gradients": _explain_gradients, "gates": _explain_gates}
     print(subjects.get(options.subject, _explain_step)(options))
     if options.plot is not None:
@@ -59,7 +59,7 @@ def _explain_gradients(options: argparse.Namespace) -> str:
 
 
 def _norms_table(norms: Norms) -> str:
-    """Some of the norms, and the factor by which they change from step to step."""
+    """A table of some of the norms, and of the factor by which they change per step."""
     last = len(next(iter(norms.values()))) - 1
     steps = [0] + [m * 10**e for e in range(len(str(last))) for m in (1, 2, 5) if m * 10**e < last]
     rows = [["steps", *norms]]
@@ -74,11 +74,11 @@ def _norms_table(norms: Norms) -> str:
 
 
 def _explain_gates(options: argparse.Namespace) -> str:
-    from rnnfast.models import checkpoint  # safetensors, which nothing else here needs
+    from rnnfast.models import checkpoint  # needs safetensors, unlike the other subjects
 
     model = checkpoint.load(options.model).eval()
     if model.vocabulary is None:
-        raise ValueError(f"{options.model} has no vocabulary to read a text with")
+        raise ValueError(f"{options.model} has no vocabulary, so it cannot read a text")
     if options.layer >= model.config.num_layers:
         highest = model.config.num_layers - 1
         raise ValueError(f"--layer should be between 0 and {highest}, got {options.layer}")

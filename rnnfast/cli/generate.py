@@ -11,7 +11,7 @@ from rnnfast.models import checkpoint
 
 
 def run(options: argparse.Namespace) -> None:
-    """Print the prompts and what a trained model makes of them: one while it is being made."""
+    """Print the prompts and their continuations; print a single one while it is generated."""
     with naming("--model"):
         model = checkpoint.load(options.model, options.device, backend=options.backend)
     if model.vocabulary is not None:

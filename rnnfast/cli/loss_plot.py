@@ -1,4 +1,4 @@
-"""The picture of a training's losses."""
+"""The plot of the losses of a training."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ if TYPE_CHECKING:
 
 
 def plot_loss(log: dict[str, Numbers], bigram: float, path: Path) -> None:
-    """Draw the training loss, the validation loss, and the bigram model's as a level line.
+    """Plot the training loss, the validation loss, and the loss of the bigram model.
 
-    The loss of each batch is a thin line, its moving average a thick one. The axis leaves out what
-    is above the bigram model in the first steps of a long training.
+    A thin line shows the loss of each batch, a thick line its moving average, and a horizontal line
+    the bigram model. The axis does not cover the highest training losses, which occur in the first
+    steps.
 
     Args:
         log: The columns that `rnnfast.models.training_log.read_log` returns.
-        bigram: Bits per character.
+        bigram: The loss of the bigram model in bits per character.
         path: The PNG file.
 
     Raises:
-        OSError: It cannot be written.
+        OSError: The file cannot be written.
     """
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -64,10 +65,10 @@ def plot_loss(log: dict[str, Numbers], bigram: float, path: Path) -> None:
 
 
 def smooth(values: Numbers, width: int) -> Numbers:
-    """The mean of each value and of its neighbours: up to `width` before, up to as many behind.
+    """The moving average over each value, up to `width` values before it and as many after it.
 
-    At the beginning, where losses fall fast, there are as many behind as before; at the end there
-    are fewer behind.
+    At the beginning, where losses fall fast, the window is symmetric and therefore shorter. At the
+    end there are fewer values after a value than before it.
     """
     sums = np.concatenate([[0.0], np.cumsum(values)])
     places = np.arange(len(values))

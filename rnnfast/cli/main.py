@@ -1,4 +1,4 @@
-"""Dispatches to the commands, and turns the user's mistakes into one line on stderr."""
+"""Dispatches to the commands, and reports errors in one line on stderr."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rnnfast import backend
 from rnnfast.cli.arguments import Parser
 from rnnfast.cli.parsers import build_parser
 
-# of what torch says to sizes beyond memory, or beyond its integers
+# Parts of torch's messages about sizes that exceed the memory or the range of its integers.
 _TOO_LARGE = (
     *("allocate memory", "not enough memory", "out of memory", "could not allocate"),
     *("overflow", "Overflow", "too large"),
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line (`sys.argv` if None) and return its exit code.
 
     Raises:
-        SystemExit: with code 2 after a mistake of the user's, with code 0 after `--help` and
+        SystemExit: with code 2 after an error of the user, with code 0 after `--help` and
             `--version`.
     """
     parser = build_parser()
@@ -44,15 +44,16 @@ def _run(parser: Parser, options: argparse.Namespace) -> int:
         try:
             probe = torch.empty(0, device=options.device)
             options.backend = backend.choose(options.backend, probe)
-        except (RuntimeError, ValueError) as error:  # of the option, of the environment
+        except (RuntimeError, ValueError) as error:  # from the option or RNNFAST_BACKEND
             parser.error(str(error))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # what the terminal cannot show
+            # Escape characters that the terminal cannot show.
+            stream.reconfigure(errors="backslashreplace")
     try:
         importlib.import_module(f"rnnfast.cli.{options.command}").run(options)
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader, such as head, has seen enough
+    except BrokenPipeError:  # the reader, for example head, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -73,7 +74,7 @@ def _run(parser: Parser, options: argparse.Namespace) -> int:
 
 
 def _describe(error: OSError) -> str:
-    """The words of the operating system and the file that they are about, without the number."""
+    """The message of the operating system with the name of the file, without the error number."""
     if error.strerror is None:
         return str(error)
     files = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
@@ -81,7 +82,7 @@ def _describe(error: OSError) -> str:
 
 
 def _describe_memory(options: argparse.Namespace) -> str:
-    """That the sizes asked for are too large, and by which options they can be made smaller."""
+    """An error message about too little memory, with the options that reduce the need for it."""
     flags = [f"--{name.replace('_', '-')}" for name in _SIZES if name in options]
     remedy = f": a smaller {' or '.join(flags)} needs less" if flags else ""
     return f"this needs more memory than there is{remedy}"
@@ -89,7 +90,7 @@ def _describe_memory(options: argparse.Namespace) -> str:
 
 @contextmanager
 def _brief_warnings() -> Iterator[None]:
-    """Show warnings in one line each, as errors are, without the code that gave them."""
+    """Print each warning in one line, without the line of source code that issued it."""
 
     def describe(message: Warning | str, *_: object, **__: object) -> str:
         return f"rnnfast: warning: {message}\n"

@@ -1,4 +1,4 @@
-"""Where a command reads from and writes to."""
+"""The input and output files of the commands."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _UNFINISHED, _FINISHED = "unfinished", ".finished"
 
 @contextmanager
 def naming(option: str) -> Iterator[None]:
-    """Put the name of an option before what goes wrong with its value, in an error of one line."""
+    """Add the name of an option to errors about its value."""
     try:
         yield
     except TextError as error:
@@ -29,10 +29,10 @@ def naming(option: str) -> Iterator[None]:
 
 
 def prepare_folder(folder: Path, *names: str) -> None:
-    """Make the folder, and find out whether files of these names can be written there.
+    """Make a folder, and check early that files of these names can be written there.
 
     Raises:
-        OSError: they cannot, which would else come to light at the end of the work.
+        OSError: the files cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder):
@@ -41,27 +41,26 @@ def prepare_folder(folder: Path, *names: str) -> None:
 
 
 def refuse_folders(folder: Path, *names: str) -> None:
-    """Raises IsADirectoryError where a folder has the name of a file that is to be written."""
+    """Raise IsADirectoryError if a folder has the name of a file that will be written."""
     for name in names:
         if (folder / name).is_dir():
             raise IsADirectoryError(f"{folder / name} is a folder; a file is to be written there")
 
 
 class Results:
-    """The files of a training in a folder, where older ones stay until the new ones are whole.
+    """The files of a training in a folder; older files stay until the new ones are complete.
 
-    The new files are written to the folder itself if it has no older ones, else to a folder
-    "unfinished" in it; `finish` then lets all of them take the place of the older ones. It first
-    gives that folder another name, so that the end of the process in the course of it loses
-    nothing: the next training completes it.
+    If the folder has no older files, the new ones are written to it directly. Otherwise they are
+    written to its subfolder "unfinished", and `finish` moves them over the older files. `finish`
+    first renames the subfolder. If the process ends while it moves the files, the next training
+    completes the work.
 
     Args:
-        folder: for all files.
-        names: of the files.
+        folder: the folder of all files.
+        names: the names of the files.
 
     Attributes:
-        work: where the new files are written.
-
+        work: the folder to which the new files are written.
     """
 
     def __init__(self, folder: Path, *names: str) -> None:
@@ -71,9 +70,9 @@ class Results:
 
     @property
     def remains(self) -> str:
-        """What to know of a training whose files do not take the place of older ones; or nothing.
+        """The end of a message about an unfinished training in "unfinished", or an empty string.
 
-        This is the end of a message, with its semicolon.
+        It starts with a semicolon.
         """
         if self.work == self.folder:
             return ""
@@ -83,19 +82,19 @@ class Results:
         )
 
     def resume(self, state: str) -> None:
-        """Go on in the folder that has the latest file of this name."""
+        """Continue a training: work in "unfinished" if it has the file `state`."""
         if is_first_process():
             self._complete()
         if (self._staging / state).is_file():
             self.work = self._staging
 
     def check(self, overwrite: bool, remedy: str) -> None:
-        """Find out whether a new training may begin here.
+        """Check that a new training may use the folder.
 
         Raises:
             IsADirectoryError: a folder has the name of a file.
-            FileExistsError: there are older files, and it must not `overwrite` them; the message
-                ends with the `remedy`.
+            FileExistsError: there are older files and `overwrite` is false. The message ends with
+                the `remedy`.
         """
         refuse_folders(self.folder, *self.names)
         with naming("--out"):
@@ -106,7 +105,7 @@ class Results:
             self.work = self._staging
 
     def prepare(self) -> None:
-        """Make the folder, once there is something to write.
+        """Make the folder.
 
         Raises:
             OSError: the files cannot be written there.
@@ -115,7 +114,7 @@ class Results:
             prepare_folder(self.folder, *self.names)
 
     def begin(self, processes: Processes) -> None:
-        """Make room for the files of a new training; all processes must call this."""
+        """Prepare `work` for a new training; all processes must call this together."""
         if processes.is_first and self.work != self.folder:
             self._complete()
             shutil.rmtree(self._staging, ignore_errors=True)
@@ -123,7 +122,7 @@ class Results:
         processes.wait()
 
     def finish(self) -> None:
-        """Let the new files take the place of the older ones."""
+        """Replace the older files by the new ones."""
         if self.work != self.folder:
             os.rename(self._staging, self.folder / _FINISHED)
             self._complete()

@@ -1,4 +1,4 @@
-"""What is seen of a training while it runs, and what ends it from outside."""
+"""The progress bar of a training, and its reaction to signals."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{left}, {rate_fmt}{postf
 
 
 class ProgressBar(tqdm):
-    """A bar of characters, whose estimate of the time that is left knows of a time limit.
+    """A progress bar in characters; its estimate of the remaining time respects a time limit.
 
     Args:
-        total: how many characters there will be, if no limit ends the training earlier.
-        initial: how many there have been before.
-        seconds: until a time limit ends the training; infinite without one.
-        hidden: whether nothing is shown.
+        total: the number of characters of the whole training.
+        initial: the number of characters that were read before.
+        seconds: the time until a time limit ends the training; infinite without a limit.
+        hidden: whether to show no bar.
     """
 
     def __init__(
@@ -35,14 +35,14 @@ class ProgressBar(tqdm):
             unit="char",
             unit_scale=True,
             smoothing=0.05,
-            mininterval=0.1 if sys.stderr.isatty() else 10,  # seconds; a log needs no animation
+            mininterval=0.1 if sys.stderr.isatty() else 10,  # seconds; fewer lines in a log file
             bar_format=_FORMAT,
             disable=hidden,
         )
 
     @property
     def format_dict(self) -> dict[str, Any]:
-        """What `_FORMAT` shows."""
+        """The values that `_FORMAT` refers to."""
         values: dict[str, Any] = super().format_dict
         done = self.n - self.initial
         rate = values["rate"] or (done / values["elapsed"] if values["elapsed"] else 0)
@@ -51,7 +51,7 @@ class ProgressBar(tqdm):
         return {**values, "left": self.format_interval(left) if math.isfinite(left) else "?"}
 
     def note(self, activity: str) -> None:
-        """Show what is being done; not more often than the bar moves."""
+        """Show the current activity, at most once per `mininterval`."""
         if self.disable:
             return
         self.set_description_str(activity, refresh=False)
@@ -61,16 +61,17 @@ class ProgressBar(tqdm):
 
 
 class StoppedError(Exception):
-    """A training was stopped by a signal."""
+    """A signal stopped the training."""
 
 
 class Interruption:
-    """Takes note of SIGINT and SIGTERM, so that the step under way is finished first.
+    """Records SIGINT and SIGTERM instead of raising, so that the current step can finish.
 
-    A second one changes nothing: torchrun passes on what the terminal has sent to all already.
+    A second signal has no further effect. With Ctrl-C under torchrun a process gets two: one from
+    the terminal and one from torchrun.
 
     Attributes:
-        signal: the number of the signal that came last, or 0.
+        signal: the number of the latest signal, or 0.
     """
 
     def __init__(self) -> None:

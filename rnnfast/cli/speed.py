@@ -1,4 +1,4 @@
-"""Training speed of rnnfast.LSTM beside torch.nn.LSTM, in the same model, in the same run."""
+"""Compares the training speed of rnnfast.LSTM and torch.nn.LSTM in the same model."""
 
 from __future__ import annotations
 
@@ -25,12 +25,11 @@ def compare_speed(
     backend: str,
     seconds_at_most: float = _SECONDS,
 ) -> dict[str, float]:
-    """Characters per second of training, from the median time of a step.
+    """Measure the training speed in characters per second, from the median time of a step.
 
-    A warning says so if the times differ too much to trust them.
-
-    Two copies of the model, one with each LSTM, learn from the same batch in turn: forward,
-    backward, clipping, Adam. `rnnfast.LSTM` is forced to `backend`.
+    Two copies of the model, one with each LSTM class, take turns in training steps on the same
+    batch: forward, backward, clipping of the gradient, Adam. `rnnfast.LSTM` runs on `backend`. If
+    the times vary too much to be trusted, there is a warning.
     """
     inputs, targets = next(batches(tokens, options.batch_size, options.seq_length))
     trainers = {
@@ -58,7 +57,7 @@ def compare_speed(
 def _trainer(
     model: CharLSTM, options: TrainingOptions, lstm: Callable[..., nn.RNNBase], backend: str | None
 ) -> Trainer:
-    """A trainer for a copy of the model with another class of LSTM layers."""
+    """A trainer for a copy of the model with the given class of LSTM layers."""
     copy = CharLSTM(
         **model.config._asdict(), device=model.head.weight.device, lstm=lstm, backend=backend
     )

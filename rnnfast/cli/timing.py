@@ -1,4 +1,4 @@
-"""Two functions timed in turn, and whether their times can be trusted."""
+"""Times functions in turn, and tells whether their times can be trusted."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from itertools import pairwise
 from typing import NamedTuple
 
 RUNS = 5
-"""So many runs, one after the other, a timing is cut into."""
+"""The number of consecutive runs into which a timing is divided."""
 _TOLERANCE = 1.25
-_BLOCK_SECONDS = 0.5e-3  # what is timed at once: as many calls as fill this
-_PAUSE_SECONDS = 2e-3  # between the two: threads of the last one may still spin
-_LONG_SECONDS = 20e-3  # a call that needs neither a pause nor another one before it
+_BLOCK_SECONDS = 0.5e-3  # calls are timed in blocks of this length
+_PAUSE_SECONDS = 2e-3  # pause between functions, because idle threads of the last one still spin
+_LONG_SECONDS = 20e-3  # from this length on, a call needs no pause and no warm-up
 
 
 class Comparison(NamedTuple):
-    """How much faster one function is than another: the ratio of times, above 1 if it is faster."""
+    """How much faster one function is than another: ratios of times, above 1 if it is faster."""
 
     speed_up: float
-    """By the medians of all times."""
+    """The ratio of the medians of all times."""
     runs: list[float]
-    """By the medians of each run."""
+    """The ratio of the medians in each run."""
     of_minima: float
-    """By the least of all times."""
+    """The ratio of the minima of all times."""
 
     @property
     def agrees(self) -> bool:
-        """Whether all these ratios are the same up to a factor of 1.25."""
+        """Whether all ratios agree up to a factor of 1.25."""
         ratios = (*self.runs, self.of_minima)
         return max(ratios) <= _TOLERANCE * min(ratios)
 
 
 def compare(ours: Sequence[float], theirs: Sequence[float]) -> Comparison:
-    """Compare times that were taken in turn, as many of each; a run has at least one."""
+    """Compare two equally long lists of times that were measured in turn."""
     runs = min(RUNS, len(ours))
     ends = [len(ours) * run // runs for run in range(runs + 1)]
     parts = [slice(*pair) for pair in pairwise(ends)]
@@ -50,10 +50,10 @@ def compare(ours: Sequence[float], theirs: Sequence[float]) -> Comparison:
 
 
 def doubts(disagreeing: str) -> str | None:
-    """Why times cannot be trusted, and what to do; None if nothing speaks against them.
+    """Say why times cannot be trusted and what to do; None if there is no reason for doubt.
 
     Args:
-        disagreeing: what of it has runs that disagree, in words; empty if nothing has.
+        disagreeing: a description of the times whose runs disagree; empty if all agree.
     """
     reasons = []
     if disagreeing:
@@ -71,10 +71,10 @@ def time_in_turn(
     synchronize: Callable[[], object],
     seconds: float,
 ) -> dict[str, list[float]]:
-    """Time functions A, B, A, B, ... until `seconds` each, and `RUNS` rounds, have passed.
+    """Time functions in turn, A, B, A, B, ..., for `seconds` each and at least `RUNS` rounds.
 
     Returns:
-        Seconds per call of each round.
+        The seconds per call in each round, for each function.
     """
 
     def measure(function: Callable[[], object], calls: int) -> float:
@@ -96,7 +96,7 @@ def time_in_turn(
                 calls = max(1, round(_BLOCK_SECONDS / once[name]))
                 if once[name] < _LONG_SECONDS:
                     time.sleep(_PAUSE_SECONDS)
-                    measure(function, calls)  # wakes the threads and warms the caches
+                    measure(function, calls)  # wakes the threads and fills the caches
                 samples[name].append(measure(function, calls))
     return samples
 

@@ -40,8 +40,9 @@ _PROMPT_LENGTH = 4  # "The ", in the default text
 _UNTIED_EMBEDDING = 128
 _EPOCHS, _FEWEST_STEPS = 6, 400
 _EVAL_EVERY, _EVAL_CHARACTERS, _EVAL_SHARE = 1000, 100_000, 0.05
-_REPORT_SECONDS, _REPORT_SHARE = 5.0, 0.1  # what is kept for plot, sample and speed, at most
-_PIECE = 1 << 22  # characters that are hashed together
+# The plot, the sample and the speed get this many seconds, or this share of --max-seconds if less.
+_REPORT_SECONDS, _REPORT_SHARE = 5.0, 0.1
+_PIECE = 1 << 22  # characters that are hashed at once
 
 _SETTINGS: dict[str, type | tuple[type, ...]] = {
     "text": (str, type(None)),
@@ -65,11 +66,11 @@ _SETTINGS: dict[str, type | tuple[type, ...]] = {
     "device": str,
     "backend": str,
 }
-"""The options that the result depends on, and what they are in a checkpoint."""
+"""The options that the result depends on, with their types in a checkpoint."""
 
 
 class _Data(NamedTuple):
-    """The text, cut and encoded: what a run learns from, what it is judged by, its vocabulary."""
+    """The text, its vocabulary, and the tokens of its training part and its held-out part."""
 
     text: str
     vocabulary: CharVocabulary
@@ -78,7 +79,7 @@ class _Data(NamedTuple):
 
     @property
     def description(self) -> str:
-        """What tells this text from others."""
+        """A description that identifies the text."""
         digest = hashlib.sha256()
         for first in range(0, len(self.text), _PIECE):
             piece = self.text[first : first + _PIECE]
@@ -90,13 +91,13 @@ class _Data(NamedTuple):
 
 
 class _Yardsticks(NamedTuple):
-    """Bits per character of what validations read, to compare the trained model's with.
+    """Losses on the held-out text, in bits per character, to compare the trained model with.
 
     Attributes:
-        untrained: of the model before the first step.
-        ignorant: the higher of that and of a model to which all characters are alike.
-        bigram: of a bigram model of the text to learn from; in the first process, else NaN.
-        characters: how many were read.
+        untrained: the loss of the model before the first step.
+        ignorant: `untrained`, or the loss of the uniform distribution if that is higher.
+        bigram: the loss of a bigram model of the training part; NaN in all processes but the first.
+        characters: the number of characters that were read.
     """
 
     untrained: float
@@ -106,7 +107,7 @@ class _Yardsticks(NamedTuple):
 
 
 class _Clock:
-    """The time that a training has had, and what `--max-seconds` leaves it."""
+    """The time that a training has used, and the time that `--max-seconds` leaves it."""
 
     def __init__(self) -> None:
         self._start = time.monotonic()
@@ -115,7 +116,7 @@ class _Clock:
 
     @property
     def elapsed(self) -> float:
-        """Seconds of this process."""
+        """The seconds since the start of this process."""
         return time.monotonic() - self._start
 
     @property
@@ -125,11 +126,11 @@ class _Clock:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Train on a text, judge the result, sample from it, time it, and write it down.
+    """Train on a text; print the losses, a sample and the speed; write all files.
 
     Raises:
         SystemExit: with 1 if the model is worse than one that knows nothing, with 128 + the
-            signal's number if it was stopped.
+            number of the signal if a signal stopped the training.
     """
     clock = _Clock()
     try:
@@ -148,7 +149,7 @@ def run(options: argparse.Namespace) -> None:
             results.prepare()
             yardsticks = _train(training, options, data, results, state, clock)
     except (ArithmeticError, OSError, ValueError) as error:
-        if not is_first_process():  # which says it for all
+        if not is_first_process():  # the first process reports the error for all
             raise SystemExit(2) from error
         raise
     if processes.is_first:
@@ -159,7 +160,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _recall(options: argparse.Namespace, results: Results) -> dict[str, Any]:
-    """Set the options to what they were, but for those given that may change.
+    """Restore the options from the checkpoint, except for those that the user gives now.
 
     Returns the state of the run.
     """
@@ -190,7 +191,7 @@ def _recall(options: argparse.Namespace, results: Results) -> dict[str, Any]:
 
 
 def _read(options: argparse.Namespace) -> _Data:
-    """Prepare the data; what would stop the run minutes later, stops it here."""
+    """Prepare the data, and check all options that could otherwise fail only after minutes."""
     with naming("--text"):
         text = default_text() if options.text is None else load_text(options.text)
     vocabulary = CharVocabulary(text)
@@ -216,7 +217,7 @@ def _read(options: argparse.Namespace) -> _Data:
 
 
 def _prepare(options: argparse.Namespace, data: _Data, processes: Processes) -> Run:
-    """A run that has taken no step yet; this fills in options that fit the text."""
+    """Make a new run; set the options whose defaults depend on the text."""
     torch.manual_seed(options.seed)
     if options.embedding is None:
         options.embedding = options.hidden if options.tied_weights else _UNTIED_EMBEDDING
@@ -243,7 +244,7 @@ def _prepare(options: argparse.Namespace, data: _Data, processes: Processes) -> 
         vocabulary=data.vocabulary,
     )
     if not processes.is_first:
-        torch.manual_seed(options.seed + processes.rank)  # same weights, but dropout of its own
+        torch.manual_seed(options.seed + processes.rank)  # each process has its own dropout
     settings = TrainingOptions(
         seq_length=options.seq_length,
         batch_size=options.batch_size,
@@ -267,7 +268,7 @@ def _train(
     state: dict[str, Any] | None,
     clock: _Clock,
 ) -> _Yardsticks:
-    """Take the steps that remain; returns what to compare their result with."""
+    """Take the remaining steps; return the losses to compare the result with."""
     facts: run_state.Settings = {
         "the text of --text": data.description,
         "the number of processes": run.processes.size,
@@ -286,7 +287,7 @@ def _train(
         results.begin(run.processes)
         state_path = results.work / run_state.FILE_NAME
         run.seconds = clock.elapsed
-        run_state.save(run, settings, state_path)  # first, for the log has no step any more
+        run_state.save(run, settings, state_path)  # before the log loses its rows
     else:
         run_state.restore(run, state)
         clock.used_before = run.seconds
@@ -304,18 +305,19 @@ def _train(
 
 
 def _introduce(run: Run, options: argparse.Namespace, data: _Data) -> None:
-    """Print what is learnt by what."""
+    """Print the sizes of the text and of the model."""
     parameters = sum(weight.numel() for weight in run.model.parameters())
     print(
-        f"text   {options.text or 'the manual that comes with Python'}: {len(data.text):,} "
-        f"characters, {len(data.vocabulary)} distinct, the last {len(data.held_out):,} held out\n"
+        f"text   {options.text or 'the language reference that comes with Python'}: "
+        f"{len(data.text):,} characters, {len(data.vocabulary)} distinct, "
+        f"the last {len(data.held_out):,} held out\n"
         f"model  {options.layers} x {options.hidden} LSTM units, {parameters:,} parameters, "
         f"backend {options.backend}"
     )
 
 
 def _measure(run: Run, options: argparse.Namespace, data: _Data) -> _Yardsticks:
-    """What a training has to beat; this decides how much a validation reads."""
+    """Compute the losses to compare with; set the default of --eval-characters."""
     if options.eval_characters is None:
         batch = options.batch_size * options.seq_length
         run.options = replace(run.options, eval_characters=batch)
@@ -336,12 +338,12 @@ def _measure(run: Run, options: argparse.Namespace, data: _Data) -> _Yardsticks:
 
 
 def _flag(name: str) -> str:
-    """An option as the user gives it."""
+    """The name of an option on the command line."""
     return f"--{name.replace('_', '-')}"
 
 
 def _settings(options: argparse.Namespace) -> run_state.Settings:
-    """The options that the result of a training depends on, as a checkpoint has them."""
+    """The options that the result depends on, in the form in which a checkpoint stores them."""
     text = None if options.text is None else str(options.text.absolute())
     values = {**vars(options), "text": text, "device": options.device.type}
     return {_flag(name): values[name] for name in _SETTINGS}
@@ -354,10 +356,11 @@ def _take_steps(
     results: Results,
     log: TrainingLog | None,
 ) -> None:
-    """Train behind a progress bar, with checkpoints, and with a log in the first process.
+    """Train with a progress bar and checkpoints; the first process also writes the log.
 
     Raises:
-        SystemExit: with 128 + the signal's number, after an interruption and a checkpoint.
+        SystemExit: with 128 + the number of the signal, if a signal stopped the training. A
+            checkpoint has been written then.
     """
     model_path = results.work / checkpoint.FILE_NAME
 
@@ -403,7 +406,7 @@ def _take_steps(
         except StoppedError as stop:
             number = stop.args[0]
             save()
-            if log is not None and not model_path.exists():  # there was no validation yet
+            if log is not None and not model_path.exists():  # no validation has saved it yet
                 checkpoint.save(run.model, model_path)
         else:
             return
@@ -428,7 +431,7 @@ def _report(
     yardsticks: _Yardsticks,
     clock: _Clock,
 ) -> bool:
-    """Print and write what came of a training; returns whether it has come to anything."""
+    """Print and write the results; return whether the model is better than one without training."""
     limits = {
         f"the time limit of {options.max_seconds:g} s": ("--max-seconds", run.out_of_time),
         f"{options.patience} validations without a better loss": (
@@ -471,7 +474,7 @@ def _report(
 
 
 def _warn(run: Run, yardsticks: _Yardsticks, results: Results) -> None:
-    """Tell of a result that is worse than one would expect."""
+    """Warn if the result is worse than expected."""
     remedy, ignorant = "a lower --lr may help", yardsticks.ignorant
     if run.best_bits > ignorant:
         words = f"the model is worse than one that knows nothing ({ignorant:.3f}): it diverged"
@@ -488,7 +491,7 @@ def _warn(run: Run, yardsticks: _Yardsticks, results: Results) -> None:
 
 
 def _show_sample(model: CharLSTM, data: _Data, options: argparse.Namespace, clock: _Clock) -> None:
-    """Print what the model writes, as it writes it, until there is no time left."""
+    """Print a sample of the model while it is generated, until there is no time left."""
     prompt = data.text[:_PROMPT_LENGTH] if options.prompt is None else options.prompt
     choice = "without chance" if options.greedy else f"at temperature {options.temperature:g}"
     print(f"\nsample from {prompt!r} {choice}\n{prompt}", end="")

@@ -31,15 +31,16 @@ from rnnfast.text.dates import date_pairs
 _HELD_OUT_DATES = 2000
 _SHOWN = 8
 _TEXTS_AT_ONCE = 256
-_JUDGING_SECONDS, _JUDGING_SHARE = 10.0, 0.1  # what is kept for the held-out texts, at most
+# The held-out texts get this many seconds, or this share of --max-seconds if less.
+_JUDGING_SECONDS, _JUDGING_SHARE = 10.0, 0.1
 
 
 def run(options: argparse.Namespace) -> None:
     """Train a translator, or translate with one.
 
     Raises:
-        SystemExit: with 1 if a text could not be translated, or the training diverged; with 128 +
-            the signal's number if the training was stopped.
+        SystemExit: with 1 if a text could not be translated or the training diverged, with 128 +
+            the number of the signal if a signal stopped the training.
     """
     if options.model is None and not options.texts:
         _train(options)
@@ -48,7 +49,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _translate(options: argparse.Namespace) -> None:
-    """Print the translations of the arguments or, without any, of the lines of standard input."""
+    """Print the translations of the arguments or, if there are none, of standard input's lines."""
     if options.pairs is not None:
         raise ValueError("--pairs are for training, which goes without TEXT and --model")
     with naming("--out" if options.model is None else "--model"):
@@ -74,7 +75,7 @@ def _translate(options: argparse.Namespace) -> None:
 def _translate_each(
     translator: Translator, texts: list[str], beam_size: int
 ) -> Iterator[str | TextError]:
-    """The translation of each text, or why there is none."""
+    """Yield the translation of each text, or the error that prevents it."""
     errors: dict[int, TextError] = {}
     for number, text in enumerate(texts):
         try:
@@ -88,7 +89,7 @@ def _translate_each(
 
 
 def _train(options: argparse.Namespace) -> None:
-    """Train on pairs, judge the result by others, show some, and write it down."""
+    """Train on pairs, print the exact matches on held-out pairs and some examples, and save."""
     start = time.monotonic()
     deadline = start + options.max_seconds
     results = Results(options.out, FILE_NAME)
@@ -139,7 +140,7 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _read(options: argparse.Namespace) -> tuple[list[Pair], list[Pair]]:
-    """The pairs to learn from, and those to judge by."""
+    """The training pairs and the held-out pairs."""
     if options.pairs is None:
         return (
             date_pairs(options.examples, options.seed),
@@ -156,10 +157,11 @@ def _learn(
     results: Results,
     deadline: float,
 ) -> tuple[float, float]:
-    """Train behind a progress bar; returns the losses of the first step and of the last.
+    """Train with a progress bar; return the losses of the first step and of the last.
 
     Raises:
-        SystemExit: with 128 + the signal's number, once what was learnt so far is saved.
+        SystemExit: with 128 + the number of the signal, if a signal stopped the training. The
+            translator has been saved then.
     """
     judging = min(_JUDGING_SECONDS, _JUDGING_SHARE * options.max_seconds)
     settings = TrainingOptions(
@@ -201,7 +203,7 @@ def _learn(
 
 
 def _judge(translator: Translator, held_out: list[Pair], beam_size: int, deadline: float) -> None:
-    """Print how many held-out texts come out right, of as many as there is time for."""
+    """Print the fraction of exact matches on the held-out texts that the time allows."""
     done, right = 0, 0
     while done < len(held_out) and (not done or time.monotonic() < deadline):
         pairs = held_out[done : done + max(1, _TEXTS_AT_ONCE // beam_size)]
@@ -212,7 +214,7 @@ def _judge(translator: Translator, held_out: list[Pair], beam_size: int, deadlin
 
 
 def _show(translator: Translator, pairs: list[Pair], beam_size: int) -> None:
-    """Print some translations, and what they should be where they are not."""
+    """Print some translations; a wrong one is followed by the right one."""
     translations = translator.translate([source for source, _ in pairs], beam_size)
     width = max(len(source) for source, _ in pairs)
     for (source, target), text in zip(pairs, translations, strict=True):

@@ -1,4 +1,4 @@
-"""Looks inside recurrent layers: a step with its numbers, vanishing gradients, gates at work."""
+"""Explains recurrent layers: a step with all its numbers, vanishing gradients, recorded gates."""
 
 from rnnfast.explain.gradients import compare_gradients, gradient_norms
 from rnnfast.explain.plots import plot_gates, plot_gradients, plot_step

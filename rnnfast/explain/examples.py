@@ -1,4 +1,4 @@
-"""The numbers that `rnnfast explain` takes where none are given: 3 inputs, 2 hidden units."""
+"""The default numbers of `rnnfast explain`: 3 inputs and 2 hidden units."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ _BIAS_HH = [0.05, 0.06, 0.07, 0.08]
 
 
 def repeats_rows(cell: str) -> bool:
-    """Whether in `example_step` both units share the weights and biases of each gate."""
+    """Whether both units of `example_step` have the same weights and biases in each gate."""
     return cell != "elman"
 
 
 def example_step(cell: str) -> Step:
     """A step of an "elman", "gru" or "lstm" cell on the example numbers.
 
-    A gate has one row of weights, which is repeated for both units; the Elman cell, which has no
-    gates, has a row for each unit.
+    Each gate of the GRU and the LSTM has one row of weights, which is repeated for both units. The
+    Elman cell has no gates, and one row for each unit.
     """
     units = len(_STATES["h"])
     repeats = units if repeats_rows(cell) else 1

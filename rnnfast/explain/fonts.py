@@ -1,4 +1,4 @@
-"""Fonts that have the characters of a text (needs `rnnfast[cli]`, for matplotlib)."""
+"""Finds fonts for the characters of a text (needs `rnnfast[cli]`, for matplotlib)."""
 
 from __future__ import annotations
 
@@ -16,22 +16,24 @@ _PREFERRED = (
     *("Noto Sans Mono CJK", "Noto Sans CJK", "Source Han Sans", "WenQuanYi Zen Hei Mono"),
     *("WenQuanYi", "Sarasa Mono", "Droid Sans Fallback", "Noto Sans", "Symbola", "Unifont"),
 )
-# A box, or nothing, for every character; mathematical symbols in the place of others.
+# The first four draw a box or nothing for every character, the others a symbol of their own.
 _USELESS = ("Last Resort", "LastResort", "Adobe Blank", "cm", "STIXNonUnicode", "STIXSize")
 _EAST_ASIAN = ("CJK", "HIRAGANA", "KATAKANA", "HANGUL", "BOPOMOFO", "FULLWIDTH", "IDEOGRAPHIC")
 _UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 
 
 def drawable(text: Iterable[str], family: str) -> tuple[list[str], list[str]]:
-    """Characters as matplotlib can draw them, and the font families to draw them with.
+    """Choose font families for the characters of a text.
+
+    If no installed font has a character, a warning names the packages to install.
 
     Args:
         text: The characters.
-        family: The font to prefer, such as "monospace".
+        family: The preferred font family, such as "monospace".
 
     Returns:
-        The characters, with U+FFFD for those that no installed font has, of which a warning says
-        what to install; and the families, ``family`` first.
+        The characters, with U+FFFD in place of those that cannot be drawn; and the font families,
+        starting with ``family``.
     """
     from matplotlib.font_manager import FontProperties, findfont
 
@@ -57,7 +59,7 @@ def drawable(text: Iterable[str], family: str) -> tuple[list[str], list[str]]:
 
 
 def _package(char: str) -> str:
-    """The package of Debian and its like that has a font with this character."""
+    """The package of Debian and Ubuntu that has a font with this character."""
     name = unicodedata.name(char, "")
     if name.startswith(_EAST_ASIAN):
         return "fonts-noto-cjk"
@@ -66,7 +68,7 @@ def _package(char: str) -> str:
 
 @cache
 def _glyphs(path: str) -> frozenset[str]:
-    """The characters of a font file that matplotlib can draw; none if it cannot read the file."""
+    """The characters that matplotlib can draw with a font file; none if it cannot read the file."""
     from matplotlib.font_manager import get_font
 
     try:
@@ -77,9 +79,10 @@ def _glyphs(path: str) -> frozenset[str]:
 
 
 def _installed() -> list[tuple[str, str]]:
-    """Name and file of each family of fonts, those first that suit best.
+    """The name and file of each installed font family, the most suitable ones first.
 
-    They are looked for anew: matplotlib remembers in a file what was installed when it first ran.
+    The system is searched again, because matplotlib caches the fonts that were installed when it
+    first ran.
     """
     from matplotlib.font_manager import findSystemFonts, fontManager
 

@@ -1,4 +1,4 @@
-"""The gates of one call of a layer or a cell, by a second run on the same arguments."""
+"""Computes the gates of one call of a layer or a cell by running it again."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Cells = RNNCell | GRUCell | LSTMCell
 
 
 def repeat_step(layer: Cells, input: Tensor, hx: Any = None) -> tuple[dict[str, Activations], int]:
-    """The activations of a cell's call, with a dimension of time in front, and that dimension."""
+    """The activations of a call of a cell, with a time dimension of size 1, and that dimension."""
     cell, single = _cell_of(layer), input.dim() == 1
     x = input.unsqueeze(0) if single else input
     states = _as_states(cell, hx, batch=0 if single else None)
@@ -42,7 +42,7 @@ def repeat_sequence(
     return_cells: bool = False,
     embedding: nn.Embedding | None = None,
 ) -> tuple[dict[str, Activations], int]:
-    """The activations of each layer and direction, shaped like the input, and which dim is time."""
+    """The activations of each layer and direction, shaped like the input, and the time dim."""
     if layer.tokens or embedding is not None:
         input = _look_up(layer, input, embedding)
     if isinstance(input, PackedSequence):
@@ -50,7 +50,7 @@ def repeat_sequence(
     single = input.dim() == 2
 
     def arrange(tensor: Tensor) -> Tensor:
-        """With time first and the batch second."""
+        """Move time to the first and the batch to the second dimension."""
         if single:
             return tensor.unsqueeze(1)
         return tensor.transpose(0, 1) if layer.batch_first else tensor
@@ -84,11 +84,11 @@ def repeat_sequence(
 
 
 def _look_up(layer: Layers, tokens: Tensor | PackedSequence, embedding: nn.Embedding | None) -> Any:
-    """The vectors that tokens stand for."""
+    """Turn tokens into the vectors that the layer would use for them."""
     if isinstance(tokens, PackedSequence):
         return tokens._replace(data=_look_up(layer, tokens.data, embedding))
     count = layer.input_size if embedding is None else embedding.num_embeddings
-    tokens = tokens.long().clamp(0, count - 1)  # anything may be beyond the end of a sequence
+    tokens = tokens.long().clamp(0, count - 1)  # padding may hold any value
     if embedding is None:
         return F.one_hot(tokens, count).to(next(layer.parameters()).dtype)
     return embedding(tokens)
@@ -103,7 +103,7 @@ def _cell_of(layer: Layers | Cells) -> Cell:
 
 
 def _as_states(cell: Cell, hx: Any, batch: int | None) -> States | None:
-    """``hx`` as a tuple, with a dimension for the batch where one is missing."""
+    """Turn ``hx`` into a tuple; insert a batch dimension at ``batch``, unless that is None."""
     if hx is None:
         return None
     states = hx if cell.states > 1 else (hx,)
@@ -121,14 +121,15 @@ def _repeat(
 ) -> Activations:
     """The activations (T, B, H) of one layer in one direction.
 
-    ``weights`` are w_ih and w_hh, both biases or neither, and with a projection w_hr.
+    ``weights`` are w_ih and w_hh, then both biases if there are any, then w_hr if there is a
+    projection.
     """
     arguments: Any = sequences.autocast(x, states, weights)
     x, states, (w_ih, w_hh, *others) = arguments
     w_hr = others[-1] if len(others) % 2 else None
     b_ih, b_hh = others[:2] if len(others) > 1 else (None, None)
     plain = extras.lengths is None and extras.reset is None and w_hr is None
-    chosen = backend.choose(requested, x, beyond_torch=True)  # torch's kernels hide their gates
+    chosen = backend.choose(requested, x, beyond_torch=True)  # torch's kernels return no gates
     fused = chosen == "fused" and (plain or x.device.type == "cpu")
     look = _ask_kernel if fused else _ask_formula
     found = look(cell, x, states, (w_ih, w_hh, b_ih, b_hh), reverse, extras, w_hr)
@@ -148,10 +149,10 @@ def _ask_kernel(
     extras: Extras,
     w_hr: Tensor | None,
 ) -> Activations:
-    """What the fused forward saves for its backward."""
+    """The activations that the fused forward saves for its backward."""
     operator, (lengths, reset, _) = getattr(torch.ops.rnnfast, cell.name), extras
     projection = () if w_hr is None else (w_hr,)
-    options = (reverse, True, False, lengths, reset)  # True is to save the gates
+    options = (reverse, True, False, lengths, reset)  # True: save the gates
     y, *others = operator(x, *states, *weights, *options, *projection)
     gates = others[cell.states]
     if cell.name == "lstm":
@@ -172,7 +173,7 @@ def _ask_formula(
     extras: Extras,
     w_hr: Tensor | None,
 ) -> Activations:
-    """The same in plain PyTorch, by a look into every step of `rnnfast.reference`."""
+    """The same activations in plain PyTorch, recorded in each step of `rnnfast.reference`."""
     preactivations: list[tuple[Tensor, Tensor]] = []
 
     def step(gates_x: Tensor, gates_h: Tensor, *states: Tensor) -> States:

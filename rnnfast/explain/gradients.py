@@ -1,11 +1,13 @@
-"""Vanishing and exploding gradients: how that of a loss fades or grows on its way back in time.
+"""Vanishing and exploding gradients in recurrent layers.
 
-The derivative of the state h_T by h_t is a product of T - t Jacobians, whose norm shrinks or grows
-geometrically: Hochreiter, "Untersuchungen zu dynamischen neuronalen Netzen", diploma thesis, TU
-München, 1991; Bengio, Simard, Frasconi, "Learning long-term dependencies with gradient descent is
-difficult", IEEE Transactions on Neural Networks 5(2), 1994. In the LSTM, c' = f * c + i * g carries
-the error along c with the forget gate as its only factor: the constant error carousel of
-Hochreiter, Schmidhuber, Neural Computation 9(8), 1997, where f was 1.
+The derivative of the state h_T with respect to h_t is a product of T - t Jacobians. Its norm
+shrinks or grows geometrically with T - t: see Hochreiter, "Untersuchungen zu dynamischen neuronalen
+Netzen", diploma thesis, TU München, 1991, and Bengio, Simard, Frasconi, "Learning long-term
+dependencies with gradient descent is difficult", IEEE Transactions on Neural Networks 5(2), 1994.
+
+In the LSTM, c' = f * c + i * g carries the gradient along c, and the forget gate f is its only
+factor. This is the constant error carousel of Hochreiter, Schmidhuber, Neural Computation 9(8),
+1997, where f is 1.
 """
 
 from __future__ import annotations
@@ -24,22 +26,23 @@ Norms = dict[str, Tensor]
 
 
 def gradient_norms(layer: RNN | GRU | LSTM, x: Tensor, loss: Callable[[Tensor], Tensor]) -> Norms:
-    """The norm of d loss / d h_t, and of d loss / d c_t, against the distance T - t.
+    """The norms of d loss / d h_t, and for LSTM of d loss / d c_t, by the distance T - t.
 
-    They are total derivatives: that by c_t counts both ways on which c_t acts, through c_{t+1} and
-    through h_t = o_t * tanh(c_t). All gradients are the kernels' own, taken step by step.
+    These are total derivatives. The one with respect to c_t covers both paths from c_t to the loss,
+    through c_{t+1} and through h_t = o_t * tanh(c_t). The layer runs step by step, and its kernels
+    compute the gradients.
 
     Args:
         layer: A single layer in one direction without projection.
-        x: One sequence (T, I), from zeros as the state.
-        loss: A function of the last state h_T (H), to a single number.
+        x: One sequence (T, I). The initial state is zeros.
+        loss: A function that maps the last state h_T (H) to a single number.
 
     Returns:
-        Norms (T) by the name of the state, "h" and for LSTM "c"; number k belongs to h_{T-k}.
+        The norms (T) for each state: "h", and "c" for LSTM. Element k belongs to h_{T-k}.
 
     Raises:
-        ValueError: The layer has several layers, two directions or a projection; ``x`` has another
-            shape.
+        ValueError: The layer has several layers, two directions or a projection, or ``x`` has
+            another shape.
     """
     if layer.num_layers > 1 or layer.bidirectional or layer.proj_size:
         raise ValueError(
@@ -51,7 +54,7 @@ def gradient_norms(layer: RNN | GRU | LSTM, x: Tensor, loss: Callable[[Tensor], 
 
     hiddens, cells = [], []
     with torch.enable_grad(), record_gates(layer) as record:
-        h = x.new_zeros(1, layer.hidden_size, requires_grad=True)  # the graph starts from it
+        h = x.new_zeros(1, layer.hidden_size, requires_grad=True)  # the root of the graph
         c = torch.zeros_like(h)
         for step in x.unsqueeze(1):
             if isinstance(layer, LSTM):
@@ -84,23 +87,23 @@ def compare_gradients(
 ) -> Norms:
     """`gradient_norms` of an untrained Elman layer, GRU and LSTM on the same random sequence.
 
-    They show how fast the gradient of each vanishes, or explodes, on its way back.
-
-    The loss is the product of the last state with a random vector of norm 1, so that the gradient
-    by h_T has norm 1. Everything is in float64: a gradient may fade far below what float32 holds.
+    The norms show how fast the gradient of each layer vanishes or explodes. The loss is the dot
+    product of the last state with a random vector of norm 1, so the gradient with respect to h_T
+    has norm 1. Everything is computed in float64, because a gradient may become smaller than the
+    smallest float32.
 
     Args:
         length: T.
         input_size: I.
         hidden_size: H.
-        seed: Of the random numbers: weights, input x ~ N(0, 1) and the loss.
-        scale: What torch's initial weights, uniform within 1 / sqrt(H), are multiplied by.
-        forget_bias: The bias of the LSTM's forget gates; Gers, Schmidhuber, Cummins, Neural
-            Computation 12(10), 2000, start with positive ones, so that nothing is forgotten at
-            first.
+        seed: The seed of the weights, the inputs x ~ N(0, 1) and the loss.
+        scale: A factor for torch's initial weights, which are uniform within 1 / sqrt(H).
+        forget_bias: The bias of the LSTM's forget gates. Gers, Schmidhuber, Cummins, Neural
+            Computation 12(10), 2000, start with a positive bias, so that the untrained LSTM
+            forgets little.
 
     Returns:
-        Norms (T) by name: "Elman h", "GRU h", "LSTM h", "LSTM c".
+        The norms (T) by name: "Elman h", "GRU h", "LSTM h", "LSTM c".
 
     Raises:
         ValueError: A size is not positive.

@@ -1,4 +1,4 @@
-"""Pictures of steps, gradients and gates (needs `rnnfast[cli]`, for matplotlib)."""
+"""Plots of steps, gradients and gates (needs `rnnfast[cli]`, for matplotlib)."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ _SIGMOIDS = frozenset({"input", "forget", "output", "reset", "update"})
 _STATES = {"cell_state": "cell state", "hidden": "hidden state"}
 _WHITE_SPACE = {" ": "␣", "\n": "↵", "\t": "⇥"}
 _CELLS = {"elman": "an Elman cell", "gru": "a GRU", "lstm": "an LSTM"}
-# For each gate, and for each state before and after the step, a colour of its own. As the Elman
-# cell's gate is its new state, they share one.
+# Each gate, and each state before and after the step, has a colour. The Elman cell's only gate is
+# its new state, so they share one.
 _COLOURS = {
     **dict(zip("ifgo", ("C0", "C1", "C2", "C3"), strict=True)),
     **dict(zip("rzn", ("C0", "C1", "C2"), strict=True)),
     **{"h": "#c5b0d5", "h'": "C4", "c": "#c49c94", "c'": "C5"},
 }
-_SMALL = 7  # points
+_SMALL = 7  # font size in points
 _DIGIT, _LINE = 0.065, 0.1
-"""How wide a digit and how high a line is in this size, in inches."""
+"""The width of a digit and the height of a line in this font size, in inches."""
 _CELL, _LOW_CELL = 0.2, 0.14
-"""The side of a square of a heat map, and its height where there are several rows, in inches."""
+"""The side of a square of a heat map, and its height if there are several rows, in inches."""
 _PER_ROW, _ROWS = 64, 12
-"""So many characters stand side by side in a heat map, and so many rows of them at most."""
+"""The number of characters in a row of a heat map, and the maximum number of rows."""
 _TALLEST = 30  # inches
 
 
 def plot_step(step: Step) -> Figure:
-    """Bars for each hidden unit: pre-activations, gates, and states before and after the step.
+    """Plot bars for each hidden unit: pre-activations, gates, states before and after the step.
 
-    The values stand at the bars as far as there is room.
+    The bars are labelled with their values if there is room.
     """
     from matplotlib.figure import Figure
 
@@ -62,7 +62,7 @@ def plot_step(step: Step) -> Figure:
     for axes, (title, values) in zip(
         figure.subplots(len(panels), sharex=True), panels.items(), strict=True
     ):
-        bar = 0.8 / len(values)  # of the room for a unit
+        bar = 0.8 / len(values)  # width of a bar, as a fraction of the width of a unit
         series: list[tuple[BarContainer, list[str]]] = []
         for number, (name, vector) in enumerate(values.items()):
             places = [unit + (number - (len(values) - 1) / 2) * bar for unit in range(len(vector))]
@@ -81,7 +81,7 @@ def plot_step(step: Step) -> Figure:
 def _write_values(
     axes: Axes, series: Iterable[tuple[BarContainer, list[str]]], room: float
 ) -> None:
-    """Put labels to bars of a width of ``room`` inches, upright where they are narrow."""
+    """Label bars that are ``room`` inches wide; the labels are vertical if the bars are narrow."""
     upright = room < _DIGIT * max(len(label) for _, labels in series for label in labels)
     axes.margins(y=0.35 if upright else 0.2)
     if room > _LINE:
@@ -90,7 +90,7 @@ def _write_values(
 
 
 def plot_gradients(norms: Norms) -> Figure:
-    """The norms of `rnnfast.explain.compare_gradients` against the distance from the loss."""
+    """Plot the norms of `rnnfast.explain.compare_gradients` against the distance from the loss."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
@@ -117,23 +117,24 @@ def plot_gates(
     gate: str,
     units: Sequence[int] | int | None = None,
 ) -> Figure:
-    """A heat map of a gate: hidden units over the characters of a text.
+    """Plot a heat map of a gate: hidden units over the characters of a text.
 
-    A long text is broken into rows. The colours span the gate's range: from 0 to 1, or from -1 to 1
-    for what ends in tanh, and as far as needed for a cell state and for a hidden state of relu.
-    The fonts are chosen by the text; a warning says which to install if one is missing.
+    A long text is broken into rows. The colours span the range of the gate: 0 to 1 for a sigmoid,
+    -1 to 1 for a tanh. For a cell state, and for the hidden state of a relu layer, they span the
+    values. The fonts are chosen for the text; a warning names the fonts to install if there are
+    none.
 
     Args:
-        activations: ``record[key]`` of `record_gates`, of a single sequence: (T, H), (T, 1, H) or
-            (1, T, H). The record itself will do if one layer in one direction was recorded.
-        text: What the layer read, a character for each step.
+        activations: ``record[key]`` of `record_gates` for a single sequence: (T, H), (T, 1, H) or
+            (1, T, H). The record itself is accepted if it has only one layer and direction.
+        text: The text that the layer read, with one character for each step.
         gate: The name of the gate, such as "forget".
-        units: The hidden units to show, in this order; or how many to show, and then those that
-            vary most over the text; None is all.
+        units: A list of hidden units to show, in this order; or a number of units, of which those
+            that vary most over the text are shown; None shows all units.
 
     Raises:
-        ValueError: Several layers were recorded, there is no such gate or unit, there are several
-            sequences, or the text is not as long as they are.
+        ValueError: The record has several layers, there is no such gate or unit, there are several
+            sequences, or the text has another length.
     """
     from matplotlib.figure import Figure
 
@@ -201,7 +202,7 @@ def _single_sequence(activations: GateRecord | Mapping[str, Tensor], gate: str) 
 
 
 def _choose_units(values: Tensor, units: Sequence[int] | int | None) -> tuple[list[int], str]:
-    """The units to show of activations (T, H), and a description of the choice."""
+    """The units of activations (T, H) to show, and a description of the choice."""
     hidden = values.shape[1]
     if units is None or (isinstance(units, int) and units >= hidden):
         return list(range(hidden)), f"all {hidden} units"

@@ -1,4 +1,4 @@
-"""What the gates of layers and cells do while a model runs.
+"""Records the gates of layers and cells while a model runs.
 
 ======  ===========================================================================
 layer   activations
@@ -31,16 +31,16 @@ _FORWARDS = (RNN.forward, RNNCell.forward)
 
 
 class GateRecord(Mapping[str, Activations]):
-    """What `record_gates` saw: ``record[key][name]`` are the activations of a layer.
+    """The result of `record_gates`: ``record[key][name]`` holds the activations of a layer.
 
-    The key of layer 1 of the module ``encoder`` is "encoder.l1", that of its reverse direction
-    "encoder.l1_reverse", like the endings of parameter names; if the layers themselves were
-    recorded, not a model around them, just "l1". A cell is its own "l0".
+    Layer 1 of the module ``encoder`` has the key "encoder.l1", and its reverse direction
+    "encoder.l1_reverse", like the suffixes of parameter names. If the recorded module is itself a
+    layer, the key is just "l1". A cell has the key of layer 0.
 
-    Activations are shaped like a layer's output, (T, B, H), (B, T, H) with ``batch_first``, (T, H)
-    for a single sequence; those of a PackedSequence are padded; zeros are beyond a sequence's end.
-    What several calls did is appended in time, so that a cell, with a step in each call, has
-    (T, B, H), too.
+    Activations are shaped like a layer's output: (T, B, H), (B, T, H) with ``batch_first``, (T, H)
+    for a single sequence. Those of a PackedSequence are padded. Steps after the end of a sequence
+    are zeros. The activations of several calls are concatenated in time; a cell, which runs one
+    step in each call, therefore also has (T, B, H).
     """
 
     def __init__(self) -> None:
@@ -54,8 +54,8 @@ class GateRecord(Mapping[str, Activations]):
         except RuntimeError as error:
             shapes = ", ".join(str(tuple(call["hidden"].shape)) for call in calls)
             raise ValueError(
-                f"the calls of {key} do not fit together, their shapes are {shapes}; "
-                f"calls({key!r}) has them one by one"
+                f"the calls of {key} cannot be concatenated, their shapes are {shapes}; "
+                f"calls({key!r}) returns them one by one"
             ) from error
 
     def __contains__(self, key: object) -> bool:
@@ -68,7 +68,7 @@ class GateRecord(Mapping[str, Activations]):
         return len(self._calls)
 
     def calls(self, key: str) -> list[Activations]:
-        """The activations of each call by itself, in order.
+        """The activations of each single call, in order.
 
         Raises:
             KeyError: No layer of this name was called.
@@ -85,27 +85,28 @@ class GateRecord(Mapping[str, Activations]):
 
 @contextmanager
 def record_gates(module: nn.Module) -> Iterator[GateRecord]:
-    """Records the gates of every layer and cell of rnnfast in a module, or of one itself.
+    """Record the gates of every layer and cell of rnnfast in a module.
 
     >>> with rnnfast.explain.record_gates(model) as record:
     ...     model(x)
     >>> record["encoder.l0"]["forget"]
 
-    The module's results and gradients stay as they are: after each call the layer is run once more,
-    without gradients, by the kernels, which save their gates for the backward; where these do not
-    run, by the formula. So a call takes about twice as long, and the record keeps all activations.
-    They carry no gradients. Subclasses with a ``forward`` of their own are left out.
+    The results and gradients of the module do not change. After each call, the layer runs again
+    without gradients. The fused kernels return the gates that they save for the backward; where
+    they cannot run, the formulas in plain PyTorch are used. A call therefore takes about twice as
+    long, and the record keeps all activations in memory. The activations have no gradients.
+    Subclasses that override ``forward`` are not recorded.
 
     Args:
         module: A layer, a cell, or a model with some inside.
 
     Yields:
-        The record, which fills with every call.
+        The record, to which every call adds its activations.
 
     Raises:
-        ValueError: There is no layer or cell of rnnfast in the module.
-        RuntimeError: A call cannot be repeated: dropout between layers is active, parametrized
-            weights are in training, or a torch.func transform is running.
+        ValueError: The module has no layer or cell of rnnfast.
+        RuntimeError: A call cannot be repeated, because dropout between layers is active, a layer
+            with parametrized weights is in training mode, or a torch.func transform is active.
     """
     record = GateRecord()
     handles = []
@@ -133,7 +134,7 @@ def _record_call(
     kwargs: dict[str, Any],
     output: Any,
 ) -> None:
-    """The forward hook: appends the activations of a call that has just ended well."""
+    """The forward hook, which appends the activations of a call after it."""
     _check_repeatable(name or type(layer).__name__, layer)
     with torch.no_grad():
         if isinstance(layer, Cells):
@@ -152,10 +153,10 @@ def _check_repeatable(name: str, layer: Layers | Cells) -> None:
     if isinstance(layer, Layers) and layer.dropout > 0 and layer.num_layers > 1:
         raise RuntimeError(
             f"the gates of {name} cannot be recorded while dropout between its layers is active, "
-            f"as what was dropped is not known; call eval() first"
+            f"because the dropout mask is not known; call eval() first"
         )
     if parametrize.is_parametrized(layer):
         raise RuntimeError(
-            f"the gates of {name} cannot be recorded in training, as its parametrized weights may "
-            f"change with every use; call eval() first"
+            f"the gates of {name} cannot be recorded in training, because its parametrized weights "
+            f"may change with every use; call eval() first"
         )

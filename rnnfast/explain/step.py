@@ -22,7 +22,7 @@ from rnnfast.explain.table import format_step
 from rnnfast.sequences import StepWeights
 
 Array = Tensor | np.ndarray[Any, Any] | Sequence[Any]
-"""Numbers: a tensor, an array or nested lists."""
+"""An argument of numbers: a tensor, an array or nested lists."""
 
 GATES = {"elman": ("h",), "gru": ("r", "z", "n"), "lstm": ("i", "f", "g", "o")}
 """The gates of each cell, in the order of their rows in the weights."""
@@ -31,10 +31,11 @@ _TANH = frozenset({"h", "n", "g"})
 
 @dataclass(frozen=True)
 class Step:
-    """A step of one cell on one input, in float64.
+    """One step of a cell on one input, in float64.
 
-    A gate is named by its letter in torch.nn's formulas: i, f, g, o of the LSTM, r, z, n of the
-    GRU; the new state of an Elman cell, h, counts as its only gate. A state is named h or c.
+    The names of the gates are the letters of torch.nn's formulas: i, f, g, o for the LSTM and
+    r, z, n for the GRU. The only gate of an Elman cell is its new state, h. The states are named h
+    and c.
     """
 
     cell: str
@@ -56,8 +57,8 @@ class Step:
     from_h: dict[str, Tensor]
     """For each gate W_hh h + b_hh (H)."""
     preactivations: dict[str, Tensor]
-    """For each gate what its sigmoid or tanh is applied to (H): from_x + from_h, but
-    from_x + r * from_h for n of the GRU."""
+    """For each gate the argument of its sigmoid or tanh (H): from_x + from_h, except for the GRU's
+    n, where it is from_x + r * from_h."""
     gates: dict[str, Tensor]
     """For each gate its value (H)."""
     new_states: dict[str, Tensor]
@@ -77,7 +78,7 @@ class Step:
 
     @staticmethod
     def activation(gate: str) -> str:
-        """The function that a gate ends in, "tanh" or "sigmoid"."""
+        """The activation function of a gate, "tanh" or "sigmoid"."""
         return "tanh" if gate in _TANH else "sigmoid"
 
     def __str__(self) -> str:
@@ -130,7 +131,7 @@ def gru_step(
         bias_hh: (3*H).
 
     Returns, Raises:
-        As `elman_step`.
+        The same as `elman_step`.
     """
     return _step("gru", x, {"h": h}, weight_ih, weight_hh, bias_ih, bias_hh)
 
@@ -166,17 +167,17 @@ def lstm_step(
         bias_hh: (4*H).
 
     Returns, Raises:
-        As `elman_step`.
+        The same as `elman_step`.
     """
     return _step("lstm", x, {"h": h, "c": c}, weight_ih, weight_hh, bias_ih, bias_hh)
 
 
 def explain_step(cell: str, numbers: Mapping[str, Array]) -> Step:
-    """`elman_step`, `gru_step` or `lstm_step` with its arguments by name.
+    """Call `elman_step`, `gru_step` or `lstm_step` with arguments from a mapping.
 
     Raises:
-        ValueError: Arguments are missing or unknown; and as the functions do.
-        ArithmeticError: As the functions do.
+        ValueError: Arguments are missing or unknown, or the function raises it.
+        ArithmeticError: The function raises it.
     """
     functions: dict[str, Callable[..., Step]]
     functions = {"elman": elman_step, "gru": gru_step, "lstm": lstm_step}
@@ -192,20 +193,20 @@ def explain_step(cell: str, numbers: Mapping[str, Array]) -> Step:
 
 
 def load_step(cell: str, path: str | Path) -> Step:
-    """`explain_step` with the arguments from a JSON file.
+    """Call `explain_step` with the arguments in a JSON file.
 
     The file holds an object: {"x": [0.5, ...], "h": [...], "c": [...], "weight_ih": [[...], ...],
-    "weight_hh": [[...], ...], "bias_ih": [...], "bias_hh": [...]}, "c" only for the LSTM.
+    "weight_hh": [[...], ...], "bias_ih": [...], "bias_hh": [...]}. Only the LSTM has "c".
 
     Raises:
         OSError: The file cannot be read.
-        ValueError: It is no such file; and as `explain_step`.
-        ArithmeticError: As `explain_step`.
+        ValueError: The file does not hold such an object, or `explain_step` raises it.
+        ArithmeticError: `explain_step` raises it.
     """
     try:
         numbers = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # of UTF-8, of JSON, of its depth
-        raise ValueError(f"{path} is no JSON: {error}") from error
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested too deeply
+        raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(numbers, dict):
         kind = type(numbers).__name__
         raise ValueError(f"{path}: expected an object of names and numbers, got {kind}")
@@ -285,7 +286,7 @@ def _run_kernel(
 
 
 def _numbers(name: str, value: Any, dims: int) -> Tensor:
-    """``value`` as a float64 tensor of so many dimensions on the CPU."""
+    """Turn ``value`` into a float64 tensor on the CPU, and check its number of dimensions."""
     if isinstance(value, Tensor):
         if value.is_complex() or value.dtype is torch.bool:
             raise ValueError(f"{name}: expected numbers, got {value.dtype}")
@@ -309,7 +310,7 @@ def _numbers(name: str, value: Any, dims: int) -> Tensor:
 
 
 def _find_odd(value: Any) -> str:
-    """The first thing in nested lists that is no number, in words; empty if there is none."""
+    """Describe the first item in nested lists that is not a number; empty if all are numbers."""
     if isinstance(value, (list, tuple)):
         return next(filter(None, map(_find_odd, value)), "")
     if isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -326,7 +327,7 @@ def _check_shapes(
     b_ih: Tensor,
     b_hh: Tensor,
 ) -> None:
-    """Refuses shapes that do not fit the sizes that most arguments agree on."""
+    """Raise ValueError for a shape that does not fit the sizes on which most arguments agree."""
     count = len(GATES[cell])
     I = w_ih.shape[1]
     H = statistics.mode([len(states["h"]), w_hh.shape[1], w_ih.shape[0] // count])

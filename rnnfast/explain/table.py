@@ -1,4 +1,4 @@
-"""Steps as text that can be followed with a pencil, and columns of numbers."""
+"""Formats steps as text with every term written out, and tables of numbers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 WIDTH = 100
 _UNITS, _TERMS = 8, 8
-"""How many units, and how many products of a sum, are written out."""
+"""The maximum number of units, and of products in a sum, that are written out."""
 _NO_BREAK = "\N{NO-BREAK SPACE}"
 _TITLES = {"elman": "Elman step", "gru": "GRU step", "lstm": "LSTM step"}
 _MODULES = {"elman": "RNNCell", "gru": "GRUCell", "lstm": "LSTMCell"}
@@ -28,7 +28,7 @@ class _Equation(NamedTuple):
 
 
 def format_step(step: Step) -> str:
-    """The step written out, in at most 100 columns; of many units and terms, the first ones."""
+    """Write out a step in at most 100 columns; only the first units and terms if there are many."""
     count = len(step.gates)
     sizes = f"input size {step.input_size}, hidden size {step.hidden_size}"
     rows = f"weights of {count * step.hidden_size} rows"
@@ -48,7 +48,7 @@ def format_step(step: Step) -> str:
 
 
 def format_columns(rows: Iterable[Sequence[str]]) -> str:
-    """Rows of cells as text, each column right-aligned but for the first."""
+    """Format rows of cells as text; all columns but the first are right-aligned."""
     rows = list(rows)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
@@ -61,7 +61,7 @@ def format_columns(rows: Iterable[Sequence[str]]) -> str:
 
 
 def _gate_sections(step: Step, units: range) -> list[tuple[str, list[_Equation]]]:
-    """The titles and equations that lead from x and h to the gates."""
+    """The titles and equations that compute the gates from x and h."""
     elman, gru = step.cell == "elman", step.cell == "gru"
     sums, hidden_sums, values = [], [], []
     for gate, unit, row in _rows(step, units):
@@ -94,8 +94,8 @@ def _gate_sections(step: Step, units: range) -> list[tuple[str, list[_Equation]]
 
 
 def _state_sections(step: Step, units: range) -> list[tuple[str, list[_Equation]]]:
-    """The titles and equations that lead from the gates to the new states."""
-    if step.cell == "elman":  # whose only gate is its new state
+    """The titles and equations that compute the new states from the gates."""
+    if step.cell == "elman":  # its only gate is its new state
         return []
     value = {name: [_result(number) for number in gate] for name, gate in step.gates.items()}
     h = step.new_states["h"]
@@ -132,14 +132,14 @@ def _state_sections(step: Step, units: range) -> list[tuple[str, list[_Equation]
 
 
 def _rows(step: Step, units: range) -> Iterable[tuple[str, int, int]]:
-    """Gate, unit and the unit's row in the weights."""
+    """Each gate and unit, with the unit's row in the weights."""
     for block, gate in enumerate(step.gates):
         for unit in units:
             yield gate, unit, block * step.hidden_size + unit
 
 
 def _products(weights: Tensor, values: Tensor) -> list[str]:
-    """The terms of a dot product; those beyond the first few as one number."""
+    """The terms of a dot product; all terms after the first `_TERMS` are one number."""
     terms = [
         f"{_factor(weight)}*{_factor(value)}"
         for weight, value in zip(weights[:_TERMS], values[:_TERMS], strict=True)
@@ -152,12 +152,12 @@ def _products(weights: Tensor, values: Tensor) -> list[str]:
 
 
 def _factor(value: Tensor) -> str:
-    """A number of the input, in parentheses if it is negative."""
+    """Format an input number, in parentheses if it is negative."""
     return _parenthesized(f"{float(value):g}")
 
 
 def _result(value: Tensor | float) -> str:
-    """A number that was computed."""
+    """Format a computed number."""
     value = float(value)
     return f"{value:.6f}" if abs(value) < 1e6 else f"{value:.6e}"
 
@@ -174,7 +174,7 @@ def _vector(name: str, vector: Tensor) -> str:
 
 
 def _align(equations: Sequence[_Equation]) -> list[str]:
-    """One line for each equation with the results below each other, more where it is long."""
+    """Format equations with aligned results; a long equation takes several lines."""
     heads = [
         f"  {name} = " + " ".join([terms[0], *(f"+{_NO_BREAK}{term}" for term in terms[1:])])
         for name, terms, _ in equations

@@ -1,4 +1,4 @@
-"""Files that are there as a whole, or as they were before."""
+"""Atomic replacement of files."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Put a file in place of another: whoever dies meanwhile, `path` is the old one or the new.
+    """Replace a file so that a crash at any time leaves either the whole old or the whole new one.
 
-    The content goes to a temporary file in the same folder, and to the disk, before it takes the
-    name.
+    The content is first written to a temporary file in the same folder and flushed to the disk. The
+    temporary file is then renamed.
 
     Raises:
-        OSError: the file cannot be written; `path` is as it was.
+        OSError: the file cannot be written. The old file remains unchanged.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -25,10 +25,10 @@ def write_atomically(path: Path, content: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    if os.name != "posix":  # where folders cannot be opened
+    if os.name != "posix":  # other systems cannot open a folder
         return
     folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)  # the new name, too, has to survive a loss of power
+        os.fsync(folder)  # the rename must survive a loss of power, too
     finally:
         os.close(folder)

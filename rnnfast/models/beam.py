@@ -14,14 +14,14 @@ Step = Callable[[Tensor, State], tuple[Tensor, State]]
 
 
 class Decoded(NamedTuple):
-    """What a decoder wrote for each of B sequences.
+    """The output of a decoder for B sequences.
 
     Attributes:
-        tokens: int64 (B, T), T the longest of the lengths: the symbols before the end symbol, then
-            padding.
-        lengths: int64 (B): how many symbols were written. A sequence that did not end has as many
-            as were allowed, one that did has fewer.
-        scores: (B), the log-probability of the symbols, and of the end symbol where there is one.
+        tokens: int64 (B, T), where T is the largest length: the symbols before the end symbol,
+            followed by padding.
+        lengths: int64 (B), the number of symbols before the end symbol. A sequence without an end
+            symbol has the maximum length.
+        scores: (B), the log-probability of each output, including its end symbol if it has one.
     """
 
     tokens: Tensor
@@ -40,24 +40,25 @@ def beam_search(
     max_length: int,
     length_penalty: float,
 ) -> Decoded:
-    """Look for the likeliest output of every sequence in a batch.
+    """Search for the likeliest output of every sequence in a batch.
 
     A step extends each of the K hypotheses of a sequence by every symbol and keeps the K likeliest
-    extensions. Those that end are complete and leave the beam (Sutskever et al., 2014); the best of
-    them by log P / ((5 + n) / 6)^length_penalty wins, with n the number of its symbols, the end
-    symbol included (Wu et al., 2016). The search stops when no open hypothesis can become better,
-    or at `max_length`; a sequence without a complete hypothesis then gets its likeliest open one.
-    Equal candidates rank by hypothesis, then by symbol. With K = 1 this is greedy search.
+    extensions. A hypothesis that ends with the end symbol is complete and leaves the beam
+    (Sutskever et al., 2014). The result is the complete hypothesis with the highest
+    log P / ((5 + n) / 6)^length_penalty, where n is the number of its symbols including the end
+    symbol (Wu et al., 2016). The search stops at `max_length`, or earlier if no open hypothesis can
+    become better. A sequence without a complete hypothesis gets its likeliest open one. Ties are
+    broken by the order of the hypotheses, then of the symbols. With K = 1 this is greedy search.
 
     Args:
         step: takes the latest symbols, int64 (N,), and the state; returns the log-probabilities of
             the next symbols (N, V) and the next state.
-        state: tensors (L, B, H): what the decoder starts from.
+        state: tensors (L, B, H), the initial state of the decoder.
         start_token: the symbol that the decoder reads first.
         end_token: the symbol that ends a hypothesis.
-        padding_token: the symbol that fills up the rows of the result.
+        padding_token: the symbol that pads the rows of the result.
         beam_size: K, at least 1. The hypotheses are rows of the batch: N = B * K.
-        max_length: the most symbols to write, the end symbol included; at least 1.
+        max_length: the maximum number of symbols, including the end symbol; at least 1.
         length_penalty: 0 compares probabilities; larger values favour longer outputs.
 
     Raises:
@@ -81,7 +82,7 @@ def beam_search(
     tokens = torch.full((batch, beam_size, max_length), padding_token, device=device)
     dtype = torch.promote_types(state[0].dtype, torch.float32)
     scores = torch.full((batch, beam_size), -math.inf, dtype=dtype, device=device)
-    scores[:, 0] = 0  # all hypotheses are still the same: one is enough to extend
+    scores[:, 0] = 0  # all hypotheses are still equal, so only one may be extended
     best = Decoded(tokens[:, 0], torch.zeros_like(each), torch.full_like(scores[:, 0], -math.inf))
     best_rank = best.scores
 
@@ -94,7 +95,7 @@ def beam_search(
         parents, symbols = picks // vocab_size, picks % vocab_size
         tokens = tokens[each.unsqueeze(1), parents]
 
-        # Those that end now are equally long: the likeliest of them has the best rank.
+        # Hypotheses that end in this step have equal lengths, so the likeliest ranks best.
         ends = symbols == end_token
         end_scores, slots = scores.masked_fill(~ends, -math.inf).max(1)
         end_rank = rank(end_scores, length)
@@ -108,7 +109,7 @@ def beam_search(
 
         tokens[:, :, length - 1] = symbols
         scores = scores.masked_fill(ends, -math.inf)
-        # A log-probability only falls, and weighs least at the greatest length.
+        # A log-probability can only fall, and its penalised rank is highest at max_length.
         if (rank(scores.amax(1), max_length) <= best_rank).all():
             break
         latest = symbols.flatten()

@@ -17,16 +17,16 @@ from rnnfast.text import TextError, Vocabulary
 
 State = tuple[Tensor, Tensor]
 Prompt = TypeVar("Prompt", str, list[str], Tensor)
-_PIECE = 32  # tokens between two looks at what has been generated
-_MOST_AT_ONCE = 4096  # so that an interrupt is noticed
+_PIECE = 32  # tokens generated at once if there is a callback or a stop text
+_MOST_AT_ONCE = 4096  # otherwise; a limit lets Ctrl-C take effect
 _REMEDIES = {
     1: "tokens.unsqueeze(0) makes a batch of one sequence",
-    3: "of one-hot vectors, the tokens are vectors.argmax(-1)",
+    3: "vectors.argmax(-1) turns one-hot vectors into tokens",
 }
 
 
 class CharLSTMConfig(NamedTuple):
-    """The sizes that, with a state_dict, make a CharLSTM."""
+    """The arguments of a CharLSTM that its state_dict does not contain."""
 
     vocab_size: int
     hidden_size: int
@@ -37,27 +37,27 @@ class CharLSTMConfig(NamedTuple):
 
 
 class CharLSTM(nn.Module):
-    """Predicts the next character from those before it, or the next word with a `WordVocabulary`.
+    """Predicts the next character of a text, or the next word with a `WordVocabulary`.
 
     Sizes: B batch, T time, V vocabulary, H hidden, L layers.
 
     Args:
         vocab_size: V, the number of distinct tokens.
         hidden_size: H, the size of the recurrent state.
-        num_layers: L, the number of LSTM layers on top of each other.
-        embedding_size: the size of the vector that stands for a token; `hidden_size` if None.
-        dropout: the probability of zeroing an element of what goes into the head and, with more
-            than one layer, of what passes between the layers; in training only.
-        tied_weights: the head's weights are the embedding's (Press, Wolf, arXiv:1608.05859), which
-            needs an embedding of size H.
-        backend: what runs the LSTM layers, see `rnnfast.LSTM`.
-        lstm: the class of the LSTM layers: `rnnfast.LSTM`, or `torch.nn.LSTM` to compare with.
-            The state_dict is the same either way.
-        vocabulary: what `generate` reads and writes text with; not part of the state_dict.
+        num_layers: L, the number of stacked LSTM layers.
+        embedding_size: the size of the embedding of a token; `hidden_size` if None.
+        dropout: the probability of dropout, in training only, on the input of the head and, with
+            more than one layer, between the layers.
+        tied_weights: whether the head uses the weights of the embedding (Press, Wolf,
+            arXiv:1608.05859). The embedding must then have size H.
+        backend: the backend of the LSTM layers, see `rnnfast.LSTM`.
+        lstm: the class of the LSTM layers: `rnnfast.LSTM`, or `torch.nn.LSTM` for comparisons.
+            Both have the same state_dict.
+        vocabulary: the vocabulary that `generate` needs for text. It is not in the state_dict.
 
     Raises:
-        ValueError: a size is not positive, the dropout is no probability, tied weights do not fit,
-            or the vocabulary does not have `vocab_size` symbols.
+        ValueError: a size is not positive, the dropout is not a probability, the embedding has the
+            wrong size for tied weights, or the vocabulary does not have `vocab_size` symbols.
     """
 
     vocabulary: Vocabulary | None = None
@@ -112,25 +112,24 @@ class CharLSTM(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(hidden_size, vocab_size, device=device, dtype=dtype)
         if tied_weights:
-            self.embedding.weight = self.head.weight  # whose initial values suit both
+            self.embedding.weight = self.head.weight  # the head's initial values suit both
 
     def forward(self, tokens: Tensor, hidden: State | None = None) -> tuple[Tensor, State]:
-        """Score every possible next token after each token.
+        """Compute the logits of the next token after each token.
 
-        For a loss, flatten both: ``cross_entropy(logits.flatten(0, 1), targets.flatten())``. For
-        probabilities, take ``logits.softmax(-1)``, and see `generate`, which is the whole loop. A
-        softmax over the axis of a single step, which would make every probability 1, raises
-        ValueError.
+        The loss is ``cross_entropy(logits.flatten(0, 1), targets.flatten())``. The probabilities
+        are ``logits.softmax(-1)``. `generate` is the whole sampling loop. If T is 1, a softmax over
+        the time axis would make every probability 1; it raises ValueError instead.
 
         Args:
             tokens: int64 (B, T).
-            hidden: the state h and c, each (L, B, H), from an earlier call; zeros if None.
+            hidden: h and c, each (L, B, H), from an earlier call; zeros if None.
 
         Returns:
-            logits (B, T, V), and the state after the last token.
+            logits (B, T, V), and the state (h, c) after the last token.
 
         Raises:
-            ValueError: tokens are not two-dimensional.
+            ValueError: the tokens are not two-dimensional.
         """
         if tokens.dim() != 2:
             raise ValueError(
@@ -160,7 +159,7 @@ class CharLSTM(nn.Module):
 
     @property
     def embedding_size(self) -> int:
-        """The size of the vector that stands for a token."""
+        """The size of the embedding of a token."""
         return self.config.embedding_size
 
     def init_hidden(self, batch_size: int = 1) -> State:
@@ -183,41 +182,41 @@ class CharLSTM(nn.Module):
         stop: str | None = None,
         callback: Callable[[Prompt], None] | None = None,
     ) -> Prompt:
-        """Continue a prompt, one sampled token at a time; nothing is dropped out meanwhile.
+        """Continue a prompt by sampling one token after the other, without dropout.
 
         Args:
-            prompt: text, or several texts, for a model with a vocabulary; or int64 tokens (T,) or
-                (B, T). None may be empty.
-            length: how many tokens to add.
-            temperature: divides the logits: below 1 bolder guesses become rarer, above 1 more
-                frequent.
-            top_k: if not None, only so many of the likeliest tokens are in question.
-            top_p: if not None, of these only the fewest whose probability is at least this part.
+            prompt: a text or a list of texts, for a model with a vocabulary; or int64 tokens (T,)
+                or (B, T). No prompt may be empty.
+            length: the number of tokens to add.
+            temperature: the logits are divided by it. Values below 1 make unlikely tokens rarer,
+                values above 1 make them more frequent.
+            top_k: if not None, sample only from the `top_k` likeliest tokens.
+            top_p: if not None, sample only from the smallest set of likeliest tokens whose
+                probabilities sum to at least `top_p`.
             greedy: always take the likeliest token.
-            seed: makes the choices repeatable.
-            generator: where the random numbers come from; torch's default generator if neither it
-                nor a seed is given.
-            stop: if not None, what a text ends before, once it would be continued with it: a
-                symbol of the vocabulary, such as its end symbol, or text as the vocabulary's
-                `decode` writes it.
-            callback: if not None, is given the continuation piece by piece while it is made, in the
-                kind of the prompt: a text, a list of texts, of which those that have stopped are
-                empty, or tokens. The pieces joined, without anything between them, are what is
-                returned.
+            seed: makes the result repeatable.
+            generator: the generator of the random numbers; torch's default generator if neither a
+                seed nor a generator is given.
+            stop: if not None, a text ends before its first occurrence of this string. It is a
+                symbol of the vocabulary, such as an end symbol, or text in the form in which the
+                vocabulary's `decode` writes it.
+            callback: if not None, called with each new piece of the continuation, which has the
+                type of the prompt: a text, a list of texts or tokens. In a list, the pieces of
+                texts that have stopped are empty. The concatenated pieces are the return value.
 
         Returns:
-            The continuation alone, in the kind of the prompt: text of `length` tokens, written by
-            the vocabulary's `decode`, or, with `stop`, of fewer; a list of such; or int64 tokens
-            (length,) or (B, length).
+            The continuation without the prompt, in the type of the prompt: the text of `length`
+            tokens, or of fewer if `stop` occurs; a list of such texts; or int64 tokens (length,) or
+            (B, length).
 
         Raises:
-            TextError: prompt or stop have characters or words that the vocabulary lacks, or the
-                vocabulary never writes the stop.
-            TypeError: the prompt's tokens, or `top_k`, are no integers.
-            IndexError: the prompt has tokens that the vocabulary lacks.
-            ValueError: an empty prompt, a wrong rank, a negative length, an argument of the choice
-                out of range, text for a model without a vocabulary, a stop for tokens or an empty
-                one, both a seed and a generator, or logits that are not finite.
+            TextError: the prompt or `stop` has characters or words that are not in the vocabulary,
+                or the vocabulary's `decode` can never write `stop`.
+            TypeError: the tokens of the prompt or `top_k` are not integers.
+            IndexError: a token of the prompt is not in the vocabulary.
+            ValueError: an empty prompt, a wrong number of dimensions, a negative length, a sampling
+                argument out of range, a text for a model without a vocabulary, `stop` for tokens,
+                an empty `stop`, both a seed and a generator, or logits that are not finite.
         """
         sampling = Sampling.of(temperature, top_k, top_p, greedy)
         if length < 0:
@@ -248,7 +247,7 @@ class CharLSTM(nn.Module):
         return texts[0].text if isinstance(prompt, str) else [text.text for text in texts]
 
     def _grow(self, texts: list[_Text], pieces: Iterator[Tensor]) -> Iterator[list[str]]:
-        """Adds to the texts until all have stopped; yields what has become certain of each."""
+        """Extend the texts until all have stopped; yield the new final part of each."""
         for rows in pieces:
             yield [text.add(row) for text, row in zip(texts, rows, strict=True)]
             if all(text.stopped for text in texts):
@@ -258,7 +257,7 @@ class CharLSTM(nn.Module):
             yield held_back
 
     def _prompts(self, prompt: str | list[str] | Tensor) -> list[Tensor]:
-        """The prompts as tokens (T,) on the model's device."""
+        """Turn a prompt into one tensor of tokens (T,) for each sequence, on the model's device."""
         device = self.head.weight.device
         if isinstance(prompt, Tensor):
             if prompt.dim() not in (1, 2):
@@ -286,7 +285,7 @@ class CharLSTM(nn.Module):
         generator: torch.Generator | None,
         streaming: bool,
     ) -> Iterator[Tensor]:
-        """Yields tokens (B, n) until there are `length`; leaves the training mode as it was."""
+        """Yield tokens (B, n) until there are `length` of them. The training mode is kept."""
         size = _PIECE if streaming else _MOST_AT_ONCE
         chunks = [min(size, length - done) for done in range(0, length, size)]
         pieces = continue_tokens(
@@ -308,18 +307,18 @@ class CharLSTM(nn.Module):
 
 
 class _Text:
-    """A continuation that grows, until it would go on with `stop`."""
+    """A continuation that grows until `stop` occurs in it."""
 
     def __init__(self, vocabulary: Vocabulary, stop: str | None) -> None:
         self.vocabulary = vocabulary
         self.stop = stop
         self.latest: Tensor | None = None  # the last token (1,), if there is one
-        self.text = ""  # what is certain
-        self.pending = ""  # what may be the beginning of `stop`
+        self.text = ""  # the final part of the text
+        self.pending = ""  # the end of the text, which may be the beginning of `stop`
         self.stopped = False
 
     def add(self, tokens: Tensor) -> str:
-        """Append tokens (n,); returns what of the text has become certain."""
+        """Append tokens (n,); return the new final part of the text."""
         if self.stopped:
             return ""
         piece = self._decode(tokens)
@@ -337,7 +336,7 @@ class _Text:
         return self._accept(certain)
 
     def _decode(self, tokens: Tensor) -> str:
-        """What the tokens add to the text, with what stands between them and the last one."""
+        """The text that the tokens add, including a separator after the previous token."""
         if self.latest is None:
             piece = self.vocabulary.decode(tokens)
         else:
@@ -347,7 +346,7 @@ class _Text:
         return piece
 
     def end(self) -> str:
-        """There are no more pieces; returns what has become certain by that."""
+        """End the text; return the part that was pending."""
         certain, self.pending = self.pending, ""
         return self._accept(certain)
 
@@ -357,7 +356,7 @@ class _Text:
 
 
 def _check_stop(vocabulary: Vocabulary, stop: str) -> None:
-    """Raises TextError for a stop that no text of the vocabulary contains."""
+    """Raise TextError if the vocabulary's `decode` can never write the stop text."""
     special = filter(None, (vocabulary.unknown, vocabulary.padding, *vocabulary.special))
     pattern = "|".join(map(re.escape, special))
     for part in re.split(pattern, stop) if pattern else [stop]:

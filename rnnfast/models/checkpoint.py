@@ -1,4 +1,7 @@
-"""A CharLSTM in one safetensors file: weights, sizes and vocabulary (needs `rnnfast[cli]`)."""
+"""Saves and loads a CharLSTM as one safetensors file (needs `rnnfast[cli]`).
+
+The file holds the weights, the sizes and the vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -17,18 +20,17 @@ from rnnfast.text import Vocabulary
 
 FILE_NAME = "model.safetensors"
 _KEY = "rnnfast.CharLSTM"
-_LARGEST = 2**31  # of any size
+_LARGEST = 2**31  # limit for every number in a config
 
 
 class CheckpointError(ValueError):
-    """A file that is not the model asked for, or only a part of one."""
+    """The file is damaged, or does not hold the expected model."""
 
 
 def save(model: CharLSTM, path: str | Path) -> None:
-    """Write a model to a safetensors file, its sizes and vocabulary in the file's metadata.
+    """Write a model to a safetensors file, with its sizes and vocabulary in the file's metadata.
 
-    A parameter that the model uses twice is written once. A file that is there already is replaced
-    at the end, by the whole new one.
+    Tied weights are written once. An existing file is replaced only when the new one is complete.
 
     Raises:
         OSError: the file cannot be written.
@@ -40,16 +42,16 @@ def save(model: CharLSTM, path: str | Path) -> None:
 
 
 def load(path: str | Path, device: torch.device | str | None = None, **options: Any) -> CharLSTM:
-    """Read a model that `save` wrote, in the dtype it was written in.
+    """Read a model that `save` wrote. The weights keep the dtype of the file.
 
     Args:
-        path: the file, or the folder in which it is named `model.safetensors`.
-        device: where the model goes; the CPU if None.
-        options: other keywords of `CharLSTM`: `backend`, `lstm`.
+        path: the file, or a folder with a file named `model.safetensors`.
+        device: the device of the model; the CPU if None.
+        options: further keyword arguments of `CharLSTM`: `backend`, `lstm`.
 
     Raises:
         FileNotFoundError: there is no such file.
-        CheckpointError: the file is damaged, or holds something else.
+        CheckpointError: the file is damaged, or does not hold a CharLSTM.
     """
     path = Path(path)
     if path.is_dir():
@@ -69,7 +71,7 @@ def load(path: str | Path, device: torch.device | str | None = None, **options: 
         model = CharLSTM(
             **description["config"],
             vocabulary=None if vocabulary is None else Vocabulary.from_state(vocabulary),
-            device="meta",  # the weights come from the file: neither allocate nor draw them
+            device="meta",  # the weights come from the file, so they are not initialised here
             **options,
         )
         model.load_state_dict(_parameters(model, tensors), assign=True)
@@ -80,7 +82,7 @@ def load(path: str | Path, device: torch.device | str | None = None, **options: 
 
 
 def _parameters(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors as parameters for a model, each under every name that the model has for it."""
+    """Turn tensors into parameters; tied parameters appear under all of their names."""
     parameters: dict[str, Tensor] = {name: nn.Parameter(value) for name, value in tensors.items()}
     names: dict[nn.Parameter, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -91,14 +93,15 @@ def _parameters(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tenso
 
 
 def parse(text: str, config_type: type) -> dict[str, Any]:
-    """The description of a model: an object of JSON whose `config` has values of the right types.
+    """Parse the description of a model, and check the types of the values in its `config`.
 
     Args:
-        text: JSON.
-        config_type: a NamedTuple of integers, floats and booleans; a value may be left out.
+        text: a JSON object.
+        config_type: a NamedTuple whose fields are integers, floats and booleans. A field may be
+            missing in the JSON.
 
     Raises:
-        RecursionError, ValueError: it is something else.
+        RecursionError, ValueError: the text is not such a description.
     """
     description = json.loads(text)
     config = description.get("config") if isinstance(description, dict) else None
@@ -108,16 +111,18 @@ def parse(text: str, config_type: type) -> dict[str, Any]:
         value = config.get(name, expected())
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         fits = number if expected is float else type(value) is expected
-        if not fits or not abs(value) <= _LARGEST:  # not a number, either
+        if not fits or not abs(value) <= _LARGEST:  # this form refuses NaN, too
             raise ValueError(f"expected {name} to be {expected.__name__}, got {value!r:.60}")
     return description
 
 
 def check_tensors(tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
-    """Refuse what a model of the config would take long to refuse, or would not.
+    """Check the tensors of a file against the config before the model is constructed.
+
+    Constructing a model with a wrong number of layers could take very long.
 
     Raises:
-        ValueError: the tensors differ in dtype, or have not as many layers as the config says.
+        ValueError: the tensors have several dtypes, or another number of layers than the config.
     """
     dtypes = {tensor.dtype for tensor in tensors.values()}
     if len(dtypes) > 1:
@@ -129,14 +134,14 @@ def check_tensors(tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a safetensors file.
+    """Read the tensors and the metadata of a safetensors file.
 
     Raises:
-        CheckpointError: it is not one, or damaged.
+        CheckpointError: the file is not a safetensors file, or is damaged.
     """
     try:
         with safe_open(path, framework="pt") as file:
-            # Copies, for the tensors as read lie unaligned in a mapping of the file itself.
+            # Clones, because the original tensors are unaligned views of the memory-mapped file.
             names = file.keys()
             tensors = {name: file.get_tensor(name).clone() for name in names}
             return tensors, file.metadata() or {}

@@ -18,21 +18,22 @@ from rnnfast.modules import RNN
 
 
 class ElmanRNN(nn.Module):
-    """The hidden state feeds back, and an output is read from it at every step.
+    """An Elman network: the hidden state feeds back, and each step has a linear output.
 
     h_t = tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh)
     y_t = W_ho h_t + b_o
 
-    Elman, "Finding structure in time", Cognitive Science 14, 1990; his units were logistic ones,
-    here they are tanh, and the output is linear. ``rnn`` has W_ih (H, I), W_hh (H, H) and their
-    biases, ``fc`` has W_ho (O, H) and b_o. Compare `JordanRNN`, in which the output feeds back.
+    See Elman, "Finding structure in time", Cognitive Science 14, 1990. Elman's units are logistic;
+    here the hidden units are tanh and the output is linear. ``rnn`` holds W_ih (H, I), W_hh (H, H)
+    and their biases; ``fc`` holds W_ho (O, H) and b_o. In `JordanRNN` the output feeds back
+    instead.
 
     Args:
         input_size: I, the number of features of an input.
         hidden_size: H, the number of features of the state.
         output_size: O, the number of features of an output.
-        device, dtype: of the parameters.
-        backend: what runs the layer, see `rnnfast.backend`.
+        device, dtype: the device and dtype of the parameters.
+        backend: the backend of the layer, see `rnnfast.backend`.
 
     Raises:
         ValueError: a size is not positive, or there is no such backend.
@@ -58,20 +59,21 @@ class ElmanRNN(nn.Module):
     def forward(
         self, input: Tensor, hidden: Tensor | None = None, *, lengths: Lengths = None
     ) -> tuple[Tensor, Tensor]:
-        """Runs one step or a whole sequence.
+        """Run one step or a whole sequence.
 
         Args:
-            input: one step (B, I), or a sequence (B, T, I).
+            input: one step (B, I), or sequences (B, T, I).
             hidden: h_0 (B, H); zeros if None.
-            lengths: integers (B) from 0 to T, or None: how many steps each sequence has.
+            lengths: integers (B) from 0 to T, the length of each sequence; T if None.
 
         Returns:
-            y (B, O) or (B, T, O), zeros beyond a sequence's end; and h (B, H) after its last step.
+            y (B, O) or (B, T, O), with zeros after the end of a sequence; and h (B, H) after the
+            last step of each sequence.
 
         Raises:
-            ValueError: the input has another rank, or a length is out of range.
-            RuntimeError: shapes, dtypes or devices do not fit.
-            TypeError: ``lengths`` are no integers.
+            ValueError: the input has another number of dimensions, or a length is out of range.
+            RuntimeError: shapes, dtypes or devices do not match.
+            TypeError: ``lengths`` are not integers.
         """
         x = as_batch(self, input, self.input_size)
         hidden = self.init_hidden(len(x)) if hidden is None else hidden

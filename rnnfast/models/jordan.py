@@ -21,30 +21,30 @@ from rnnfast.models.results import pair
 
 
 class JordanRNN(nn.Module):
-    """The former output, not the hidden state, is what a step sees of the past.
+    """A Jordan network: the previous output feeds back, instead of the hidden state.
 
     h_t = tanh(W_ih x_t + W_oh y_{t-1} + b_h)
     y_t = W_ho h_t + b_o
 
-    Jordan, "Attractor dynamics and parallelism in a connectionist sequential machine", Proceedings
-    of the Cognitive Science Society, 1986, without the decay of his state units. ``i2h`` has W_ih
-    (H, I) and b_h, ``o2h`` has W_oh (H, O), ``h2o`` has W_ho (O, H) and b_o. Compare `ElmanRNN`, in
-    which the hidden state feeds back.
+    See Jordan, "Attractor dynamics and parallelism in a connectionist sequential machine",
+    Proceedings of the Cognitive Science Society, 1986. The decay of Jordan's state units is left
+    out. ``i2h`` holds W_ih (H, I) and b_h, ``o2h`` holds W_oh (H, O), ``h2o`` holds W_ho (O, H) and
+    b_o. In `ElmanRNN` the hidden state feeds back instead.
 
-    As the output is linear, it can be put into the formula of h: from the second step on
+    The output is linear, so it can be substituted into the formula of h. From the second step on
 
-    h_t = tanh(W_ih x_t + b_h + W h_{t-1} + b), W = W_oh W_ho (H, H), b = W_oh b_o,
+    h_t = tanh(W_ih x_t + b_h + W h_{t-1} + b), W = W_oh W_ho (H, H), b = W_oh b_o.
 
-    which is an Elman layer and runs as one: a step multiplies by the H*H weights of W in place of
-    the 2*H*O of W_ho and W_oh. The first step is taken by itself, for the output before it is given
-    and need not be that of any hidden state.
+    This is an Elman layer, and it runs as one. A step then multiplies by the H*H weights of W
+    instead of the 2*H*O weights of W_ho and W_oh. The first step is computed separately, because
+    y_0 is an argument and need not belong to any hidden state.
 
     Args:
         input_size: I, the number of features of an input.
         hidden_size: H, the number of features of the hidden units.
-        output_size: O, the number of features of an output, and so of the state.
-        device, dtype: of the parameters.
-        backend: what runs the recurrence, see `rnnfast.backend`.
+        output_size: O, the number of features of an output, which is also the state.
+        device, dtype: the device and dtype of the parameters.
+        backend: the backend of the recurrence, see `rnnfast.backend`.
 
     Raises:
         ValueError: a size is not positive, or there is no such backend.
@@ -72,28 +72,28 @@ class JordanRNN(nn.Module):
     def forward(
         self, input: Tensor, previous_output: Tensor | None = None, *, lengths: Lengths = None
     ) -> tuple[Tensor, Tensor]:
-        """Runs one step or a whole sequence.
+        """Run one step or a whole sequence.
 
         Args:
-            input: one step (B, I), or a sequence (B, T, I).
+            input: one step (B, I), or sequences (B, T, I).
             previous_output: y_0 (B, O), the output before the first step; zeros if None.
-            lengths: integers (B) from 0 to T, or None: how many steps each sequence has.
+            lengths: integers (B) from 0 to T, the length of each sequence; T if None.
 
         Returns:
-            y (B, O) or (B, T, O), zeros beyond a sequence's end; and the y (B, O) of its last step,
-            with which a further call goes on.
+            y (B, O) or (B, T, O), with zeros after the end of a sequence; and y (B, O) of the last
+            step of each sequence, from which a further call continues.
 
         Raises:
-            ValueError: the input has another rank, or a length is out of range.
-            RuntimeError: shapes, dtypes or devices do not fit.
-            TypeError: ``lengths`` are no integers.
+            ValueError: the input has another number of dimensions, or a length is out of range.
+            RuntimeError: shapes, dtypes or devices do not match.
+            TypeError: ``lengths`` are not integers.
         """
         x = as_batch(self, input, self.input_size)
         previous = self.init_hidden(len(x)) if previous_output is None else previous_output
         check_state("previous_output", previous, (len(x), self.output_size))
         lengths = as_lengths(x, lengths)
 
-        x = zero_beyond(x, lengths)  # a NaN in the first step of an empty sequence would reach i2h
+        x = zero_beyond(x, lengths)  # i2h must not read a NaN in the padding of an empty sequence
         h = torch.tanh(self.i2h(x[:, :1]) + self.o2h(previous).unsqueeze(1))
         if x.shape[1] > 1:
             w_hh, b_hh = self.o2h.weight @ self.h2o.weight, self.o2h(self.h2o.bias)
@@ -102,7 +102,7 @@ class JordanRNN(nn.Module):
                 h.transpose(0, 1),
                 [self.i2h.weight, w_hh, self.i2h.bias, b_hh],
                 batch_first=True,
-                # at least 1, for not every backend takes 0; what is too much is dropped below
+                # Some backends refuse lengths of 0; `zero_beyond` removes the extra step.
                 lengths=None if lengths is None else (lengths - 1).clamp(min=1),
                 backend=self.backend,
             )

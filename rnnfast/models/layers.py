@@ -1,13 +1,13 @@
-"""What the recurrent models share: the choice of layers, checks, and the ends of sequences.
+"""The common base of the recurrent models: layers, checks, and sequences of unequal length.
 
-The models here are batch-first: an input is (B, T, I). All of them return ``(output, state)``, the
-bidirectional one too (see `rnnfast.models.results`), and take such a state to start from; None is
-zeros. The state of the single-layer textbook networks (`SimpleRNN`, `ElmanRNN`, `JordanRNN`) is
-what one step hands to the next, (B, features). That of the others is torch.nn's, (L*D, B, H), and
-for LSTM the pair (h, c) of such.
+All models are batch-first: an input is (B, T, I). All models return ``(output, state)``, see
+`rnnfast.models.results`, and accept such a state as the initial one; None means zeros. The
+single-layer textbook networks (`SimpleRNN`, `ElmanRNN`, `JordanRNN`) have a state (B, features).
+The other models have the state of torch.nn's layers: (L*D, B, H), or a pair (h, c) of such tensors
+for LSTM.
 
-Sequences of unequal length are padded by ``torch.nn.utils.rnn.pad_sequence(sequences,
-batch_first=True)``; ``lengths=[len(each) for each in sequences]`` tells the models where they end.
+To pad sequences of unequal length, use ``torch.nn.utils.rnn.pad_sequence(sequences,
+batch_first=True)`` and pass ``lengths=[len(each) for each in sequences]`` to the model.
 
 Sizes: B batch, T time, I input, H hidden, O output, L layers, D directions.
 """
@@ -30,27 +30,27 @@ Device = torch.device | str | None
 
 
 class RecurrentModel(nn.Module):
-    """Layers of one kind of cell, ``rnn``, and a linear layer that reads them, ``fc``.
+    """Recurrent layers of one cell type, ``rnn``, followed by a linear layer, ``fc``.
 
     Args:
         input_size: I, the number of features of an input.
         hidden_size: H, the number of features of a state.
         output_size: O, the number of features of an output.
-        num_layers: L; each layer reads the outputs of the one below.
+        num_layers: L, the number of stacked layers.
         cell: "lstm", "gru", "rnn_tanh" or "rnn_relu"; the formulas are those of `rnnfast.LSTM`,
             `rnnfast.GRU` and `rnnfast.RNN`.
-        dropout: the probability of zeroing an element of what goes into ``fc`` and, with more than
-            one layer, of what passes between the layers; in training only.
-        device, dtype: of the parameters.
-        backend: what runs the layers, see `rnnfast.backend`.
+        dropout: the probability of dropout, in training only, on the input of ``fc`` and, with more
+            than one layer, between the layers.
+        device, dtype: the device and dtype of the parameters.
+        backend: the backend of the layers, see `rnnfast.backend`.
 
     Raises:
-        ValueError: a size is not positive, the dropout is no probability, or there is no such cell
-            or backend.
+        ValueError: a size is not positive, the dropout is not a probability, or there is no such
+            cell or backend.
     """
 
     bidirectional: ClassVar[bool] = False
-    """Whether each layer also runs from the end of the sequence to the start."""
+    """Whether each layer also reads the sequence from its end to its start."""
 
     def __init__(
         self,
@@ -111,7 +111,7 @@ class RecurrentModel(nn.Module):
         return self.rnn.num_layers
 
     def init_hidden(self, batch_size: int = 1) -> State:
-        """The state before the first step: zeros (L*D, B, H), for LSTM a pair of such."""
+        """The state before the first step: zeros (L*D, B, H), or a pair of them for LSTM."""
         rows = self.num_layers * (2 if self.bidirectional else 1)
         zeros = self.fc.weight.new_zeros(rows, batch_size, self.hidden_size)
         return (zeros, zeros.clone()) if self.rnn.mode == "LSTM" else zeros
@@ -123,16 +123,16 @@ def hidden_of(state: State) -> Tensor:
 
 
 def as_lengths(input: Tensor, lengths: Lengths) -> Tensor | None:
-    """The lengths for an input (B, T, features), if any, as int64 (B) on the CPU.
+    """Check the lengths for an input (B, T, features); return them as int64 (B) on the CPU.
 
     Raises:
-        TypeError, RuntimeError, ValueError: as the layers, for they check them so.
+        TypeError, RuntimeError, ValueError: the same errors as those of the layers.
     """
     return check_extras(input, lengths, None, False, batch_first=True).lengths
 
 
 def zero_beyond(tensor: Tensor, lengths: Lengths) -> Tensor:
-    """A batch (B, T, features) with zeros from step ``lengths[b]`` of each sequence b on."""
+    """Zero the steps from ``lengths[b]`` on in each sequence b of a batch (B, T, features)."""
     if lengths is None:
         return tensor
     lengths = torch.as_tensor(lengths, device=tensor.device).unsqueeze(1)
@@ -141,9 +141,9 @@ def zero_beyond(tensor: Tensor, lengths: Lengths) -> Tensor:
 
 
 def last_step(tensor: Tensor, lengths: Lengths) -> Tensor:
-    """The last step (B, features) that each sequence of a batch (B, T, features) has.
+    """The last valid step (B, features) of each sequence of a batch (B, T, features).
 
-    Of an empty sequence it is the last of the batch, which `zero_beyond` has made zeros.
+    For an empty sequence this is step T - 1, which `zero_beyond` has set to zeros.
     """
     if lengths is None:
         return tensor[:, -1]
@@ -152,14 +152,14 @@ def last_step(tensor: Tensor, lengths: Lengths) -> Tensor:
 
 
 def check_sizes(**sizes: int) -> None:
-    """Raises ValueError unless all sizes are positive."""
+    """Raise ValueError unless all sizes are positive."""
     for name, size in sizes.items():
         if size < 1:
             raise ValueError(f"{name} must be greater than zero, got {size}")
 
 
 def check_batch(model: nn.Module, input: Tensor) -> None:
-    """Raises ValueError unless the input is (B, T, I): the layers would take (T, I) as well."""
+    """Raise ValueError unless the input is (B, T, I); the layers would also accept (T, I)."""
     if input.dim() != 3:
         raise ValueError(
             f"{type(model).__name__}: expected input of shape (batch, time, features), "
@@ -168,11 +168,11 @@ def check_batch(model: nn.Module, input: Tensor) -> None:
 
 
 def as_batch(model: nn.Module, input: Tensor, input_size: int) -> Tensor:
-    """An input (B, T, I), or one step of it (B, I), as (B, T, I) in which T is at least 1.
+    """Check an input (B, T, I) or a single step (B, I), and return it as (B, T, I).
 
     Raises:
-        ValueError: it has another rank.
-        RuntimeError: there is no step, or the features are not ``input_size``.
+        ValueError: the input has another number of dimensions.
+        RuntimeError: T is 0, or I is not ``input_size``.
     """
     if input.dim() not in (2, 3):
         raise ValueError(
@@ -192,10 +192,10 @@ def as_batch(model: nn.Module, input: Tensor, input_size: int) -> Tensor:
 
 
 def check_state(name: str, state: Tensor, shape: tuple[int, ...]) -> None:
-    """Raises RuntimeError unless a state is a tensor of this shape."""
+    """Raise RuntimeError unless a state is a tensor of this shape."""
     if not isinstance(state, Tensor) or state.shape != shape:
         found = list(state.shape) if isinstance(state, Tensor) else type(state).__name__
         raise RuntimeError(
-            f"Expected {name} size {shape}, got {found}; init_hidden({shape[-2]}) makes such "
-            f"zeros, if the batch is {shape[-2]}: an input sequence is (batch, time, features)"
+            f"Expected {name} size {shape}, got {found}; init_hidden({shape[-2]}) makes a state of "
+            f"zeros for a batch of {shape[-2]}. An input sequence is (batch, time, features)"
         )

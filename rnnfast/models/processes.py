@@ -1,8 +1,10 @@
-"""Several processes that train one model together, started by torchrun."""
+"""Data-parallel training in the processes that torchrun started."""
 
 from __future__ import annotations
 
+import gc
 import os
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -10,12 +12,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 
 class Processes(NamedTuple):
-    """This process among its equals; by default it is alone.
+    """One of several processes that train the same model; by default there is only one.
 
-    Every method that talks to the others must be called by all of them.
+    All processes must call `data_parallel`, `sum`, `highest`, `gather` and `wait` together.
     """
 
     rank: int = 0
@@ -24,36 +27,27 @@ class Processes(NamedTuple):
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the process that prints and writes."""
+        """Whether this process prints and writes files."""
         return self.rank == 0
 
     def share(self, batch: Tensor) -> Tensor:
-        """The rows of a batch (B, ...) that are this process'; B may be less than `size`."""
+        """This process' rows of a batch (B, ...); there may be none if B is less than `size`."""
         return batch.tensor_split(self.size)[self.rank]
 
-    def average_gradients(self, model: nn.Module) -> None:
-        """Replace the gradients of a model by their means over the processes.
+    def data_parallel(self, model: nn.Module) -> nn.Module:
+        """Wrap a model in DistributedDataParallel if there are several processes.
 
-        This is DistributedDataParallel with one bucket. That class would keep the process group
-        alive for as long as a trainer, and the gloo of torch 2.13 can hang when it is freed that
-        way.
+        A backward pass through the result averages the gradients over the processes. The wrapper
+        keeps the process group alive, so it must be freed before `join` ends.
         """
-        if self.size == 1:
-            return
-        gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
-        means = torch.cat([gradient.flatten() for gradient in gradients])
-        dist.all_reduce(means)
-        means /= self.size
-        sizes = [gradient.numel() for gradient in gradients]
-        for gradient, mean in zip(gradients, means.split(sizes), strict=True):
-            gradient.copy_(mean.view_as(gradient))
+        return model if self.size == 1 else DistributedDataParallel(model)
 
     def sum(self, *values: float) -> list[float]:
-        """The sums of numbers over the processes, the same in all of them."""
+        """Sum each value over the processes; all processes get the same result."""
         return self._reduce(values, dist.ReduceOp.SUM)
 
     def highest(self, *values: float) -> list[float]:
-        """The highest of numbers over the processes."""
+        """The maximum of each value over the processes."""
         return self._reduce(values, dist.ReduceOp.MAX)
 
     def gather(self, item: object) -> list[Any]:
@@ -65,7 +59,7 @@ class Processes(NamedTuple):
         return items
 
     def wait(self) -> None:
-        """Wait until all processes are here."""
+        """Wait until all processes have called this."""
         if self.size > 1:
             dist.barrier()
 
@@ -78,16 +72,22 @@ class Processes(NamedTuple):
 
 
 def is_first_process() -> bool:
-    """Whether this is the process that speaks for all, before or after they join."""
+    """Whether this process has rank 0; this works outside of `join`, too."""
     return not dist.is_torchelastic_launched() or os.environ["RANK"] == "0"
 
 
 @contextmanager
 def join(device: torch.device) -> Iterator[Processes]:
-    """Be one of the processes that torchrun started, or alone if it did not.
+    """Join the process group of torchrun; without torchrun, yield a single process.
+
+    The process group is destroyed at the end if it was created here.
 
     Args:
-        device: what to run on; of CUDA devices each process takes the one of its local rank.
+        device: the device to run on. If it is "cuda", each process takes the CUDA device of its
+            local rank.
+
+    Yields:
+        This process.
 
     Raises:
         ValueError: there are fewer CUDA devices than processes.
@@ -108,6 +108,14 @@ def join(device: torch.device) -> Iterator[Processes]:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield Processes(dist.get_rank(), dist.get_world_size(), device)
+    except BaseException as error:
+        # The traceback of an error in the wrapper's forward would keep the wrapper alive.
+        traceback.clear_frames(error.__traceback__)
+        raise
     finally:
         if started_here:
+            # A wrapper that is freed later frees the group's threads with it, which deadlocks: the
+            # destructor waits for them with the GIL held, and they wait for the GIL. The first
+            # wrapper of a process is part of a reference cycle, so it needs a collection.
+            gc.collect()
             dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""What the recurrent models return, and what they say where it is taken for something else."""
+"""The return types of the recurrent models, with clear errors for common mistakes in their use."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ AnyState = TypeVar("AnyState", bound=State)
 
 
 class OutputAndState(NamedTuple):
-    """A pair to be unpacked: ``output, state = model(x)``.
+    """The pair that a model returns: ``output, state = model(x)``.
 
-    Networks written by hand often return the output alone. Where this pair is used as a tensor, as
-    in ``loss_function(model(x), target)`` or ``model(x).shape``, the error says what to write.
+    Hand-written networks often return the output alone. If this pair is used as a tensor, as in
+    ``loss_function(model(x), target)`` or ``model(x).shape``, an error explains how to unpack it.
 
     Attributes:
         output: The output of the model.
-        state: The state after the last step, to be given to a further call as ``hidden``.
+        state: The state after the last step. A further call continues from it as ``hidden``.
     """
 
     output: Tensor
@@ -54,7 +54,7 @@ class OutputAndState(NamedTuple):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> NoReturn:
-        """Called by torch's functions that get the pair where they expect a tensor."""
+        """Raise TypeError; torch's functions call this when they get the pair as a tensor."""
         raise TypeError(f"{_PAIR}; {function.__name__} takes the output alone")
 
 
@@ -75,7 +75,7 @@ _OPERATORS = (
 
 
 def _refusal(name: str) -> Callable[..., NoReturn]:
-    """A method for an operator of tensors, which a tuple has in another sense or not at all."""
+    """A method that refuses an operator of tensors. Tuples lack it or give it another meaning."""
 
     def refuse(self: OutputAndState, *operands: object) -> NoReturn:
         raise TypeError(f"{_PAIR}; {name} takes the output alone")
@@ -88,17 +88,17 @@ for _name in _OPERATORS:
 
 
 def pair(output: Tensor, state: AnyState) -> tuple[Tensor, AnyState]:
-    """The pair that a model returns; a plain one in compiled and exported programs."""
+    """The pair that a model returns; a plain tuple in compiled and exported programs."""
     return (output, state) if torch.compiler.is_compiling() else OutputAndState(output, state)
 
 
 class StepLogits(Tensor):
-    """Logits (B, 1, V) of a single step, which know that the vocabulary lies along the last axis.
+    """Logits (B, 1, V) of a single step, which refuse a softmax over the time axis.
 
-    A loop written for logits (B, V) takes ``softmax(logits, dim=1)``. Here that axis has length 1:
-    every probability would be 1, and what is sampled would be noise. So a softmax over an axis of
-    length 1 that is not the last raises ValueError. In all else this is a tensor, and it is copied
-    and saved as a plain one.
+    A loop written for logits (B, V) calls ``softmax(logits, dim=1)``. Here that axis has length 1,
+    so every probability would be 1 and the samples would be noise. A softmax over an axis of length
+    1 that is not the last therefore raises ValueError. Otherwise this behaves as a tensor. Copies
+    and pickles of it are plain tensors.
     """
 
     @classmethod
@@ -116,7 +116,7 @@ class StepLogits(Tensor):
 
     @classmethod
     def _unwrapped(cls, function: Callable[..., Any], result: Any) -> Any:
-        """The result of a function, in which what are no logits are plain tensors."""
+        """The result of a function, with every tensor that does not hold logits made plain."""
         if isinstance(result, (tuple, list)):
             parts = [cls._unwrapped(function, part) for part in result]
             return type(result)._make(parts) if hasattr(result, "_make") else type(result)(parts)
@@ -139,12 +139,12 @@ _SOFTMAX = {
 
 
 def _is_logits(function: Callable[..., Any], result: Tensor) -> bool:
-    """Whether a function of logits returns logits, not probabilities, a loss or tokens."""
+    """Whether the result holds logits, rather than probabilities, a loss or tokens."""
     return function not in _SOFTMAX and result.dim() > 0 and result.is_floating_point()
 
 
 def _check_softmax(name: str, input: Tensor, *args: Any, **kwargs: Any) -> None:
-    """Raises ValueError for an axis of length 1 which is not that of the vocabulary."""
+    """Raise ValueError for a softmax over an axis of length 1 that is not the vocabulary's."""
     position = 3 if name == "gumbel_softmax" else 0
     dim = kwargs.get("dim", args[position] if len(args) > position else None)
     if dim is None and name == "gumbel_softmax":
@@ -162,7 +162,7 @@ def _check_softmax(name: str, input: Tensor, *args: Any, **kwargs: Any) -> None:
 
 
 def as_step(logits: Tensor) -> Tensor:
-    """Logits (B, T, V), as `StepLogits` where T is 1, outside of compiled programs."""
+    """Turn logits (B, 1, V) into `StepLogits`; leave others, and compiled programs, alone."""
     if logits.shape[1] != 1 or torch.compiler.is_compiling():
         return logits
     return logits.as_subclass(StepLogits)

@@ -1,4 +1,4 @@
-"""The state of an interrupted training, in one file of torch.save."""
+"""Saves the state of a training to one file, and restores it."""
 
 from __future__ import annotations
 
@@ -19,19 +19,20 @@ _FORMAT = "rnnfast.Run, version 2"
 
 Setting = str | int | float | bool | None
 Settings = dict[str, Setting]
-"""What decides the result of a training, by the name that the user knows it by."""
+"""The settings that the result of a training depends on, by the names that the user knows."""
 
 CHANGEABLE = (
     *("--text", "--epochs", "--max-seconds", "--eval-every", "--patience"),
     *("--device", "--backend"),
 )
-"""Settings that may be others when a training goes on."""
+"""The settings that may change when a training is resumed."""
 
 
 def save(run: Run, settings: Settings, path: Path) -> None:
-    """Write the state of a run, which is on the disk when this returns.
+    """Write the state of a run to a file, which is on the disk when this returns.
 
-    Of several processes all must call this, and the first writes; all must see the same files.
+    All processes must call this together. The first one writes the file, and all must see the same
+    file system.
 
     Raises:
         OSError: the file cannot be written.
@@ -47,26 +48,26 @@ def save(run: Run, settings: Settings, path: Path) -> None:
 def load(path: Path) -> tuple[Settings, dict[str, Any]]:
     """Read the settings of a run, and its state for `restore`.
 
-    The file is data: no code from it is run.
+    Loading runs no code from the file.
 
     Raises:
         FileNotFoundError: there is no such file.
-        CheckpointError: the file is damaged, or holds something else.
+        CheckpointError: the file is damaged, or is not the state of a training.
     """
     state = _read(path)
     return state["settings"], state["run"]
 
 
 def merge(saved: Settings, given: Settings, path: Path) -> Settings:
-    """The settings that a run goes on with: the saved ones, and those given that may change.
+    """Combine the saved settings of a run with those that the user gives when resuming it.
 
     Args:
-        saved: the settings of the run so far.
-        given: some of them, as they are asked for now.
-        path: where the saved ones come from.
+        saved: all settings of the run so far.
+        given: the settings that the user gives now.
+        path: the file of the saved settings, for error messages.
 
     Raises:
-        CheckpointError: a setting that must not change is another one.
+        CheckpointError: a given setting differs from the saved one and is not in `CHANGEABLE`.
     """
     differences = [
         f"{name} was {saved.get(name)}, is {value}"
@@ -82,10 +83,10 @@ def merge(saved: Settings, given: Settings, path: Path) -> Settings:
 
 
 def restore(run: Run, state: dict[str, Any]) -> None:
-    """Let a new run go on from the state of a saved one.
+    """Restore the saved state into a new run.
 
     Raises:
-        CheckpointError: parts of the state are missing or do not fit.
+        CheckpointError: parts of the state are missing or do not fit the run.
     """
     try:
         run.load_state_dict(state)
@@ -98,11 +99,11 @@ def restore(run: Run, state: dict[str, Any]) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The content of the file, once it is known to be intact and a training's."""
+    """The content of the file, checked to be intact and the state of a training."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: there is no training to resume")
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+        with zipfile.ZipFile(path) as archive:  # torch.load does not check the checksums
             damaged = archive.testzip()
         if damaged is not None:
             raise CheckpointError(f"{path} is damaged: the checksum of {damaged} is wrong")

@@ -1,4 +1,4 @@
-"""Sequence to sequence: an LSTM reads the source, another one writes the target from its state."""
+"""Sequence-to-sequence models: an LSTM encoder and an LSTM decoder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rnnfast.modules import LSTM
 
 
 class Seq2SeqConfig(NamedTuple):
-    """What, with a state_dict, makes a Seq2SeqLSTM."""
+    """The arguments of a Seq2SeqLSTM that its state_dict does not contain."""
 
     input_vocab_size: int
     output_vocab_size: int
@@ -30,34 +30,36 @@ class Seq2SeqConfig(NamedTuple):
 
 
 class Seq2SeqLSTM(nn.Module):
-    """Turns sequences into sequences of another length and vocabulary.
+    """Maps sequences to sequences of another length and vocabulary.
 
-    The encoder reads the source x; its last state (h, c) of every layer is where the decoder starts
-    from (Sutskever et al., 2014; Cho et al., 2014):
+    The encoder reads the source x. Its final state (h, c) in every layer is the initial state of
+    the decoder (Sutskever et al., 2014; Cho et al., 2014):
 
-        P(y | x) = prod_t P(y_t | y_1, ..., y_{t-1}, x),    y_0 = start, the last y_t = end
+        P(y | x) = prod_t P(y_t | y_1, ..., y_{t-1}, x)
 
-    In training the decoder reads the true symbols (teacher forcing) or its own, see `forward`.
+    y_0 is the start symbol, and the last y_t is the end symbol. In training the decoder reads the
+    true symbols (teacher forcing) or its own, see `forward`.
 
     Sizes: B batch, S and T time of source and target, V output vocabulary, H hidden, L layers.
 
     Args:
         input_vocab_size: the number of distinct source symbols.
-        output_vocab_size: V, the number of distinct target symbols, the special ones included.
+        output_vocab_size: V, the number of distinct target symbols, including the special ones.
         hidden_size: H, the size of the recurrent states.
-        num_layers: L, the number of LSTM layers in the encoder, and in the decoder.
-        embedding_size: the size of the vector that stands for a symbol; `hidden_size` if None.
-        dropout: the probability of zeroing an element of what goes into the head and, with more
-            than one layer, of what passes between the layers; in training only.
-        reverse_source: whether the encoder reads backwards, so that the start of the source is
-            freshest when the writing starts (Sutskever et al., 2014).
-        padding_token: the target symbol that fills up short rows; the loss ignores it.
+        num_layers: L, the number of LSTM layers in the encoder and in the decoder each.
+        embedding_size: the size of the embedding of a symbol; `hidden_size` if None.
+        dropout: the probability of dropout, in training only, on the input of the head and, with
+            more than one layer, between the layers.
+        reverse_source: whether the encoder reads the source backwards. It then reads the first
+            symbols of the source last, shortly before the decoder writes the first symbols of the
+            target (Sutskever et al., 2014).
+        padding_token: the target symbol that pads short rows; the loss ignores it.
         start_token: the target symbol that the decoder reads first.
         end_token: the target symbol that ends a sequence.
-        backend: what runs the LSTM layers, see `rnnfast.LSTM`.
+        backend: the backend of the LSTM layers, see `rnnfast.LSTM`.
 
     Raises:
-        ValueError: a size is not positive, the dropout is no probability, or the three special
+        ValueError: a size is not positive, the dropout is not a probability, or the three special
             symbols are not distinct symbols of the output vocabulary.
     """
 
@@ -138,33 +140,34 @@ class Seq2SeqLSTM(nn.Module):
         state: State | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Score every possible symbol at each place of the targets.
+        """Compute the logits of every symbol of the targets.
 
-        Before it writes symbol t, the decoder reads symbol t - 1: the true one (teacher forcing)
-        with probability `teacher_forcing_ratio`, else the one that it scored highest (scheduled
-        sampling; Bengio et al., 2015; a choice of its own for each step and sequence). No gradient
-        passes through what it chose. With 1 the whole target is one call of the decoder, else each
-        step is.
+        For symbol t the decoder reads symbol t - 1. With probability `teacher_forcing_ratio` this
+        is the true symbol (teacher forcing), otherwise the symbol with the decoder's own highest
+        logit (scheduled sampling; Bengio et al., 2015). The choice is made for each step and
+        sequence separately, and no gradient passes through it. With a ratio of 1 the decoder runs
+        once for the whole target, otherwise once for each step.
 
         Args:
             source: int64 (B, S).
-            target: int64 (B, T), without the start symbol: each row ends with the end symbol, and
-                with padding after it.
-            source_lengths: integers (B) from 0 to S, how many symbols each source has; what stands
-                beyond does not matter. None: all have S.
+            target: int64 (B, T) without the start symbol. Each row ends with the end symbol,
+                followed by padding.
+            source_lengths: integers (B) from 0 to S, the length of each source; S if None. The
+                symbols after the end of a source are ignored.
             teacher_forcing_ratio: from 0 to 1.
-            state: h and c, each (L, B, H), that the encoder starts from; zeros if None.
-            generator: where the random choices come from, on the model's device; torch's default
+            state: the initial state of the encoder, h and c, each (L, B, H); zeros if None.
+            generator: the generator of the random choices, on the model's device; torch's default
                 generator if None.
 
         Returns:
-            logits (B, T, V); those at [:, t] score `target[:, t]`.
+            logits (B, T, V); those at [:, t] belong to `target[:, t]`.
 
         Raises:
-            ValueError: source or target is not two-dimensional, their batch sizes differ, the
-                targets have no step, the ratio is no probability, or a length is out of range.
-            TypeError: a number in place of the lengths; `teacher_forcing_ratio` goes in by name.
-            TypeError, RuntimeError: as `rnnfast.LSTM`, for the lengths and the state.
+            ValueError: source or target is not two-dimensional, their batch sizes differ, T is 0,
+                the ratio is not a probability, or a length is out of range.
+            TypeError: `source_lengths` is a single number, probably a misplaced
+                `teacher_forcing_ratio`.
+            TypeError, RuntimeError: the errors of `rnnfast.LSTM` for the lengths and the state.
         """
         if target.dim() != 2 or target.size(1) < 1 or target.shape[:1] != source.shape[:1]:
             raise ValueError(
@@ -210,22 +213,22 @@ class Seq2SeqLSTM(nn.Module):
 
     @property
     def num_layers(self) -> int:
-        """L, the number of LSTM layers in the encoder, and in the decoder."""
+        """L, the number of LSTM layers in the encoder and in the decoder each."""
         return self.config.num_layers
 
     @property
     def embedding_size(self) -> int:
-        """The size of the vector that stands for a symbol."""
+        """The size of the embedding of a symbol."""
         return self.config.embedding_size
 
     def init_hidden(self, batch_size: int = 1) -> State:
-        """The state before any symbol: zeros h and c, each (L, B, H)."""
+        """The initial state of the encoder: h and c, zeros (L, B, H) each."""
         weight = self.head.weight
         shape = (self.num_layers, batch_size, self.hidden_size)
         return weight.new_zeros(shape), weight.new_zeros(shape)
 
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Cross entropy, the mean over all symbols (B, T) that are not padding."""
+        """The mean cross entropy over all target symbols (B, T) that are not padding."""
         return nn.functional.cross_entropy(
             logits.flatten(0, 1), target.flatten(), ignore_index=self.config.padding_token
         )
@@ -236,9 +239,9 @@ class Seq2SeqLSTM(nn.Module):
         source_lengths: Tensor | Sequence[int] | None = None,
         state: State | None = None,
     ) -> State:
-        """The state, h and c, each (L, B, H), after the last symbol of each source.
+        """The state (h, c), each (L, B, H), after the last symbol of each source.
 
-        Args and errors are those of `forward`.
+        The arguments and errors are those of `forward`.
         """
         if source.dim() != 2:
             raise ValueError(
@@ -259,24 +262,25 @@ class Seq2SeqLSTM(nn.Module):
         length_penalty: float = 0.0,
         state: State | None = None,
     ) -> Decoded:
-        """Write a likely target for each source; nothing is dropped out meanwhile.
+        """Write a likely target for each source, without dropout.
 
-        Padding and start symbol are never written. With a beam of 1 each symbol is the likeliest
-        next one (greedy search); a wider beam looks for the likeliest whole, see `beam_search`.
+        The padding and start symbols are never written. With `beam_size` 1 each symbol is the
+        likeliest next one (greedy search). A larger beam searches for the likeliest whole target,
+        see `beam_search`.
 
         Args:
             source: int64 (B, S).
-            source_lengths: integers (B) from 0 to S; None: all have S.
-            max_length: the most symbols to write, the end symbol included.
-            beam_size: how many hypotheses are followed for each source.
+            source_lengths: integers (B) from 0 to S, the length of each source; S if None.
+            max_length: the maximum number of symbols, including the end symbol.
+            beam_size: the number of hypotheses for each source.
             length_penalty: 0 compares probabilities; larger values favour longer targets.
-            state: h and c, each (L, B, H), that the encoder starts from; zeros if None.
+            state: the initial state of the encoder, h and c, each (L, B, H); zeros if None.
 
         Returns:
-            The symbols, their numbers and their log-probabilities, see `Decoded`.
+            The symbols, their lengths and their log-probabilities, see `Decoded`.
 
         Raises:
-            ValueError: as `beam_search`, and as `forward` for the sources.
+            ValueError: the errors of `beam_search`, and those of `forward` for the sources.
         """
         was_training = self.training
         self.eval()
@@ -295,7 +299,7 @@ class Seq2SeqLSTM(nn.Module):
             self.train(was_training)
 
     def _arrange(self, source: Tensor, lengths: Tensor | None) -> Tensor:
-        """The sources in reading order, with valid symbols for padding."""
+        """The sources in reading order, with padding replaced by a valid symbol."""
         if lengths is None:
             return source.flip(1) if self.config.reverse_source else source
         lengths = lengths.to(source.device).unsqueeze(1)
@@ -311,13 +315,13 @@ class Seq2SeqLSTM(nn.Module):
         return self.head(self.dropout(y)), state
 
     def _step(self, latest: Tensor, state: State) -> tuple[Tensor, State]:
-        """The log-probabilities (N, V) of what follows the latest symbols (N,)."""
+        """The log-probabilities (N, V) of the next symbols, given the latest ones (N,)."""
         logits, state = self._write(latest.unsqueeze(1), state)
         dtype = torch.promote_types(logits.dtype, torch.float32)
         return self._allow(logits.squeeze(1).log_softmax(1, dtype)), state
 
     def _allow(self, scores: Tensor) -> Tensor:
-        """Scores (..., V) in which the symbols that are never written cannot win."""
+        """Set the scores (..., V) of the padding and start symbols to -inf."""
         never = [self.config.padding_token, self.config.start_token]
         places = torch.tensor(never, dtype=torch.int64, device=scores.device)
         return scores.index_fill(-1, places, -torch.inf)

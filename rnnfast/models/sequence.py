@@ -1,8 +1,8 @@
-"""The ways in which a sequence meets a network: many to one, many to many, one to many.
+"""Models from sequence to vector, from sequence to sequence, and from vector to sequence.
 
-One to one is a sequence of one step: a `SequenceTagger` on (B, 1, I), or a `SequenceClassifier`,
-which is the same thing there. How sequences of unequal length are given and what is returned is
-said in `rnnfast.models.layers`.
+They are also known as many to one, many to many, and one to many. One to one is a sequence of one
+step: a `SequenceTagger` and a `SequenceClassifier` on (B, 1, I) compute the same output.
+`rnnfast.models.layers` explains the lengths and the return values.
 """
 
 from __future__ import annotations
@@ -31,34 +31,33 @@ from rnnfast.modules import RNN
 
 
 class SequenceClassifier(RecurrentModel):
-    """Many to one: one output for a whole sequence, from its last step.
+    """Many to one: one output for a whole sequence, computed from its last step.
 
     h_1, ..., h_T = layers(x_1, ..., x_T)
     y = W h_T + b
 
-    ``rnn`` are the layers, ``fc`` has W (O, H) and b. T is each sequence's own length: what lies
-    beyond it has no influence. The arguments are those of `RecurrentModel`.
+    ``rnn`` holds the layers, ``fc`` holds W (O, H) and b. T is the length of each single sequence;
+    padding has no influence. The arguments are those of `RecurrentModel`.
     """
 
     def forward(
         self, input: Tensor, hidden: State | None = None, *, lengths: Lengths = None
     ) -> tuple[Tensor, State]:
-        """Reads sequences.
+        """Run the model on sequences.
 
         Args:
             input: (B, T, I).
-            hidden: the state before the first step (L, B, H), for LSTM a pair of such; zeros if
-                None.
-            lengths: integers (B) from 0 to T, or None: how many steps each sequence has. The
-                output of an empty sequence is read from the state before it.
+            hidden: the initial state (L, B, H), or a pair of them for LSTM; zeros if None.
+            lengths: integers (B) from 0 to T, the length of each sequence; T if None. The output
+                of an empty sequence is computed from the initial state.
 
         Returns:
             y (B, O), and the state after the last step, shaped like ``hidden``.
 
         Raises:
-            ValueError: the input has another rank, or a length is out of range.
-            RuntimeError: shapes, dtypes or devices do not fit.
-            TypeError: ``lengths`` are no integers.
+            ValueError: the input has another number of dimensions, or a length is out of range.
+            RuntimeError: shapes, dtypes or devices do not match.
+            TypeError: ``lengths`` are not integers.
         """
         check_batch(self, input)
         _, state = self.rnn(input, hidden, lengths=lengths)
@@ -66,34 +65,33 @@ class SequenceClassifier(RecurrentModel):
 
 
 class SequenceTagger(RecurrentModel):
-    """Many to many: an output for every step, from what has been read so far.
+    """Many to many: an output for every step, computed from the sequence up to this step.
 
     h_1, ..., h_T = layers(x_1, ..., x_T)
     y_t = W h_t + b
 
-    ``rnn`` are the layers, ``fc`` has W (O, H) and b. Where a tag depends on what follows, too, see
+    ``rnn`` holds the layers, ``fc`` holds W (O, H) and b. If a tag depends on later steps, too, use
     `BidirectionalRNN`. The arguments are those of `RecurrentModel`.
     """
 
     def forward(
         self, input: Tensor, hidden: State | None = None, *, lengths: Lengths = None
     ) -> tuple[Tensor, State]:
-        """Reads sequences.
+        """Run the model on sequences.
 
         Args:
             input: (B, T, I).
-            hidden: the state before the first step (L, B, H), for LSTM a pair of such; zeros if
-                None.
-            lengths: integers (B) from 0 to T, or None: how many steps each sequence has.
+            hidden: the initial state (L, B, H), or a pair of them for LSTM; zeros if None.
+            lengths: integers (B) from 0 to T, the length of each sequence; T if None.
 
         Returns:
-            y (B, T, O), zeros beyond a sequence's end; and the state after its last step, shaped
-            like ``hidden``.
+            y (B, T, O), with zeros after the end of a sequence; and the state after the last step
+            of each sequence, shaped like ``hidden``.
 
         Raises:
-            ValueError: the input has another rank, or a length is out of range.
-            RuntimeError: shapes, dtypes or devices do not fit.
-            TypeError: ``lengths`` are no integers.
+            ValueError: the input has another number of dimensions, or a length is out of range.
+            RuntimeError: shapes, dtypes or devices do not match.
+            TypeError: ``lengths`` are not integers.
         """
         check_batch(self, input)
         h, state = self.rnn(input, hidden, lengths=lengths)
@@ -101,29 +99,29 @@ class SequenceTagger(RecurrentModel):
 
 
 class SequenceGenerator(RecurrentModel):
-    """One to many: a vector makes a sequence, each output being fed back as the next input.
+    """One to many: generates a sequence from a vector; each output is part of the next input.
 
     h_t = cell([z, y_{t-1}], h_{t-1})
     y_t = W h_t + b
 
-    The vector z is shown at every step, as in the decoder of Cho et al., arXiv:1406.1078. The
-    output before the first step is that of the first state, y_0 = W h_0 + b, so that the state is
-    all there is to go on from.
+    The vector z is an input of every step, as in the decoder of Cho et al., arXiv:1406.1078. The
+    output before the first step is computed from the initial state, y_0 = W h_0 + b. The state
+    alone is therefore enough to continue a sequence.
 
-    As y_{t-1} is linear in h_{t-1}, what it adds to the gates can be put into the cell's own
-    recurrent weights: if the columns W_y of the cell's W_ih are those that meet y,
+    y_{t-1} is linear in h_{t-1}, so its contribution to the gates can be moved into the recurrent
+    weights. If W_z and W_y are the columns of the cell's W_ih for z and for y, then
 
-    W_ih [z, y_{t-1}] + W_hh h_{t-1} = W_z z + W_y b + (W_hh + W_y W) h_{t-1},
+    W_ih [z, y_{t-1}] + W_hh h_{t-1} = W_z z + W_y b + (W_hh + W_y W) h_{t-1}.
 
-    and a layer with that matrix makes the whole sequence in one call. Not so a GRU: its reset gate
-    scales what comes from h_{t-1}, but not what comes from the input, and y would have to be both.
-    It is run step by step. There is one layer only, for y comes from the last and goes into the
+    A layer with these weights generates the whole sequence in one call. This does not work for a
+    GRU, whose reset gate scales the contribution of h_{t-1} but not that of the input; a GRU runs
+    step by step. There is only one layer, because y comes from the last layer and goes into the
     first.
 
     Args:
         input_size: I, the number of features of z.
         hidden_size: H, the number of features of the state.
-        output_size: O, the number of features of an output. ``rnn`` has I+O inputs.
+        output_size: O, the number of features of an output. ``rnn`` has I+O input features.
         cell, device, dtype, backend: as in `RecurrentModel`.
 
     Raises:
@@ -160,23 +158,23 @@ class SequenceGenerator(RecurrentModel):
     def forward(
         self, input: Tensor, steps: int, hidden: State | None = None, *, lengths: Lengths = None
     ) -> tuple[Tensor, State]:
-        """Makes sequences.
+        """Generate sequences.
 
         Args:
             input: z (B, I).
-            steps: T, how many outputs to make.
-            hidden: h_0 (1, B, H), for LSTM a pair (h_0, c_0) of such; zeros if None.
-            lengths: integers (B) from 0 to T, or None: after how many steps each sequence ends.
+            steps: T, the number of outputs to generate.
+            hidden: h_0 (1, B, H), or a pair (h_0, c_0) for LSTM; zeros if None.
+            lengths: integers (B) from 0 to T, the length of each sequence; T if None.
 
         Returns:
-            y (B, T, O), zeros beyond a sequence's end; and the state after its last step, shaped
-            like ``hidden``, with which a further call goes on.
+            y (B, T, O), with zeros after the end of a sequence; and the state after the last step
+            of each sequence, shaped like ``hidden``, from which a further call continues.
 
         Raises:
-            ValueError: the input has another rank, ``steps`` is not positive, or a length is out of
-                range.
-            RuntimeError: shapes, dtypes or devices do not fit.
-            TypeError: ``lengths`` are no integers.
+            ValueError: the input has another number of dimensions, ``steps`` is not positive, or a
+                length is out of range.
+            RuntimeError: shapes, dtypes or devices do not match.
+            TypeError: ``lengths`` are not integers.
         """
         if input.dim() != 2:
             raise ValueError(
@@ -196,7 +194,7 @@ class SequenceGenerator(RecurrentModel):
         return pair(zero_beyond(output, lengths), state)
 
     def _folded(self, z: Tensor, state: Any, lengths: Tensor | None) -> tuple[Tensor, State]:
-        """`forward` in one call, with z (B, T, I)."""
+        """`forward` in one call of a layer, given z (B, T, I)."""
         w_ih, w_hh, b_ih, b_hh = self.rnn.all_weights[0]
         w_z, w_y = w_ih.split([self.input_size, self.fc.out_features], 1)
         weights = [w_z, w_hh + w_y @ self.fc.weight, b_ih, b_hh + w_y @ self.fc.bias]
@@ -209,7 +207,7 @@ class SequenceGenerator(RecurrentModel):
         return self.fc(h), state
 
     def _step_by_step(self, z: Tensor, state: Any, lengths: Tensor | None) -> tuple[Tensor, State]:
-        """`forward` for a GRU, with z (B, T, I)."""
+        """`forward` for a GRU, given z (B, T, I)."""
         check_state("hidden", state, (1, len(z), self.rnn.hidden_size))
         y = self.fc(state[0]).unsqueeze(1)
         outputs = []

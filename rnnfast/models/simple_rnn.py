@@ -1,4 +1,4 @@
-"""The recurrent network of the first tutorials: state and output from input and former state."""
+"""The recurrent network of PyTorch's tutorials, which reads the concatenated input and state."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from rnnfast.models.results import pair
 
 
 class SimpleRNN(nn.Module):
-    """A classifier of every step that reads the input beside the former state.
+    """Classifies every step from the concatenation of the input and the previous state.
 
     h_t = tanh(W_h [x_t, h_{t-1}] + b_h)
     o_t = log_softmax(W_o [x_t, h_{t-1}] + b_o)
 
-    [x, h] is the concatenation of both, so that W_h, ``i2h.weight``, is (H, I+H) and W_o,
-    ``i2o.weight``, (O, I+H). The output sees the former state, not the new one, as in the network
-    by which PyTorch's tutorials introduce recurrence (there without the tanh); a state_dict of that
-    module fits. The columns of W_h that meet x and those that meet h are the W_ih and W_hh of an
-    Elman layer, which runs a whole sequence in one call.
+    [x, h] is a concatenation: W_h, ``i2h.weight``, is (H, I+H), and W_o, ``i2o.weight``, is
+    (O, I+H). The output depends on the previous state, not on the new one. The network of PyTorch's
+    first tutorial on RNNs does the same, without the tanh, and its state_dict can be loaded here.
+    The columns of W_h for x and for h are the W_ih and W_hh of an Elman layer, which runs a whole
+    sequence in one call.
 
     Args:
         input_size: I, the number of features of an input.
         hidden_size: H, the number of features of the state.
         output_size: O, the number of classes.
-        device, dtype: of the parameters.
-        backend: what runs the recurrence, see `rnnfast.backend`.
+        device, dtype: the device and dtype of the parameters.
+        backend: the backend of the recurrence, see `rnnfast.backend`.
 
     Raises:
         ValueError: a size is not positive, or there is no such backend.
@@ -64,27 +64,27 @@ class SimpleRNN(nn.Module):
     def forward(
         self, input: Tensor, hidden: Tensor | None = None, *, lengths: Lengths = None
     ) -> tuple[Tensor, Tensor]:
-        """Runs one step or a whole sequence.
+        """Run one step or a whole sequence.
 
         Args:
-            input: one step (B, I), or a sequence (B, T, I).
+            input: one step (B, I), or sequences (B, T, I).
             hidden: h_0 (B, H); zeros if None.
-            lengths: integers (B) from 0 to T, or None: how many steps each sequence has.
+            lengths: integers (B) from 0 to T, the length of each sequence; T if None.
 
         Returns:
-            The logarithms of the probabilities of the classes, (B, O) or (B, T, O), zeros beyond a
-            sequence's end; and h (B, H) after its last step.
+            The log-probabilities of the classes, (B, O) or (B, T, O), with zeros after the end of a
+            sequence; and h (B, H) after the last step of each sequence.
 
         Raises:
-            ValueError: the input has another rank, or a length is out of range.
-            RuntimeError: shapes, dtypes or devices do not fit.
-            TypeError: ``lengths`` are no integers.
+            ValueError: the input has another number of dimensions, or a length is out of range.
+            RuntimeError: shapes, dtypes or devices do not match.
+            TypeError: ``lengths`` are not integers.
         """
         x = as_batch(self, input, self.input_size)
         hidden = self.init_hidden(len(x)) if hidden is None else hidden
         check_state("hidden", hidden, (len(x), self.hidden_size))
         lengths = as_lengths(x, lengths)
-        x = zero_beyond(x, lengths)  # the output reads it too, and a NaN there would reach i2o
+        x = zero_beyond(x, lengths)  # i2o must not read a NaN in the padding
 
         w_ih, w_hh = self.i2h.weight.split([self.input_size, self.hidden_size], 1)
         weights = [w_ih, w_hh, self.i2h.bias, torch.zeros_like(self.i2h.bias)]

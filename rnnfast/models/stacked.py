@@ -1,4 +1,4 @@
-"""Elman layers put together: one, several, and in both directions."""
+"""Elman networks with one layer, with several layers, and in both directions."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ Reading = Literal["ends", "last_step", "every_step"]
 
 
 class RNNModel(SequenceClassifier):
-    """Elman layers, and a linear output from the last step: a `SequenceClassifier`.
+    """Elman layers with a linear output from the last step: a `SequenceClassifier`.
 
-    h_t = tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh), in each layer, x being the h below
-    y = W h_T + b, from the last layer
+    h_t = tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh) in each layer, where x is the h of the layer
+    below; y = W h_T + b with the h of the last layer.
 
-    ``rnn`` are the layers, ``fc`` has W (O, H) and b. Takes an input (B, T, I) and returns y (B, O)
-    and the state (L, B, H). The arguments are those of `RecurrentModel`, with another default cell.
-    All after ``output_size`` are given by name: others have ``num_layers`` before it.
+    ``rnn`` holds the layers, ``fc`` holds W (O, H) and b. The input is (B, T, I), the output
+    y (B, O), the state (L, B, H). The arguments are those of `RecurrentModel`; the default cell is
+    "rnn_tanh". The arguments after ``output_size`` are keyword-only, because other libraries have
+    ``num_layers`` before it.
     """
 
     def __init__(
@@ -61,14 +62,15 @@ class RNNModel(SequenceClassifier):
 
 
 class MultiLayerRNN(SequenceTagger):
-    """Elman layers on top of each other, and a linear output at every step: a `SequenceTagger`.
+    """Stacked Elman layers with a linear output at every step: a `SequenceTagger`.
 
-    h_t = tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh), in each layer, x being the h below
-    y_t = W h_t + b, from the last layer
+    h_t = tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh) in each layer, where x is the h of the layer
+    below; y_t = W h_t + b with the h of the last layer.
 
-    ``rnn`` are the layers, ``fc`` has W (O, H) and b. Takes an input (B, T, I) and returns y
-    (B, T, O) and the state (L, B, H). The arguments are those of `RecurrentModel`, with other
-    defaults. All after ``output_size`` are given by name: others have ``num_layers`` before it.
+    ``rnn`` holds the layers, ``fc`` holds W (O, H) and b. The input is (B, T, I), the output
+    y (B, T, O), the state (L, B, H). The arguments are those of `RecurrentModel`; the defaults are
+    two layers and "rnn_tanh". The arguments after ``output_size`` are keyword-only, because other
+    libraries have ``num_layers`` before it.
     """
 
     def __init__(
@@ -98,34 +100,33 @@ class MultiLayerRNN(SequenceTagger):
 
 
 class BidirectionalRNN(RecurrentModel):
-    """Elman layers that read a sequence from both ends, and a linear output.
+    """Bidirectional Elman layers with a linear output.
 
     f_t = tanh(W_ih x_t + b_ih + W_hh f_{t-1} + b_hh), with t from 1 to T
     g_t = tanh(V_ih x_t + c_ih + V_hh g_{t+1} + c_hh), with t from T to 1
 
-    Schuster, Paliwal, "Bidirectional recurrent neural networks", IEEE Transactions on Signal
-    Processing 45(11), 1997. Which of these the output reads is told by ``reading``:
+    See Schuster, Paliwal, "Bidirectional recurrent neural networks", IEEE Transactions on Signal
+    Processing 45(11), 1997. The argument ``reading`` chooses the states that the output reads:
 
-    - "ends", for one decision on the whole sequence: y = W [f_T, g_1] + b. Both have read all of
-      it: the forward direction is done at the last step, the backward one at the first.
-    - "last_step", often met as ``output[:, -1]``: y = W [f_T, g_T] + b. The backward direction
-      begins at the last step and has read no more than x_T there, so that only the forward one
-      knows of the rest. It is here to compare with.
-    - "every_step", for tagging: y_t = W [f_t, g_t] + b. At each step one direction knows all that
-      comes before and the other all that follows.
+    - "ends", for one decision on the whole sequence: y = W [f_T, g_1] + b. Both states have read
+      the whole sequence. The forward direction ends at step T, the backward direction at step 1.
+    - "last_step", the common ``output[:, -1]``: y = W [f_T, g_T] + b. The backward direction starts
+      at step T, so g_T has read x_T only. This reading is included for comparisons.
+    - "every_step", for tagging: y_t = W [f_t, g_t] + b. f_t has read all steps up to t, and g_t all
+      steps from t on.
 
-    ``rnn`` are the layers, ``fc`` has W (O, 2H) and b.
+    ``rnn`` holds the layers, ``fc`` holds W (O, 2H) and b.
 
     Args:
         input_size: I, the number of features of an input.
         hidden_size: H, the number of features of the state in one direction.
         output_size: O, the number of features of an output.
-        num_layers: L; each layer reads both directions of the one below.
+        num_layers: L; each layer reads both directions of the layer below.
         reading: "ends", "last_step" or "every_step".
         cell, dropout, device, dtype, backend: as in `RecurrentModel`.
 
     Raises:
-        ValueError: a size is not positive, the dropout is no probability, or there is no such
+        ValueError: a size is not positive, the dropout is not a probability, or there is no such
             reading, cell or backend.
     """
 
@@ -166,25 +167,26 @@ class BidirectionalRNN(RecurrentModel):
     def forward(
         self, input: Tensor, hidden: State | None = None, *, lengths: Lengths = None
     ) -> tuple[Tensor, State]:
-        """Reads sequences.
+        """Run the model on sequences.
 
         Args:
             input: (B, T, I).
-            hidden: the state in which each layer and direction begins (2L, B, H), for LSTM a pair
-                of such; zeros if None.
-            lengths: integers (B) from 0 to T, or None: how many steps each sequence has. The
-                backward direction begins at the last of them. Of an empty sequence, "ends" reads
-                the state it begins in and "last_step" zeros.
+            hidden: the initial state of each layer and direction (2L, B, H), or a pair of them for
+                LSTM; zeros if None.
+            lengths: integers (B) from 0 to T, the length of each sequence; T if None. The backward
+                direction starts at the last step of each sequence. For an empty sequence, "ends"
+                reads the initial state and "last_step" reads zeros.
 
         Returns:
-            y (B, O), or (B, T, O) and zeros beyond a sequence's end with ``reading="every_step"``;
-            and the state in which each layer and direction ends, shaped like ``hidden``. It is not
-            one to go on from: the backward directions have been at the first step.
+            y (B, O), or with ``reading="every_step"`` y (B, T, O) with zeros after the end of a
+            sequence; and the final state of each layer and direction, shaped like ``hidden``. The
+            state cannot be used to continue the sequence, because the backward directions end at
+            its first step.
 
         Raises:
-            ValueError: the input has another rank, or a length is out of range.
-            RuntimeError: shapes, dtypes or devices do not fit.
-            TypeError: ``lengths`` are no integers.
+            ValueError: the input has another number of dimensions, or a length is out of range.
+            RuntimeError: shapes, dtypes or devices do not match.
+            TypeError: ``lengths`` are not integers.
         """
         check_batch(self, input)
         h, state = self.rnn(input, hidden, lengths=lengths)

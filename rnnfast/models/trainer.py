@@ -1,4 +1,4 @@
-"""One step of training a CharLSTM, and its loss on another text."""
+"""Training steps of a CharLSTM, and its loss on a held-out text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rnnfast.text import streams
 
 
 class Step(NamedTuple):
-    """What one training step did, in all processes together."""
+    """The result of one training step, over all processes."""
 
     bits_per_char: float
     characters: int
@@ -23,17 +23,17 @@ class Step(NamedTuple):
 
 
 class Trainer:
-    """A model with its optimiser, and the recurrent state it carries along the text.
+    """A model, its optimiser, and the recurrent state that is carried from batch to batch.
 
     Args:
-        model: what learns.
+        model: the model to train.
         learning_rate: Adam's step size.
-        clip: the largest norm of the gradient; longer ones are scaled down to it.
-        processes: each has an equal part of the batch; they start from the same weights, and
-            average their gradients.
+        clip: the maximum norm of the gradient; larger gradients are scaled down to it.
+        processes: each process gets an equal part of every batch. DistributedDataParallel gives all
+            of them the same weights and averages their gradients.
 
     Raises:
-        OverflowError: the learning rate is beyond the range of the weights' dtype.
+        OverflowError: the learning rate is too large for the weights' dtype.
     """
 
     def __init__(
@@ -48,20 +48,26 @@ class Trainer:
         self.clip = clip
         self.state: State | None = None
         self._processes = processes
+        self._parallel: nn.Module | None = None
 
     def step(self, inputs: Tensor, targets: Tensor) -> Step:
-        """Learn from one batch, or this process' part (B, T): forward, backward, clipping, Adam.
+        """Take one step: forward, backward, clipping of the gradient, Adam.
+
+        Args:
+            inputs: this process' part (B, T) of the batch.
+            targets: the next token after each input (B, T).
 
         Raises:
-            ArithmeticError: the loss or its gradient is not finite; the weights are as they were.
+            ArithmeticError: the loss or the norm of its gradient is not finite. The weights remain
+                unchanged.
         """
-        logits, state = self.model(inputs, self.state)
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        if self._parallel is None:
+            self._parallel = self._connect(inputs, targets)
+        loss, state = self._loss(self._parallel, inputs, targets)
         self.optimiser.zero_grad()
         loss.backward()
-        self._processes.average_gradients(self.model)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip).item()
-        # Agreed before anyone may raise, else the others would wait for this process.
+        # All processes raise, or none does: the others would wait for a process that raised alone.
         nats, characters = self._processes.sum(loss.item() / self._processes.size, inputs.numel())
         for name, value in (("loss", nats / math.log(2)), ("gradient's norm", norm)):
             if not math.isfinite(value):
@@ -70,15 +76,40 @@ class Trainer:
         self.state = (state[0].detach(), state[1].detach())
         return Step(nats / math.log(2), round(characters), norm)
 
+    def close(self) -> None:
+        """Free the DistributedDataParallel wrapper; a later `step` makes another one.
+
+        The process group must not be destroyed while there is a wrapper.
+        """
+        self._parallel = None
+
+    def _connect(self, inputs: Tensor, targets: Tensor) -> nn.Module:
+        """Wrap the model for data-parallel training.
+
+        DistributedDataParallel rearranges its gradient buckets after the first backward pass. Sums
+        over three or more processes then round differently. The first pass is therefore a rehearsal
+        without a step; otherwise a resumed training would differ from an uninterrupted one.
+        """
+        model = self._processes.data_parallel(self.model)
+        if model is not self.model:
+            with torch.random.fork_rng([inputs.device] if inputs.is_cuda else []):
+                self._loss(model, inputs, targets)[0].backward()
+        return model
+
+    def _loss(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> tuple[Tensor, State]:
+        """The mean loss of a batch in nats, and the recurrent state after it."""
+        logits, state = model(inputs, self.state)
+        return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()), state
+
 
 def adam(model: nn.Module, learning_rate: float) -> torch.optim.Adam:
     """Adam for all parameters of a model.
 
     Raises:
-        OverflowError: the learning rate is beyond the range of the weights' dtype.
+        OverflowError: the learning rate is too large for the weights' dtype.
     """
     optimiser = torch.optim.Adam(model.parameters(), learning_rate)
-    # Adam's first step is the learning rate over 1 - beta1.
+    # Adam divides the learning rate by 1 - beta1 in its first step.
     largest_step = learning_rate / (1 - optimiser.defaults["betas"][0])
     dtype = next(model.parameters()).dtype
     if largest_step > torch.finfo(dtype).max:
@@ -90,16 +121,19 @@ def adam(model: nn.Module, learning_rate: float) -> torch.optim.Adam:
 
 
 def sample(tokens: Tensor, batch_size: int, seq_length: int, limit: int | None = None) -> Tensor:
-    """The part of a text that `evaluate` reads: (B, L + 1), L characters and what follows each.
+    """The part of a text that `evaluate` reads, spread over the whole text.
 
-    The rows are the beginnings of `batch_size` streams of equal length, or of as many as the text
-    is long enough for: the sample is spread over the whole text.
+    The text is cut into B streams of equal length. A row holds the first L + 1 tokens of a stream:
+    L inputs, and the token that follows the last of them.
 
     Args:
-        tokens: (N,).
-        batch_size: B, at most.
-        seq_length: the length that a row has at least, if the text is that long.
-        limit: how many characters are read, about; None for all.
+        tokens: int64 (N,).
+        batch_size: the largest B. A text that is too short for it gets fewer streams.
+        seq_length: the smallest L, unless the text is shorter.
+        limit: the approximate number of inputs in all rows; None for the whole text.
+
+    Returns:
+        (B, L + 1).
 
     Raises:
         TextError: the text has fewer than two characters.
@@ -122,20 +156,20 @@ def evaluate(
     limit: int | None = None,
     on_batch: Callable[[float], None] | None = None,
 ) -> float:
-    """Mean bits per character that a model needs for tokens (N,), without dropout.
+    """The mean loss of a model on a text, in bits per character, without dropout.
 
-    The text is read as in training, in `batch_size` streams or as many as it is long enough
-    for; each starts from a state of zeros. The processes share the streams.
+    The text is read as in training, in parallel streams (see `sample`). Each stream starts from a
+    state of zeros.
 
     Args:
-        model: what is judged.
+        model: the model to evaluate.
         tokens: int64 (N,).
-        batch_size: how many streams are read in parallel.
-        seq_length: how many characters of each are read at a time.
-        processes: share the streams.
-        limit: how many characters are read, about, see `sample`; None for all.
-        on_batch: is told after each batch which part of the work is done; what it raises ends the
-            evaluation.
+        batch_size: the number of streams, if the text is long enough for them.
+        seq_length: the number of characters of each stream in one call of the model.
+        processes: the processes, which share the streams.
+        limit: the approximate number of characters to read; None for all.
+        on_batch: called after each batch with the fraction of the work that is done. If it raises
+            an exception, the evaluation ends.
 
     Raises:
         TextError: the text has fewer than two characters.

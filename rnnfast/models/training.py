@@ -26,24 +26,26 @@ __all__ = ["Record", "Run", "Trainer", "TrainingOptions", "evaluate", "sample"]
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """How a CharLSTM is trained.
+    """The options of a training of a CharLSTM.
 
     Attributes:
-        seq_length: how many characters the gradient reaches back.
-        batch_size: how many streams of text are read in parallel.
-        epochs: how often the text is read.
-        max_seconds: ends the training earlier, validations included, with the learning rate brought
-            down in time.
-        learning_rate: Adam's step size at its highest.
-        clip: the largest norm of the gradient; longer ones are scaled down to it.
-        schedule: how the learning rate changes, see `rnnfast.models.schedule.Schedule`.
-        eval_every: steps between validations, besides the one after each epoch; None is no others.
-        patience: ends the training after so many validations without a better loss; None never.
-        eval_characters: how many characters a validation reads, about, spread over the held-out
-            text; None for all.
+        seq_length: the number of characters that the gradient reaches back.
+        batch_size: the number of streams of text that are read in parallel.
+        epochs: the number of times that the text is read.
+        max_seconds: the time limit, which includes the validations. The learning rate falls in time
+            for it.
+        learning_rate: Adam's step size at its maximum.
+        clip: the maximum norm of the gradient; larger gradients are scaled down to it.
+        schedule: the learning-rate schedule, see `rnnfast.models.schedule.Schedule`.
+        eval_every: the number of steps between validations. There is also one after each epoch;
+            None adds no others.
+        patience: the number of validations in a row without a better loss that ends the training;
+            None never ends it.
+        eval_characters: the approximate number of characters that a validation reads, spread over
+            the held-out text; None for all.
 
     Raises:
-        ValueError: a number is not above zero.
+        ValueError: a number is not greater than zero.
     """
 
     seq_length: int
@@ -64,16 +66,17 @@ class TrainingOptions:
 
 
 class Record(NamedTuple):
-    """What is known after a step.
+    """The figures of one step.
 
     Attributes:
-        step: how many steps have been taken.
-        epoch: which reading of the text it was in, from 1.
-        characters: how many have been read.
-        learning_rate: of this step.
-        bits_per_char: the loss of this step's batch, before the step.
-        gradient_norm: before clipping.
-        validation_bits_per_char: of the held-out text after the step, if it was looked at.
+        step: the number of this step, from 1.
+        epoch: the number of its epoch, from 1.
+        characters: the number of characters read so far.
+        learning_rate: the learning rate of this step.
+        bits_per_char: the loss of this step's batch before the weights changed.
+        gradient_norm: the norm of the gradient before clipping.
+        validation_bits_per_char: the loss of the held-out text after the step, or None if there was
+            no validation.
     """
 
     step: int
@@ -86,39 +89,42 @@ class Record(NamedTuple):
 
 
 class Run:
-    """A training from its first to its last step; iterate over it to take the steps.
+    """A whole training; iterating over it takes the steps and yields a `Record` for each.
 
-    `state_dict` between two steps holds all that the rest depends on. A run that goes on from it
-    computes the same numbers as one that was never interrupted, bit for bit on the same kind of
-    processor with the same number of threads, unless the clock interferes: `max_seconds` counts
-    from half-time on, see `rnnfast.models.schedule.progress`.
+    `state_dict` holds everything that the remaining steps depend on. A run that is restored from it
+    computes the same numbers as a run that was never interrupted. They agree bit for bit on the
+    same kind of processor with the same number of threads. The only exception is a training that
+    has used half of `max_seconds`: from then on its learning rate depends on the clock, see
+    `rnnfast.models.schedule.progress`.
 
-    What `on_validation` raises ends the iteration. A validation that was ended so is done anew
-    when the run goes on, whether by another iteration or from its `state_dict`.
+    An exception from `on_validation` ends the iteration. The interrupted validation is repeated
+    when the run continues, either by another iteration or from its `state_dict`.
 
     Args:
-        model: what learns.
-        tokens: int64 (N,), the text to learn.
-        options: how.
-        held_out: int64 (M,), the text to judge by; None for a training without validation.
-        processes: share the streams of a batch evenly, and agree in all else.
+        model: the model to train.
+        tokens: int64 (N,), the training text.
+        options: the options of the training.
+        held_out: int64 (M,), the text of the validations; None for no validations.
+        processes: the processes that train the model together. Each gets an equal part of the
+            streams.
 
     Attributes:
-        on_validation: if not None, is told in the course of a validation which part of it is done.
-        total: how many steps there will be, if nothing ends the training earlier.
-        steps: how many have been taken.
-        recorded: of how many the record was given out: of all, unless the validation that follows
-            the last one was ended.
-        seconds: the time they took, with the validations, over all resumptions; more can be added.
-        characters: how many they have read.
-        best_bits, best_step: the lowest validation loss in bits per character, infinite before the
-            first, and the step it came after.
-        last_bits: the latest validation loss, 0 before the first.
+        on_validation: if not None, called during a validation with the fraction that is done.
+        total: the number of steps of the whole training, if nothing ends it earlier.
+        steps: the number of steps taken so far.
+        recorded: the number of steps whose record was yielded. It is one less than `steps` while
+            the validation after the latest step is still to be repeated.
+        seconds: the time of all steps and validations, including those before a resumption. The
+            caller may add time of its own.
+        characters: the number of characters read so far.
+        best_bits, best_step: the lowest validation loss in bits per character (infinite before the
+            first validation), and the step before it.
+        last_bits: the latest validation loss, or 0 before the first validation.
 
     Raises:
         TextError: the text is too short for the batch size and sequence length.
         ValueError: the processes cannot share the batch evenly, or the schedule is unknown.
-        OverflowError: the learning rate is beyond the range of the weights' dtype.
+        OverflowError: the learning rate is too large for the weights' dtype.
     """
 
     def __init__(
@@ -141,43 +147,43 @@ class Run:
         self._characters_per_epoch = inputs.numel()
         self._inputs, self._targets = processes.share(inputs), processes.share(targets)
         self._trainer = Trainer(model, options.learning_rate, options.clip, processes)
-        self._schedule = Schedule(options.schedule, self._trainer.optimiser)
         self._steps_per_epoch = math.ceil(inputs.size(1) / options.seq_length)
         self.total = options.epochs * self._steps_per_epoch
         self.steps, self.seconds = 0, 0.0
         self.best_bits, self.best_step, self.last_bits = math.inf, 0, 0.0
         self._best_weights: dict[str, Tensor] = {}
         self._validations_since_best = 0
-        self._step_seconds: deque[float] = deque(maxlen=2)  # what the latest took
-        self._validation_seconds = 0.0  # what the latest took
-        self._pending: Record | None = None  # of a step whose validation is still to come
+        self._step_seconds: deque[float] = deque(maxlen=2)  # of the latest two steps
+        self._validation_seconds = 0.0  # of the latest validation
+        self._pending: Record | None = None  # record of a step whose validation is not done yet
+        self._schedule = Schedule(options.schedule, self._trainer.optimiser, self._progress)
 
     @property
     def recorded(self) -> int:
-        """Of how many steps the record was given out."""
+        """The number of steps whose record was yielded."""
         return self.steps - (self._pending is not None)
 
     @property
     def characters(self) -> int:
-        """How many have been read."""
+        """The number of characters read so far."""
         epochs, position = divmod(self.steps, self._steps_per_epoch)
         in_epoch = position * self.options.seq_length * self.options.batch_size
         return epochs * self._characters_per_epoch + in_epoch
 
     @property
     def total_characters(self) -> int:
-        """How many will have been read after `total` steps."""
+        """The number of characters that `total` steps read."""
         return self.options.epochs * self._characters_per_epoch
 
     @property
     def out_of_time(self) -> bool:
-        """Whether another step, and a validation, would take longer than `max_seconds`."""
+        """Whether another step and a validation would exceed `max_seconds`."""
         return self.steps > 0 and self.seconds >= self._seconds_of_steps
 
     @property
     def _seconds_of_steps(self) -> float:
-        """When the last step has to begin."""
-        step = min(self._step_seconds, default=0.0)  # of two: one may have been held up
+        """The time, in seconds, by which the last step must begin."""
+        step = min(self._step_seconds, default=0.0)  # the minimum: one may have been delayed
         return max(self.options.max_seconds - self._validation_seconds - step, _SHORTEST)
 
     @property
@@ -188,7 +194,7 @@ class Run:
 
     @property
     def ended(self) -> bool:
-        """Whether there will be no more steps."""
+        """Whether the training is over."""
         if self._pending is not None:
             return False
         return self.steps >= self.total or self.out_of_time or self.out_of_patience
@@ -201,17 +207,20 @@ class Run:
         """
         start = time.monotonic() - self.seconds
         self.model.train()
-        while not self.ended:
-            record = self._pending or self._advance(start)
-            if self._validation_is_due():
-                self._pending = record
-                record = record._replace(validation_bits_per_char=self._validate())
-                self._count_seconds(start)
-                self._pending = None
-            yield record
+        try:
+            while not self.ended:
+                record = self._pending or self._advance(start)
+                if self._validation_is_due():
+                    self._pending = record
+                    record = record._replace(validation_bits_per_char=self._validate())
+                    self._count_seconds(start)
+                    self._pending = None
+                yield record
+        finally:
+            self._trainer.close()
 
     def evaluate(self) -> float:
-        """The mean bits per character of what validations read; there must be a held-out text."""
+        """The validation loss of the current weights; the run must have a held-out text."""
         assert self._held_out is not None
         options, start = self.options, time.monotonic()
         bits = evaluate(
@@ -227,14 +236,12 @@ class Run:
         return bits
 
     def _advance(self, start: float) -> Record:
-        """One step; `start` is when the clock read 0."""
+        """Take one step; `start` is the monotonic time at which `seconds` was 0."""
         options = self.options
         epoch, position = divmod(self.steps, self._steps_per_epoch)
         if position == 0:
             self._trainer.state = None
-        self._schedule.before_step(
-            progress(self.steps / self.total, self.seconds / self._seconds_of_steps)
-        )
+        self._schedule.before_step(self.steps)
         learning_rate = self._trainer.optimiser.param_groups[0]["lr"]
         columns = slice(position * options.seq_length, (position + 1) * options.seq_length)
         step = self._trainer.step(self._inputs[:, columns], self._targets[:, columns])
@@ -252,12 +259,16 @@ class Run:
             None,
         )
 
+    def _progress(self, steps: int) -> float:
+        """The progress, from 0 to 1, when `steps` steps have just been taken."""
+        return progress(steps / self.total, self.seconds / self._seconds_of_steps)
+
     def _count_seconds(self, start: float) -> None:
-        """Read the clock, which all processes have to agree on."""
+        """Update `seconds` to the maximum over the processes, so that all take the same steps."""
         (self.seconds,) = self.processes.highest(time.monotonic() - start)
 
     def _validation_is_due(self) -> bool:
-        """After every epoch and every `eval_every` steps, and when the time is over."""
+        """Whether a validation is due: after an epoch, `eval_every` steps, or the time limit."""
         if self._held_out is None:
             return False
         every = self.options.eval_every
@@ -268,7 +279,7 @@ class Run:
         )
 
     def _validate(self) -> float:
-        """Look at the held-out text, and remember the weights if they are the best so far."""
+        """Compute the validation loss, and keep a copy of the weights if it is the lowest."""
         bits = self.evaluate()
         if not math.isfinite(bits):
             raise ArithmeticError(
@@ -284,12 +295,12 @@ class Run:
         return bits
 
     def restore_best(self) -> None:
-        """Give the model the weights of the best validation, if there was one."""
+        """Load the weights of the best validation into the model, if there was a validation."""
         if self._best_weights:
             self.model.load_state_dict(self._best_weights)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the rest of the run depends on; every process must ask for it."""
+        """Everything that the remaining steps depend on; all processes must call this together."""
         device = self.processes.device
         hidden = self._trainer.state
         own = {
@@ -313,16 +324,15 @@ class Run:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` returned; this also sets torch's random states.
+        """Restore what `state_dict` returned, including torch's random states.
 
         Raises:
-            KeyError, RuntimeError, TypeError, ValueError: it is the state of something else.
+            KeyError, RuntimeError, TypeError, ValueError: the state does not fit this run.
         """
         device = self.processes.device
         own = state["processes"][self.processes.rank]
         self.model.load_state_dict(state["model"])
         self._trainer.optimiser.load_state_dict(state["optimiser"])
-        self._schedule.load_state_dict(state["schedule"])
         self._trainer.state = None
         if own["hidden"] is not None:
             h, c = own["hidden"]
@@ -334,6 +344,7 @@ class Run:
         self._best_weights = dict(state["best_weights"])
         self._validations_since_best = operator.index(state["validations_since_best"])
         self._pending = None if state["pending"] is None else Record(*state["pending"])
+        self._schedule.load_state_dict(state["schedule"], self.steps)
         torch.set_rng_state(own["random"])
         if own["cuda_random"] is not None:
             torch.cuda.set_rng_state(own["cuda_random"], device)

@@ -1,4 +1,4 @@
-"""A row for every step of a training, in a CSV file and, if wished, for TensorBoard."""
+"""The log of a training: one row per step in a CSV file and, optionally, in TensorBoard."""
 
 from __future__ import annotations
 
@@ -21,19 +21,20 @@ COLUMNS = (*Record._fields, "seconds")
 
 
 class TrainingLog:
-    """Writes rows as the steps happen; a context manager.
+    """Writes a row after each step; a context manager.
 
-    The CSV file has one line for its header and one for each step. Numbers are written in full,
-    so that two trainings were the same if their files are, apart from the last column.
+    The CSV file has one header line and one line per step. Numbers are written with all their
+    digits. Two trainings computed the same numbers if their files are equal in all columns but the
+    last, the time.
 
     Args:
         path: the CSV file.
-        steps: how many of its steps are kept, for the training goes on after them.
+        steps: the number of rows to keep from an existing file, when a training is resumed.
         tensorboard: a folder for TensorBoard, or None.
 
     Raises:
         OSError: the file cannot be read or written.
-        ValueError: there are fewer steps in it, or tensorboard is not installed.
+        ValueError: the existing file has fewer rows than `steps`, or tensorboard is not installed.
     """
 
     def __init__(self, path: Path, steps: int = 0, tensorboard: Path | None = None) -> None:
@@ -42,7 +43,7 @@ class TrainingLog:
         if kept[0] != header:
             raise ValueError(f"{path} is not the log of a training: expected the header {header!r}")
         self._writer: Any = None
-        if tensorboard is not None:  # its later steps, of an earlier training, are hidden
+        if tensorboard is not None:  # purge_step hides the later steps of an earlier training
             self._writer = summary_writer_class()(tensorboard, purge_step=steps + 1)
         write_atomically(path, "".join(kept).encode())
         self._file = path.open("a", encoding="ascii", newline="")
@@ -62,7 +63,7 @@ class TrainingLog:
             self._writer.close()
 
     def write(self, record: Record, seconds: float) -> None:
-        """Add a step; it is in the file when this returns."""
+        """Write the row of a step to the file."""
         self._rows.writerow([*record, f"{seconds:.3f}"])
         self._file.flush()
         if self._writer is None:
@@ -78,14 +79,14 @@ class TrainingLog:
                 self._writer.add_scalar(name, value, record.step)
 
     def sync(self) -> None:
-        """Wait until the rows are on the disk, as they must be before a checkpoint counts them."""
+        """Flush the rows to the disk, so that a checkpoint never counts rows that may get lost."""
         os.fsync(self._file.fileno())
         if self._writer is not None:
             self._writer.flush()
 
 
 def read_log(path: Path) -> dict[str, NDArray[np.float64]]:
-    """The columns of the CSV file, with NaN where there is no number.
+    """Read the columns of the CSV file; an empty field becomes NaN.
 
     Raises:
         OSError: the file cannot be read.
@@ -95,7 +96,7 @@ def read_log(path: Path) -> dict[str, NDArray[np.float64]]:
 
 
 def _first_lines(path: Path, steps: int) -> list[str]:
-    """The header and the rows of the first steps, of what may end in the middle of a row."""
+    """The header and the rows of the first steps; the file may end with an incomplete row."""
     with path.open(encoding="ascii", errors="replace", newline="") as file:
         lines = file.readlines()[: steps + 1]
     last = f"{steps},"
@@ -105,7 +106,7 @@ def _first_lines(path: Path, steps: int) -> list[str]:
 
 
 def summary_writer_class() -> Any:
-    """What writes for TensorBoard.
+    """Import torch's class that writes files for TensorBoard.
 
     Raises:
         ValueError: tensorboard is not installed.

@@ -1,4 +1,4 @@
-"""Translation of short texts, character by character: a Seq2SeqLSTM with its vocabularies."""
+"""Translation of short texts, character by character, with a Seq2SeqLSTM."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rnnfast.models.atomic import write_atomically
-from rnnfast.models.schedule import one_cycle, progress
+from rnnfast.models.schedule import Schedule, progress
 from rnnfast.models.seq2seq import Seq2SeqConfig, Seq2SeqLSTM
 from rnnfast.models.trainer import adam
 from rnnfast.text import CharVocabulary, TextError, load_text
@@ -23,23 +23,23 @@ Pair = tuple[str, str]
 
 _KEY = "rnnfast.Seq2SeqLSTM"
 _PADDING, _START, _END = "<pad>", "<s>", "</s>"
-_ROWS = 256  # hypotheses that are followed at a time, about
+_ROWS = 256  # approximate number of hypotheses in a batch
 
 
 @dataclass(frozen=True)
 class Translator:
-    """A model, and the vocabularies of what it reads and of what it writes.
+    """A model with the vocabularies of its source and target texts.
 
     Attributes:
         model: the network.
-        source: the characters it reads.
-        target: the characters it writes.
-        max_length: the most characters that a translation may have.
+        source: the vocabulary of the source texts.
+        target: the vocabulary of the translations.
+        max_length: the maximum number of characters in a translation.
 
     Raises:
         TextError: the target vocabulary lacks a special symbol.
-        ValueError: the vocabularies do not fit the model, or `max_length` is no integer of 1 or
-            more.
+        ValueError: the vocabularies do not fit the model, or `max_length` is not a positive
+            integer.
     """
 
     model: Seq2SeqLSTM
@@ -61,16 +61,16 @@ class Translator:
 
     @classmethod
     def for_pairs(cls, pairs: Sequence[Pair], hidden_size: int, **options: Any) -> Translator:
-        """An untrained translator that knows the characters and the lengths of some pairs.
+        """Make an untrained translator whose vocabularies and `max_length` come from text pairs.
 
         Args:
-            pairs: (source, target), texts.
+            pairs: texts (source, target).
             hidden_size: see `Seq2SeqLSTM`.
-            options: other keywords of `Seq2SeqLSTM`.
+            options: further keyword arguments of `Seq2SeqLSTM`.
 
         Raises:
             TextError: there are no pairs, or no characters in them.
-            ValueError: as `Seq2SeqLSTM`.
+            ValueError: the errors of `Seq2SeqLSTM`.
         """
         if not pairs:
             raise TextError("expected at least one pair of texts, got none")
@@ -90,15 +90,15 @@ class Translator:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device of the model."""
         return self.model.head.weight.device
 
     def translate(self, texts: Sequence[str], beam_size: int = 1) -> list[str]:
-        """Translate texts; `beam_size` as in `Seq2SeqLSTM.decode`.
+        """Translate texts. `beam_size` is that of `Seq2SeqLSTM.decode`.
 
         Raises:
             TextError: a text is empty, or has characters that the vocabulary lacks.
-            ValueError: as `Seq2SeqLSTM.decode`.
+            ValueError: the errors of `Seq2SeqLSTM.decode`.
         """
         translations = []
         texts_at_once = max(1, _ROWS // max(1, beam_size))
@@ -107,16 +107,16 @@ class Translator:
             written = self.model.decode(
                 sources,
                 lengths,
-                max_length=self.max_length + 1,  # the end symbol
+                max_length=self.max_length + 1,  # including the end symbol
                 beam_size=beam_size,
             )
-            lengths = written.lengths.clamp(max=self.max_length)  # some may not have ended
+            lengths = written.lengths.clamp(max=self.max_length)  # for texts without an end symbol
             rows = zip(written.tokens, lengths, strict=True)
             translations += [self.target.decode(row[:length]) for row, length in rows]
         return translations
 
     def encode_sources(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """The padded tokens (B, S) of B texts, on the model's device, and their lengths (B).
+        """Encode B texts as padded tokens (B, S) on the model's device, and their lengths (B).
 
         Raises:
             TextError: a text is empty, or has characters that the vocabulary lacks.
@@ -133,7 +133,7 @@ class Translator:
         return tokens.to(self.device), lengths
 
     def encode_targets(self, texts: Sequence[str]) -> Tensor:
-        """The padded tokens (B, T) of B texts, each with its end symbol, on the model's device.
+        """Encode B texts with their end symbols as padded tokens (B, T) on the model's device.
 
         Raises:
             TextError: a text has characters that the vocabulary lacks.
@@ -142,7 +142,7 @@ class Translator:
         return self.target.pad(rows)[0].to(self.device)
 
     def save(self, path: str | Path) -> None:
-        """Write all of this to one safetensors file (needs `rnnfast[cli]`).
+        """Write the translator to one safetensors file (needs `rnnfast[cli]`).
 
         Raises:
             OSError: the file cannot be written.
@@ -164,16 +164,16 @@ class Translator:
         device: torch.device | str | None = None,
         backend: str | None = None,
     ) -> Translator:
-        """Read what `save` wrote (needs `rnnfast[cli]`).
+        """Read a translator that `save` wrote (needs `rnnfast[cli]`).
 
         Args:
-            path: the file, or the folder in which it is named `model.safetensors`.
-            device: where the model goes; the CPU if None.
+            path: the file, or a folder with a file named `model.safetensors`.
+            device: the device of the model; the CPU if None.
             backend: see `Seq2SeqLSTM`.
 
         Raises:
             FileNotFoundError: there is no such file.
-            CheckpointError: the file is damaged, or holds something else.
+            CheckpointError: the file is damaged, or does not hold a translator.
         """
         from rnnfast.models import checkpoint
 
@@ -193,7 +193,7 @@ class Translator:
             checkpoint.check_tensors(tensors, description["config"])
             source = CharVocabulary.from_state(description["source"])
             target = CharVocabulary.from_state(description["target"])
-            # The weights come from the file: neither allocate nor draw them.
+            # The weights come from the file, so they are not initialised here.
             model = Seq2SeqLSTM(**description["config"], device="meta", backend=backend)
             model.load_state_dict(tensors, assign=True)
             translator = cls(model, source, target, description["max_length"])
@@ -207,11 +207,11 @@ class Translator:
 
 
 def load_pairs(path: str | Path) -> list[Pair]:
-    """Read pairs from a UTF-8 file: a source, a tab and its target on each line.
+    """Read text pairs from a UTF-8 file. Each line holds a source, a tab and its target.
 
     Raises:
         OSError: the file is missing or cannot be read.
-        TextError: the file is not UTF-8, or a line is not such a pair.
+        TextError: the file is not UTF-8, or a line does not hold a pair.
     """
     pairs = []
     for number, line in enumerate(load_text(path).removesuffix("\n").split("\n"), start=1):
@@ -223,19 +223,20 @@ def load_pairs(path: str | Path) -> list[Pair]:
 
 
 def split_pairs(pairs: Sequence[Pair], validation: float) -> tuple[list[Pair], list[Pair]]:
-    """Cut pairs into those to learn from and those to judge by, a fraction of the sources.
+    """Split pairs into training pairs and held-out pairs.
 
-    The last of the distinct sources are held out, with all of their pairs, so that none of them is
-    learnt. Blanks around a source do not count. A pair that is held out is so once.
+    A fraction `validation` of the distinct sources is held out, taken from the end. All pairs of a
+    held-out source are held out, so the training sees none of them. Sources that differ only in
+    leading or trailing blanks count as one. Duplicates of a held-out pair are removed.
 
     Raises:
-        TextError: there are too few sources to have both.
+        TextError: there are too few sources for both parts.
     """
     sources = list(dict.fromkeys(source.strip() for source, _ in pairs))
     cut = len(sources) - round(len(sources) * validation)
     if not 0 < cut < len(sources):
         raise TextError(
-            f"too few pairs, {len(sources)} by their sources, to keep {validation:g} of them"
+            f"too few pairs: {len(sources)} distinct sources, of which {validation:g} is held out"
         )
     kept = set(sources[cut:])
     learnt = [pair for pair in pairs if pair[0].strip() not in kept]
@@ -244,15 +245,15 @@ def split_pairs(pairs: Sequence[Pair], validation: float) -> tuple[list[Pair], l
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """How a translator is trained.
+    """The options of a training of a translator.
 
     Attributes:
-        batch_size: how many pairs a step learns from.
-        epochs: how often all pairs are seen.
-        max_seconds: ends the training earlier, with the learning rate brought down in time.
-        learning_rate: Adam's step size at its highest.
-        clip: the largest norm of the gradient; longer ones are scaled down to it.
-        teacher_forcing: see `Seq2SeqLSTM.forward`.
+        batch_size: the number of pairs in a step.
+        epochs: the number of times that all pairs are seen.
+        max_seconds: the time limit. The learning rate falls in time for it.
+        learning_rate: Adam's step size at its maximum.
+        clip: the maximum norm of the gradient; larger gradients are scaled down to it.
+        teacher_forcing: the `teacher_forcing_ratio` of `Seq2SeqLSTM.forward`.
     """
 
     batch_size: int
@@ -264,11 +265,11 @@ class TrainingOptions:
 
 
 class Step(NamedTuple):
-    """What one training step did.
+    """The result of one training step.
 
     Attributes:
-        bits_per_char: the loss of its batch, before the step.
-        characters: how many target characters it learnt from, end symbols included.
+        bits_per_char: the loss of the batch before the weights changed.
+        characters: the number of target characters in the batch, including end symbols.
     """
 
     bits_per_char: float
@@ -278,15 +279,16 @@ class Step(NamedTuple):
 def train(
     translator: Translator, pairs: Sequence[Pair], options: TrainingOptions
 ) -> Iterator[Step]:
-    """Learn from pairs, in an order drawn anew in each epoch; yields after every step.
+    """Train on pairs, which are shuffled in each epoch; yield the result of every step.
 
-    A step is forward, backward, clipping, Adam; the random numbers are torch's.
+    A step is forward, backward, clipping of the gradient, and Adam. The order of the pairs comes
+    from torch's default generator.
 
     Raises:
         TextError: there are no pairs, a text has characters that the vocabularies lack, or a source
             is empty.
-        ArithmeticError: the learning rate is too large for the weights; in a step: the loss is not
-            finite.
+        ArithmeticError: the learning rate is too large for the weights' dtype; or, in a step, the
+            loss is not finite.
     """
     start = time.monotonic()
     sources, lengths = translator.encode_sources([source for source, _ in pairs])
@@ -304,17 +306,17 @@ def _steps(
     optimiser: torch.optim.Adam,
     start: float,
 ) -> Iterator[Step]:
-    """Take the steps of `train`; `start` is when the clock read 0."""
+    """Take the steps of `train`; `start` is the monotonic time of its beginning."""
     total = options.epochs * math.ceil(len(sources) / options.batch_size)
-    done = 0
+    done, elapsed = 0, 0.0
+    schedule = Schedule("one-cycle", optimiser, lambda steps: progress(steps / total, elapsed))
     model.train()
     for _ in range(options.epochs):
         for rows in torch.randperm(len(sources), device="cpu").split(options.batch_size):
             elapsed = (time.monotonic() - start) / options.max_seconds
             if done and elapsed >= 1:
                 return
-            factor = one_cycle(progress(done / total, elapsed))
-            optimiser.param_groups[0]["lr"] = factor * options.learning_rate
+            schedule.before_step(done)
             source, target = sources[rows, : int(lengths[rows].max())], targets[rows]
             logits = model(source, target, lengths[rows], options.teacher_forcing)
             loss = model.loss(logits, target)
@@ -330,10 +332,10 @@ def _steps(
 
 
 def exact_match(translator: Translator, pairs: Sequence[Pair], beam_size: int = 1) -> float:
-    """The fraction of the sources whose translation is the target, character for character.
+    """The fraction of the sources whose translation equals the target exactly.
 
     Raises:
-        TextError: as `Translator.translate`.
+        TextError: the errors of `Translator.translate`.
         ValueError: there are no pairs, or the beam size is below 1.
     """
     if not pairs:

@@ -1,4 +1,4 @@
-"""The model to beat: what a character tells about the next one by counting pairs."""
+"""A bigram model, the baseline for character models."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from rnnfast.text.errors import TextError
 if TYPE_CHECKING:
     from numpy.typing import NDArray  # slow to import
 
-_PIECE = 1 << 16  # characters that are counted together, at least
+_PIECE = 1 << 16  # minimum number of characters that are counted at once
 
 
 def bigram_bits_per_char(
     train: Tensor | NDArray[np.integer], validation: Tensor | NDArray[np.integer], vocab_size: int
 ) -> float:
-    """Mean bits per character that a bigram model of `train` needs for `validation`.
+    """The loss on `validation` of a bigram model of `train`, in bits per character.
 
-    P(b | a) = (count(ab) + u(a) P(b)) / (count(a) + u(a)), with u(a) the number of distinct
-    characters seen after a, and P(b) the add-one unigram model (Witten and Bell, 1991).
+    The model is P(b | a) = (count(ab) + u(a) P(b)) / (count(a) + u(a)). Here u(a) is the number of
+    distinct characters that follow a, and P(b) is the add-one unigram model (Witten and Bell,
+    1991).
 
     Args:
-        train: integers (N,), the text to learn from.
-        validation: integers (M,), the text to predict; or (B, M), B texts.
-        vocab_size: how many characters there are.
+        train: integers (N,), the training text.
+        validation: integers (M,), the text to predict, or (B, M) for B texts.
+        vocab_size: the number of distinct characters.
 
     Raises:
         TextError: either text has fewer than two characters.

@@ -15,7 +15,7 @@ from rnnfast.text.vocabulary import Vocabulary
 if TYPE_CHECKING:
     from numpy.typing import NDArray  # slow to import
 
-_PIECE = 1 << 16  # characters that are looked at together: they stay in the cache
+_PIECE = 1 << 16  # number of characters that are processed at once; they fit into the cache
 _CODE_POINTS = 0x110000
 
 
@@ -38,7 +38,8 @@ class CharVocabulary(Vocabulary):
         characters: the characters in token order, without the special symbols.
 
     Raises:
-        TextError: there is no character, or an item is not a single one; see also `Vocabulary`.
+        TextError: there are no characters, or an item is not a single character; see also
+            `Vocabulary`.
         TypeError: see `Vocabulary`.
     """
 
@@ -61,11 +62,12 @@ class CharVocabulary(Vocabulary):
         self.characters = "".join(self._items)
         single = {ord(symbol): token for symbol, token in self._tokens.items() if len(symbol) == 1}
         default = -1 if unknown is None else self._tokens[unknown]
-        self._by_code_point = np.full(max(single) + 2, default)  # the last is of all beyond
+        # The last entry is for all code points beyond the largest known one.
+        self._by_code_point = np.full(max(single) + 2, default)
         self._by_code_point[list(single)] = list(single.values())
 
     def encode(self, text: str | Iterable[str]) -> Tensor:
-        """Turn a text, or symbols one by one, T in all, into tokens: an int64 tensor (T,).
+        """Turn a text, or an iterable of symbols, into tokens: int64 (T,) on the CPU.
 
         Raises:
             TextError, TypeError: see `Vocabulary.encode`.
@@ -77,7 +79,7 @@ class CharVocabulary(Vocabulary):
             self._by_code_point.take(codes, mode="clip", out=tokens[done : done + len(codes)])
             done += len(codes)
         if tokens.size and tokens.min() < 0:
-            return super().encode(text)  # which names what is unknown
+            return super().encode(text)  # raises an error that names the unknown characters
         return torch.from_numpy(tokens)
 
     @staticmethod
@@ -89,14 +91,14 @@ class CharVocabulary(Vocabulary):
 
 
 def _code_points(text: str) -> Iterator[NDArray[np.uint32]]:
-    """The characters of a text as numbers, piece by piece."""
+    """The code points of a text, in pieces."""
     for first in range(0, len(text), _PIECE):
         piece = text[first : first + _PIECE].encode("utf-32-le", "surrogatepass")
         yield np.frombuffer(piece, "<u4")
 
 
 def _distinct(text: str) -> set[str]:
-    """The distinct characters of a text; of a long one sooner than `set` has them."""
+    """The distinct characters of a text, faster than `set` does it for a long text."""
     if len(text) < _PIECE:
         return set(text)
     there = np.zeros(_CODE_POINTS, bool)

@@ -1,4 +1,4 @@
-"""What the functions on tokens ask of their arguments."""
+"""Checks and conversions of the arguments of the text functions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def as_tokens(tokens: Tensor | NDArray[Any] | Iterable[Any] | int, vocab_size: int) -> Tensor:
-    """Turn tokens of any kind and shape into an int64 tensor, on the device they are on.
+    """Turn tokens of any type and shape into an int64 tensor on the same device.
 
     Raises:
         TextError: the tokens are not integers between 0 and vocab_size - 1.
@@ -32,12 +32,12 @@ def as_tokens(tokens: Tensor | NDArray[Any] | Iterable[Any] | int, vocab_size: i
     else:
         array = _as_array(tokens)
         if array.dtype.kind not in "iu":
-            hint = "; the `encode` of a vocabulary makes them of symbols"
+            hint = "; the `encode` method of a vocabulary turns symbols into tokens"
             of_strings = array.dtype.kind == "U"
             raise TextError(
                 f"expected integer tokens, got {array.dtype}{hint if of_strings else ''}"
             )
-        # A copy in C order: torch knows no negative strides, nor arrays that are read-only.
+        # Copies in C order, because torch supports neither negative strides nor read-only arrays.
         checked = torch.from_numpy(array.astype(np.int64, order="C"))
     if checked.numel():
         low, high = int(checked.min()), int(checked.max())
@@ -47,17 +47,17 @@ def as_tokens(tokens: Tensor | NDArray[Any] | Iterable[Any] | int, vocab_size: i
 
 
 def check_positive(**sizes: int) -> None:
-    """Refuse a size that is not a positive integer, with a ValueError that names it."""
+    """Raise a ValueError that names the first size that is not a positive integer."""
     for name, size in sizes.items():
         if not isinstance(size, Integral) or size < 1:
             raise ValueError(f"{name} must be a positive integer, got {size!r}")
 
 
 def as_strings(items: Iterable[Any]) -> list[str]:
-    """List the strings of an iterable.
+    """Turn an iterable of strings into a list.
 
     Raises:
-        TypeError: one is not a string, or the iterable is itself a string, whose items would be
+        TypeError: an item is not a string, or the iterable is itself a string, whose items would be
             its characters.
     """
     if isinstance(items, str) or not isinstance(items, Iterable):
@@ -70,7 +70,7 @@ def as_strings(items: Iterable[Any]) -> list[str]:
 
 
 def _as_array(tokens: NDArray[Any] | Iterable[Any] | int) -> NDArray[Any]:
-    """An array of what was given; no tokens count as integers."""
+    """Turn tokens into an array; an empty iterable becomes an array of integers."""
     if isinstance(tokens, np.ndarray) or not isinstance(tokens, Iterable):
         return np.asarray(tokens)
     items = list(tokens)

@@ -1,4 +1,4 @@
-"""Where the text comes from, and how it is cut into training data."""
+"""Reads texts, and cuts them into training data."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from rnnfast.text.errors import TextError
 
 
 def default_text() -> str:
-    """English prose that every CPython carries: its manual on the language, about 465 KB."""
+    """The language reference that comes with CPython, about 465 KB of English prose."""
     from pydoc_data.topics import topics
 
     return "\n".join(topics.values())
 
 
 def load_text(path: str | Path) -> str:
-    """Read a UTF-8 text file (a byte order mark is dropped, all line ends count alike).
+    """Read a UTF-8 text file. A byte order mark is dropped, and all line ends become newlines.
 
     Raises:
         OSError: the file is missing or cannot be read.
@@ -37,7 +37,11 @@ def load_text(path: str | Path) -> str:
 
 
 def split(tokens: Tensor, validation: float = 0.1) -> tuple[Tensor, Tensor]:
-    """Cut tokens (N,) by position: the last part, a fraction of N, is kept for validation.
+    """Split tokens (N,) into a training part and, at the end, a validation part.
+
+    Args:
+        tokens: (N,).
+        validation: the fraction of the tokens in the validation part.
 
     Raises:
         ValueError: the fraction is not between 0 and 1 (both excluded).
@@ -49,10 +53,10 @@ def split(tokens: Tensor, validation: float = 0.1) -> tuple[Tensor, Tensor]:
 
 
 def streams(tokens: Tensor, batch_size: int, seq_length: int) -> tuple[Tensor, Tensor]:
-    """Lay tokens (N,) out as `batch_size` parallel streams of consecutive text.
+    """Arrange tokens (N,) as B = `batch_size` parallel streams of consecutive text.
 
-    Returns inputs and targets, both (B, L) with L = (N - 1) // B: row b reads on from where row
-    b - 1 ends, and `targets[:, t]` is the token that follows `inputs[:, t]`.
+    Returns inputs and targets, both (B, L) with L = (N - 1) // B. Row b continues the text where
+    row b - 1 ends. `targets[:, t]` is the token that follows `inputs[:, t]`.
 
     Raises:
         TextError: the text is too short for one sequence of `seq_length` in every stream.
@@ -69,10 +73,10 @@ def streams(tokens: Tensor, batch_size: int, seq_length: int) -> tuple[Tensor, T
 
 
 def batches(tokens: Tensor, batch_size: int, seq_length: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Walk along the `streams` of tokens (N,), for truncated backpropagation through time.
+    """Cut the `streams` of tokens (N,) into batches for truncated backpropagation through time.
 
-    Yields inputs and targets (B, seq_length); the last pair may be shorter. Each pair continues
-    the one before it, so a recurrent state can be carried from batch to batch.
+    Yields inputs and targets (B, seq_length); the last pair may be shorter. Each batch continues
+    the previous one, so a recurrent state can be carried from batch to batch.
 
     Raises:
         TextError: the text is too short, see `streams`.

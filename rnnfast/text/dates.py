@@ -1,10 +1,10 @@
-"""Dates written in many ways, each with its ISO 8601 form: data to learn a translation from.
+"""Training data for translation: dates in many spellings, each with its ISO 8601 form.
 
-How an ambiguous date is meant:
+Ambiguous dates have these meanings:
 
-- In numbers alone with the year last, the day comes before the month: 03/04/1997 is 3 April 1997.
-  With the year first, the month comes before the day.
-- A year of two digits is one from 1950 to 2049; other years are always written in full.
+- In a date of numbers only that ends with the year, the day comes before the month: 03/04/1997 is
+  3 April 1997. If the year comes first, the month comes before the day.
+- A year of two digits lies between 1950 and 2049. All other years have four digits.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ _MONTHS = (
     *("October", "November", "December"),
 )
 _WEEKDAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
-_CASES = (str, str, str.lower, str.upper)  # as it is, half the time
+_CASES = (str, str, str.lower, str.upper)  # half of the spellings stay unchanged
 _TWO_DIGIT_YEARS = range(1950, 2050)
 _FOUR_DIGIT_YEARS = range(1000, 10000)
 _HELD_OUT = 0.1
 
 
 def spellings(day: date) -> list[str]:
-    """A date in every one of the `FORMATS` that name it without ambiguity.
+    """Write a date in all `FORMATS`; those with a two-digit year only if it lies in 1950 to 2049.
 
     >>> spellings(date(1997, 3, 4))[2]
     'Tuesday, 4 March 1997'
@@ -81,9 +81,10 @@ def spellings(day: date) -> list[str]:
 
 
 def is_held_out(day: date) -> bool:
-    """Whether a date is kept to judge a model by: one in ten, always the same ones.
+    """Whether a date belongs to the held-out tenth of all dates, which is always the same.
 
-    It goes by the date, so that a model has seen a held-out date in no spelling at all.
+    The choice depends on the date and not on the spelling. A model has therefore not seen a
+    held-out date in any spelling.
     """
     scattered = day.toordinal() * 2654435761 % 2**32  # multiplicative hashing (Knuth, 1973)
     return scattered < _HELD_OUT * 2**32
@@ -92,19 +93,19 @@ def is_held_out(day: date) -> bool:
 def date_pairs(
     count: int, seed: int, *, held_out: bool = False, years: range = YEARS
 ) -> list[tuple[str, str]]:
-    """Draw dates, spelled at random: (spelling, ISO 8601 form), the same for the same seed.
+    """Draw random pairs (spelling, ISO 8601 form). The same seed gives the same pairs.
 
-    Each is a day of `years` drawn alike, in one of its `spellings`, in the usual case (half of
-    them), in lower case or in upper case.
+    The days are uniformly distributed over `years`. Each is written in one of its `spellings`,
+    unchanged (half of them), in lower case or in upper case.
 
     Args:
-        count: how many pairs.
-        seed: of the random numbers.
-        held_out: whether to draw from the held-out dates, or from all others.
-        years: within 1000 to 9999.
+        count: the number of pairs.
+        seed: the seed of the random numbers.
+        held_out: whether to draw from the held-out dates or from all others.
+        years: a range within 1000 to 9999.
 
     Raises:
-        ValueError: a year out of range, or no date to draw from.
+        ValueError: a year is out of range, or there is no date to draw from.
     """
     for year in (*years[:1], *years[-1:]):
         if year not in _FOUR_DIGIT_YEARS:

@@ -4,4 +4,4 @@ from __future__ import annotations
 
 
 class TextError(ValueError):
-    """A text, vocabulary or tokens that cannot be used: empty, too short, unknown, damaged."""
+    """A text, vocabulary or tokens cannot be used: empty, too short, unknown or damaged."""

@@ -1,4 +1,4 @@
-"""The hashing trick: numbers for strings without a vocabulary."""
+"""The hashing trick: tokens and feature vectors for strings without a vocabulary."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ def hash_features(
 
     phi_i = sum of xi(item) over the items with h(item) = i, where h hashes to 0 .. size - 1 and
     xi to +1 or -1 (Weinberger et al., 2009). With these signs the inner product of two documents
-    is right on average over hash functions; without them collisions only ever add to it. The hash
-    is BLAKE2b, the same in every process.
+    is unbiased: it is right on average over hash functions. Without them every collision increases
+    it. The hash is BLAKE2b, so it is the same in every process.
 
     >>> hash_features(["the", "cat", "the"], 8, signed=False).sum()
     tensor(3.)
 
     Args:
-        items: the strings of one document, or documents that are iterables of strings each. A
-            list of strings is always one document: split texts first, as with `split_words`.
+        items: the strings of one document, or several documents, each an iterable of strings. A
+            list of strings is always one document, so split texts first, for example by
+            `split_words`.
         size: the length of the vector.
-        signed: whether to add xi(item), or 1 each time.
+        signed: whether to add xi(item) for each item, or 1.
 
     Returns:
         (size,) for one document, (N, size) for N, in torch's default dtype and on the CPU.
@@ -47,13 +48,13 @@ def hash_features(
 
 
 def hash_tokens(words: Iterable[str], size: int) -> Tensor:
-    """Give every word the token h(word), int64 (T,) on the CPU, for an embedding of that size.
+    """Turn words into tokens h(word), int64 (T,) on the CPU, for an embedding of `size` rows.
 
-    h is the hash of `hash_features`. Different words may share a token: of V words, each has a
-    token of its own with a chance of (1 - 1 / size) ** (V - 1).
+    h is the hash of `hash_features`. Different words may share a token. If there are V words, the
+    probability that a word shares its token with no other is (1 - 1 / size) ** (V - 1).
 
     Raises:
-        TypeError: a word is not a string, or the words are one string: split it first.
+        TypeError: a word is not a string, or `words` is a single string, which must be split first.
         ValueError: size is not a positive integer.
     """
     check_positive(size=size)
@@ -71,7 +72,7 @@ def _sum(document: list[str], size: int, signed: bool) -> Tensor:
 
 
 def _hash(item: str, size: int) -> tuple[int, int]:
-    """h(item) and xi(item), from different bits of one hash."""
+    """h(item) and xi(item), computed from different bits of one hash."""
     data = item.encode("utf-8", "surrogatepass")
     number = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
     return (number >> 1) % size, 1 - 2 * (number & 1)

@@ -1,4 +1,4 @@
-"""Vectors of tokens: one-hot, and counts of what stands near what."""
+"""Vectors for tokens: one-hot vectors and co-occurrence counts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def one_hot(
 
 
 def one_hot(tokens: Any, vocab_size: int | Vocabulary, dtype: Any = None) -> Any:
-    """Write each token as a vector with a one at the token's place and zeros elsewhere.
+    """Turn each token into a vector with a one at the token's index and zeros elsewhere.
 
     >>> one_hot(torch.tensor([2, 0]), 3)
     tensor([[0., 0., 1.],
@@ -44,20 +44,20 @@ def one_hot(tokens: Any, vocab_size: int | Vocabulary, dtype: Any = None) -> Any
     tensor([0., 1., 0.])
 
     Args:
-        tokens: integers of any shape, in an array or a tensor; one integer; or, with a vocabulary,
-            one of its symbols or several of them. A string is one symbol: for a text give
-            ``vocabulary.encode(text)``.
-        vocab_size: V, the length of the vectors; or the vocabulary, whose length it is.
-        dtype: of the result, NumPy's for an array and torch's for the others; float32 if None.
+        tokens: an array or a tensor of integers of any shape; one integer; or, with a vocabulary,
+            one symbol or several symbols. A string is one symbol, so pass
+            ``vocabulary.encode(text)`` for a text.
+        vocab_size: V, the length of the vectors; or a vocabulary of V symbols.
+        dtype: the dtype of the result, NumPy's for an array and torch's otherwise; float32 if None.
 
     Returns:
-        ``(*tokens.shape, V)``, an array for an array, else a tensor, on the same device for a
-        tensor; (V,) for one integer or symbol.
+        ``(*tokens.shape, V)``, or (V,) for one integer or symbol. An array gives an array. A tensor
+        gives a tensor on the same device. Everything else gives a tensor on the CPU.
 
     Raises:
         TextError: the tokens are not integers between 0 and V - 1, the vocabulary lacks a symbol,
-            or there are symbols and no vocabulary.
-        TypeError: the vocabulary is a list or another container: see `WordVocabulary`.
+            or there are symbols but no vocabulary.
+        TypeError: the vocabulary is a list or another container; see `WordVocabulary`.
         ValueError: V is not a positive integer.
     """
     if isinstance(vocab_size, Vocabulary):
@@ -79,7 +79,7 @@ def one_hot(tokens: Any, vocab_size: int | Vocabulary, dtype: Any = None) -> Any
 
 
 def _numbers(tokens: Any, vocabulary: Vocabulary) -> Any:
-    """The tokens as they were given, but symbols as numbers."""
+    """Turn symbols into tokens; return tokens unchanged."""
     if not isinstance(tokens, Iterable) or isinstance(tokens, (Tensor, np.ndarray)):
         return tokens
     if not isinstance(tokens, str):
@@ -109,24 +109,24 @@ def cooccurrence(
 def cooccurrence(
     tokens: Tensor | NDArray[np.integer], vocab_size: int, window: int
 ) -> Tensor | NDArray[np.int64]:
-    """Count how often each token stands near each other one.
+    """Count how often each pair of tokens occurs within a window.
 
-    C_ij is the number of pairs of places (s, t) with tokens i and j and ``0 < |s - t| <= window``.
-    C is symmetric; two neighbours of the same token i are two pairs, and add 2 to C_ii. Rows of
-    C for words that are used alike are alike (Lund and Burgess, 1996).
+    C_ij is the number of pairs of positions (s, t) with tokens i and j and
+    ``0 < |s - t| <= window``.
+    C is symmetric. Two equal tokens i at positions s and t are the pairs (s, t) and (t, s), which
+    add 2 to C_ii. Words that are used alike have similar rows in C (Lund and Burgess, 1996).
 
     Args:
-        tokens: integers (T,), or (..., T) for sequences that do not run into one another. If they
-            are padded, the padding's row and column of C have what was counted with it.
-        vocab_size: V; the counts take V ** 2 places.
-        window: the largest distance that counts as near.
+        tokens: integers (T,), or (..., T) for several separate sequences. Padding is counted like
+            every other token: ignore its row and column of C.
+        vocab_size: V; the result has V ** 2 elements.
+        window: the largest distance of a pair that is counted.
 
     Returns:
         int64 (V, V), an array for an array, a tensor on the same device for a tensor.
 
     Raises:
-        TextError: the tokens are not integers between 0 and V - 1, or a single one without a
-            sequence.
+        TextError: the tokens are not integers between 0 and V - 1, or `tokens` is a single token.
         ValueError: V or window is not a positive integer.
     """
     check_positive(window=window)

@@ -1,4 +1,4 @@
-"""What vocabularies of characters and of words have in common."""
+"""The common base class of the vocabularies of characters and of words."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ AnyVocabulary = TypeVar("AnyVocabulary", bound="Vocabulary")
 
 
 class Vocabulary(ABC):
-    """Numbers distinct symbols: special ones first, then characters or words.
+    """Maps symbols to tokens, which are consecutive integers, and back.
 
-    The special symbols, each where asked for, are `padding`, `unknown` and those of `special`, in
-    this order. Otherwise they are symbols like others: an item that equals one is that symbol, and
-    a sequence may be encoded from a list with, say, its start and end.
+    The special symbols come first, in the order `padding`, `unknown`, `special`; each is optional.
+    The characters or words follow. A special symbol can be encoded like every other symbol, for
+    example as the start or the end in a list of symbols.
 
     >>> from rnnfast.text import CharVocabulary
     >>> vocabulary = CharVocabulary("hello", padding="<pad>", special=("<s>", "</s>"))
@@ -38,10 +38,10 @@ class Vocabulary(ABC):
 
     Args:
         items: distinct characters or words in token order.
-        unknown: the symbol for every item that the vocabulary lacks; such an item is an error if
-            None.
-        padding: the symbol with which `pad` fills up.
-        special: further symbols.
+        unknown: the symbol that replaces every item that is not in the vocabulary. If None, such an
+            item is an error.
+        padding: the symbol that `pad` appends to short sequences.
+        special: further special symbols.
 
     Attributes:
         symbols: all symbols in token order.
@@ -50,7 +50,7 @@ class Vocabulary(ABC):
         special: as given, a tuple.
 
     Raises:
-        TextError: there is no item, or a special symbol is empty or given twice.
+        TextError: there are no items, or a special symbol is empty or given twice.
         TypeError: an item or a special symbol is not a string.
     """
 
@@ -103,7 +103,7 @@ class Vocabulary(ABC):
         """The items as `repr` shows them."""
 
     def token(self, symbol: str) -> int:
-        """The token of one symbol, as for `torch.nn.Embedding(padding_idx=...)`.
+        """The token of one symbol, for example for `torch.nn.Embedding(padding_idx=...)`.
 
         Raises:
             TextError: the vocabulary lacks the symbol.
@@ -113,12 +113,12 @@ class Vocabulary(ABC):
         return self._tokens[symbol]
 
     def encode(self, text: str | Iterable[str]) -> Tensor:
-        """Turn a text, or symbols one by one, T in all, into tokens: int64 (T,) on the CPU.
+        """Turn a text, or an iterable of symbols, into tokens: int64 (T,) on the CPU.
 
         Raises:
-            TextError: there are items that the vocabulary lacks, and it has no `unknown`; the
-                message names them.
-            TypeError: what was given is neither a text nor strings.
+            TextError: the vocabulary lacks some items and has no `unknown` symbol. The message
+                names the items.
+            TypeError: the argument is neither a string nor an iterable of strings.
         """
         items = self._split(text) if isinstance(text, str) else as_strings(text)
         default = -1 if self.unknown is None else self._tokens[self.unknown]
@@ -139,15 +139,15 @@ class Vocabulary(ABC):
         *,
         skip_special: bool = False,
     ) -> str:
-        """Turn tokens (T,), of any integer type, back into a text.
+        """Turn tokens (T,) of any integer type back into a text.
 
-        Characters give back the text that was encoded. Words come with a single space between any
-        two, before punctuation too; the text so made encodes to the same tokens, if the words are
-        such as `split_words` gives. Special symbols are written as they are called.
+        Characters give back the text that was encoded. Words are joined by single spaces, including
+        before punctuation. The resulting text encodes to the same tokens if the words are those of
+        `split_words`. Special symbols appear by their names.
 
         Args:
-            tokens: T numbers, on any device.
-            skip_special: leave out special symbols, `unknown` among them.
+            tokens: T integers, on any device.
+            skip_special: whether to leave out the special symbols, including `unknown`.
 
         Raises:
             TextError: the tokens are not one-dimensional integers between 0 and len(self) - 1.
@@ -159,7 +159,7 @@ class Vocabulary(ABC):
     def pad(
         self, sequences: Iterable[Tensor | NDArray[np.integer] | Iterable[int]]
     ) -> tuple[Tensor, Tensor]:
-        """Lay sequences of tokens out as one batch, filled up with `padding`.
+        """Pad sequences of tokens to equal length, as one batch.
 
         >>> from rnnfast.text import CharVocabulary
         >>> vocabulary = CharVocabulary("abc", padding="<pad>")
@@ -171,12 +171,12 @@ class Vocabulary(ABC):
             sequences: B sequences of tokens, each (T_b,).
 
         Returns:
-            tokens (B, T) with T the largest T_b, on the device of the sequences, and their lengths
-            (B,), on the CPU as `pack_padded_sequence` wants them; both int64.
+            tokens (B, T) on the device of the sequences, where T is the largest T_b; and the
+            lengths (B,) on the CPU, as `pack_padded_sequence` expects them. Both are int64.
 
         Raises:
-            TextError: the vocabulary has no `padding`, there is no sequence, or one does not
-                consist of tokens.
+            TextError: the vocabulary has no `padding` symbol, there are no sequences, or a sequence
+                does not consist of tokens.
         """
         if self.padding is None:
             raise TextError("the vocabulary has no padding symbol; give it one: padding='<pad>'")
@@ -188,7 +188,7 @@ class Vocabulary(ABC):
         return padded, torch.tensor(lengths, dtype=torch.int64, device="cpu")
 
     def _as_sequence(self, tokens: Tensor | NDArray[np.integer] | Iterable[int]) -> Tensor:
-        """Tokens (T,) of this vocabulary."""
+        """Check that tokens are a sequence (T,) of this vocabulary."""
         checked = as_tokens(tokens, len(self))
         if checked.dim() != 1:
             raise TextError(
@@ -197,7 +197,7 @@ class Vocabulary(ABC):
         return checked
 
     def state(self) -> dict[str, Any]:
-        """All there is to know about the vocabulary, in types that JSON has."""
+        """A complete description of the vocabulary, in types that JSON supports."""
         return {
             "kind": type(self).__name__,
             "items": list(self._items),
@@ -208,11 +208,13 @@ class Vocabulary(ABC):
 
     @classmethod
     def from_state(cls: type[AnyVocabulary], state: Any) -> AnyVocabulary:
-        """Make the vocabulary that `state` describes, of whichever kind it is.
+        """Make the vocabulary that a state describes.
+
+        `Vocabulary.from_state` makes a `CharVocabulary` or a `WordVocabulary`. If it is called on
+        one of these classes, the state must be of that class.
 
         Raises:
-            TextError: the state was not made by `state`, or, called on `CharVocabulary` or
-                `WordVocabulary`, describes one of the other kind.
+            TextError: the state was not made by `state`, or is of the wrong class.
         """
         kinds = {kind.__name__: kind for kind in (cls, *cls.__subclasses__())}
         try:
@@ -221,7 +223,7 @@ class Vocabulary(ABC):
             vocabulary = kind(items, **options)
         except (KeyError, TypeError, ValueError) as error:
             raise TextError(f"not the state of a {cls.__name__}: {error!r}") from error
-        # The constructor has put items in order and filled in missing keys, where there were any.
+        # The states differ if the constructor had to sort items or add missing keys.
         if vocabulary.state() != state:
             raise TextError(
                 f"not the state of a {cls.__name__}: its items are not distinct and in order, or "
@@ -239,11 +241,11 @@ class Vocabulary(ABC):
 
     @classmethod
     def load(cls: type[AnyVocabulary], path: str | Path) -> AnyVocabulary:
-        """Read back what `save` wrote, whichever kind of vocabulary it is.
+        """Read a vocabulary that `save` wrote; see `from_state` for its class.
 
         Raises:
             OSError: the file cannot be read.
-            TextError: the file is not JSON, or see `from_state`.
+            TextError: the file is not JSON, or the errors of `from_state`.
         """
         try:
             return cls.from_state(json.loads(Path(path).read_text(encoding="ascii")))

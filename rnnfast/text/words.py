@@ -14,10 +14,11 @@ _WORD = re.compile(r"\w+(?:['\u2019]\w+)*|[^\w\s]")
 
 
 def split_words(text: str) -> list[str]:
-    r"""Split a text into words and punctuation marks, each mark by itself; white space is dropped.
+    r"""Split a text into words and punctuation marks; white space is dropped.
 
-    A word is a run of letters, digits and underscores, in which apostrophes may stand: the matches
-    of ``\w+(?:['\u2019]\w+)*|[^\w\s]``. Nothing is lower-cased.
+    A word is a run of letters, digits and underscores, with apostrophes between them. Every
+    punctuation mark is an item of its own. The items are the matches of
+    ``\w+(?:['\u2019]\w+)*|[^\w\s]``. The case is kept.
 
     >>> split_words("Don't stop, it's 9:30!")
     ["Don't", 'stop', ',', "it's", '9', ':', '30', '!']
@@ -26,9 +27,9 @@ def split_words(text: str) -> list[str]:
 
 
 class WordVocabulary(Vocabulary):
-    """The words and punctuation marks of a text, the most frequent first.
+    """The words and punctuation marks of a text, in the order of decreasing frequency.
 
-    Words equally frequent are in the order in which they first occur.
+    Equally frequent words are in the order of their first occurrence.
 
     >>> vocabulary = WordVocabulary("the cat and the dog", max_size=3, unknown="<unk>")
     >>> vocabulary.words
@@ -37,10 +38,10 @@ class WordVocabulary(Vocabulary):
     'the <unk>'
 
     Args:
-        words: a text, which `split_words` takes apart, or words one by one, taken as they are; a
-            set of words, which has no order of its own, is sorted.
-        min_count: leave out words that occur less often.
-        max_size: the largest number of symbols, the special ones among them; no limit if None.
+        words: a text, which `split_words` splits, or an iterable of words. A set has no order, so
+            it is sorted first.
+        min_count: the minimum number of occurrences of a word in the vocabulary.
+        max_size: the maximum number of symbols, including the special ones; no limit if None.
         unknown: see `Vocabulary`.
         padding: see `Vocabulary`.
         special: see `Vocabulary`.
@@ -49,7 +50,7 @@ class WordVocabulary(Vocabulary):
         words: the words in token order, without the special symbols.
 
     Raises:
-        TextError: no word is left, or one is empty; see also `Vocabulary`.
+        TextError: no word is left, or a word is empty; see also `Vocabulary`.
         TypeError: see `Vocabulary`.
         ValueError: min_count or max_size is not a positive integer.
     """

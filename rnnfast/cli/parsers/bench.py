@@ -11,7 +11,7 @@ LAYERS = ("RNN", "GRU", "LSTM")
 
 
 class Size(NamedTuple):
-    """Steps, sequences, features of the input and of the state."""
+    """The time steps, batch size, input size and hidden size of a case."""
 
     T: int
     B: int
@@ -24,14 +24,15 @@ class Size(NamedTuple):
 
 SIZES = (Size(1, 1, 64, 64), Size(100, 1, 256, 256), Size(100, 16, 128, 128))
 _DESCRIPTION = """\
-Time layers of rnnfast beside torch.nn's on this machine, in inference and in training
-(forward and backward to the parameters), in float32.
+Time the layers of rnnfast and of torch.nn on this machine, in float32. Inference is the
+forward pass; training is the forward and backward pass.
 
-Outputs and gradients are compared first. Then both run in turn, so that both meet the
-same state of the machine. The median times are shown. The speed-up is that of torch.nn
-over that of rnnfast: above 1, rnnfast is faster. Behind it stands its range over the five
-runs that the timing is cut into, with a question mark if they disagree, as they do while
-other programs use the machine. A warning at the end says so, too.
+The outputs and gradients are compared first. Then both libraries run in turn, so that
+changes in the machine's speed affect both. The table shows median times. The speed-up is
+the time of torch.nn divided by the time of rnnfast: above 1, rnnfast is faster. The last
+column shows the range of the speed-up over the five runs of a timing. A question mark
+means that the runs disagree, usually because other programs use the machine. A warning
+at the end then says so, too.
 """
 _EPILOG = """\
 examples:
@@ -45,7 +46,7 @@ def add(commands: argparse._SubParsersAction[Parser]) -> None:
     """Add the command to the others."""
     parser = commands.add_parser(
         "bench",
-        help="time the layers beside torch.nn's on this machine",
+        help="compare the speed of the layers with torch.nn's on this machine",
         description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=HelpFormatter,
@@ -55,21 +56,21 @@ def add(commands: argparse._SubParsersAction[Parser]) -> None:
         type=_size,
         action="append",
         metavar="T,B,I,H",
-        help="steps, sequences, input size and hidden size; may be given several times; if not "
-        f"given, {' and '.join(map(str, SIZES))}",
+        help="time steps, batch size, input size and hidden size; may be repeated; by default "
+        f"{', '.join(map(str, SIZES[:-1]))} and {SIZES[-1]}",
     )
     parser.add_argument(
         "--layer",
         choices=LAYERS,
         action="append",
-        help="may be given several times; if not given, all",
+        help="the layer to time; may be repeated; by default all layers",
     )
     parser.add_argument(
         "--seconds",
         type=positive,
         default=0.5,
         metavar="S",
-        help="how long to time each layer in each mode, at least, all runs together",
+        help="minimum time for each layer, size and mode, over all runs",
     )
     parser.add_argument("--json", type=path, metavar="FILE", help="also write all times to a file")
     add_placement(parser)

@@ -11,6 +11,7 @@ def add(commands: argparse._SubParsersAction[Parser]) -> None:
     """Add the command to the others."""
     commands.add_parser(
         "doctor",
-        help="say what was built and what will run here",
-        description="Say which kernels were built, for what, and which will run on this machine.",
+        help="show which kernels were built and which will run here",
+        description="Show which kernels were built, for which instruction sets and GPUs, and which "
+        "backend will run on this machine.",
     )

@@ -40,7 +40,7 @@ def add(commands: argparse._SubParsersAction[Parser]) -> None:
     """Add the command to the others."""
     parser = commands.add_parser(
         "explain",
-        help="show a step with its numbers, fading gradients, gates at work",
+        help="show the numbers of a step, vanishing gradients, or the gates of a model",
         description="Show what happens inside recurrent networks.",
         formatter_class=HelpFormatter,
     )
@@ -56,7 +56,7 @@ def _add_step(subjects: argparse._SubParsersAction[Parser], cell: str) -> None:
     parser = subjects.add_parser(
         cell,
         help=f"write out one step of {title}",
-        description=f"Write out one step of {title} as sums of products, in torch.nn's formula.",
+        description=f"Write out one step of {title} term by term, by the formulas of torch.nn.",
         epilog=_FILE_FORMAT.format(
             rows=rows,
             order=order,
@@ -70,45 +70,48 @@ def _add_step(subjects: argparse._SubParsersAction[Parser], cell: str) -> None:
         "--file",
         type=path,
         metavar="FILE",
-        help="JSON with the numbers, see below; if not given, an example of 3 inputs and 2 units",
+        help="JSON file with the numbers, see below; by default an example of 3 inputs and 2 units",
     )
-    _add_plot(parser, "bars of pre-activations, gates and states")
+    _add_plot(parser, "a bar chart of the pre-activations, gates and states")
 
 
 def _add_gradients(subjects: argparse._SubParsersAction[Parser]) -> None:
     parser = subjects.add_parser(
         "gradients",
-        help="show how gradients fade on their way back through time",
-        description="Show the norm of the gradient of a loss at the end of a sequence by the\n"
-        "states before, for an untrained Elman layer, GRU and LSTM on the same random sequence.",
+        help="show how gradients vanish on their way back through time",
+        description="Show the norms of the gradients of a loss at the end of a sequence with\n"
+        "respect to the states at earlier steps. An untrained Elman layer, GRU and LSTM run\n"
+        "on the same random sequence.",
         formatter_class=HelpFormatter,
     )
-    parser.add_argument("--length", type=count, default=100, metavar="T", help="steps")
-    parser.add_argument("--input", type=count, default=8, metavar="I", help="size of an input")
-    parser.add_argument("--hidden", type=count, default=32, metavar="H", help="size of the state")
+    parser.add_argument("--length", type=count, default=100, metavar="T", help="time steps")
+    parser.add_argument("--input", type=count, default=8, metavar="I", help="input size")
+    parser.add_argument("--hidden", type=count, default=32, metavar="H", help="hidden size")
     parser.add_argument(
         "--scale",
         type=positive,
         default=1.0,
         metavar="FACTOR",
-        help="factor on torch's initial weights",
+        help="factor for torch's initial weights",
     )
     parser.add_argument(
         "--forget-bias",
         type=_finite,
         default=1.0,
         metavar="B",
-        help="bias of the LSTM's forget gates; the higher, the more is kept",
+        help="bias of the LSTM's forget gates; with a higher one the LSTM forgets less",
     )
-    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of weights and input")
-    _add_plot(parser, "the norms as curves")
+    parser.add_argument(
+        "--seed", type=seed, default=0, metavar="N", help="random seed of the weights and inputs"
+    )
+    _add_plot(parser, "a line chart of the norms")
 
 
 def _add_gates(subjects: argparse._SubParsersAction[Parser]) -> None:
     parser = subjects.add_parser(
         "gates",
-        help="show a trained model's gates while it reads a text",
-        description="Draw the gates of a model of rnnfast train over the characters that it reads.",
+        help="plot the gates of a trained model while it reads a text",
+        description="Plot the gates of a model of rnnfast train over the characters of a text.",
         epilog='example:\n  rnnfast explain gates --text "The cat sat." --gate forget --plot f.png',
         formatter_class=HelpFormatter,
     )
@@ -119,22 +122,22 @@ def _add_gates(subjects: argparse._SubParsersAction[Parser]) -> None:
         metavar="DIR",
         help="folder that rnnfast train wrote, or a .safetensors file",
     )
-    parser.add_argument("--text", type=prompt, required=True, help="what the model reads")
-    parser.add_argument("--gate", choices=_GATES, default="forget", help="the gate to draw")
+    parser.add_argument("--text", type=prompt, required=True, help="the text that the model reads")
+    parser.add_argument("--gate", choices=_GATES, default="forget", help="the gate to plot")
     parser.add_argument(
-        "--layer", type=_index, default=0, metavar="N", help="the layer, from 0 at the bottom"
+        "--layer", type=_index, default=0, metavar="N", help="the layer; 0 is the first"
     )
     parser.add_argument(
         "--units",
         type=_index,
         nargs="+",
         metavar="N",
-        help="hidden units to draw; if not given, the 24 that vary most",
+        help="hidden units to plot; by default the 24 that vary most",
     )
     _add_plot(parser, "the heat map", required=True)
 
 
 def _add_plot(parser: Parser, picture: str, required: bool = False) -> None:
     parser.add_argument(
-        "--plot", type=path, required=required, metavar="FILE", help=f"where to draw {picture}"
+        "--plot", type=path, required=required, metavar="FILE", help=f"image file for {picture}"
     )

@@ -24,8 +24,8 @@ def add(commands: argparse._SubParsersAction[Parser]) -> None:
         "generate",
         help="continue a text with a trained model",
         description="Continue a prompt, character by character, with a model of rnnfast train.\n"
-        "What is likely to come next depends on all that came before; --temperature, --top-k\n"
-        "and --top-p say how far the choice may stray from the likeliest.",
+        "The next character is drawn at random from the model's probabilities; --temperature,\n"
+        "--top-k and --top-p change these probabilities.",
         epilog="examples:\n"
         '  rnnfast generate --prompt "The " --length 200 --temperature 0.5\n'
         '  rnnfast generate --prompt "The " --top-p 0.9 --stop ". " --seed 1\n'
@@ -45,26 +45,26 @@ def add(commands: argparse._SubParsersAction[Parser]) -> None:
         nargs="+",
         required=True,
         metavar="TEXT",
-        help="what to continue; several are continued at once",
+        help="the text to continue; several texts are continued together",
     )
     parser.add_argument("--length", type=count, default=400, metavar="N", help="characters to add")
     add_temperature(parser)
     parser.add_argument(
-        "--top-k", type=count, metavar="N", help="choose among the N likeliest characters only"
+        "--top-k", type=count, metavar="N", help="draw from the N likeliest characters only"
     )
     parser.add_argument(
         "--top-p",
         type=number(float, "above 0 and at most 1", lambda value: 0 < value <= 1),
         metavar="P",
-        help="choose among the fewest characters whose probabilities sum to P",
+        help="draw from the fewest likeliest characters whose probabilities sum to P or more",
     )
     parser.add_argument(
-        "--stop", type=prompt, metavar="TEXT", help="end before this would be written"
+        "--stop", type=prompt, metavar="TEXT", help="end before the first occurrence of this text"
     )
     parser.add_argument(
         "--seed",
         type=seed,
         metavar="N",
-        help="makes the choice repeatable; if not given, it varies",
+        help="random seed; by default the result varies",
     )
     add_placement(parser)

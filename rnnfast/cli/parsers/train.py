@@ -23,42 +23,43 @@ from rnnfast.cli.arguments import (
 from rnnfast.models.schedule import SCHEDULES
 
 _DESCRIPTION = """\
-Train an LSTM to predict a text character by character, and show what it learnt:
-bits per character of a held-out part of the text beside a bigram model's, a sample,
-and the speed beside torch.nn.LSTM. The folder --out then has
+Train an LSTM to predict a text character by character. Then show the loss on a held-out
+part of the text in bits per character, compared with a bigram model; a sample; and the
+training speed, compared with torch.nn.LSTM. The files in the folder --out are
 
   model.safetensors  the weights of the best validation, for rnnfast generate
   log.csv            a row for every step
-  loss.png           the losses, drawn
-  training.pt        all that --resume needs
+  loss.png           a plot of the losses
+  training.pt        the checkpoint that --resume reads
 
-A folder that has such files already is left alone, unless --resume or --overwrite says
-what to do with them. With --overwrite the new files are in DIR/unfinished. They replace
-the old ones only once the training has ended well. Where it was interrupted or diverged,
---resume goes on with DIR/unfinished. Delete that folder to return to the old training.
+If the folder has such files already, the command stops with an error unless --resume or
+--overwrite is given. With --overwrite the new files are written to DIR/unfinished. They
+replace the old ones when the training has ended well. If it is interrupted or diverges,
+--resume continues in DIR/unfinished. Delete that folder to return to the old training.
 
-Ctrl-C, SIGTERM, or the end of the machine: rnnfast train --resume --out DIR goes on from
-the last checkpoint, and ends with the weights and the log of a training that was never
-interrupted, bit for bit on a CPU with as many threads. Only where the clock decides,
-that is once half of --max-seconds is used up, no two trainings are quite alike.
+After Ctrl-C, SIGTERM or a crash, rnnfast train --resume --out DIR continues from the last
+checkpoint. The weights and the log are then those of an uninterrupted training, bit for
+bit on the same CPU with the same number of threads. Only if more than half of
+--max-seconds is used, the learning rate depends on the clock and no two trainings agree.
 
---resume reads the options from the checkpoint. They need not be given again. Most must
-stay as they were. These may change:
+--resume reads the options from the checkpoint, so they need not be given again. Most of
+them must not change. These may change:
 
-  --epochs, --max-seconds, --patience  A training that has ended goes on if they now allow
-                     more. Its learning rate is then that of the longer training: it rises
-                     again where it had come down.
+  --epochs, --max-seconds, --patience  A training that has ended continues if they now
+                     allow more steps. Its learning rate is then that of the longer
+                     training, which may be higher than before.
   --eval-every       The validations come at other steps.
-  --device, --backend  Numbers agree up to rounding.
-  --text             The same text may lie elsewhere.
+  --device, --backend  The numbers agree up to rounding.
+  --text             The same text may be in another file.
   all under "output"
 """
 _EPILOG = """\
 exit status:
-  0    the training has ended; a warning tells if a bigram model does better
-  1    it has ended, and the model is worse than one that knows nothing: it diverged
-  2    it could not be done, or a loss was not finite
-  130  it was stopped by Ctrl-C, or 143 by SIGTERM
+  0    the training has ended; a warning says if a bigram model does better
+  1    the training has ended, but it diverged: the model is worse than an untrained one
+  2    an error, for example an invalid option or a loss that is not finite
+  130  Ctrl-C stopped the training
+  143  SIGTERM stopped the training
 
 examples:
   rnnfast train
@@ -95,66 +96,70 @@ def _add_text(group: argparse._ArgumentGroup) -> None:
         "--text",
         type=path,
         metavar="FILE",
-        help="UTF-8 text to learn; if not given, the manual that comes with Python",
+        help="UTF-8 text to learn; by default the language reference that comes with Python",
     )
     group.add_argument(
         "--validation",
         type=number(float, "between 0 and 1", lambda value: 0 < value < 1),
         default=0.1,
         metavar="FRACTION",
-        help="how much of the text, at its end, is held out to judge the model by",
+        help="fraction of the text, at its end, that is held out for validation",
     )
 
 
 def _add_model(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--hidden", type=count, default=256, metavar="N", help="size of the state")
-    group.add_argument("--layers", type=layers, default=1, metavar="N", help="LSTM layers")
+    group.add_argument("--hidden", type=count, default=256, metavar="N", help="hidden size")
+    group.add_argument("--layers", type=layers, default=1, metavar="N", help="number of layers")
     group.add_argument(
         "--embedding",
         type=count,
         metavar="N",
-        help="size of a character's vector; if not given, 128, or that of the state if tied",
+        help="embedding size; by default 128, or the hidden size with --tied-weights",
     )
     group.add_argument(
         "--tied-weights",
         action="store_true",
-        help="score a character with the vector that stands for it: fewer parameters",
+        help="use the embedding's weights in the output layer, too, which saves parameters",
     )
     group.add_argument(
         "--dropout",
         type=number(float, "at least 0 and below 1", lambda value: 0 <= value < 1),
         default=0.1,
         metavar="P",
-        help="fraction of the activations zeroed in training",
+        help="probability of dropout in training",
     )
 
 
 def _add_training(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--seq-length", type=count, default=64, metavar="N", help="characters a gradient spans"
+        "--seq-length",
+        type=count,
+        default=64,
+        metavar="N",
+        help="number of characters that the gradient reaches back",
     )
     group.add_argument(
         "--batch-size",
         type=count,
         default=32,
         metavar="N",
-        help="places read in parallel, by all processes together",
+        help="number of streams of text read in parallel, over all processes",
     )
     group.add_argument(
-        "--lr", type=positive, default=4e-3, metavar="RATE", help="highest learning rate of Adam"
+        "--lr", type=positive, default=4e-3, metavar="RATE", help="maximum learning rate of Adam"
     )
     group.add_argument(
         "--schedule",
         choices=SCHEDULES,
         default=SCHEDULES[0],
-        help="how the learning rate changes; one-cycle: a short rise, then half a cosine down "
-        "to 0; cosine: half a cosine down to 0; constant: no change; plateau: halved after two "
+        help="learning-rate schedule; one-cycle: a short rise, then half a cosine down to 0; "
+        "cosine: half a cosine down to 0; constant: no change; plateau: halved after two "
         "validations without a better loss",
     )
     group.add_argument(
-        "--clip", type=positive, default=1.0, metavar="NORM", help="longest gradient allowed"
+        "--clip", type=positive, default=1.0, metavar="NORM", help="maximum norm of the gradient"
     )
-    group.add_argument("--seed", type=seed, default=0, metavar="N", help="makes a run repeatable")
+    group.add_argument("--seed", type=seed, default=0, metavar="N", help="random seed")
 
 
 def _add_ending(group: argparse._ArgumentGroup) -> None:
@@ -162,37 +167,36 @@ def _add_ending(group: argparse._ArgumentGroup) -> None:
         "--epochs",
         type=count,
         metavar="N",
-        help="times the text is read; if not given, 6, and of a short text as many as make 400 "
-        "steps",
+        help="number of times the text is read; by default 6, or more for a short text, so that "
+        "there are at least 400 steps",
     )
     group.add_argument(
         "--max-seconds",
         type=number(float, "above zero, or inf", lambda value: value > 0),
         default=110.0,
         metavar="S",
-        help="end by then, whatever the epochs: all is counted, from the reading of the text to "
-        "the last line, and what was used before --resume, up to its checkpoint; only the step "
-        "under way is finished",
+        help="time limit for the whole command, from reading the text to the last line; a resumed "
+        "training counts the time before its checkpoint, too; the current step is finished",
     )
     group.add_argument(
         "--eval-every",
         type=count,
         metavar="STEPS",
-        help="look at the held-out text every so many steps, besides once after each epoch; if "
-        "not given, 1000 where an epoch has more",
+        help="steps between validations, besides the one after each epoch; by default 1000 if an "
+        "epoch is longer",
     )
     group.add_argument(
         "--eval-characters",
         type=count,
         metavar="N",
-        help="characters that such a look reads, about, spread over the held-out text; if not "
-        "given, 100000, or fewer where these would take a twentieth of --max-seconds",
+        help="approximate number of characters that a validation reads, spread over the held-out "
+        "text; by default 100000, or fewer if they would take a twentieth of --max-seconds",
     )
     group.add_argument(
         "--patience",
         type=count,
         metavar="N",
-        help="end the training after N such looks without a better loss; if not given, never",
+        help="end the training after N validations without a better loss; by default never",
     )
 
 
@@ -205,18 +209,18 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
         type=count,
         default=200,
         metavar="STEPS",
-        help="write training.pt every so many steps, and at the end",
+        help="number of steps between checkpoints; there is also one at the end",
     )
     again = group.add_mutually_exclusive_group()
     again.add_argument(
         "--resume",
         action="store_true",
-        help="go on from training.pt in DIR, with the options it was begun with",
+        help="continue from training.pt in DIR, with the options stored there",
     )
     again.add_argument(
         "--overwrite",
         action="store_true",
-        help="begin anew, and replace what is in DIR only once that has ended well",
+        help="start a new training; its files replace those in DIR when it has ended well",
     )
     group.add_argument(
         "--tensorboard",
@@ -227,9 +231,9 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
         "--prompt",
         type=prompt,
         metavar="TEXT",
-        help="what the sample continues; if not given, the first four characters of the text",
+        help="the text that the sample continues; by default the first four characters of the text",
     )
     group.add_argument(
-        "--sample-length", type=count, default=400, metavar="N", help="characters to sample"
+        "--sample-length", type=count, default=400, metavar="N", help="length of the sample"
     )
     add_temperature(group)

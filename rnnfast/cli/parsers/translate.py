@@ -23,17 +23,17 @@ def add(commands: argparse._SubParsersAction[Parser]) -> None:
     parser = commands.add_parser(
         "translate",
         help="train a sequence-to-sequence model on dates, and translate with it",
-        description="Without TEXT and --model: train one LSTM to read a text and another to write\n"
-        "its translation, character by character, and show how many held-out texts\n"
-        "come out right. Unless --pairs says otherwise, the texts are dates in many\n"
-        "spellings, and their translations the ISO 8601 form.\n"
+        description="Without TEXT and --model: train a sequence-to-sequence model (an LSTM\n"
+        "encoder and an LSTM decoder) on pairs of texts, character by character. Then\n"
+        "show how many held-out texts it translates exactly. Without --pairs, the texts\n"
+        "are dates in many spellings, and the translations are their ISO 8601 forms.\n"
         "With TEXT or --model: print the translation of every TEXT, or of every line of\n"
-        "standard input. A text that cannot be translated gets an empty line, a notice on\n"
-        "standard error, and in the end exit status 1; the others go on.\n\n"
-        "Ctrl-C or SIGTERM end the training; what it has learnt so far is kept in DIR, or\n"
-        "in DIR/unfinished if DIR has an older model, which stays.\n\n"
-        "In dates of numbers alone the day comes before the month (03/04/1997 is 3 April),\n"
-        "unless the year comes first; years of two digits are 1950 to 2049.",
+        "standard input. For a text that cannot be translated, print an empty line and an\n"
+        "error on standard error, translate the other texts, and exit with status 1.\n\n"
+        "Ctrl-C or SIGTERM end the training. The model trained so far is written to DIR,\n"
+        "or to DIR/unfinished if DIR has an older model, which is kept.\n\n"
+        "In dates of numbers only, the day comes before the month (03/04/1997 is 3 April),\n"
+        "unless the year comes first. Years of two digits lie between 1950 and 2049.",
         epilog="examples:\n"
         "  rnnfast translate\n"
         '  rnnfast translate "4 March 1997" "Tuesday the 4th of March, 1997"\n'
@@ -41,20 +41,20 @@ def add(commands: argparse._SubParsersAction[Parser]) -> None:
         "  rnnfast translate --pairs words.tsv --hidden 256 --layers 2 --out words",
         formatter_class=HelpFormatter,
     )
-    parser.add_argument("texts", nargs="*", metavar="TEXT", help="what to translate")
+    parser.add_argument("texts", nargs="*", metavar="TEXT", help="a text to translate")
     parser.add_argument(
         "--model",
         type=path,
         metavar="DIR",
-        help="folder that the training wrote, or a .safetensors file; if only TEXT is given, the "
-        "folder of --out",
+        help="folder that the training wrote, or a .safetensors file; by default the folder --out "
+        "if TEXT is given",
     )
     parser.add_argument(
         "--beam",
         type=number(int, "from 1 to 1000, without fraction", lambda value: 1 <= value <= 1000),
         default=1,
         metavar="K",
-        help="hypotheses to follow; 1 always takes the likeliest next character",
+        help="number of hypotheses in the beam search; 1 always takes the likeliest next character",
     )
     _add_training(parser)
     add_placement(parser)
@@ -67,65 +67,67 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         "--pairs",
         type=path,
         metavar="FILE",
-        help="UTF-8 lines of source, tab, target to learn; if not given, dates",
+        help="UTF-8 file with a source, a tab and its target on each line; by default dates",
     )
     data.add_argument(
         "--validation",
         type=number(float, "between 0 and 1", lambda value: 0 < value < 1),
         default=0.1,
         metavar="FRACTION",
-        help="how many of the different sources, at the end of FILE, are kept with their pairs "
-        "to judge the model by",
+        help="fraction of the distinct sources, at the end of FILE, whose pairs are held out",
     )
     data.add_argument(
-        "--examples", type=count, default=30000, metavar="N", help="dates to learn from"
+        "--examples", type=count, default=30000, metavar="N", help="number of dates to learn from"
     )
     model = parser.add_argument_group("training: model")
-    model.add_argument("--hidden", type=count, default=128, metavar="N", help="size of the state")
+    model.add_argument("--hidden", type=count, default=128, metavar="N", help="hidden size")
     model.add_argument(
-        "--layers", type=layers, default=1, metavar="N", help="LSTM layers of encoder and decoder"
+        "--layers",
+        type=layers,
+        default=1,
+        metavar="N",
+        help="number of layers in the encoder and in the decoder each",
     )
     model.add_argument(
-        "--embedding", type=count, default=32, metavar="N", help="size of a character's vector"
+        "--embedding", type=count, default=32, metavar="N", help="embedding size of a character"
     )
     model.add_argument(
         "--dropout",
         type=number(float, "at least 0 and below 1", lambda value: 0 <= value < 1),
         default=0.0,
         metavar="P",
-        help="fraction of the activations zeroed in training",
+        help="probability of dropout in training",
     )
     model.add_argument("--reverse", action="store_true", help="read the source backwards")
     training = parser.add_argument_group("training: course and result")
     training.add_argument(
-        "--batch-size", type=count, default=64, metavar="N", help="pairs in a step"
+        "--batch-size", type=count, default=64, metavar="N", help="number of pairs in a step"
     )
     training.add_argument(
-        "--epochs", type=count, default=4, metavar="N", help="times all pairs are seen"
+        "--epochs", type=count, default=4, metavar="N", help="number of times all pairs are seen"
     )
     training.add_argument(
         "--max-seconds",
         type=number(float, "above zero, or inf", lambda value: value > 0),
         default=float("inf"),
         metavar="S",
-        help="end by then, whatever the epochs, and however many held-out texts are left to judge",
+        help="time limit for the training and the held-out texts together",
     )
     training.add_argument(
-        "--lr", type=positive, default=6e-3, metavar="RATE", help="highest learning rate of Adam"
+        "--lr", type=positive, default=6e-3, metavar="RATE", help="maximum learning rate of Adam"
     )
     training.add_argument(
-        "--clip", type=positive, default=1.0, metavar="NORM", help="longest gradient allowed"
+        "--clip", type=positive, default=1.0, metavar="NORM", help="maximum norm of the gradient"
     )
     training.add_argument(
         "--teacher-forcing",
         type=number(float, "from 0 to 1", lambda value: 0 <= value <= 1),
         default=1.0,
         metavar="P",
-        help="how often the decoder reads the true character rather than its own; below 1 slower",
+        help="probability that the decoder reads the true previous character instead of its own; "
+        "training is slower below 1",
     )
-    training.add_argument(
-        "--seed", type=seed, default=0, metavar="N", help="makes a run repeatable"
-    )
+    training.add_argument("--seed", type=seed, default=0, metavar="N", help="random seed")
     training.add_argument(
         "--out",
         type=path,
@@ -136,5 +138,5 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     training.add_argument(
         "--overwrite",
         action="store_true",
-        help="replace the model that is in DIR, once the training has ended",
+        help="replace the model in DIR when the training has ended",
     )
