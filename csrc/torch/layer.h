@@ -45,7 +45,7 @@ struct LayerInputs {
   // each the number of the row of w_ih that stands for W_ih x.
   at::Tensor x;
   at::Tensor h0, c0;  // (B, P), (B, H); c0 undefined where the cell has none
-  at::Tensor w_ih;      // (G*H, I), or (V, G*H) of tokens
+  at::Tensor w_ih;      // (G*H, I), or (V, G*H) of tokens, which may be transposed
   at::Tensor w_hh;  // (G*H, P)
   at::Tensor b_ih, b_hh;  // (G*H), or both undefined
   bool reverse;
@@ -55,6 +55,11 @@ struct LayerInputs {
 
   bool packed() const { return x.dim() == 2; }
   bool has_tokens() const { return x.scalar_type() == at::kLong; }
+  // Whether the table of tokens is the transpose of a contiguous W_ih (G*H, V).
+  bool has_transposed_table() const {
+    return has_tokens() && !w_ih.is_contiguous() && w_ih.stride(0) == 1 &&
+           w_ih.stride(1) == w_ih.size(0);
+  }
   at::ScalarType dtype() const { return h0.scalar_type(); }
   std::span<const int64_t> all_lengths() const {
     return {lengths.const_data_ptr<int64_t>(), size_t(lengths.size(0))};
