@@ -8,13 +8,14 @@ because torch.compile breaks the graph at those.
 
 torch.nn.Module declares ``__call__`` without types. The classes whose names end in ``OneState`` and
 ``TwoStates`` are there for type checkers alone: they give ``__call__`` and ``forward`` an overload
-for each kind of input and result. At run time they are `Layers` and `OneStep` themselves.
+for each kind of input and result, by way of protocols, as pyright takes no ``__call__ = forward``.
+At run time they are `Layers` and `OneStep` themselves.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, Protocol, overload
 
 import torch
 from torch import Tensor, fx, nn
@@ -307,11 +308,9 @@ if TYPE_CHECKING:
     _Lengths = Tensor | Sequence[int] | None
     _Pair = tuple[Tensor, Tensor]
 
-    class LayersOneState(Layers):
-        """Layers whose state is a tensor; see the top of this file."""
-
-        @overload  # type: ignore[override]
-        def forward(
+    class _CallOneState(Protocol):
+        @overload
+        def __call__(
             self,
             input: Tensor,
             hx: Tensor | None = None,
@@ -321,7 +320,7 @@ if TYPE_CHECKING:
             embedding: nn.Embedding | None = None,
         ) -> tuple[Tensor, Tensor]: ...
         @overload
-        def forward(
+        def __call__(
             self,
             input: PackedSequence,
             hx: Tensor | None = None,
@@ -331,16 +330,15 @@ if TYPE_CHECKING:
             embedding: nn.Embedding | None = None,
         ) -> tuple[PackedSequence, Tensor]: ...
 
-        def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
-            ...
+    class LayersOneState(Layers):
+        """Layers whose state is a tensor; see the top of this file."""
 
-        __call__ = forward
+        forward: _CallOneState  # type: ignore[assignment]
+        __call__: _CallOneState
 
-    class LayersTwoStates(Layers):
-        """Layers whose state is the pair (h, c); see the top of this file."""
-
-        @overload  # type: ignore[override]
-        def forward(
+    class _CallTwoStates(Protocol):
+        @overload
+        def __call__(
             self,
             input: Tensor,
             hx: _Pair | None = None,
@@ -350,7 +348,7 @@ if TYPE_CHECKING:
             embedding: nn.Embedding | None = None,
         ) -> tuple[Tensor, _Pair]: ...
         @overload
-        def forward(
+        def __call__(
             self,
             input: Tensor,
             hx: _Pair | None = None,
@@ -361,7 +359,7 @@ if TYPE_CHECKING:
             embedding: nn.Embedding | None = None,
         ) -> tuple[Tensor, _Pair, Tensor]: ...
         @overload
-        def forward(
+        def __call__(
             self,
             input: Tensor,
             hx: _Pair | None = None,
@@ -372,7 +370,7 @@ if TYPE_CHECKING:
             embedding: nn.Embedding | None = None,
         ) -> tuple[Tensor, _Pair] | tuple[Tensor, _Pair, Tensor]: ...
         @overload
-        def forward(
+        def __call__(
             self,
             input: PackedSequence,
             hx: _Pair | None = None,
@@ -382,7 +380,7 @@ if TYPE_CHECKING:
             embedding: nn.Embedding | None = None,
         ) -> tuple[PackedSequence, _Pair]: ...
         @overload
-        def forward(
+        def __call__(
             self,
             input: PackedSequence,
             hx: _Pair | None = None,
@@ -393,7 +391,7 @@ if TYPE_CHECKING:
             embedding: nn.Embedding | None = None,
         ) -> tuple[PackedSequence, _Pair, PackedSequence]: ...
         @overload
-        def forward(
+        def __call__(
             self,
             input: PackedSequence,
             hx: _Pair | None = None,
@@ -404,10 +402,11 @@ if TYPE_CHECKING:
             embedding: nn.Embedding | None = None,
         ) -> tuple[PackedSequence, _Pair] | tuple[PackedSequence, _Pair, PackedSequence]: ...
 
-        def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
-            ...
+    class LayersTwoStates(Layers):
+        """Layers whose state is the pair (h, c); see the top of this file."""
 
-        __call__ = forward
+        forward: _CallTwoStates  # type: ignore[assignment]
+        __call__: _CallTwoStates
 
 else:
     LayersOneState = LayersTwoStates = Layers
@@ -459,7 +458,8 @@ if TYPE_CHECKING:
         def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:  # noqa: D102
             ...
 
-        __call__ = forward
+        def __call__(self, input: Tensor, hx: Tensor | None = None) -> Tensor:  # noqa: D102
+            ...
 
     class StepTwoStates(OneStep):
         """A cell whose state is the pair (h, c); see the top of this file."""
@@ -467,7 +467,8 @@ if TYPE_CHECKING:
         def forward(self, input: Tensor, hx: _Pair | None = None) -> _Pair:  # noqa: D102
             ...
 
-        __call__ = forward
+        def __call__(self, input: Tensor, hx: _Pair | None = None) -> _Pair:  # noqa: D102
+            ...
 
 else:
     StepOneState = StepTwoStates = OneStep
