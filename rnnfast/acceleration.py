@@ -1,14 +1,14 @@
 """Turns the recurrent modules of a model that is already built into this package's, and back.
 
-The modules are not rebuilt: their ``__class__`` is changed. All that torch and the model know of a
-module then stays, for it is the same object: parameters, buffers, hooks, parametrizations, names,
-ties, and references from optimisers, lists and closures. What the classes here keep that torch.nn's
-lack are their keyword-only arguments (``backend``).
+The modules are not rebuilt: their ``__class__`` is changed. Each module stays the same object, with
+its parameters, buffers, hooks, parametrizations, names and ties. References from optimisers, lists
+and closures stay valid. The only new attributes are the keyword-only arguments of the classes here,
+such as ``backend``.
 
-By default a torch.nn.LSTM becomes a `rnnfast.LSTM`, which torch.compile can compile and
-``isinstance(module, torch.nn.LSTM)`` denies. With ``keep_class`` it becomes an instance of a class
-that is made for its own one and derives from it, so that ``isinstance`` stays true; subclasses of
-torch.nn's can then be replaced, too. `rnnfast.patching` speeds up modules without changing them.
+By default a torch.nn.LSTM becomes a `rnnfast.LSTM`. torch.compile can compile that, and
+``isinstance(module, torch.nn.LSTM)`` is false. With ``keep_class`` its new class is derived from
+its former one, so that ``isinstance`` stays true. Subclasses of torch.nn's classes can then be
+replaced, too. `rnnfast.patching` speeds up modules without changing them.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell, _Backed, _check_backend
+from .bases import Backed, check_backend
+from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 
-_OURS: dict[type[nn.Module], type[_Backed]] = {
+_OURS: dict[type[nn.Module], type[Backed]] = {
     kind.torch_class: kind for kind in (RNN, LSTM, GRU, RNNCell, LSTMCell, GRUCell)
 }
 _THEIRS: dict[type[nn.Module], type[nn.Module]] = {ours: theirs for theirs, ours in _OURS.items()}
@@ -62,11 +63,12 @@ def accelerate(
 ) -> Report:
     """Replaces every RNN, LSTM, GRU and cell of torch.nn in a module tree, in place.
 
-    Quantized modules, ScriptModules and modules with methods set on the instance are left as they
-    are, as their behaviour may be another. What is not registered as a submodule is not found.
+    The results of the model stay the same, up to rounding. Quantized modules, ScriptModules and
+    modules with methods set on the instance are left as they are, because they may behave
+    differently. Modules that are not registered as submodules are not found.
 
     By default only torch.nn's own classes are replaced, and ``isinstance(module, torch.nn.LSTM)``
-    is false afterwards. Code that asks for it (weight initialisation, quantization, TorchRL's
+    is false afterwards. Code that relies on it (weight initialisation, quantization, TorchRL's
     LSTMModule) has to run before, or ``keep_class`` keeps it true. torch.compile compiles the
     modules without a graph break.
 
@@ -77,12 +79,12 @@ def accelerate(
 
     torch.jit.script has to run before this, or after `restore`.
 
-    Calling it again is harmless: what it replaced before gets the ``backend`` and ``keep_class`` of
-    this call and is reported again.
+    Calling it again is harmless: modules that it replaced before get the ``backend`` and
+    ``keep_class`` of this call and are reported again.
 
-    **What undoes it silently.** Where code builds a model anew, or puts new layers into it, these
-    are torch.nn's again, and nothing fails. Call ``print(rnnfast.accelerate(model))`` after such a
-    step: it replaces what is torch.nn's and shows what it did.
+    **What undoes it silently.** Code that builds the model again, or puts new layers into it, makes
+    layers of torch.nn, and nothing fails. Call ``print(rnnfast.accelerate(model))`` after such a
+    step: it replaces them and shows what it did.
 
     - skorch: ``net.fit`` builds the module anew, and so does ``net.set_params(module__...)``. Call
       ``net.initialize()``, ``accelerate(net.module_)`` and then ``net.partial_fit``, or create the
@@ -107,12 +109,20 @@ def accelerate(
         keep_class: Whether modules stay instances of their former classes.
 
     Returns:
-        The report; its ``module`` is the argument.
+        The report: ``module`` is the argument, ``replaced`` and ``left`` name the recurrent modules
+        that were and were not replaced. ``print`` shows a line for each of them.
 
     Raises:
         ValueError: Unknown ``backend``.
+
+    Example:
+        >>> model = torch.nn.ModuleDict({"rnn": torch.nn.LSTM(10, 20)})
+        >>> print(rnnfast.accelerate(model))
+        replaced  rnn  LSTM
+        >>> type(model["rnn"])
+        <class 'rnnfast.modules.LSTM'>
     """
-    backend = _check_backend(backend)
+    backend = check_backend(backend)
     replaced: dict[str, str] = {}
     left: dict[str, str] = {}
     for name, each in module.named_modules():
@@ -135,13 +145,21 @@ def accelerate(
 
 
 def restore(module: nn.Module) -> Report:
-    """Undoes `accelerate`, in place: what it replaced has its former class again.
+    """Undoes `accelerate`, in place: modules that it replaced get their former class back.
 
     Args:
         module: The root of a tree that was accelerated, or of a part or a copy of one.
 
     Returns:
-        The report; what was built as rnnfast's is among what was left.
+        The report. Modules that were built as rnnfast's are left as they are.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.GRU(10, 20))
+        >>> _ = rnnfast.accelerate(model)
+        >>> print(rnnfast.restore(model))
+        replaced  0  GRU
+        >>> type(model[0]) is torch.nn.GRU
+        True
     """
     replaced: dict[str, str] = {}
     left: dict[str, str] = {}
@@ -151,7 +169,7 @@ def restore(module: nn.Module) -> Report:
                 left[name] = reason
             else:
                 replaced[name] = _name(parametrize.type_before_parametrizations(each))
-        elif isinstance(each, _Backed):
+        elif isinstance(each, Backed):
             left[name] = "was not torch.nn's before"
     return Report(module, replaced, left)
 
@@ -175,7 +193,7 @@ def _reason_to_leave(module: nn.Module, kind: type[nn.Module], keep_class: bool)
     """Returns why ``module`` is not replaced; None if it can be, or if it is not recurrent."""
     if isinstance(module, torch.jit.ScriptModule):
         return "is compiled by TorchScript" if module.original_name in _NAMES else None
-    if isinstance(module, _Backed):
+    if isinstance(module, Backed):
         return "is rnnfast's already"
     theirs = torch_class_of(kind)
     if theirs is None:

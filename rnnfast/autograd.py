@@ -298,8 +298,18 @@ def _register_fakes(cell: Cell) -> None:
             # after mask, lengths and reset
             w_hr = arguments[outputs + inputs + 1 + cell.states + 4 :][:1]
             tensors, mask = (*tensors, *(w_hr or (None,))), (*mask, False)[: inputs + 1]
+        w_ih = tensors[1 + cell.states]
+        # the gradient of a transposed table of tokens is transposed, too
+        transposed = not (tensors[0].is_floating_point() or w_ih.is_contiguous())
+        transposed = transposed and w_ih.t().is_contiguous()
+
+        def empty(tensor: Tensor) -> Tensor:
+            if transposed and tensor is w_ih:
+                return tensor.new_empty(tensor.shape[::-1]).t()
+            return tensor.new_empty(tensor.shape)
+
         return tuple(
-            tensor.new_empty(tensor.shape)
+            empty(tensor)
             if needed and tensor is not None and tensor.is_floating_point()
             else tensors[1].new_empty((0,))
             for tensor, needed in zip(tensors, mask, strict=True)

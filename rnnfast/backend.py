@@ -7,20 +7,25 @@ reference   the formulas of `rnnfast.reference` in plain PyTorch
 =========== ====================================================================
 
 ``auto``, the default, takes the first of them that can run. On CUDA, where the fused kernels have
-not been measured yet, it takes ``aten`` for what torch's kernels can do. A name given to a module
-or function goes before `use_backend`, that before the environment variable ``RNNFAST_BACKEND``
-(read when rnnfast is imported), and that before ``auto``.
+not been measured yet, it takes ``aten`` for what torch's kernels can do.
+
+The name that counts is the first of these that is given: the argument ``backend`` of the module or
+function, `use_backend`, the environment variable ``RNNFAST_BACKEND``, ``auto``. The environment
+variable counts for the whole process and is read when rnnfast is imported. `use_backend` counts for
+one thread.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import threading
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from types import ModuleType
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from functools import wraps
+from importlib import import_module, metadata
+from types import ModuleType, TracebackType
+from typing import NoReturn, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -83,26 +88,78 @@ def _check_environment() -> dict[str, str]:
 
 _ENVIRONMENT_ERRORS = _check_environment()
 _ENVIRONMENT = "" if _BACKEND in _ENVIRONMENT_ERRORS else os.environ.get(_BACKEND) or "auto"
-_in_context: str | None = None
 _warned: set[str] = set()
+_Function = TypeVar("_Function", bound=Callable[..., object])
 
 
-@contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Forces a backend for every call inside, in all threads of the process.
+class _Forced(threading.local):
+    """What `use_backend` has set, in each thread."""
+
+    # an attribute of the class would have no guard in torch.compile
+    def __init__(self) -> None:
+        self.name: str | None = None
+
+
+# no contextvars.ContextVar: torch.compile cannot trace its `get`
+_forced = _Forced()
+
+
+class use_backend:  # noqa: N801, as torch.set_grad_enabled
+    """Forces a backend, for a ``with`` block, for a function, or from now on.
+
+    It works as torch.set_grad_enabled does. As a context manager it counts until the end of the
+    block. As a decorator it counts while the function runs. A plain call counts until the next one.
+
+    It counts for the current thread alone. New threads start without it: on what
+    ``RNNFAST_BACKEND`` says, or on "auto". So do the threads of torch.nn.DataParallel. The tasks of
+    an asyncio loop share their thread, so do not await inside a block. An argument ``backend`` of a
+    module or function takes precedence.
+
+    torch.compile compiles a function again when it is called with another backend in force.
 
     Args:
-        name: "fused", "aten", "reference", or "auto" to lift what ``RNNFAST_BACKEND`` forces.
+        name: "fused", "aten", "reference" or "auto", which lifts what ``RNNFAST_BACKEND`` forces.
+            None goes back to what ``RNNFAST_BACKEND`` says.
 
     Raises:
         ValueError: ``name`` is none of these.
+
+    Example:
+        >>> layer, x = rnnfast.LSTM(10, 20), torch.randn(5, 3, 10)
+        >>> with rnnfast.use_backend("reference"):
+        ...     expected, _ = layer(x)
+        >>> torch.allclose(layer(x)[0], expected, atol=1e-5)
+        True
+        >>> _ = rnnfast.use_backend("aten")  # from now on, in this thread
+        >>> _ = rnnfast.use_backend(None)  # as before
     """
-    global _in_context
-    before, _in_context = _in_context, check_name(name, "use_backend(name)")
-    try:
-        yield
-    finally:
-        _in_context = before
+
+    def __init__(self, name: str | None) -> None:
+        self._name = None if name is None else check_name(name, "use_backend(name)")
+        self._before = _forced.name
+        _forced.name = self._name
+
+    def __enter__(self) -> None:
+        _forced.name = self._name
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        _forced.name = self._before
+
+    def __call__(self, function: _Function) -> _Function:
+        """Decorates a function: the backend counts while it runs."""
+        _forced.name = self._before  # what the constructor has set
+
+        @wraps(function)
+        def run(*args: object, **kwargs: object) -> object:
+            with use_backend(self._name):
+                return function(*args, **kwargs)
+
+        return cast(_Function, run)
 
 
 def in_force(requested: str | None) -> str:
@@ -111,7 +168,7 @@ def in_force(requested: str | None) -> str:
     Raises:
         ValueError: It is the environment's, and no backend.
     """
-    return requested or _in_context or _ENVIRONMENT or _refuse_environment()
+    return requested or _forced.name or _ENVIRONMENT or _refuse_environment()
 
 
 def _refuse_environment() -> NoReturn:
@@ -175,7 +232,7 @@ def short_way(requested: str | None) -> ModuleType | None:
     They run plain calls on the CPU with little overhead and decline, with None, what is unusual.
     """
     if (
-        (requested or _in_context or _ENVIRONMENT) in ("auto", "fused")
+        (requested or _forced.name or _ENVIRONMENT) in ("auto", "fused")
         and not torch.compiler.is_compiling()
         and not transforms_active()
     ):
@@ -196,14 +253,18 @@ def find_freed(tensors: Sequence[Tensor | None]) -> int | None:
 
 
 def release_memory() -> int:
-    """Gives memory that the kernels keep for the next call back to the system.
+    """Returns memory that the kernels keep for later calls to the system.
 
-    On the CPU large results and workspaces, once they are free, stay with this package, up to
-    256 MiB, as new memory takes the system as long as small kernels take. See
-    torch.cuda.empty_cache for the like on CUDA.
+    On the CPU the package keeps up to 256 MiB of large results and workspaces that are free, and
+    reuses them, because mapping fresh pages costs as much as a small kernel. On CUDA torch's
+    allocator keeps the memory; see torch.cuda.empty_cache.
 
     Returns:
-        How many bytes were given back.
+        How many bytes were returned.
+
+    Example:
+        >>> rnnfast.release_memory() >= 0
+        True
     """
     return 0 if EXTENSION is None else EXTENSION.release_memory()
 
@@ -280,11 +341,21 @@ def _report_on(device: str) -> tuple[str, str | None]:
 def doctor() -> str:
     """Reports what was built, what this machine offers and which backend each cell would run on.
 
-    An environment variable that cannot be followed is explained, with what to do.
+    It also explains environment variables with values that cannot be followed, and what to do.
+
+    Returns:
+        The report, of a few lines.
+
+    Example:
+        >>> print(rnnfast.doctor())  # doctest: +ELLIPSIS
+        rnnfast ..., torch ..., Python ...
+        extension    ...
+        what runs    cpu       cuda
+        elman_tanh   ...
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     outcomes = {device: _report_on(device) for device in ("cpu", "cuda")}
-    chosen = _in_context or _ENVIRONMENT or "none"
+    chosen = _forced.name or _ENVIRONMENT or "none"
     lines = [
         f"rnnfast {__version__}, torch {torch.__version__}, Python {platform.python_version()}, "
         f"{platform.system()} {platform.machine()}",

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import backend as _backend
-from .modules import _CELL_OF_MODE, _Layers
+from .bases import CELL_OF_MODE, Layers
 from .tokens import has_hooks, is_plain
 
 # Setting up a fused generation takes about one step of the loop per this many vocabulary tokens.
@@ -142,7 +142,7 @@ def continue_tokens(
     latest = torch.stack([prompt[-1] for prompt in prompts])
     run: _Loop | _Fused
     few = sum(chunks) * len(prompts) * _SETTING_UP < head.out_features
-    if isinstance(layers, _Layers) and not few and _fuses(layers, head, embedding):
+    if isinstance(layers, Layers) and not few and _fuses(layers, head, embedding):
         run = _Fused(layers, head, embedding, states, sampling)
     else:
         run = _Loop(layers, head, embedding, states, sampling)
@@ -213,7 +213,7 @@ class _Fused:
 
     def __init__(
         self,
-        layers: _Layers,
+        layers: Layers,
         head: nn.Linear,
         embedding: nn.Embedding | None,
         states: tuple[Tensor, ...],
@@ -223,7 +223,7 @@ class _Fused:
         weights[0] = weights[0].t() if embedding is None else F.linear(embedding.weight, weights[0])
         extension: Any = _backend.EXTENSION
         self.run = extension.Generation(
-            _backend.CELL_KINDS[_CELL_OF_MODE[layers.mode].name],
+            _backend.CELL_KINDS[CELL_OF_MODE[layers.mode].name],
             weights,
             layers.bias,
             list(states),
@@ -237,7 +237,7 @@ class _Fused:
         return tokens.t()
 
 
-def _fuses(layers: _Layers, head: nn.Linear, embedding: nn.Embedding | None) -> bool:
+def _fuses(layers: Layers, head: nn.Linear, embedding: nn.Embedding | None) -> bool:
     """Whether the extension can run the whole model."""
     return (
         _backend.choose(layers.backend, head.weight) == "fused"

@@ -66,20 +66,21 @@ def export(
     optimize: bool = True,
     **options: Any,
 ) -> torch.onnx.ONNXProgram:
-    """torch.onnx.export with `translations`; with ``optimize`` the weights are constants.
+    """Exports a module to ONNX: torch.onnx.export with what this package's layers need.
 
-    Lengths become the input that the nodes have for them; there a sequence of length 0 ends in
-    zeros and not in its initial state.
+    Each layer and direction becomes one LSTM, GRU or RNN node. ``reset`` and ``proj_size`` have no
+    counterpart in ONNX and cannot be exported. ``lengths`` become the input ``sequence_lens`` of
+    the nodes. There the final state of a sequence of length 0 is zeros, not its initial state.
 
-    torch's own optimization leaves large weights in torch's order, with nodes that reorder them
-    whenever the model is loaded.
+    With ``optimize`` the weights are stored in ONNX's order. torch's own optimization leaves large
+    weights in torch's order, and the nodes that reorder them run whenever the model is loaded.
 
     Args:
-        module: What to export. Its rnnfast modules become recurrent nodes where their backend is
+        module: The module to export. Its rnnfast modules become recurrent nodes if their backend is
             the fused one.
         args: Example inputs.
         f: The file to write, or None.
-        custom_translation_table: Translations to add; they go before this package's.
+        custom_translation_table: Translations to add. They take precedence over this package's.
         export_params: Whether ``f`` holds the weights.
         keep_initializers_as_inputs: Whether the weights in ``f`` are inputs, too.
         external_data: Whether the weights go to a file beside ``f``.
@@ -92,6 +93,13 @@ def export(
     Raises:
         ImportError: onnx or onnxscript is missing.
         torch.onnx.OnnxExporterError: The module cannot be exported.
+
+    Example:
+        >>> model = rnnfast.GRU(10, 20).eval()
+        >>> x = torch.randn(5, 3, 10)
+        >>> program = rnnfast.onnx.export(model, (x,), "gru.onnx", verbose=False)
+        >>> [node.op_type for node in program.model.graph if node.op_type == "GRU"]
+        ['GRU']
     """
     table = {**translations(), **(custom_translation_table or {})}
     program = torch.onnx.export(

@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import backend
 from .acceleration import _OURS, ADDITIONS, CALLED_BY_FORWARD, is_overridden
-from .modules import _CELL_WEIGHTS, _Backed
+from .bases import CELL_WEIGHTS, Backed
 
 _PLAIN = frozenset({Tensor, nn.Parameter})
 _PLAIN_OR_NONE = _PLAIN | {type(None)}
@@ -53,26 +53,30 @@ class Patch:
 def patch() -> Patch:
     """Speeds up every RNN, LSTM, GRU and cell of torch.nn in the process.
 
-    Modules that exist and modules that are made later, by whatever library, run on this package's
-    kernels and stay what they are: their classes, attributes and pickles are torch.nn's. Subclasses
-    gain where they inherit ``forward`` or call it.
+    Modules that exist, and modules that any library makes later, run on this package's kernels.
+    Their classes, attributes and pickles stay torch.nn's. Subclasses run on them too, if they
+    inherit ``forward`` or call it.
 
-    Results are those of torch.nn, up to rounding. What is not an ordinary call goes to torch.nn's
-    own ``forward``: malformed calls, devices without kernels, subclasses of Tensor, autocast,
-    torch.func transforms and forward-mode AD, FakeTensorMode and other modes, torch.compile,
-    torch.export, torch.jit.trace and script. `rnnfast.use_backend` and ``RNNFAST_BACKEND`` apply.
+    Results are those of torch.nn, up to rounding. These calls still run torch.nn's own ``forward``:
+    malformed calls, devices without kernels, subclasses of Tensor, autocast, torch.func transforms
+    and forward-mode AD, FakeTensorMode and other modes, torch.compile, torch.export,
+    torch.jit.trace and script. `rnnfast.use_backend` and ``RNNFAST_BACKEND`` apply.
 
-    Calling it again changes nothing.
-
-    >>> rnnfast.patch()  # until rnnfast.unpatch()
-    >>> with rnnfast.patch():  # or for a while
-    ...     train(model)
+    A plain call counts until `unpatch`, in all threads. Calling it again changes nothing.
 
     Returns:
         A context manager. At its end the process is as it was before this call.
 
     Warns:
         UserWarning: Another package has exchanged the ``forward`` of a class. It is left as it is.
+
+    Example:
+        >>> lstm, x = torch.nn.LSTM(10, 20), torch.randn(5, 3, 10)
+        >>> expected, _ = lstm(x)
+        >>> with rnnfast.patch():
+        ...     output, _ = lstm(x)
+        >>> torch.allclose(output, expected, atol=1e-5)
+        True
     """
     global _enabled
     before, _enabled = _enabled, True
@@ -90,7 +94,12 @@ def patch() -> Patch:
 
 
 def unpatch() -> None:
-    """Undoes `patch`, however often that was called."""
+    """Undoes `patch`, however often that was called.
+
+    Example:
+        >>> _ = rnnfast.patch()  # all modules of torch.nn are fast from here
+        >>> rnnfast.unpatch()  # to here
+    """
     global _enabled
     _enabled = False  # switches off replacements that another package has wrapped
     for theirs, ours in list(_exchanged.items()):
@@ -206,7 +215,7 @@ def _is_ordinary(kind: type, theirs: type[nn.Module]) -> bool:
         called = CALLED_BY_FORWARD[theirs]
         _ordinary[kind] = (
             issubclass(kind, theirs)
-            and not issubclass(kind, _Backed)
+            and not issubclass(kind, Backed)
             and not any(is_overridden(kind, theirs, name) for name in called)
         )
     return _ordinary[kind]
@@ -216,9 +225,9 @@ def _weights(module: Any, parameters: dict[str, Any]) -> list[Any]:
     """Returns the weights and biases that torch.nn's own ``forward`` would use."""
     if not isinstance(module, nn.RNNBase):
         try:
-            return [parameters[name] for name in _CELL_WEIGHTS]
+            return [parameters[name] for name in CELL_WEIGHTS]
         except KeyError:
-            return [getattr(module, name) for name in _CELL_WEIGHTS]
+            return [getattr(module, name) for name in CELL_WEIGHTS]
     named = map(parameters.get, module._flat_weights_names)
     if not all(map(operator.is_, named, module._flat_weights)):
         module._update_flat_weights()

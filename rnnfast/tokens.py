@@ -1,59 +1,107 @@
 """Integer tokens as the input of a layer, in place of their one-hot vectors or embeddings.
 
-W_ih x of a one-hot x is a column of W_ih, and of an embedding x = E[token] a row of E W_ih^T. So a
-layer can do with a table (V, G*H) of what W_ih makes of each token, in which it looks its input up;
-its gradient is a sum over the steps that read a row. V is the number of tokens; other sizes are
-those of `rnnfast.functional`.
+For a one-hot x, W_ih x is a column of W_ih. For an embedding x = E[token] it is a row of E W_ih^T.
+So a layer needs no product with W_ih for every step: it looks W_ih x up in a table (V, G*H) with a
+row for each token. The gradient of a row is the sum over the steps that read it. V is the number of
+tokens; other sizes are those of `rnnfast.functional`.
+
+The table of one-hot tokens is W_ih^T, a view of the parameter that is contiguous as (G*H, V). The
+kernels copy the columns that occur into a compact table. No copy is kept from call to call, as
+nothing tells whether it is still right: writes through ``weight.data`` leave the version counter of
+``weight`` as it is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import backend as _backend
+from . import checks
 from .sequences import Options
 
-# Below, in tokens, finding out which ones occur takes longer than it saves.
+# With fewer tokens, to find those that occur takes longer than a table saves.
 _LEAST_TOKENS = 256
-# So many tell whether it is worth while.
+# How many of the tokens are looked at to see whether tokens repeat.
 _SAMPLE = 256
 
 
-def check(tokens: Tensor, steps: Tensor | None) -> Tensor:
-    """The tokens as int64, with 0 in place of what lies beyond the end of a sequence.
+def read(
+    tokens: Any,
+    weights: Sequence[Tensor],
+    options: Options,
+    requested: str | None,
+    embedding: nn.Embedding | Tensor | None,
+    lengths: Tensor | Sequence[int] | None,
+    *,
+    packed: bool = False,
+) -> tuple[Tensor, list[Tensor]]:
+    """What `rnnfast.sequences.run_sequence` takes as x and as weights for an input of tokens.
 
     Args:
-        tokens: (T, B) or packed (N).
-        steps: None, or booleans (T, B): where there is a token.
+        tokens: (T, B), (B, T) with ``options.batch_first``, (T) for a single sequence, or (N) with
+            ``packed``.
+        weights: As the layers have them.
+        options: How the layers are put together.
+        requested: The backend that the call asks for, or None.
+        embedding: The embedding, or its weight (V, I); None for one-hot vectors.
+        lengths: None, or how many steps each sequence has.
+        packed: Whether the tokens are the data of a PackedSequence.
+
+    Returns:
+        Tokens with a last dimension of 1, and weights in which tables (V, G*H) take the place of
+        the first layer's W_ih. Or vectors (..., I), and the weights as they are, where no kernels
+        for tables run or a table would not pay.
 
     Raises:
-        TypeError: They are no integers.
+        RuntimeError: The tokens have other dimensions, or the embedding has another size.
+        TypeError: They are no integers, or the lengths are none.
+        ValueError: A length is out of range.
+        IndexError: A token is out of range. The kernels find that out later where they run.
     """
+    if not isinstance(tokens, Tensor) or not 1 <= tokens.dim() <= (1 if packed else 2):
+        found = list(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise RuntimeError(f"expected tokens of 1 or 2 dimensions, time and batch, got {found}")
+    checks.refuse_freed(tokens=tokens, parameter=weights)
+    tokens = check(tokens)
+    if lengths is not None and tokens.dim() == 2:
+        tokens = _without_padding(tokens, lengths, options.batch_first)
+    if embedding is None:
+        return one_hot_input(tokens, weights, options, requested)
+    weight = embedding if isinstance(embedding, Tensor) else embedding.weight
+    checks.refuse_freed(embedding=weight)
+    if weight.shape[-1] != weights[0].shape[-1]:
+        raise RuntimeError(
+            f"input.size(-1) must be equal to input_size. Expected {weights[0].shape[-1]}, "
+            f"got {weight.shape[-1]}"
+        )
+    return embedded_input(tokens, embedding, weights, options, requested)
+
+
+def check(tokens: Tensor) -> Tensor:
+    """The tokens as int64; TypeError if they are no integers."""
     if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype is torch.bool:
         raise TypeError(f"expected tokens to be integers, got {tokens.dtype}")
-    tokens = tokens.long()
-    return tokens if steps is None else tokens.where(steps, 0)
+    return tokens.long()
 
 
-def column_major(weight: Tensor) -> Tensor:
-    """A copy of W_ih (G*H, V) whose columns, the rows of the table, lie in one piece each."""
-    return weight.t().contiguous().t()
+def _without_padding(tokens: Tensor, lengths: Tensor | Sequence[int], batch_first: bool) -> Tensor:
+    """The tokens with 0 beyond the end of each sequence, where there may be any number."""
+    known = checks.check_extras(tokens, lengths, None, False, batch_first).lengths
+    assert known is not None
+    time = torch.arange(tokens.shape[1 if batch_first else 0], device=tokens.device)
+    steps = time.unsqueeze(1) < known.to(tokens.device)
+    return tokens.where(steps.t() if batch_first else steps, 0)
 
 
 def one_hot_input(
     tokens: Tensor, weights: Sequence[Tensor], options: Options, requested: str | None
 ) -> tuple[Tensor, list[Tensor]]:
-    """The input of a stack whose first layer reads one-hot vectors of tokens (T, B).
-
-    Returns:
-        What `rnnfast.sequences.run_sequence` takes as x and as weights: tokens (T, B, 1) and
-        tables for the first layer; where no kernel of ours runs, the vectors (T, B, V) and
-        ``weights``.
-    """
+    """What `read` returns for one-hot vectors. The table is W_ih^T, a view of the parameter."""
     if _runs_here(weights[0], requested):
         return _with_tables(tokens, [weights[i].t() for i in _first(options)], weights, options)
     unknown = torch.compiler.is_compiling() or _backend.is_tracing()
@@ -69,30 +117,42 @@ def one_hot_input(
 
 def embedded_input(
     tokens: Tensor,
-    embedding: nn.Embedding,
+    embedding: nn.Embedding | Tensor,
     weights: Sequence[Tensor],
     options: Options,
     requested: str | None,
 ) -> tuple[Tensor, list[Tensor]]:
-    """As `one_hot_input`, where the first layer reads the rows of an embedding (V, I)."""
-    # export may leave sizes open, so it has to be asked for before they are
-    if not is_plain(embedding) or not _runs_here(weights[0], requested):
-        return embedding(tokens), list(weights)
-    weight, count = embedding.weight, tokens.numel()
+    """What `read` returns for an embedding. The table is E W_ih^T, of the rows of E that occur."""
+    if isinstance(embedding, Tensor):
+        weight, padding, plain = embedding, None, True
+    else:
+        weight, padding, plain = embedding.weight, embedding.padding_idx, is_plain(embedding)
+
+    # before the sizes are looked at, because torch.export may leave them open
+    if not plain or not _runs_here(weights[0], requested):
+        return _look_up(tokens, embedding), list(weights)
+    count = tokens.numel()
     if count < _LEAST_TOKENS:
-        return embedding(tokens), list(weights)
+        return _look_up(tokens, embedding), list(weights)
     if weight.shape[0] <= count // 2:
         rows = torch.arange(weight.shape[0], device=weight.device)
     elif _hides_values() or not _repeats(tokens):
-        return embedding(tokens), list(weights)
+        return _look_up(tokens, embedding), list(weights)
     else:
-        rows, numbers = torch.unique(tokens, return_inverse=True)
+        rows, places = torch.unique(tokens, return_inverse=True)
         if len(rows) > count // 2:
-            return embedding(tokens), list(weights)
-        tokens = numbers
-    vectors = F.embedding(rows, weight, embedding.padding_idx)
-    tables = [F.linear(vectors, weights[i]) for i in _first(options)]
+            return _look_up(tokens, embedding), list(weights)
+        tokens = places
+    occurring = F.embedding(rows, weight, padding)
+    tables = [F.linear(occurring, weights[i]) for i in _first(options)]
     return _with_tables(tokens, tables, weights, options)
+
+
+def _look_up(tokens: Tensor, embedding: nn.Embedding | Tensor) -> Tensor:
+    """The vectors of the tokens."""
+    if isinstance(embedding, Tensor):
+        return F.embedding(tokens, embedding)
+    return embedding(tokens)
 
 
 def is_plain(embedding: nn.Embedding) -> bool:
@@ -118,7 +178,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def _hides_values() -> bool:
-    """Whether how many tokens there are must not depend on which they are."""
+    """Whether token values are unavailable, or shapes must not depend on them."""
     return (
         torch.compiler.is_compiling()
         or _backend.is_tracing()
@@ -128,20 +188,20 @@ def _hides_values() -> bool:
 
 
 def _repeats(tokens: Tensor) -> bool:
-    """Whether it is worth while to find out which tokens occur, by the first ones of them."""
+    """Whether tokens repeat often enough for a table of those that occur, by a sample."""
     first = tokens.flatten()[:_SAMPLE]
     return len(torch.unique(first)) <= len(first) * 15 // 16
 
 
 def _runs_here(weight: Tensor, requested: str | None) -> bool:
-    """Whether tables are of use; ONNX has no layers that take them."""
+    """Whether kernels that read tables run. ONNX has no layers that read tables."""
     name = _backend.choose(requested, weight)
     on_cpu = name == "fused" and weight.device.type == "cpu"
     return (on_cpu or name == "reference") and not torch.compiler.is_exporting()
 
 
 def _first(options: Options) -> list[int]:
-    """Where W_ih of the first layer is among the weights, for each direction."""
+    """The places of the first layer's W_ih among the weights, one for each direction."""
     return [direction * options.tensors_per_layer for direction in range(options.directions)]
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
+from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -113,6 +116,129 @@ def test_doctor_says_why_torchs_kernels_run_on_cuda() -> None:
     assert "cuda: the fused kernels are built, but no measurement" in report
     with rnnfast.use_backend("fused"):
         assert all(f"{cell:<13}fused     fused" in rnnfast.doctor() for cell in ("lstm", "gru"))
+
+
+def in_force() -> str:
+    return backend.in_force(None)
+
+
+@pytest.fixture
+def default(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nothing is forced by the environment; what a test leaves set is undone."""
+    monkeypatch.setattr(backend, "_ENVIRONMENT", "auto")
+    yield
+    rnnfast.use_backend(None)
+
+
+@pytest.mark.usefixtures("default")
+def test_use_backend_counts_for_one_thread() -> None:
+    """Two threads at once, each inside its own block."""
+    both_inside = threading.Barrier(2, timeout=60)
+    seen: dict[str, list[str]] = {}
+
+    def work(name: str) -> None:
+        found = seen[name] = [in_force()]
+        with rnnfast.use_backend(name):
+            both_inside.wait()
+            found.append(in_force())
+            both_inside.wait()
+        found.append(in_force())
+
+    with rnnfast.use_backend("fused"):
+        threads = [threading.Thread(target=work, args=[name]) for name in ("aten", "reference")]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert in_force() == "fused"
+    assert seen == {name: ["auto", name, "auto"] for name in ("aten", "reference")}
+
+
+@pytest.mark.usefixtures("default")
+def test_a_plain_call_of_use_backend_counts_from_then_on() -> None:
+    rnnfast.use_backend("aten")
+    assert in_force() == "aten"
+    with rnnfast.use_backend("reference"):
+        rnnfast.use_backend("fused")
+        assert in_force() == "fused"
+    assert in_force() == "aten"
+    rnnfast.use_backend(None)
+    assert in_force() == "auto"
+
+
+@pytest.mark.usefixtures("default")
+def test_use_backend_may_be_entered_again() -> None:
+    forced = rnnfast.use_backend("aten")
+    for _ in range(2):
+        with forced:
+            assert in_force() == "aten"
+        assert in_force() == "auto"
+
+
+@pytest.mark.usefixtures("default")
+def test_use_backend_as_a_decorator() -> None:
+    @rnnfast.use_backend("reference")
+    def inner(depth: int) -> list[str]:
+        return [in_force(), *(inner(depth - 1) if depth else [])]
+
+    assert in_force() == "auto"
+    assert inner(2) == ["reference"] * 3
+    assert in_force() == "auto"
+    assert inner.__name__ == "inner"
+
+
+def test_use_backend_refuses_other_names() -> None:
+    before = in_force()
+    with pytest.raises(ValueError, match="should be one of auto, fused, aten, reference"):
+        rnnfast.use_backend("fast")
+    assert in_force() == before
+
+
+class Graphs:
+    """A backend of torch.compile that notes what runs the layer in each graph."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        targets = " ".join(str(node.target) for node in graph.graph.nodes)
+        self.seen.append("fused" if "rnnfast" in targets else "reference")
+        return graph.forward
+
+
+@pytest.mark.usefixtures("default")
+@torch.no_grad()
+def test_graphs_are_compiled_for_the_backend_in_force() -> None:
+    torch._dynamo.reset()
+    layer, x, graphs = rnnfast.GRU(3, 4), torch.randn(2, 1, 3), Graphs()
+    compiled = torch.compile(layer, fullgraph=True, backend=graphs)
+    expected = layer(x)[0]
+    for name in (None, "reference", None):
+        with rnnfast.use_backend(name):
+            torch.testing.assert_close(compiled(x)[0], expected)
+    assert graphs.seen == ["fused", "reference"]
+    rnnfast.use_backend("reference")
+    compiled(x)
+    thread = threading.Thread(target=torch.no_grad()(compiled), args=[x])  # on the default
+    thread.start()
+    thread.join()
+    assert graphs.seen == ["fused", "reference"]
+
+
+@pytest.mark.usefixtures("default")
+@torch.no_grad()
+def test_use_backend_in_a_graph() -> None:
+    torch._dynamo.reset()
+    layer, x, graphs = rnnfast.GRU(3, 4), torch.randn(2, 1, 3), Graphs()
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        with rnnfast.use_backend("reference"):
+            return layer(x)[0]
+
+    compiled = torch.compile(run, fullgraph=True, backend=graphs)
+    torch.testing.assert_close(compiled(x), run(x))
+    assert graphs.seen == ["reference"]
+    assert in_force() == "auto"
 
 
 def test_cudnn_keeps_what_a_backward_in_eval_mode_needs() -> None:

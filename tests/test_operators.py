@@ -92,6 +92,27 @@ def test_opcheck(cell: str, device: str) -> None:
         torch.library.opcheck(backward, (*grads, *inputs, y, *saved, False, mask), test_utils=tests)
 
 
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_opcheck_of_tokens(cell: str, transposed: bool) -> None:
+    """The gradient of the table lies as the table does."""
+    case = Case(cell, 3, 2, 6, 5, tokens=True)
+    inputs = cast(sample_inputs(case, torch.float32), torch.float32, "cpu")
+    grads = cast(sample_grads(case, torch.float32), torch.float32, "cpu")
+    place = 1 + CELLS[cell].states
+    if transposed:
+        inputs[place] = inputs[place].t().contiguous().t()
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    op = getattr(torch.ops.rnnfast, cell).default
+    torch.library.opcheck(op, (*inputs, False, True), test_utils=tests)
+    y, *rest = op(*inputs, False, True)
+    backward = getattr(torch.ops.rnnfast, f"{cell}_backward").default
+    saved = rest[CELLS[cell].states :]
+    arguments = (*grads, *inputs, y, *saved, False, [True] * len(inputs))
+    torch.library.opcheck(backward, arguments, test_utils=tests)
+    assert backward(*arguments)[place].stride() == inputs[place].stride()
+
+
 NOT_ON_EVERY_TARGET = [
     Case("lstm", 3, 2, 5, 7, lengths="padded"),
     Case("lstm", 3, 2, 5, 7, lengths="packed"),

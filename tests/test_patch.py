@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils.flop_counter import FlopCounterMode
 
 import rnnfast
-from rnnfast import modules
+from rnnfast import bases
 from rnnfast.backend import EXTENSION, use_backend
 
 LAYERS = [nn.RNN, nn.LSTM, nn.GRU]
@@ -50,8 +50,8 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         monkeypatch.setattr(kind, "forward", counted)
 
-    count(modules._Layers)
-    count(modules._OneStep)
+    count(bases.Layers)
+    count(bases.OneStep)
     return calls
 
 

@@ -10,7 +10,9 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import rnnfast
+from rnnfast import autograd, functional
 from rnnfast import tokens as tokens_module
+from rnnfast.reference import CELLS
 
 BACKENDS = ["fused", "aten", "reference"]
 V, T, B, I, H = 23, 9, 4, 6, 11
@@ -389,11 +391,164 @@ def test_a_layer_is_saved_and_copied(kind):
     tokens = drawn(ours)
     for copied in (copy.deepcopy(ours), torch.load(file, weights_only=False)):
         assert torch.equal(copied(tokens)[0], ours(tokens)[0])
-        assert (
-            copied.weight_ih_l0.stride()
-            == ours.weight_ih_l0.stride()
-            == (1, ours.weight_ih_l0.shape[0])
-        )
+
+
+@kinds
+def test_parameters_are_contiguous(kind):
+    """And so are gradients, whether a call reads a table or writes vectors out."""
+    for backend in BACKENDS:
+        ours, theirs = pair(kind, backend=backend, **STACK)
+        ours(drawn(ours))[0].sum().backward()
+        for (name, weight), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+            assert weight.stride() == weight.grad.stride() == other.stride(), name
+            assert weight.is_contiguous()
+
+
+@kinds
+def test_gradients_are_written_as_the_parameters_lie(kind):
+    ours, _ = pair(kind, **STACK)
+    loss = ours(drawn(ours))[0].sum()
+    grads = torch.autograd.grad(loss, list(ours.parameters()))
+    assert all(grad.is_contiguous() for grad in grads)
+
+
+def test_safetensors(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    ours, _ = pair("LSTM")
+    safetensors.save_model(ours, tmp_path / "layer.safetensors")
+    other = layer("LSTM", V, tokens=True)
+    safetensors.load_model(other, tmp_path / "layer.safetensors")
+    tokens = drawn(ours)
+    assert torch.equal(other(tokens)[0], ours(tokens)[0])
+
+
+def test_parameters_as_one_vector():
+    ours, theirs = pair("GRU")
+    vector = nn.utils.parameters_to_vector(ours.parameters())
+    assert torch.equal(vector, nn.utils.parameters_to_vector(theirs.parameters()))
+    tokens = drawn(ours)
+    expected = theirs(F.one_hot(tokens, V).double())[0]
+    other = layer("GRU", V, tokens=True)
+    nn.utils.vector_to_parameters(vector, other.parameters())
+    torch.testing.assert_close(other(tokens)[0], expected)
+
+
+def test_lbfgs():
+    """It steps to the same parameters as with vectors written out."""
+    ours, theirs = pair("RNN")
+    tokens = drawn(ours)
+    for module, x in ((ours, tokens), (theirs, F.one_hot(tokens, V).double())):
+        optimizer = torch.optim.LBFGS(module.parameters(), max_iter=4)
+
+        def loss(module=module, x=x, optimizer=optimizer):
+            optimizer.zero_grad()
+            value = (module(x)[0] - 0.5).square().mean()
+            value.backward()
+            return value
+
+        first = optimizer.step(loss).item()
+        assert loss().item() < 0.9 * first
+    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@kinds
+def test_state_dict_of_torch_nn(kind):
+    theirs = getattr(nn, kind)(V, H, dtype=torch.float64, **STACK)
+    ours = layer(kind, V, tokens=True, **STACK)
+    ours.load_state_dict(theirs.state_dict())
+    tokens = drawn(ours)
+    torch.testing.assert_close(ours(tokens)[0], theirs(F.one_hot(tokens, V).double())[0])
+    back = getattr(nn, kind)(V, H, dtype=torch.float64, **STACK)
+    back.load_state_dict(ours.state_dict())
+    for one, other in zip(back.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def column_major(weight):
+    return weight.detach().t().contiguous().t()
+
+
+@kinds
+def test_column_major_weights_of_older_versions(kind):
+    """Checkpoints and pickles that hold W_ih as older versions kept it."""
+    ours, theirs = pair(kind)
+    state = {**ours.state_dict(), "weight_ih_l0": column_major(ours.weight_ih_l0)}
+    assert state["weight_ih_l0"].stride() == (1, ours.weight_ih_l0.shape[0])
+    loaded, old = layer(kind, V, tokens=True), copy.deepcopy(ours)
+    loaded.load_state_dict(state)
+    assert loaded.weight_ih_l0.is_contiguous()
+    old.weight_ih_l0.data = state["weight_ih_l0"]
+    old = copy.deepcopy(old)
+    assert not old.weight_ih_l0.is_contiguous()
+    tokens = drawn(ours)
+    expected = outcome(theirs(F.one_hot(tokens, V).double()), theirs.parameters())
+    assert_same(outcome(loaded(tokens), loaded.parameters()), expected)
+    assert_same(outcome(old(tokens), old.parameters()), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("vocabulary", [70, 3000], ids=["all occur", "few occur"])
+def test_large_tables(dtype, recompute, vocabulary, threads):
+    """Columns of W_ih give the numbers of a contiguous table, which the kernels read as it is."""
+    ours = rnnfast.GRU(vocabulary, 40, tokens=True, recompute=recompute, dtype=dtype)
+    tokens = torch.randint(vocabulary, (20, 30))
+    tokens[0, :2] = torch.tensor([0, vocabulary - 1])
+    weights = [weight.detach().clone().requires_grad_() for weight in ours.parameters()]
+    rows = weights[0].detach().t().contiguous().requires_grad_()
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        actual = outcome(ours(tokens), ours.parameters())
+        x, states = tokens.unsqueeze(-1), torch.zeros(30, 40, dtype=dtype)
+        arguments = (x, (states,), rows, *weights[1:], False)
+        y, (h_n,), _ = autograd.layer(CELLS["gru"], *arguments, recompute=recompute)
+        expected = outcome((y, h_n.unsqueeze(0)), [rows, *weights[1:]])
+        expected[2] = expected[2].t()
+        assert all(torch.equal(*each) for each in zip(actual, expected, strict=True))
+
+
+FUNCTIONS = {"RNN": functional.rnn, "GRU": functional.gru, "LSTM": functional.lstm}
+
+
+@calls
+@pytest.mark.parametrize("form", ["tokens", "embedding"])
+def test_functional(kind, case, backend, form, many):
+    keywords, call = CASES[case]
+    if "proj_size" in keywords and form == "embedding":
+        keywords = {**keywords, "bidirectional": True}
+    inputs = V if form == "tokens" else I
+    module = layer(kind, inputs, backend=backend, **keywords)
+    weights, tokens = list(module.parameters()), drawn(module, 5)
+    options = {name: keywords[name] for name in keywords if name != "bias"}
+    options |= {"has_biases": module.bias, "backend": backend, **call}
+    matrix = torch.randn(V, I, dtype=torch.float64, requires_grad=True)
+    given = {"tokens": True} if form == "tokens" else {"embedding": matrix}
+    vectors = F.one_hot(tokens, V).double() if form == "tokens" else F.embedding(tokens, matrix)
+    wanted = weights if form == "tokens" else [*weights, matrix]
+    assert_same(
+        outcome(FUNCTIONS[kind](tokens, None, weights, **given, **options), wanted),
+        outcome(module(vectors, **call), wanted),
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"tokens": True, "embedding": torch.zeros(V, I)}, ValueError, "no embedding can be given"),
+        ({"embedding": torch.zeros(V, 7)}, RuntimeError, "Expected 6, got 7"),
+        ({"input": torch.zeros(T, B), "tokens": True}, TypeError, "integers, got torch.float32"),
+        ({"input": torch.full((T, B), I), "tokens": True}, IndexError, "index out of range"),
+        ({"input": torch.zeros(T, dtype=torch.int64), "tokens": True}, RuntimeError, "dimensions"),
+        ({}, RuntimeError, "dimensions"),
+        ({"hx": torch.zeros(1, B + 1, H), "tokens": True}, RuntimeError, "Expected hidden size"),
+    ],
+)
+def test_malformed_functional_calls(change, error, words):
+    module = rnnfast.GRU(I, H)
+    arguments = {"input": torch.zeros(T, B, dtype=torch.int64), "hx": None, **change}
+    with pytest.raises(error, match=words):
+        functional.gru(flat_weights=list(module.parameters()), **arguments)
 
 
 def test_initial_values_are_torch_nns():

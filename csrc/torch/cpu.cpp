@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "cpu/cache.h"
+#include "cpu/columns.h"
 #include "cpu/layer.h"
 #include "torch/layer.h"
 #include "torch/memory.h"
@@ -26,6 +27,39 @@ Ragged arrange(const LayerInputs& in, const cpu::Plan& plan, cpu::Arrangement& m
   if (!in.lengths.defined()) return {};
   memory = cpu::arrange(in.all_lengths(), in.packed(), in.sizes().T, plan);
   return memory.view();
+}
+
+// Replaces the tokens of a call by their places among those that occur, and returns these, rising.
+std::vector<int64_t> renumber_tokens(LayerInputs& in) {
+  const at::Tensor& x = in.x;
+  const int64_t steps = in.packed() ? 1 : x.size(0), step_stride = in.packed() ? 0 : x.stride(0);
+  const int64_t batch = x.size(-2), stride = x.stride(-2);
+  const auto for_tokens = [&](auto&& f) {
+    const int64_t* tokens = x.const_data_ptr<int64_t>();
+    for (int64_t t = 0; t < steps; ++t)
+      for (int64_t b = 0; b < batch; ++b) f(tokens[t * step_stride + b * stride]);
+  };
+  cpu::DistinctNumbers distinct(in.w_ih.size(0));
+  for_tokens([&](int64_t token) { distinct.add(token); });
+  std::vector<int64_t> numbers = distinct.list();
+  at::Tensor places = new_on_cpu(x.sizes(), at::kLong);
+  int64_t* place = places.mutable_data_ptr<int64_t>();
+  for_tokens([&](int64_t token) { *place++ = distinct.place(token); });
+  in.x = places;
+  return numbers;
+}
+
+cpu::Columns columns_of(const at::Tensor& transposed, const std::vector<int64_t>& numbers) {
+  return {transposed.size(1), transposed.size(0), numbers, size_t(transposed.element_size())};
+}
+
+// The rows of these numbers of a table that lies transposed.
+at::Tensor gather_rows(const at::Tensor& transposed, const std::vector<int64_t>& numbers) {
+  at::Tensor rows =
+      new_on_cpu({int64_t(numbers.size()), transposed.size(1)}, transposed.scalar_type());
+  cpu::gather_columns(columns_of(transposed, numbers), transposed.const_data_ptr(),
+                      rows.mutable_data_ptr(), usable_threads());
+  return rows;
 }
 
 // Plans layers of one kind on this machine. Making a plan takes as long as a step of a small layer,
@@ -159,6 +193,7 @@ void CpuDevice::backward(const CellInfo& cell, std::span<LayerBackward> layers) 
 }
 
 void CpuDevice::forward(const CellInfo& cell, LayerInputs in, LayerOutputs& out) {
+  if (in.has_transposed_table()) in.w_ih = gather_rows(in.w_ih, renumber_tokens(in));
   LayerForward one{std::move(in), out};
   forward(cell, {&one, 1}, false);
 }
@@ -166,7 +201,19 @@ void CpuDevice::forward(const CellInfo& cell, LayerInputs in, LayerOutputs& out)
 void CpuDevice::backward(const CellInfo& cell, LayerGradOutputs grad_out, LayerInputs in,
                          const LayerOutputs& out, LayerGrads& grads) {
   LayerBackward one{std::move(grad_out), std::move(in), out, grads};
+  if (!one.in.has_transposed_table()) return backward(cell, {&one, 1});
+  const std::vector<int64_t> numbers = renumber_tokens(one.in);
+  const at::Tensor table = one.in.w_ih;
+  // only a backward that computes the gates again reads it
+  const bool reads = cell.saved > 0 && out.gates.numel() == 0;
+  one.in.w_ih = reads ? gather_rows(table, numbers) : new_on_cpu({0}, table.scalar_type());
+  at::Tensor& rows = one.grads.w_ih;
+  if (rows.defined())
+    rows = new_on_cpu({int64_t(numbers.size()), table.size(1)}, rows.scalar_type()).zero_();
   backward(cell, {&one, 1});
+  if (rows.defined())
+    cpu::scatter_columns(columns_of(grads.w_ih, numbers), rows.const_data_ptr(),
+                         grads.w_ih.mutable_data_ptr(), usable_threads());
 }
 
 }  // namespace rnnfast

@@ -154,7 +154,10 @@ void check_inputs(const CellInfo& cell, const LayerFormat& format, LayerInputs& 
   Checker{cell, at::kBool, device}(in.reset, "reset", rows);
   check(in.h0, "h0", format.state_shape(P));
   check(in.c0, "c0", format.state_shape(H));
-  check(in.w_ih, "w_ih", tokens ? at::IntArrayRef{V, gates} : at::IntArrayRef{gates, I});
+  if (in.has_transposed_table())
+    check.check(in.w_ih, "w_ih", {V, gates});
+  else
+    check(in.w_ih, "w_ih", tokens ? at::IntArrayRef{V, gates} : at::IntArrayRef{gates, I});
   check(in.w_hh, "w_hh", {gates, P});
   check(in.b_ih, "b_ih", {gates});
   check(in.b_hh, "b_hh", {gates});
@@ -268,8 +271,11 @@ LayerGrads allocate_grads(const CellInfo& cell, const LayerInputs& in, at::Array
   grads.x = allocate(in.has_tokens() ? at::Tensor() : in.x, options);
   grads.h0 = allocate(in.h0, options);
   if (cell.has_cell) grads.c0 = allocate(in.c0, options);
-  grads.w_ih = allocate(in.w_ih, compute);
-  if (in.has_tokens() && grads.w_ih.defined()) grads.w_ih.zero_();
+  grads.w_ih = allocate(in.has_transposed_table() ? in.w_ih.t() : in.w_ih, compute);
+  if (in.has_transposed_table() && grads.w_ih.defined())
+    grads.w_ih = grads.w_ih.t();
+  else if (in.has_tokens() && grads.w_ih.defined())
+    grads.w_ih.zero_();
   grads.w_hh = allocate(in.w_hh, compute);
   grads.b_ih = allocate(in.b_ih, compute);
   grads.b_hh = allocate(in.b_hh, compute);

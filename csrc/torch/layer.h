@@ -46,7 +46,7 @@ struct LayerInputs {
   // I = 1: each is the index of a row of the table w_ih, which has W_ih x for every token.
   at::Tensor x;
   at::Tensor h0, c0;  // (B, P), (B, H); c0 is undefined if the cell has no c
-  at::Tensor w_ih;      // (G*H, I); for tokens a table (V, G*H)
+  at::Tensor w_ih;  // (G*H, I); for tokens a table (V, G*H), which may be transposed
   at::Tensor w_hh;  // (G*H, P)
   at::Tensor b_ih, b_hh;  // (G*H), or both undefined
   bool reverse;
@@ -56,6 +56,11 @@ struct LayerInputs {
 
   bool packed() const { return x.dim() == 2; }
   bool has_tokens() const { return x.scalar_type() == at::kLong; }
+  // Whether the table of tokens is the transpose of a contiguous W_ih (G*H, V).
+  bool has_transposed_table() const {
+    return has_tokens() && !w_ih.is_contiguous() && w_ih.stride(0) == 1 &&
+           w_ih.stride(1) == w_ih.size(0);
+  }
   at::ScalarType dtype() const { return h0.scalar_type(); }
   std::span<const int64_t> all_lengths() const {
     return {lengths.const_data_ptr<int64_t>(), size_t(lengths.size(0))};

@@ -264,7 +264,7 @@ class CharLSTM(nn.Module):
                 raise ValueError(
                     f"prompt must have shape (time,) or (batch, time), got {tuple(prompt.shape)}"
                 )
-            prompts = list(tokens.check(torch.atleast_2d(prompt).to(device), None))
+            prompts = list(tokens.check(torch.atleast_2d(prompt).to(device)))
         elif self.vocabulary is None:
             raise ValueError(
                 "a model without a vocabulary continues tokens, not text; give CharLSTM a "

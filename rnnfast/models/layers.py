@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from rnnfast.bases import Layers
 from rnnfast.checks import check_extras
 from rnnfast.models.results import State
 from rnnfast.modules import GRU, LSTM, RNN
@@ -78,7 +79,7 @@ class RecurrentModel(nn.Module):
             "dtype": dtype,
             "backend": backend,
         }
-        self.rnn: RNN | LSTM | GRU
+        self.rnn: Layers  # the type of the state depends on the cell
         if cell == "lstm":
             self.rnn = LSTM(input_size, hidden_size, **options)
         elif cell == "gru":
