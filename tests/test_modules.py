@@ -346,7 +346,8 @@ def test_reference_of_no_time_returns_the_states(cell, reverse):
     row = rnnfast.reference.CELLS[cell]
     states = tuple(torch.randn(2, 4) for _ in range(row.states))
     weights = torch.randn(row.gates * 4, 3), torch.randn(row.gates * 4, 4), None, None
-    y, finals, _ = rnnfast.reference.layer(row, torch.zeros(0, 2, 3), states, *weights, reverse)
+    inputs = rnnfast.reference.LayerInputs(torch.zeros(0, 2, 3), states, *weights, reverse)
+    y, finals, _ = rnnfast.reference.layer(row, inputs)
     assert y.shape == (0, 2, 4)
     torch.testing.assert_close(finals, states)
 

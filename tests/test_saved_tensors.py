@@ -24,10 +24,10 @@ LAYERS: dict[str, Callable[[], torch.nn.Module]] = {
 }
 
 
-@pytest.fixture(params=["short way", "Function"])
+@pytest.fixture(params=["short way", "operators"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both autograd Functions: the extension's own, and rnnfast.autograd's."""
-    if request.param == "Function":
+    """Both autograd nodes: that of whole calls, and that of the operators."""
+    if request.param == "operators":
         monkeypatch.setattr(backend, "short_way", lambda requested: None)
     return request.param
 
