@@ -74,11 +74,12 @@ def _records(*tensors: Tensor | None) -> bool:
 
 def _reference_forward(cell: Cell, x: Tensor, *arguments: Any) -> States:
     """``rnnfast::_<cell>_reference``. It has no gates to save."""
-    states, weights = arguments[: cell.states], arguments[cell.states :][:4]
-    reverse, save, *given = arguments[cell.states + 4 :]
+    states, rest = arguments[: cell.states], arguments[cell.states :]
+    w_ih, w_hh, b_ih, b_hh, reverse, save, *given = rest
     # torch leaves out trailing arguments that have their default values
-    _, *extras = (*given, *(False, None, None, None)[len(given) :])
-    y, finals, cells = reference.layer(cell, LayerInputs(x, states, *weights, reverse, *extras))
+    lengths, reset, w_hr = (*given[1:], None, None, None)[:3]
+    inputs = LayerInputs(x, states, w_ih, w_hh, b_ih, b_hh, reverse, lengths, reset, w_hr)
+    y, finals, cells = reference.layer(cell, inputs)
     outputs = (y, *finals, y.new_empty((0,)))
     if cells is None:
         return outputs
@@ -104,7 +105,7 @@ def _parse_backward(cell: Cell, arguments: Sequence[Any]) -> _BackwardCall:
     grads, tensors = arguments[:outputs], arguments[outputs : outputs + 5 + cell.states]
     reverse, mask, *given = arguments[options:]
     # torch leaves out trailing arguments that have their default values
-    lengths, reset, w_hr, grad_cells = (*given, *[None] * (4 - len(given)))
+    lengths, reset, w_hr, grad_cells = (*given, None, None, None, None)[:4]
     if cell.states > 1:
         grads, tensors = (*grads, grad_cells), (*tensors, w_hr)
         mask = (*mask, False)[: len(tensors)]  # it has no entry for a w_hr of None
@@ -132,14 +133,19 @@ def _reference_backward(cell: Cell, *arguments: Any) -> States:
     with torch.enable_grad():
         # Aliases make the derivatives partial where one argument was computed from another.
         tensors: list[Any] = [None if t is None else t.view_as(t) for t in call.tensors]
-        wanted = [i for i, needed in enumerate(call.mask) if needed and tensors[i] is not None]
+        wanted = [
+            i
+            for i, (tensor, needed) in enumerate(zip(tensors, call.mask, strict=True))
+            if needed and tensor is not None and tensor.is_floating_point()
+        ]
         for i in wanted:
             if not tensors[i].requires_grad:
                 tensors[i] = tensors[i].detach().requires_grad_()
-        x, states = tensors[0], tuple(tensors[1 : 1 + cell.states])
-        weights, w_hr = tensors[1 + cell.states :][:4], tensors[5 + cell.states :]
+        states = tuple(tensors[1 : 1 + cell.states])
+        w_ih, w_hh, b_ih, b_hh, w_hr = (*tensors[1 + cell.states :], None)[:5]
+        options = call.reverse, call.lengths, call.reset
         y, finals, cells = reference.layer(
-            cell, LayerInputs(x, states, *weights, call.reverse, call.lengths, call.reset, *w_hr)
+            cell, LayerInputs(tensors[0], states, w_ih, w_hh, b_ih, b_hh, *options, w_hr)
         )
         outputs = (y, *finals) if cells is None else (y, *finals, cells)
         pairs = zip(outputs, call.grads, strict=True)
@@ -285,13 +291,13 @@ def _register_fakes(cell: Cell) -> None:
 
     def backward(*arguments: Any) -> States:
         call = _parse_backward(cell, arguments)
-        x, h0, *_ = tensors = call.tensors
+        x, h0 = arguments[1 + cell.states :][:2]
         _check_devices(x, arguments[: _place_of_options(cell)])
         return tuple(
             tensor.new_empty(tensor.shape)
             if needed and tensor is not None and tensor.is_floating_point()
             else h0.new_empty((0,))
-            for tensor, needed in zip(tensors, call.mask, strict=True)
+            for tensor, needed in zip(call.tensors, call.mask, strict=True)
         )
 
     torch.library.register_fake(f"rnnfast::{cell.name}", forward)

@@ -18,7 +18,7 @@ from . import autograd, reference, torchscript
 from .backend import choose, in_force, is_tracing, refuse
 from .reference import Cell, LayerInputs, LayerOutputs, States
 
-_Layer = Callable[[Cell, LayerInputs], LayerOutputs]
+_Layer = Callable[..., LayerOutputs]
 _LAYERS: dict[str, _Layer] = {
     "fused": autograd.layer,
     "reference": reference.layer,
@@ -178,11 +178,11 @@ def _stack(
             i = k * directions + direction
             w = weights[i * per_layer : (i + 1) * per_layer]
             w_hr = w[-1] if options.proj_size else None
-            w_ih, w_hh, b_ih, b_hh = w[:4] if options.has_biases else (*w[:2], None, None)
+            b_ih, b_hh = w[2:4] if options.has_biases else (None, None)
             y, final, c = layer(
                 cell,
                 LayerInputs(
-                    x, initial[i], w_ih, w_hh, b_ih, b_hh, direction == 1, *extras[:2], w_hr
+                    x, initial[i], w[0], w[1], b_ih, b_hh, direction == 1, *extras[:2], w_hr
                 ),
             )
             outputs.append(y)

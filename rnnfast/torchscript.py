@@ -57,7 +57,8 @@ def _run(
     recompute: bool,
 ) -> list[Tensor]:
     """``rnnfast::layer``: y, the final states and, where they are there, the c of every step."""
-    w_ih, w_hh, b_ih, b_hh = weights if len(weights) > 2 else (*weights, None, None)
+    w_ih, w_hh, *biases = weights
+    b_ih, b_hh = biases or (None, None)
     inputs = LayerInputs(x, tuple(states), w_ih, w_hh, b_ih, b_hh, reverse, lengths, reset, w_hr)
     if backend.choose(backend_name, w_hh) == "fused":
         outputs = autograd.layer(CELLS[cell], inputs, save_cells=save_cells, recompute=recompute)

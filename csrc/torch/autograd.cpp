@@ -28,7 +28,9 @@ at::ArrayRef<IValue> arguments_of(const OperatorHandle& op, const Stack& stack) 
   return torch::jit::last(stack, op.schema().arguments().size());
 }
 
-Tensor tensor_or_none(const IValue& value) { return value.isTensor() ? value.toTensor() : Tensor(); }
+Tensor tensor_or_none(const IValue& value) {
+  return value.isTensor() ? value.toTensor() : Tensor();
+}
 IValue value_or_none(const Tensor& t) { return t.defined() ? IValue(t) : IValue(); }
 std::optional<Tensor> optional(const Tensor& t) {
   return t.defined() ? std::optional<Tensor>(t) : std::nullopt;
@@ -236,12 +238,12 @@ List call_backward(const CellInfo& cell, const LayerGradOutputs& grad_out, const
 }
 
 TORCH_LIBRARY_IMPL(rnnfast, Autograd, library) {
-#define RNNFAST_DIFFERENTIATE(Cell)                                                       \
-  library.impl(Cell::kName, torch::CppFunction::makeFromBoxedFunction<                    \
-                                &differentiate<CellKind::k##Cell>>());                    \
-  library.impl((std::string(Cell::kName) + "_backward").c_str(),                          \
-               torch::CppFunction::makeFromBoxedFunction<                                 \
-                   &differentiate_backward<CellKind::k##Cell>>());
+#define RNNFAST_DIFFERENTIATE(Cell)                                                             \
+  library.impl(Cell::kName,                                                                     \
+               torch::CppFunction::makeFromBoxedFunction<&differentiate<CellKind::k##Cell>>()); \
+  library.impl(                                                                                 \
+      (std::string(Cell::kName) + "_backward").c_str(),                                         \
+      torch::CppFunction::makeFromBoxedFunction<&differentiate_backward<CellKind::k##Cell>>());
   RNNFAST_FOR_EACH_CELL(RNNFAST_DIFFERENTIATE)
 #undef RNNFAST_DIFFERENTIATE
 }

@@ -155,8 +155,8 @@ struct LayerBackward {
   LayerGrads grads;
 };
 
-// Calls rnnfast::<cell>_backward through torch's dispatcher, which lets autograd record the call and
-// torch.func's transforms take part in it. Gradients are in the order of `kDifferentiable`, and
+// Calls rnnfast::<cell>_backward through torch's dispatcher, which lets autograd record the call
+// and torch.func's transforms take part in it. Gradients are in the order of `kDifferentiable`, and
 // undefined if not wanted or if there are none of the outputs.
 std::vector<at::Tensor> call_backward(const CellInfo& cell, const LayerGradOutputs& grad_out,
                                       const LayerInputs& in, const LayerOutputs& out,

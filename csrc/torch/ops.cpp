@@ -144,8 +144,7 @@ std::string backward_schema(const CellInfo& cell, const std::string& name) {
   const std::string grad_c0 = cell.has_cell ? "Tensor grad_c0, " : "";
   const std::string more = cell.has_cell ? ", Tensor? w_hr=None, Tensor? grad_cells=None" : "";
   const std::string grad_w_hr = cell.has_cell ? ", Tensor grad_w_hr" : "";
-  return name + "(Tensor? grad_y, Tensor? grad_h_n, " + grad_c_n +
-         "Tensor x, Tensor h0, " + c0 +
+  return name + "(Tensor? grad_y, Tensor? grad_h_n, " + grad_c_n + "Tensor x, Tensor h0, " + c0 +
          "Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor y, Tensor gates, " + cells +
          "bool reverse, bool[] mask, Tensor? lengths=None, Tensor? reset=None" + more +
          ") -> (Tensor grad_x, Tensor grad_h0, " + grad_c0 +
