@@ -1,7 +1,7 @@
-"""The fused operators with gradients: one layer, one direction, a whole sequence per call.
+"""What torch has to know of the fused operators beside their kernels.
 
-Every cell has the operators ``rnnfast::<cell>`` and ``rnnfast::<cell>_backward``, which differ only
-in the number of states, so that two autograd Functions serve them all:
+Every cell has the operators ``rnnfast::<cell>`` and ``rnnfast::<cell>_backward``: one layer, one
+direction, a whole sequence per call. They differ only in the number of states:
 
     forward    (x, *states, w_ih, w_hh, b_ih, b_hh, reverse, save, recompute, lengths, reset
                [, w_hr]) -> (y, *final states, gates[, cells])
@@ -9,22 +9,28 @@ in the number of states, so that two autograd Functions serve them all:
                [, cells], reverse, mask, lengths, reset[, w_hr, gradient of cells])
                -> gradients of (x, *states, w_ih, w_hh, b_ih, b_hh[, w_hr])
 
-Items in brackets exist for cells with two states; ``cells`` is the c of every step. With
-``recompute`` gates is empty on devices whose backward can recompute it. Below, "the tensors of a
-layer" are (x, *states, w_ih, w_hh, b_ih, b_hh[, w_hr]).
-The second and higher derivatives go through `rnnfast.reference`.
+What is in brackets is there for cells with two states; ``cells`` is the c of every step. With
+``save`` the caller gets ``gates`` and ``cells``, else they are empty. With ``recompute`` ``gates``
+is empty where the device's backward can do without. The tensors of a layer are, below,
+(x, *states, w_ih, w_hh, b_ih, b_hh[, w_hr]).
+
+The extension has the kernels, and those for autograd and autocast (csrc/torch/autograd.cpp). Here
+are the shapes of results, the rules for vmap, and what the extension calls where the kernels cannot
+be differentiated: the operators ``rnnfast::_<cell>_reference`` and
+``rnnfast::_<cell>_backward_reference``, by way of `rnnfast.reference`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import backend, onnx, reference
-from .reference import CELLS, Cell, States
+from .reference import CELLS, Cell, LayerInputs, LayerOutputs, States
 
 _Operator = Callable[..., States]
 
@@ -40,171 +46,153 @@ def _find_operators(cell: str) -> _Operators:
 
 
 def layer(
-    cell: Cell,
-    x: Tensor,
-    states: States,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-    reverse: bool,
-    lengths: Tensor | None = None,
-    reset: Tensor | None = None,
-    w_hr: Tensor | None = None,
-    *,
-    save_cells: bool = False,
-    recompute: bool = False,
-) -> tuple[Tensor, States, Tensor | None]:
-    """`rnnfast.reference.layer` on the fused kernels: the same arguments and results.
+    cell: Cell, inputs: LayerInputs, *, save_cells: bool = False, recompute: bool = False
+) -> LayerOutputs:
+    """`rnnfast.reference.layer` on the fused kernels, which must be there.
 
-    ``lengths`` is int64 and on the CPU. The c of every step is only there with ``save_cells``.
-    ``recompute`` saves no gates for the backward, which computes them again from the states.
-
-    The extension must be built, and no torch.func transform or forward-mode AD may be active.
+    Args:
+        cell: A row of `CELLS`.
+        inputs: As there; ``lengths`` is int64 and on the CPU.
+        save_cells: Whether to return the c of every step.
+        recompute: Whether to save no gates for the backward, which then computes them again from
+            the states.
     """
-    tensors: tuple[Tensor | None, ...] = (x, *states, w_ih, w_hh, b_ih, b_hh)
+    x, states, w_ih, w_hh, b_ih, b_hh, reverse, lengths, reset, w_hr = inputs
+    tensors = (x, *states, w_ih, w_hh, b_ih, b_hh)
+    if save_cells and x.device.type == "cpu" and not _records(*tensors, w_hr):
+        recompute = True  # the operator need not save gates beside the cells
+    projection = (w_hr,) if cell.states > 1 else ()
+    operator = _OPERATORS[cell.name].forward
+    y, *others = operator(*tensors, reverse, save_cells, recompute, lengths, reset, *projection)
+    return LayerOutputs(y, tuple(others[: cell.states]), others[-1] if save_cells else None)
+
+
+def _records(*tensors: Tensor | None) -> bool:
+    """Whether autograd records a call with these arguments."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _reference_forward(cell: Cell, x: Tensor, *arguments: Any) -> States:
+    """``rnnfast::_<cell>_reference``. It has no gates to save."""
+    states, rest = arguments[: cell.states], arguments[cell.states :]
+    w_ih, w_hh, b_ih, b_hh, reverse, save, *given = rest
+    # torch leaves out trailing arguments that have their default values
+    lengths, reset, w_hr = (*given[1:], None, None, None)[:3]
+    inputs = LayerInputs(x, states, w_ih, w_hh, b_ih, b_hh, reverse, lengths, reset, w_hr)
+    y, finals, cells = reference.layer(cell, inputs)
+    outputs = (y, *finals, y.new_empty((0,)))
+    if cells is None:
+        return outputs
+    return *outputs, cells if save else cells.new_empty((0,))
+
+
+class _BackwardCall(NamedTuple):
+    """The arguments of ``rnnfast::<cell>_backward``, without what the forward has saved."""
+
+    grads: tuple[Tensor | None, ...]
+    """Those of y, the final states and, with two of these, cells."""
+    tensors: tuple[Tensor | None, ...]
+    """Those of the layer."""
+    mask: tuple[bool, ...]
+    """Which gradients of the tensors are wanted."""
+    reverse: bool
+    lengths: Tensor | None
+    reset: Tensor | None
+
+
+def _parse_backward(cell: Cell, arguments: Sequence[Any]) -> _BackwardCall:
+    outputs, options = 1 + cell.states, _place_of_options(cell)
+    grads, tensors = arguments[:outputs], arguments[outputs : outputs + 5 + cell.states]
+    reverse, mask, *given = arguments[options:]
+    # torch leaves out trailing arguments that have their default values
+    lengths, reset, w_hr, grad_cells = (*given, None, None, None, None)[:4]
     if cell.states > 1:
-        tensors += (w_hr,)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        if torch.compiler.is_compiling():
-            tensors = _distinct(tensors)
-        outputs = _Layer.apply(cell.name, reverse, recompute, lengths, reset, *tensors)
-    else:
-        without_gates = save_cells and x.device.type == "cpu"
-        outputs = _fused_forward(
-            cell.name, tensors, reverse, save_cells, without_gates, lengths, reset
+        grads, tensors = (*grads, grad_cells), (*tensors, w_hr)
+        mask = (*mask, False)[: len(tensors)]  # it has no entry for a w_hr of None
+    return _BackwardCall(tuple(grads), tuple(tensors), tuple(mask), reverse, lengths, reset)
+
+
+def _place_of_options(cell: Cell) -> int:
+    """Where ``reverse`` and ``mask`` stand: after gradients, tensors, y, gates[, cells]."""
+    return 7 + 3 * cell.states
+
+
+def _reference_backward(cell: Cell, *arguments: Any) -> States:
+    """The backward operator by way of `rnnfast.reference`, as a differentiable function.
+
+    It recomputes the forward, and so does without y and what the fused forward saved. A gradient
+    that is not wanted is an empty tensor.
+    """
+    call = _parse_backward(cell, arguments)
+    freed = backend.find_freed(call.tensors)
+    if freed is not None:
+        names = ("x", *("h0", "c0")[: cell.states], "w_ih", "w_hh", "b_ih", "b_hh", "w_hr")
+        raise RuntimeError(
+            f"rnnfast::{cell.name}: the storage of {names[freed]} has been freed or resized"
         )
-    return outputs[0], outputs[1 : 1 + cell.states], outputs[-1] if save_cells else None
-
-
-def _distinct(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """Replaces repeated tensors by views: torch.compile rejects a Function with a tensor twice."""
-    distinct: list[Tensor | None] = []
-    for tensor in tensors:
-        if tensor is not None and any(tensor is other for other in distinct):
-            tensor = tensor.view_as(tensor)
-        distinct.append(tensor)
-    return tuple(distinct)
-
-
-# The Functions save tensors in `forward` and have no `setup_context`. With one, torch would inspect
-# the signature of `forward` in every call, which takes longer than a step of a small cell.
-
-
-class _Layer(torch.autograd.Function):
-    """(cell, reverse, recompute, lengths, reset, *tensors) -> (y, *final states[, cells])."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        cell: str,
-        reverse: bool,
-        recompute: bool,
-        lengths: Tensor | None,
-        reset: Tensor | None,
-        *tensors: Tensor | None,
-    ) -> States:
-        outputs = _fused_forward(cell, tensors, reverse, True, recompute, lengths, reset)
-        states = CELLS[cell].states
-        ctx.cell, ctx.reverse = cell, reverse
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, outputs[0], *outputs[1 + states :], lengths, reset)
-        return outputs[: 1 + states] + outputs[2 + states :]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        mask = list(ctx.needs_input_grad[5:])
-        return *[None] * 5, *_gradients(ctx.cell, ctx.reverse, mask, grads, ctx.saved_tensors)
-
-
-def _gradients(
-    cell: str,
-    reverse: bool,
-    mask: list[bool],
-    grads: Sequence[Tensor | None],
-    saved: Sequence[Tensor | None],
-) -> list[Tensor | None]:
-    """Computes the backward of `_Layer`; also called by the extension's own autograd Function."""
-    results: Sequence[Tensor | None]
-    if all(grad is None for grad in grads):
-        results = [None] * len(mask)
-    elif backend.transforms_active():
-        results = _reference_backward(cell, reverse, mask, *grads, *saved)
-    elif torch.is_grad_enabled():
-        results = _LayerBackward.apply(cell, reverse, mask, *grads, *saved)
-    else:
-        results = _fused_backward(cell, reverse, mask, *grads, *saved)
-    return [grad if needed else None for grad, needed in zip(results, mask, strict=True)]
-
-
-def _fused_forward(
-    cell: str, tensors: Sequence[Tensor | None], *options: Any
-) -> tuple[Tensor, ...]:
-    """Calls the forward operator on the tensors of a layer."""
-    count = 5 + CELLS[cell].states
-    return _OPERATORS[cell].forward(*tensors[:count], *options, *tensors[count:])
-
-
-def _fused_backward(
-    cell: str, reverse: bool, mask: list[bool], *arguments: Tensor | None
-) -> States:
-    """Calls the backward operator on the gradients of `_Layer`'s outputs and its saved tensors."""
-    states = CELLS[cell].states
-    grads, (*rest, lengths, reset) = (
-        arguments[: _count_grads(cell)],
-        arguments[_count_grads(cell) :],
-    )
-    tensors, w_hr, saved = rest[: 5 + states], rest[5 + states : len(mask)], rest[len(mask) :]
-    if w_hr and w_hr[0] is None:
-        mask = mask[:-1]
-    return _OPERATORS[cell].backward(
-        *grads[: 1 + states],
-        *tensors,
-        *saved,
-        reverse,
-        mask,
-        lengths,
-        reset,
-        *w_hr,
-        *grads[1 + states :],
-    )
-
-
-def _count_grads(cell: str) -> int:
-    """Returns the number of `_Layer`'s outputs: y, final states and, for cells with c, cells."""
-    states = CELLS[cell].states
-    return 1 + states + (states > 1)
+    with torch.enable_grad():
+        # Aliases make the derivatives partial where one argument was computed from another.
+        tensors: list[Any] = [None if t is None else t.view_as(t) for t in call.tensors]
+        wanted = [
+            i
+            for i, (tensor, needed) in enumerate(zip(tensors, call.mask, strict=True))
+            if needed and tensor is not None and tensor.is_floating_point()
+        ]
+        for i in wanted:
+            if not tensors[i].requires_grad:
+                tensors[i] = tensors[i].detach().requires_grad_()
+        states = tuple(tensors[1 : 1 + cell.states])
+        w_ih, w_hh, b_ih, b_hh, w_hr = (*tensors[1 + cell.states :], None)[:5]
+        options = call.reverse, call.lengths, call.reset
+        y, finals, cells = reference.layer(
+            cell, LayerInputs(tensors[0], states, w_ih, w_hh, b_ih, b_hh, *options, w_hr)
+        )
+        outputs = (y, *finals) if cells is None else (y, *finals, cells)
+        pairs = zip(outputs, call.grads, strict=True)
+        found = [(output, grad) for output, grad in pairs if grad is not None]
+        gradients = torch.autograd.grad(
+            [output for output, _ in found],
+            [tensors[i] for i in wanted],
+            [grad for _, grad in found],
+            create_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+    results = [states[0].new_empty((0,)) for _ in tensors]
+    for i, gradient in zip(wanted, gradients, strict=True):
+        results[i] = gradient
+    return tuple(results)
 
 
 class _LayerBackward(torch.autograd.Function):
-    """(cell, reverse, mask, *grads, *tensors, y, gates[, cells], lengths, reset) -> *gradients.
+    """(cell, *arguments of the backward operator) -> its results.
 
-    ``grads`` are those of `_Layer`'s outputs. A gradient that ``mask`` does not ask for is an empty
-    tensor.
+    It has no ``setup_context``: no torch.func transform may be active.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, cell: str, reverse: bool, mask: list[bool], *arguments: Tensor | None
-    ) -> States:
-        ctx.cell, ctx.reverse, ctx.mask = cell, reverse, mask
+    def forward(ctx: Any, cell: Cell, *arguments: Any) -> States:
+        place = _place_of_options(cell)
+        ctx.cell, ctx.options = cell, arguments[place : place + 2]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*arguments)
-        return _fused_backward(cell, reverse, mask, *arguments)
+        ctx.save_for_backward(*arguments[:place], *arguments[place + 2 :])
+        return _OPERATORS[cell.name].backward(*arguments)
 
     @staticmethod
     def backward(ctx: Any, *grad_grads: Tensor | None) -> tuple[Tensor | None, ...]:
         third_order = torch.is_grad_enabled()
         with torch.enable_grad():
-            # The aliases make these partial derivatives, even if one argument depends on another.
+            # Aliases, as above.
             arguments: list[Any] = [None if t is None else t.view_as(t) for t in ctx.saved_tensors]
-            grads = _reference_backward(ctx.cell, ctx.reverse, ctx.mask, *arguments)
+            place = _place_of_options(ctx.cell)
+            arguments[place:place] = ctx.options
+            grads = _reference_backward(ctx.cell, *arguments)
         found = [
             (grad, grad_grad)
             for grad, grad_grad in zip(grads, grad_grads, strict=True)
-            if grad is not None and grad.requires_grad and grad_grad is not None
+            if grad.requires_grad and grad_grad is not None
         ]
-        wanted = [i for i, needed in enumerate(ctx.needs_input_grad[3:]) if needed]
+        wanted = [i for i, needed in enumerate(ctx.needs_input_grad[1:]) if needed]
         results: list[Tensor | None] = [None] * len(arguments)
         if found:
             seconds = torch.autograd.grad(
@@ -216,46 +204,58 @@ class _LayerBackward(torch.autograd.Function):
             )
             for i, second in zip(wanted, seconds, strict=True):
                 results[i] = second
-        return None, None, None, *results
+        return None, *results
 
 
-def _reference_backward(
-    cell: str, reverse: bool, mask: list[bool], *arguments: Any
-) -> list[Tensor | None]:
-    """Computes the backward operator through `rnnfast.reference`, as a differentiable function.
+def _differentiable_backward(cell: Cell, *arguments: Any) -> States:
+    """``rnnfast::_<cell>_backward_reference``: plain PyTorch at the latest when differentiated."""
+    if backend.transforms_active():
+        return _reference_backward(cell, *arguments)
+    results: States = _LayerBackward.apply(cell, *arguments)
+    return results
 
-    It recomputes the forward, so it needs neither y nor what the fused forward saved.
-    """
-    row = CELLS[cell]
-    grads, tensors = arguments[: _count_grads(cell)], arguments[_count_grads(cell) :][: len(mask)]
-    freed = backend.find_freed(tensors)
-    if freed is not None:
-        names = ("x", *("h0", "c0")[: row.states], "w_ih", "w_hh", "b_ih", "b_hh", "w_hr")
-        raise RuntimeError(
-            f"rnnfast::{cell}: the storage of {names[freed]} has been freed or resized"
-        )
-    states = tensors[1 : 1 + row.states]
-    w_ih, w_hh, b_ih, b_hh = tensors[1 + row.states : 5 + row.states]
-    lengths, reset = arguments[-2:]
-    w_hr = tensors[-1] if row.states > 1 else None
-    with torch.enable_grad():
-        y, finals, cells = reference.layer(
-            row, tensors[0], states, w_ih, w_hh, b_ih, b_hh, reverse, lengths, reset, w_hr
-        )
-        outputs = (y, *finals) if cells is None else (y, *finals, cells)
-        found = [
-            (output, grad) for output, grad in zip(outputs, grads, strict=True) if grad is not None
-        ]
-        results = iter(
-            torch.autograd.grad(
-                [output for output, _ in found],
-                [tensor for tensor, needed in zip(tensors, mask, strict=True) if needed],
-                [grad for _, grad in found],
-                create_graph=True,
-                allow_unused=True,
-            )
-        )
-    return [next(results) if needed else None for needed in mask]
+
+_Dims = Sequence[Any]
+"""For each argument of an operator the dimension that vmap maps over, or None."""
+_Batched = tuple[States, tuple[int | None, ...]]
+"""Results of an operator and the dimension of each that vmap maps over."""
+
+
+def _batched_forward(cell: Cell, info: Any, in_dims: _Dims, *arguments: Any) -> _Batched:
+    """The rule for vmap of ``rnnfast::<cell>``: a larger batch if all share the weights."""
+    operator, count = _OPERATORS[cell.name].forward, 1 + cell.states
+    # of what has a row or a column for each sequence: where the batch is
+    batches = {0: 1, **dict.fromkeys(range(1, count), 0), count + 7: 0, count + 8: 1}
+    x, x_dim = arguments[0], in_dims[0]
+    packed = x.dim() - (x_dim is not None) == 2
+    mapped = {i for i, dim in enumerate(in_dims) if isinstance(dim, int)}
+    if packed or not mapped <= batches.keys():
+        return _one_by_one(operator, info, in_dims, *arguments)
+    size, folded = info.batch_size, list(arguments)
+    for i, batch in batches.items():
+        if i < len(arguments) and arguments[i] is not None:
+            tensor, dim = arguments[i], in_dims[i]
+            if dim is None:
+                tensor, dim = tensor.expand(size, *tensor.shape), 0
+            folded[i] = tensor.movedim(dim, batch).flatten(batch, batch + 1)
+    outputs = operator(*folded)
+    results, out_dims = [], []
+    for i, output in enumerate(outputs):
+        dim = 0 if 0 < i < count else 1 if output.dim() > 1 else None  # None: nothing is saved
+        results.append(output if dim is None else output.unflatten(dim, (size, -1)))
+        out_dims.append(dim)
+    return tuple(results), tuple(out_dims)
+
+
+def _one_by_one(operator: _Operator, info: Any, in_dims: _Dims, *arguments: Any) -> _Batched:
+    """The rule for vmap that serves every operator: a loop."""
+    results = []
+    for i in range(info.batch_size):
+        pairs = zip(arguments, in_dims, strict=True)
+        one = [value.select(dim, i) if isinstance(dim, int) else value for value, dim in pairs]
+        results.append(operator(*one))
+    outputs = tuple(torch.stack(values) for values in zip(*results, strict=True))
+    return outputs, (0,) * len(outputs)
 
 
 def _check_devices(x: Tensor, arguments: Sequence[Any]) -> None:
@@ -269,12 +269,12 @@ def _check_devices(x: Tensor, arguments: Sequence[Any]) -> None:
 
 
 def _register_fakes(cell: Cell) -> None:
-    """Registers fake kernels: the shapes that the operators of ``cell`` return."""
-    # torch omits trailing arguments that have their default values.
+    """Tells torch.compile and torch.export the shapes that the operators of ``cell`` return."""
 
     def forward(x: Tensor, *arguments: Any) -> States:
         onnx.refuse_unknown(f"rnnfast::{cell.name}")
         states = arguments[: cell.states]
+        # torch leaves out trailing arguments that have their default values
         _, save, recompute, *_ = (*arguments[cell.states + 4 :], False)
         _check_devices(x, arguments[: cell.states + 4])
         hidden = states[-1].shape[1]
@@ -290,17 +290,13 @@ def _register_fakes(cell: Cell) -> None:
         return y, *finals, gates, like.new_empty((*rows, hidden) if save else (0,), dtype=dtype)
 
     def backward(*arguments: Any) -> States:
-        outputs, inputs = 1 + cell.states, 5 + cell.states
-        tensors = arguments[outputs : outputs + inputs]
-        mask = arguments[outputs + inputs + 1 + cell.states + 1]  # after y, gates[, cells], reverse
-        _check_devices(tensors[0], arguments[: outputs + inputs + 1 + cell.states])
-        if cell.states > 1:
-            # after mask, lengths and reset
-            w_hr = arguments[outputs + inputs + 1 + cell.states + 4 :][:1]
-            tensors, mask = (*tensors, *(w_hr or (None,))), (*mask, False)[: inputs + 1]
-        w_ih = tensors[1 + cell.states]
+        call = _parse_backward(cell, arguments)
+        x, h0 = arguments[1 + cell.states :][:2]
+        _check_devices(x, arguments[: _place_of_options(cell)])
+        w_ih = call.tensors[1 + cell.states]
+        assert w_ih is not None
         # the gradient of a transposed table of tokens is transposed, too
-        transposed = not (tensors[0].is_floating_point() or w_ih.is_contiguous())
+        transposed = not (x.is_floating_point() or w_ih.is_contiguous())
         transposed = transposed and w_ih.t().is_contiguous()
 
         def empty(tensor: Tensor) -> Tensor:
@@ -311,17 +307,29 @@ def _register_fakes(cell: Cell) -> None:
         return tuple(
             empty(tensor)
             if needed and tensor is not None and tensor.is_floating_point()
-            else tensors[1].new_empty((0,))
-            for tensor, needed in zip(tensors, mask, strict=True)
+            else h0.new_empty((0,))
+            for tensor, needed in zip(call.tensors, call.mask, strict=True)
         )
 
     torch.library.register_fake(f"rnnfast::{cell.name}", forward)
     torch.library.register_fake(f"rnnfast::{cell.name}_backward", backward)
 
 
+def _register(cell: Cell) -> None:
+    _register_fakes(cell)
+    for name, call in (
+        (f"_{cell.name}_reference", _reference_forward),
+        (f"_{cell.name}_backward_reference", _differentiable_backward),
+    ):
+        _LIBRARY.impl(name, partial(call, cell), "CompositeImplicitAutograd")
+    backward = _OPERATORS[cell.name].backward
+    torch.library.register_vmap(f"rnnfast::{cell.name}", partial(_batched_forward, cell))
+    torch.library.register_vmap(f"rnnfast::{cell.name}_backward", partial(_one_by_one, backward))
+
+
+_LIBRARY = torch.library.Library("rnnfast", "FRAGMENT")
 _OPERATORS: dict[str, _Operators] = {}
 if backend.EXTENSION is not None:
-    backend.EXTENSION.set_python_backward(_gradients)
     for _cell in CELLS.values():
         _OPERATORS[_cell.name] = _find_operators(_cell.name)
-        _register_fakes(_cell)
+        _register(_cell)

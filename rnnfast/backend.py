@@ -23,7 +23,6 @@ import threading
 import warnings
 from collections.abc import Callable, Sequence
 from functools import wraps
-from importlib import import_module, metadata
 from types import ModuleType, TracebackType
 from typing import NoReturn, TypeVar, cast
 
@@ -226,7 +225,7 @@ def choose(requested: str | None, tensor: Tensor, beyond_torch: bool = False) ->
     return "reference" if transforms_active() else "aten"
 
 
-def short_way(requested: str | None) -> ModuleType | None:
+def short_path(requested: str | None) -> ModuleType | None:
     """The extension, if a call may first be offered to its ``run_layers`` or ``run_step``.
 
     They run plain calls on the CPU with little overhead and decline, with None, what is unusual.

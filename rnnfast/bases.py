@@ -139,7 +139,7 @@ class Layers(Backed, nn.RNNBase):
         extras = _NO_EXTRAS
         if not plain and input.dim() == 3:
             extras = checks.check_extras(input, lengths, reset, return_cells, self.batch_first)
-        if not return_cells and (extension := _backend.short_way(self.backend)):
+        if not return_cells and (extension := _backend.short_path(self.backend)):
             # `_layout` inlined: in a single step of a small layer its call would be noticed
             result = extension.run_layers(
                 _backend.CELL_KINDS[cell.name],
@@ -232,7 +232,7 @@ class Layers(Backed, nn.RNNBase):
             states = tuple(state.index_select(1, order) for state in states)
         lengths = (batch_sizes.unsqueeze(1) > torch.arange(batch, device="cpu")).sum(0)
         result = None
-        if not return_cells and (extension := _backend.short_way(self.backend)):
+        if not return_cells and (extension := _backend.short_path(self.backend)):
             hx = states if cell.states > 1 or states is None else states[0]
             result = extension.run_layers(
                 _backend.CELL_KINDS[cell.name], data, hx, weights, *self._layout(), lengths, None
@@ -431,7 +431,7 @@ class OneStep(Backed, nn.RNNCellBase):
         if cell is None or not isinstance(input, Tensor):
             return self._forward_in_torch(input, hx, "the module or its input is malformed")
         weights: Any = self._read(CELL_WEIGHTS)
-        if extension := _backend.short_way(self.backend):
+        if extension := _backend.short_path(self.backend):
             kind = _backend.CELL_KINDS[cell.name]
             biases = weights[2] is not None or weights[3] is not None
             result = extension.run_step(kind, input, hx, weights if biases else weights[:2], biases)

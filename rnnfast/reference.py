@@ -112,53 +112,67 @@ def autocast_enabled(device_type: str) -> bool:
     return device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type)
 
 
-def layer(
-    cell: Cell,
-    x: Tensor,
-    states: States,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-    reverse: bool,
-    lengths: Tensor | None = None,
-    reset: Tensor | None = None,
-    w_hr: Tensor | None = None,
-) -> tuple[Tensor, States, Tensor | None]:
+class LayerInputs(NamedTuple):
+    """What a layer takes in one direction, for a whole sequence."""
+
+    x: Tensor
+    """Input (T, B, I); T may be 0. Or packed as in a PackedSequence: (N, I), the rows of all steps
+    one after the other, of each step only the sequences that are so long. Or tokens: int64 with
+    I = 1, each the number of a row of ``w_ih``."""
+    states: States
+    """Initial states, each (B, H); with ``w_hr`` h is (B, P)."""
+    w_ih: Tensor
+    """(G*H, I); of tokens a table (V, G*H), whose rows stand for W_ih x."""
+    w_hh: Tensor
+    """(G*H, H); with ``w_hr`` (G*H, P)."""
+    b_ih: Tensor | None
+    """(G*H), or None."""
+    b_hh: Tensor | None
+    """(G*H), or None; both biases or neither."""
+    reverse: bool
+    """Whether time runs from the end of a sequence down to 0. ``y[t]`` stays at its own t."""
+    lengths: Tensor | None = None
+    """Integers (B) from 0 to T, or None: how many steps each sequence has. Packed x needs them,
+    falling."""
+    reset: Tensor | None = None
+    """Booleans (T, B), or None: where ``reset[t]`` is true, no state passes between t - 1 and
+    t."""
+    w_hr: Tensor | None = None
+    """(P, H), or None: what projects the h that an LSTM puts out, h = W_hr (o * tanh(c)); Sak,
+    Senior, Beaufays, arXiv:1402.1128; ``proj_size`` of torch.nn.LSTM."""
+
+
+class LayerOutputs(NamedTuple):
+    """What a layer returns in one direction. All are in the dtype of the states but ``cells``."""
+
+    y: Tensor
+    """The h of every step (T, B, H), or (T, B, P): zeros beyond a sequence's end, and packed where
+    x is."""
+    states: States
+    """The final states, shaped like the initial ones."""
+    cells: Tensor | None
+    """The c of every step (T, B, H), laid out like ``y``, in the dtype of sums. None where the cell
+    has no c."""
+
+
+def layer(cell: Cell, inputs: LayerInputs) -> LayerOutputs:
     """Runs a whole sequence of one layer in one direction.
+
+    As in the kernels, half types are computed in float32 and h is rounded after every step.
 
     Args:
         cell: A row of `CELLS`.
-        x: Input (T, B, I); T may be 0. Or packed as in a PackedSequence: (N, I), the rows of all
-            steps one after the other, of each step only the sequences that are so long. Or tokens:
-            int64 with I = 1, each the number of a row of ``w_ih``.
-        states: Initial states, each (B, H); with ``w_hr`` h is (B, P).
-        w_ih: (G*H, I); of tokens a table (V, G*H), whose rows stand for W_ih x.
-        w_hh: (G*H, H); with ``w_hr`` (G*H, P).
-        b_ih: (G*H), or None.
-        b_hh: (G*H), or None; both biases or neither.
-        reverse: Whether time runs from the end of a sequence down to 0. ``y[t]`` stays at its own
-            t.
-        lengths: Integers (B) from 0 to T, or None: how many steps each sequence has. Packed x needs
-            them, falling.
-        reset: Booleans (T, B), or None: where ``reset[t]`` is true, no state passes between t - 1
-            and t.
-        w_hr: (P, H), or None: what projects the h that an LSTM puts out, h = W_hr (o * tanh(c));
-            Sak, Senior, Beaufays, arXiv:1402.1128; ``proj_size`` of torch.nn.LSTM.
+        inputs: The input, the initial states and the weights.
 
     Returns:
-        y (T, B, H), or (T, B, P), the h of every step; the final states, shaped like ``states``;
-        and the c of every step (T, B, H), None where the cell has none. y and c are zeros beyond a
-        sequence's end, and packed where x is. All are in the dtype of the states, but for the c of
-        every step, which stays in the dtype of sums. As in the kernels, half types are computed in
-        float32 and h is rounded after every step.
+        The output, the final states and, if the cell has a c, the c of every step.
     """
+    x, states, w_ih, w_hh, b_ih, b_hh, reverse, lengths, reset, w_hr = inputs
     if autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
-            return layer(cell, x, states, w_ih, w_hh, b_ih, b_hh, reverse, lengths, reset, w_hr)
+            return layer(cell, inputs)
     if x.dim() == 2:
-        assert lengths is not None
-        return _packed_layer(cell, x, states, w_ih, w_hh, b_ih, b_hh, reverse, lengths, w_hr)
+        return _packed_layer(cell, inputs)
 
     dtype, wide = states[0].dtype, compute_dtype(states[0].dtype)
     if lengths is not None:
@@ -198,22 +212,14 @@ def layer(
         return torch.stack(steps[::-1] if reverse else steps)
 
     finals = tuple(state.to(dtype) for state in current)
-    return in_time(y, finals[0]), finals, in_time(cells, current[1]) if cell.states > 1 else None
+    c = in_time(cells, current[1]) if cell.states > 1 else None
+    return LayerOutputs(in_time(y, finals[0]), finals, c)
 
 
-def _packed_layer(
-    cell: Cell,
-    x: Tensor,
-    states: States,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-    reverse: bool,
-    lengths: Tensor,
-    w_hr: Tensor | None,
-) -> tuple[Tensor, States, Tensor | None]:
-    """Runs `layer` on packed x: pads it, and packs the results."""
+def _packed_layer(cell: Cell, inputs: LayerInputs) -> LayerOutputs:
+    """`layer` on packed x, by way of padding."""
+    x, states, w_ih, w_hh, b_ih, b_hh, reverse, lengths, _, w_hr = inputs
+    assert lengths is not None
     lengths = lengths.to(x.device)
     steps, batch = int(lengths[0]), lengths.shape[0]
     running = torch.arange(steps, device=x.device).unsqueeze(1) < lengths
@@ -221,7 +227,8 @@ def _packed_layer(
     padded = x.new_zeros((steps * batch, x.shape[1])).index_copy(0, rows, x)
     padded = padded.unflatten(0, (steps, batch))
     y, finals, cells = layer(
-        cell, padded, states, w_ih, w_hh, b_ih, b_hh, reverse, lengths, None, w_hr
+        cell,
+        LayerInputs(padded, states, w_ih, w_hh, b_ih, b_hh, reverse, lengths, None, w_hr),
     )
     cells = None if cells is None else cells.flatten(0, 1).index_select(0, rows)
-    return y.flatten(0, 1).index_select(0, rows), finals, cells
+    return LayerOutputs(y.flatten(0, 1).index_select(0, rows), finals, cells)

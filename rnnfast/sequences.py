@@ -16,9 +16,9 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from . import autograd, reference, torchscript
 from .backend import choose, in_force, is_tracing, refuse
-from .reference import Cell, States
+from .reference import Cell, LayerInputs, LayerOutputs, States
 
-_Layer = Callable[..., tuple[Tensor, States, Tensor | None]]
+_Layer = Callable[..., LayerOutputs]
 _LAYERS: dict[str, _Layer] = {
     "fused": autograd.layer,
     "reference": reference.layer,
@@ -137,7 +137,7 @@ def run_step(
     if name == "aten":
         result = getattr(_VF, f"{cell.aten}_cell")(x, _unwrap(states), *weights)
         return result if cell.states > 1 else (result,)
-    return _layer_of(name)(cell, x.unsqueeze(0), states, *weights, False)[1]
+    return _layer_of(name)(cell, LayerInputs(x.unsqueeze(0), states, *weights, False)).states
 
 
 def _layer_of(name: str) -> _Layer:
@@ -177,10 +177,13 @@ def _stack(
         for direction in range(directions):
             i = k * directions + direction
             w = weights[i * per_layer : (i + 1) * per_layer]
-            w_hr = (w[-1],) if options.proj_size else ()
-            w_ih, w_hh, b_ih, b_hh = w[:4] if options.has_biases else (*w[:2], None, None)
+            w_hr = w[-1] if options.proj_size else None
+            b_ih, b_hh = w[2:4] if options.has_biases else (None, None)
             y, final, c = layer(
-                cell, x, initial[i], w_ih, w_hh, b_ih, b_hh, direction == 1, *extras[:2], *w_hr
+                cell,
+                LayerInputs(
+                    x, initial[i], w[0], w[1], b_ih, b_hh, direction == 1, *extras[:2], w_hr
+                ),
             )
             outputs.append(y)
             finals.append(final)

@@ -7,13 +7,11 @@ trace has the numbers and the gradients of the module. Who loads a trace imports
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from . import autograd, backend, onnx, reference
-from .reference import CELLS, Cell, States
+from .reference import CELLS, Cell, LayerInputs, LayerOutputs
 
 _LIBRARY = torch.library.Library("rnnfast", "FRAGMENT")
 _LIBRARY.define(
@@ -25,30 +23,24 @@ _LIBRARY.define(
 def traced_layer(
     backend_name: str,
     cell: Cell,
-    x: Tensor,
-    states: States,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-    reverse: bool,
-    lengths: Tensor | None = None,
-    reset: Tensor | None = None,
-    w_hr: Tensor | None = None,
+    inputs: LayerInputs,
     *,
     save_cells: bool = False,
     recompute: bool = False,
-) -> tuple[Tensor, States, Tensor | None]:
+) -> LayerOutputs:
     """`rnnfast.autograd.layer`, or that of `rnnfast.reference`, as an operator that can be saved.
 
     Raises:
         RuntimeError: It is torch.onnx.export that traces.
     """
     onnx.refuse_unknown(f"rnnfast::{cell.name}")
+    x, states, w_ih, w_hh, b_ih, b_hh, *options = inputs
     weights = [w_ih, w_hh, *(bias for bias in (b_ih, b_hh) if bias is not None)]
-    arguments = (x, list(states), weights, reverse, lengths, reset, w_hr, save_cells, recompute)
-    y, *others = torch.ops.rnnfast.layer.default(backend_name, cell.name, *arguments)
-    return y, tuple(others[: cell.states]), others[cell.states] if others[cell.states :] else None
+    y, *others = torch.ops.rnnfast.layer.default(
+        backend_name, cell.name, x, list(states), weights, *options, save_cells, recompute
+    )
+    finals, cells = others[: cell.states], others[cell.states :]
+    return LayerOutputs(y, tuple(finals), cells[0] if cells else None)
 
 
 def _run(
@@ -64,14 +56,15 @@ def _run(
     save_cells: bool,
     recompute: bool,
 ) -> list[Tensor]:
-    """The kernel of ``rnnfast::layer``; returns y, the final states and, if any, the c of steps."""
-    biases: list[Tensor | None] = [*weights[2:]] or [None, None]
-    arguments: tuple[Any, ...] = (CELLS[cell], x, tuple(states), *weights[:2], *biases, reverse)
-    arguments += (lengths, reset, w_hr)
-    if backend.choose(backend_name, weights[1]) == "fused":
-        y, finals, cells = autograd.layer(*arguments, save_cells=save_cells, recompute=recompute)
+    """``rnnfast::layer``: y, the final states and, where they are there, the c of every step."""
+    w_ih, w_hh, *biases = weights
+    b_ih, b_hh = biases or (None, None)
+    inputs = LayerInputs(x, tuple(states), w_ih, w_hh, b_ih, b_hh, reverse, lengths, reset, w_hr)
+    if backend.choose(backend_name, w_hh) == "fused":
+        outputs = autograd.layer(CELLS[cell], inputs, save_cells=save_cells, recompute=recompute)
     else:
-        y, finals, cells = reference.layer(*arguments)
+        outputs = reference.layer(CELLS[cell], inputs)
+    y, finals, cells = outputs
     return [y, *finals] if cells is None else [y, *finals, cells]
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rnnfast import reference
-from rnnfast.reference import CELLS
+from rnnfast.reference import CELLS, LayerInputs
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -295,7 +295,8 @@ def oracle(
     leaves = [t.detach().clone().requires_grad_() if is_number(t) else t for t in inputs]
     x, states, weights = leaves[0], tuple(leaves[1 : 1 + row.states]), leaves[1 + row.states :]
     extras = lengths_of(case), reset_of(case), *weights[4:]
-    y, finals, cells = reference.layer(row, x, states, *weights[:4], case.reverse, *extras)
+    given = LayerInputs(x, states, *weights[:4], case.reverse, *extras)
+    y, finals, cells = reference.layer(row, given)
     outputs = [y, *finals] + [cells] * case.cells
     used = [
         (output, grad)

@@ -86,7 +86,7 @@ def main(file: str) -> None:
     outcomes = {}
     for path in PATHS:
         extension = SimpleNamespace(run_layers=run_layers) if path == "short path" else None
-        backend.short_way = lambda requested, extension=extension: extension
+        backend.short_path = lambda requested, extension=extension: extension
         name = path if path in backend.NAMES else "fused"
         for strategy, wrap in STRATEGIES.items():
             for optimiser in OPTIMISERS:

@@ -74,6 +74,59 @@ def test_saved_single_cells_with_any_batch(cell):
         torch.testing.assert_close(loaded(x), module(x))
 
 
+def loss_of(module, x):
+    return sum(result.sin().sum() for result in tensors(module(x)))
+
+
+class TestTraining:
+    """Exported programs are differentiated and trained as the modules are."""
+
+    @pytest.mark.parametrize("grad", [True, False], ids=["exported with grad", "without"])
+    @pytest.mark.parametrize("name", [*LAYERS, "projection", "mixture", "extras", "dropout"])
+    def test_saved_layers(self, name, grad):
+        torch.manual_seed(0)
+        module = (LAYERS | MORE)[name]().train()
+        with torch.set_grad_enabled(grad):
+            program = torch.export.export(
+                module, (torch.randn(*SIZES[0], 2),), dynamic_shapes=({0: TIME, 1: BATCH},)
+            )
+        self.check_training(reloaded(program).module(), module, [(T, B, 2) for T, B in SIZES])
+
+    @pytest.mark.parametrize("cell", ONE_STEP)
+    def test_saved_single_cells(self, cell):
+        torch.manual_seed(0)
+        module = ONE_STEP[cell]()
+        program = torch.export.export(module, (torch.randn(4, 2),), dynamic_shapes=({0: BATCH},))
+        self.check_training(reloaded(program).module(), module, [(4, 2), (1, 2), (9, 2)])
+
+    def check_training(self, trained, module, shapes):
+        module = copy.deepcopy(module)
+        assert [*dict(trained.named_parameters())] == [*dict(module.named_parameters())]
+        optimizers = [torch.optim.Adam(one.parameters(), lr=0.1) for one in (trained, module)]
+        for shape in shapes:
+            x = torch.randn(shape)
+            for one, optimizer in zip((trained, module), optimizers, strict=True):
+                optimizer.zero_grad()
+                torch.manual_seed(1)  # of dropout
+                loss_of(one, x).backward()
+                optimizer.step()
+            assert any(p.grad.count_nonzero() > 0 for p in trained.parameters())
+            for theirs, ours in zip(trained.parameters(), module.parameters(), strict=True):
+                torch.testing.assert_close(theirs.grad, ours.grad)
+                torch.testing.assert_close(theirs, ours)
+        x, gradients = torch.randn(shapes[0], requires_grad=True), []
+        for one in (trained, module):
+            torch.manual_seed(1)
+            gradients.append(torch.autograd.grad(loss_of(one, x), x))
+        torch.testing.assert_close(*gradients)
+
+    def test_programs_save_nothing_for_inference(self):
+        """The operator of a program keeps gates only in calls that autograd records."""
+        program = torch.export.export(rnnfast.LSTM(2, 3), (torch.randn(6, 3, 2),))
+        calls = [n for n in program.graph.nodes if n.target is torch.ops.rnnfast.lstm.default]
+        assert [call.args[8] for call in calls] == [False]
+
+
 class Mixture(nn.Module):
     """Layers of all kinds: one state or two, with and without biases, both directions."""
 
@@ -87,6 +140,25 @@ class Mixture(nn.Module):
         return *self.lstm(y.sin()), h
 
 
+class Extras(nn.Module):
+    """Lengths and resets that depend on the input."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm = rnnfast.LSTM(2, 3)
+
+    def forward(self, x):
+        lengths = (x[..., 0] > -2).sum(0)
+        y, state, cells = self.lstm(x, lengths=lengths, reset=x[..., 1] > 1, return_cells=True)
+        return y, cells, *state
+
+
+MORE = {
+    "projection": lambda: rnnfast.LSTM(2, 3, proj_size=2, batch_first=True),
+    "mixture": Mixture,
+    "extras": Extras,
+    "dropout": lambda: rnnfast.GRU(2, 3, num_layers=2, dropout=0.5),
+}
 TRACED = {
     "elman_tanh": lambda: rnnfast.RNN(2, 3, bias=False, recompute=True),
     "elman_relu": lambda: rnnfast.RNN(2, 3, nonlinearity="relu", num_layers=2, dropout=0.0),

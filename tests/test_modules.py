@@ -346,7 +346,8 @@ def test_reference_of_no_time_returns_the_states(cell, reverse):
     row = rnnfast.reference.CELLS[cell]
     states = tuple(torch.randn(2, 4) for _ in range(row.states))
     weights = torch.randn(row.gates * 4, 3), torch.randn(row.gates * 4, 4), None, None
-    y, finals, _ = rnnfast.reference.layer(row, torch.zeros(0, 2, 3), states, *weights, reverse)
+    inputs = rnnfast.reference.LayerInputs(torch.zeros(0, 2, 3), states, *weights, reverse)
+    y, finals, _ = rnnfast.reference.layer(row, inputs)
     assert y.shape == (0, 2, 4)
     torch.testing.assert_close(finals, states)
 
@@ -438,7 +439,7 @@ class TestPrecedence:
 
     def test_short_path(self, monkeypatch):
         """Modules try the extension's short path first, but only where the fused path would run."""
-        short = rnnfast.backend.short_way
+        short = rnnfast.backend.short_path
         monkeypatch.setattr(rnnfast.backend, "EXTENSION", object())
         assert short(None)
         assert short("fused")

@@ -24,11 +24,11 @@ LAYERS: dict[str, Callable[[], torch.nn.Module]] = {
 }
 
 
-@pytest.fixture(params=["short path", "Function"])
+@pytest.fixture(params=["short path", "operators"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Parametrises tests over both autograd Functions: the extension's and rnnfast.autograd's."""
-    if request.param == "Function":
-        monkeypatch.setattr(backend, "short_way", lambda requested: None)
+    """Both autograd nodes: that of whole calls, and that of the operators."""
+    if request.param == "operators":
+        monkeypatch.setattr(backend, "short_path", lambda requested: None)
     return request.param
 
 

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import rnnfast
 from rnnfast import autograd, reference
 from rnnfast.backend import EXTENSION, transforms_active
-from rnnfast.reference import CELLS
+from rnnfast.reference import CELLS, LayerInputs
 
 EXPECT_FUSED = EXTENSION is not None or os.environ.get("RNNFAST_EXPECT_EXTENSION") != "0"
 BACKENDS = ["reference", *(["fused"] if EXPECT_FUSED else [])]
@@ -156,7 +156,8 @@ def flat_layer(layer, cell, reverse):
     def call(x, *tensors):
         states, weights = tensors[: cell.states], tensors[cell.states :]
         biases = weights[2:] or (None, None)
-        y, finals, _ = layer(cell, x, states, *weights[:2], *biases, reverse)
+        inputs = LayerInputs(x, states, *weights[:2], *biases, reverse)
+        y, finals, _ = layer(cell, inputs)
         return y, *finals
 
     return call

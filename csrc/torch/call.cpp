@@ -177,23 +177,13 @@ LayerOutputs allocate(const Call& call, const LayerInputs& in, bool save) {
   return out;
 }
 
-// The differentiable backward in Python (rnnfast.autograd), for double backward and batched
-// gradients. Its arguments are (cell, reverse, mask, grads, inputs and saved tensors), its result
-// the gradients.
-py::object& python_backward() {
-  static py::object* function = new py::object();  // outlives the interpreter
-  return *function;
-}
-
-// The autograd Function of the short path; that of the general path is in rnnfast.autograd. A node
+// The autograd node of calls that run here; autograd.cpp has that of the ops. A node
 // is one layer with all of its directions, so that their backwards can run at the same time.
 class LayerFunction : public torch::autograd::Function<LayerFunction> {
   using List = torch::autograd::variable_list;
   using In = LayerInputs;
-  // The differentiable inputs: x, which both directions share, and kOwn inputs per direction.
-  static constexpr size_t kInputs = 8, kOwn = kInputs - 1;
-  static constexpr Tensor In::* kMembers[kInputs] = {&In::x,    &In::h0,   &In::c0,   &In::w_ih,
-                                                     &In::w_hh, &In::b_ih, &In::b_hh, &In::w_hr};
+  // x, which both directions share, and kOwn inputs of each direction have gradients.
+  static constexpr size_t kInputs = kDifferentiable.size(), kOwn = kInputs - 1;
 
  public:
   // A layer whose forward has already run, to be put into the graph by `record`.
@@ -222,7 +212,7 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
                       const Inputs&...) {
     List saved{x}, results;
     for (const auto& [in, out] : done.directions) {
-      for (size_t i = 1; i < kInputs; ++i) saved.push_back(in.*kMembers[i]);
+      for (size_t i = 1; i < kInputs; ++i) saved.push_back(in.*kDifferentiable[i]);
       saved.insert(saved.end(), {in.lengths, in.reset, out.y, out.gates, out.cells});
       results.insert(results.end(), {out.y, out.h_n});
       if (done.cell.has_cell) results.push_back(out.c_n);
@@ -258,7 +248,7 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
       auto& [layer, wanted] = directions[d];
       LayerInputs& in = layer.in;
       in.x = saved[0], in.reverse = d == 0 ? record->reverse : true;
-      for (size_t i = 1; i < kInputs; ++i) in.*kMembers[i] = *next++;
+      for (size_t i = 1; i < kInputs; ++i) in.*kDifferentiable[i] = *next++;
       for (Tensor* t : {&in.lengths, &in.reset, &layer.out.y, &layer.out.gates, &layer.out.cells})
         *t = *next++;
       const Tensor* grad = &grads[d * outputs];
@@ -271,10 +261,10 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
       }
       wanted[0] = context->needs_input_grad(0);
       for (size_t i = 1; i < kInputs; ++i)
-        wanted[i] = (in.*kMembers[i]).defined() && context->needs_input_grad(edge++);
+        wanted[i] = (in.*kDifferentiable[i]).defined() && context->needs_input_grad(edge++);
     }
     const auto found = plain && !at::GradMode::is_enabled() ? run_kernel(*record, directions)
-                                                            : run_python(cell, directions);
+                                                            : run_ops(cell, directions);
     for (size_t d = 0; d < found.size(); ++d) {
       const Tensor& d_x = found[d][0];
       if (d_x.defined()) results[1] = results[1].defined() ? results[1].add(d_x) : d_x;
@@ -293,7 +283,7 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
   };
   struct Direction {
     LayerBackward layer;
-    bool wanted[kInputs] = {};
+    Wanted wanted{};
   };
 
   static std::vector<List> run_kernel(const Record& record, std::vector<Direction>& directions) {
@@ -301,7 +291,7 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
     std::vector<LayerBackward> layers;
     for (auto& [layer, wanted] : directions) {
       const auto allocate = [&](size_t i, at::ScalarType as) {
-        return wanted[i] ? new_on_cpu((layer.in.*kMembers[i]).sizes(), as) : Tensor();
+        return wanted[i] ? new_on_cpu((layer.in.*kDifferentiable[i]).sizes(), as) : Tensor();
       };
       const auto parameters = compute_type(type);
       layer.grads = {allocate(0, type),       allocate(1, type),       allocate(2, type),
@@ -320,44 +310,20 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
     return found;
   }
 
-  // Calls the backward in Python. Its states are (B, H), and it takes no c0, w_hr, cells or
-  // gradient of cells if the cell has no c.
-  static std::vector<List> run_python(const CellInfo& cell,
-                                      const std::vector<Direction>& directions) {
-    const py::gil_scoped_acquire acquire;
-    const auto has = [&](size_t i) { return cell.has_cell || (i != 2 && i != 7); };
-    const auto plain_state = [](const Tensor& t) {
-      return t.defined() && t.dim() == 3 ? t.squeeze(0) : t;
+  // For derivatives of derivatives and batched gradients. States of the ops are (B, H).
+  static std::vector<List> run_ops(const CellInfo& cell, std::vector<Direction>& directions) {
+    const auto flatten = [](Tensor& t) {
+      if (t.defined() && t.dim() == 3) t = t.squeeze(0);
     };
     std::vector<List> results;
-    for (const auto& [layer, wanted] : directions) {
-      const auto& [grad_out, in, out, _] = layer;
-      py::list mask, grads, tensors;
-      for (size_t i = 0; i < kInputs; ++i) {
-        if (!has(i)) continue;
-        mask.append(wanted[i]);
-        const Tensor& input = in.*kMembers[i];
-        tensors.append(i == 1 || i == 2 ? plain_state(input) : input);
-      }
-      grads.append(grad_out.y);
-      grads.append(plain_state(grad_out.h_n));
-      tensors.append(out.y);
-      tensors.append(out.gates);
-      if (cell.has_cell) {
-        grads.append(plain_state(grad_out.c_n));
-        grads.append(Tensor());  // gradient of cells: none, as calls here do not return cells
-        tensors.append(out.cells);
-      }
-      tensors.append(in.lengths);
-      tensors.append(in.reset);
-      const py::sequence found = python_backward()(cell.name, in.reverse, mask, grads, tensors);
-      List list(kInputs);
-      for (size_t i = 0, next = 0; i < kInputs; ++i) {
-        if (!has(i)) continue;
-        const py::object grad = found[next++];
-        if (!grad.is_none()) list[i] = grad.cast<Tensor>().view((in.*kMembers[i]).sizes());
-      }
-      results.push_back(std::move(list));
+    for (auto& [layer, wanted] : directions) {
+      auto& [grad_out, in, out, _] = layer;
+      const bool flat = in.h0.dim() == 2;
+      for (Tensor* t : {&grad_out.h_n, &grad_out.c_n, &in.h0, &in.c0}) flatten(*t);
+      List found = call_backward(cell, grad_out, in, out, wanted);
+      for (const size_t state : {1, 2})
+        if (!flat && found[state].defined()) found[state] = found[state].unsqueeze(0);
+      results.push_back(std::move(found));
     }
     return results;
   }
@@ -454,10 +420,8 @@ py::object pack(const Tensor& first, const std::vector<Tensor>& states) {
 
 }  // namespace
 
-void set_python_backward(py::object function) { python_backward() = std::move(function); }
-
-// Returns the index of the first tensor whose storage has been freed or is too small for its
-// elements, or -1. Only plain CPU tensors are checked.
+// The index of the first tensor whose storage does not hold all of its elements, or -1. Only plain
+// CPU tensors are checked.
 int64_t find_freed(const std::vector<std::optional<Tensor>>& tensors) {
   for (size_t i = 0; i < tensors.size(); ++i)
     if (tensors[i] && tensors[i]->defined() && is_plain(*tensors[i]) && !has_memory(*tensors[i]))

@@ -5,8 +5,11 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/DimVector.h>
 
+#include <array>
 #include <optional>
 #include <span>
+#include <string>
+#include <vector>
 
 #include "arguments.h"
 #include "cells/common.h"
@@ -75,6 +78,13 @@ struct LayerInputs {
                     : c10::DimVector{x.size(0), x.size(1), columns};
   }
 };
+
+// The inputs that have gradients, in the order of the ops' arguments and gradients.
+inline constexpr std::array<at::Tensor LayerInputs::*, 8> kDifferentiable = {
+    &LayerInputs::x,    &LayerInputs::h0,   &LayerInputs::c0,   &LayerInputs::w_ih,
+    &LayerInputs::w_hh, &LayerInputs::b_ih, &LayerInputs::b_hh, &LayerInputs::w_hr};
+// Which of them are asked for.
+using Wanted = std::array<bool, kDifferentiable.size()>;
 
 // If x is packed, every tensor of shape (T, B, ...) is packed too: (N, ...).
 struct LayerOutputs {
@@ -155,8 +165,17 @@ struct LayerBackward {
   LayerGrads grads;
 };
 
-// The kernels of a device. Sizes must be positive. Every output is written in full, except gates
-// beyond a sequence's end.
+// Calls rnnfast::<cell>_backward through torch's dispatcher, which lets autograd record the call
+// and torch.func's transforms take part in it. Gradients are in the order of `kDifferentiable`, and
+// undefined if not wanted or if there are none of the outputs.
+std::vector<at::Tensor> call_backward(const CellInfo& cell, const LayerGradOutputs& grad_out,
+                                      const LayerInputs& in, const LayerOutputs& out,
+                                      const Wanted& wanted);
+// The name of the op that does in plain PyTorch what the op of this name does.
+std::string reference_name(const std::string& op);
+
+// A device's kernels. Sizes are positive; every output is written in full, but for gates beyond a
+// sequence's end.
 struct CpuDevice {
   static void forward(const CellInfo& cell, LayerInputs in, LayerOutputs& out);
   static void backward(const CellInfo& cell, LayerGradOutputs grad_out, LayerInputs in,

@@ -22,7 +22,6 @@ py::object run_layers(int cell, py::handle input, py::handle hx, const py::list&
                       py::handle reset);
 py::object run_step(int cell, py::handle input, py::handle hx, const py::list& weights,
                     bool biases);
-void set_python_backward(py::object function);
 int64_t find_freed(const std::vector<std::optional<at::Tensor>>& tensors);
 void bind_generation(py::module_& m);  // in generation.cpp
 void bind_threads(py::module_& m);  // in threads.cpp
@@ -160,7 +159,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("release_memory", &release_memory);
   m.def("run_layers", &run_layers);
   m.def("run_step", &run_step);
-  m.def("set_python_backward", &set_python_backward);
   m.def("find_freed", &find_freed, py::arg("tensors"));
   bind_generation(m);
   bind_threads(m);

@@ -126,27 +126,26 @@ struct TwoStates {
   }
 };
 
-std::string schema(const CellInfo& cell) {
+std::string schema(const CellInfo& cell, const std::string& name) {
   const std::string c0 = cell.has_cell ? "Tensor c0, " : "";
   const std::string w_hr = cell.has_cell ? ", Tensor? w_hr=None" : "";
   const std::string results = cell.has_cell
                                   ? "(Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)"
                                   : "(Tensor y, Tensor h_n, Tensor gates)";
-  return std::string(cell.name) + "(Tensor x, Tensor h0, " + c0 +
+  return name + "(Tensor x, Tensor h0, " + c0 +
          "Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, bool reverse, bool save, "
          "bool recompute=False, Tensor? lengths=None, Tensor? reset=None" +
          w_hr + ") -> " + results;
 }
 
-std::string backward_schema(const CellInfo& cell) {
+std::string backward_schema(const CellInfo& cell, const std::string& name) {
   const std::string grad_c_n = cell.has_cell ? "Tensor? grad_c_n, " : "";
   const std::string c0 = cell.has_cell ? "Tensor c0, " : "";
   const std::string cells = cell.has_cell ? "Tensor cells, " : "";
   const std::string grad_c0 = cell.has_cell ? "Tensor grad_c0, " : "";
   const std::string more = cell.has_cell ? ", Tensor? w_hr=None, Tensor? grad_cells=None" : "";
   const std::string grad_w_hr = cell.has_cell ? ", Tensor grad_w_hr" : "";
-  return std::string(cell.name) + "_backward(Tensor? grad_y, Tensor? grad_h_n, " + grad_c_n +
-         "Tensor x, Tensor h0, " + c0 +
+  return name + "(Tensor? grad_y, Tensor? grad_h_n, " + grad_c_n + "Tensor x, Tensor h0, " + c0 +
          "Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor y, Tensor gates, " + cells +
          "bool reverse, bool[] mask, Tensor? lengths=None, Tensor? reset=None" + more +
          ") -> (Tensor grad_x, Tensor grad_h0, " + grad_c0 +
@@ -169,10 +168,18 @@ void implement_all(torch::Library& library) {
 
 }  // namespace
 
+std::string reference_name(const std::string& op) { return "_" + op + "_reference"; }
+
+// Each op has another beside it with the same schema, which rnnfast/autograd.py implements in plain
+// PyTorch. It runs where the kernels cannot be differentiated, see autograd.cpp.
 TORCH_LIBRARY(rnnfast, library) {
   for (int kind = 0; kind < kCells; ++kind) {
-    library.def(schema(cell_info(CellKind(kind))).c_str());
-    library.def(backward_schema(cell_info(CellKind(kind))).c_str());
+    const CellInfo& cell = cell_info(CellKind(kind));
+    const std::string forward = cell.name, backward = forward + "_backward";
+    for (const std::string& name : {forward, reference_name(forward)})
+      library.def(schema(cell, name).c_str());
+    for (const std::string& name : {backward, reference_name(backward)})
+      library.def(backward_schema(cell, name).c_str());
   }
 }
 

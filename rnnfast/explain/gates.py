@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from rnnfast import backend, checks, functional, reference, sequences
 from rnnfast.modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
-from rnnfast.reference import CELLS, Cell, States
+from rnnfast.reference import CELLS, Cell, LayerInputs, States
 from rnnfast.sequences import Extras, StepWeights
 
 Activations = dict[str, Tensor]
@@ -181,7 +181,8 @@ def _ask_formula(
         return cell.step(gates_x, gates_h, *states)
 
     watched, (lengths, reset, _) = cell._replace(step=step), extras
-    y, _, c = reference.layer(watched, x, states, *weights, reverse, lengths, reset, w_hr)
+    inputs = LayerInputs(x, states, *weights, reverse, lengths, reset, w_hr)
+    y, _, c = reference.layer(watched, inputs)
     order = -1 if reverse else 1
     from_x, from_h = (torch.stack(gates[::order]) for gates in zip(*preactivations, strict=True))
     if cell.name == "lstm":
