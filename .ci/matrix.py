@@ -67,7 +67,8 @@ class Row:
         """Runs a command, its output in a log, and returns the output."""
         log = self.folder / f"{step}.log"
         bin_first = f"{self.python.parent}:{os.environ['PATH']}"
-        environment = os.environ | {"PATH": bin_first, "OMP_NUM_THREADS": "1"}
+        # The registry's torch is a CUDA build; `make cuda-build` is what compiles for CUDA.
+        environment = os.environ | {"PATH": bin_first, "RNNFAST_CUDA": "0", "OMP_NUM_THREADS": "1"}
         environment.pop("PYTHONPATH", None)
         with log.open("w", encoding="utf-8") as output:
             code = subprocess.run(

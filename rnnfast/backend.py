@@ -38,6 +38,8 @@ NAMES = ("auto", "fused", "aten", "reference")
 _BACKEND, _CAPABILITY = "RNNFAST_BACKEND", "RNNFAST_CPU_CAPABILITY"
 FUSED_DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 
+EXTENSION: ModuleType | None
+IMPORT_ERROR: ImportError | None
 EXTENSION, IMPORT_ERROR = load()
 """The compiled extension, or None and the reason why it cannot be used."""
 
