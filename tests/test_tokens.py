@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 import rnnfast
 from rnnfast import autograd, functional
 from rnnfast import tokens as tokens_module
-from rnnfast.reference import CELLS
+from rnnfast.reference import CELLS, LayerInputs
 
 BACKENDS = ["fused", "aten", "reference"]
 V, T, B, I, H = 23, 9, 4, 6, 11
@@ -501,8 +501,8 @@ def test_large_tables(dtype, recompute, vocabulary, threads):
         torch.set_num_threads(count)
         actual = outcome(ours(tokens), ours.parameters())
         x, states = tokens.unsqueeze(-1), torch.zeros(30, 40, dtype=dtype)
-        arguments = (x, (states,), rows, *weights[1:], False)
-        y, (h_n,), _ = autograd.layer(CELLS["gru"], *arguments, recompute=recompute)
+        inputs = LayerInputs(x, (states,), rows, *weights[1:], False)
+        y, (h_n,), _ = autograd.layer(CELLS["gru"], inputs, recompute=recompute)
         expected = outcome((y, h_n.unsqueeze(0)), [rows, *weights[1:]])
         expected[2] = expected[2].t()
         assert all(torch.equal(*each) for each in zip(actual, expected, strict=True))
