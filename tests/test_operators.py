@@ -22,6 +22,7 @@ from cases import (
 from runs import GRADCHECK_CASES
 from targets import COMPLETE, PARTIAL, check_on, on, together, with_kernels
 from torch import Tensor
+from torch._dynamo import compiled_autograd
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -204,6 +205,18 @@ def test_gradients_of_some_arguments() -> None:
                 for r in (results, expected)
             ]
             torch.testing.assert_close(*gradients)
+
+
+def test_compiled_autograd() -> None:
+    """torch compiles the backward of a call that was not compiled itself."""
+    case = Case("lstm", 3, 2, 4, 5, cells=True)
+    inputs = sample(case)
+    leaves = [t.requires_grad_() for t in differentiable(inputs)]
+    expected = torch.autograd.grad(weighted(plain(case, inputs)(*leaves)), leaves)
+    loss = weighted(function_of(case, inputs)(*leaves))
+    with compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
+        loss.backward()
+    torch.testing.assert_close(tuple(t.grad for t in leaves), expected)
 
 
 class TestAutocast:

@@ -68,6 +68,7 @@ struct Call {
   const c10::DispatchKeySet keys;
   const CellInfo& cell;
   Stack arguments;
+  Tensor gates{}, no_cells{};  // results that have no gradient
 
   size_t after_tensors() const { return cell.has_cell ? 7 : 6; }
   IValue& save() { return arguments[after_tensors() + 1]; }
@@ -90,10 +91,18 @@ struct Call {
 // not ask to save is kept for the backward all the same, but not returned.
 class OpFunction : public torch::autograd::Function<OpFunction> {
  public:
+  static constexpr bool is_traceable = true;  // by torch's compiled autograd
+
+  // Returns the results of the op.
   static List run(Call& call) {
     const LayerInputs in = call.inputs();
-    return apply(call, in, optional(in.x), optional(in.h0), optional(in.c0), optional(in.w_ih),
-                 optional(in.w_hh), optional(in.b_ih), optional(in.b_hh), optional(in.w_hr));
+    List results =
+        apply(call, in, optional(in.x), optional(in.h0), optional(in.c0), optional(in.w_ih),
+              optional(in.w_hh), optional(in.b_ih), optional(in.b_hh), optional(in.w_hr));
+    const size_t at_gates = call.cell.has_cell ? 3 : 2;
+    results.insert(results.begin() + int64_t(at_gates), call.gates);
+    if (call.cell.has_cell && results.size() == at_gates + 1) results.push_back(call.no_cells);
+    return results;
   }
 
   template <class... Inputs>
@@ -102,22 +111,22 @@ class OpFunction : public torch::autograd::Function<OpFunction> {
     const bool save = call.save().toBool();
     call.save() = true;
     run_below_autograd(call.op, call.keys, &call.arguments);
-    List results;
-    for (const IValue& result : call.arguments) results.push_back(result.toTensor());
-
+    const auto result = [&](size_t i) { return call.arguments[i].toTensor(); };
     const size_t at_gates = call.cell.has_cell ? 3 : 2;
-    List saved{in.lengths, in.reset, results[0], results[at_gates]};
-    saved.push_back(call.cell.has_cell ? results.back() : Tensor());
+    const Tensor gates = result(at_gates);
+    const Tensor cells = call.cell.has_cell ? result(at_gates + 1) : Tensor();
+    List saved{in.lengths, in.reset, result(0), gates, cells};
     for (const auto member : kDifferentiable) saved.push_back(in.*member);
-    if (!save)
-      for (size_t i = at_gates; i < results.size(); ++i)
-        results[i] = at::empty({0}, results[i].options());
-    context->mark_non_differentiable(
-        save ? List{results[at_gates]} : List(results.begin() + int64_t(at_gates), results.end()));
     context->saved_data["cell"] = int64_t(call.cell.kind);
     context->saved_data["reverse"] = in.reverse;
     context->set_materialize_grads(false);
     context->save_for_backward(std::move(saved));
+
+    List results;
+    for (size_t i = 0; i < at_gates; ++i) results.push_back(result(i));
+    call.gates = save ? gates : at::empty({0}, gates.options());
+    if (save && cells.defined()) results.push_back(cells);
+    if (!save && cells.defined()) call.no_cells = at::empty({0}, cells.options());
     return results;
   }
 
@@ -139,7 +148,8 @@ class OpFunction : public torch::autograd::Function<OpFunction> {
     }
     LayerGradOutputs grad_out;
     grad_out.y = grads[0], grad_out.h_n = grads[1];
-    if (cell.has_cell) grad_out.c_n = grads[2], grad_out.cells = grads.back();
+    if (cell.has_cell) grad_out.c_n = grads[2];
+    if (grads.size() > 3) grad_out.cells = grads[3];
     List found = call_backward(cell, grad_out, in, out, wanted);
     std::move(found.begin(), found.end(), results.begin() + kBefore);
     return results;
