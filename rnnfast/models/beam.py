@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-State = tuple[Tensor, Tensor]
+State = tuple[Tensor, ...]
 Step = Callable[[Tensor, State], tuple[Tensor, State]]
 
 
@@ -77,8 +77,7 @@ def beam_search(
 
     batch, device = state[0].size(1), state[0].device
     each = torch.arange(batch, device=device)
-    h, c = (part.repeat_interleave(beam_size, 1) for part in state)
-    state = h, c
+    state = tuple(part.repeat_interleave(beam_size, 1) for part in state)
     latest = torch.full((batch * beam_size,), start_token, device=device)
     tokens = torch.full((batch, beam_size, max_length), padding_token, device=device)
     dtype = torch.promote_types(state[0].dtype, torch.float32)
@@ -115,8 +114,7 @@ def beam_search(
             break
         latest = symbols.flatten()
         rows = (each.unsqueeze(1) * beam_size + parents).flatten()
-        h, c = (part.index_select(1, rows) for part in state)
-        state = h, c
+        state = tuple(part.index_select(1, rows) for part in state)
 
     incomplete = best_rank == -math.inf
     lengths = best.lengths.masked_fill(incomplete, max_length)

@@ -10,8 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from rnnfast import checks
-from rnnfast.models.beam import Decoded, State, beam_search
+from rnnfast.models import beam
+from rnnfast.models.beam import Decoded, beam_search
 from rnnfast.modules import LSTM
+
+State = tuple[Tensor, Tensor]
 
 
 class Seq2SeqConfig(NamedTuple):
@@ -309,12 +312,13 @@ class Seq2SeqLSTM(nn.Module):
             source = source.gather(1, (lengths - 1 - place).where(~padding, place))
         return source.masked_fill(padding, 0)
 
-    def _write(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
+    def _write(self, tokens: Tensor, state: beam.State) -> tuple[Tensor, State]:
         """The logits (B, T, V) after each of the tokens (B, T) that the decoder reads."""
-        y, state = self.decoder(tokens, state, embedding=self.target_embedding)
-        return self.head(self.dropout(y)), state
+        h, c = state
+        y, final = self.decoder(tokens, (h, c), embedding=self.target_embedding)
+        return self.head(self.dropout(y)), final
 
-    def _step(self, latest: Tensor, state: State) -> tuple[Tensor, State]:
+    def _step(self, latest: Tensor, state: beam.State) -> tuple[Tensor, State]:
         """The log-probabilities (N, V) of the next symbols, given the latest ones (N,)."""
         logits, state = self._write(latest.unsqueeze(1), state)
         dtype = torch.promote_types(logits.dtype, torch.float32)
