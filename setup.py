@@ -73,9 +73,21 @@ if CPU_TARGETS not in ("all", "portable"):
     sys.exit(f"rnnfast: RNNFAST_CPU_TARGETS should be all or portable, got: {CPU_TARGETS!r}")
 
 
-def find_compiler() -> str | None:
+def find_compiler() -> tuple[str | None, str]:
+    """The command of the C++ compiler; or None, and why there is none that can build the kernels."""
+    if sys.platform != "linux":
+        return None, "the kernels are for Linux"
     command = os.environ.get("CXX", "c++")
-    return command if shutil.which(shlex.split(command)[0]) else None
+    if not shutil.which(shlex.split(command)[0]):
+        return None, "no C++ compiler (CXX, or c++ on PATH)"
+    macros = subprocess.run(
+        [*shlex.split(command), "-dM", "-E", "-x", "c++", os.devnull],
+        capture_output=True,
+        text=True,
+    ).stdout
+    if "__GNUC__" not in macros or "__clang__" in macros:
+        return None, f"{command} is not GCC (CXX chooses the C++ compiler)"
+    return command, ""
 
 
 def find_cuda_home() -> Path | None:
@@ -129,10 +141,10 @@ def make_extension(cuda_home: Path | None) -> Extension:
 
 def choose_extensions() -> list[Extension]:
     """What to compile, after saying in one line what that is, what it is not, and why."""
-    compiler = find_compiler()
+    compiler, no_compiler = find_compiler()
     cuda_home, no_cuda = find_cuda_home(), None
     if compiler is None:
-        no_cuda = "no C++ compiler (CXX, or c++ on PATH)"
+        no_cuda = no_compiler
     elif os.environ.get("RNNFAST_CUDA") == "0":
         no_cuda = "RNNFAST_CUDA=0"
     elif torch.version.cuda is None:

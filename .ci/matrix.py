@@ -5,7 +5,7 @@
 Each row gets a virtual environment and an unpacked sdist of the working tree, builds the extension
 in it and runs pytest there, with the default tests if there are no arguments. A table in Markdown
 is printed at the end. `make test` covers Python 3.11 with torch 2.13. Interpreters are looked for
-on PATH and among pyenv's. On Linux the registry's builds of torch need 5 GB of disk for each row.
+on PATH and among pyenv's. On Linux PyPI's builds of torch need 5 GB of disk for each row.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Row:
         """Runs a command, its output in a log, and returns the output."""
         log = self.folder / f"{step}.log"
         bin_first = f"{self.python.parent}:{os.environ['PATH']}"
-        # The registry's torch is a CUDA build; `make cuda-build` is what compiles for CUDA.
+        # PyPI's torch is a CUDA build; `make cuda-build` is what compiles for CUDA.
         environment = os.environ | {"PATH": bin_first, "RNNFAST_CUDA": "0", "OMP_NUM_THREADS": "1"}
         environment.pop("PYTHONPATH", None)
         with log.open("w", encoding="utf-8") as output:

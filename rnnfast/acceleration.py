@@ -1,4 +1,4 @@
-"""Turns the recurrent modules of a model that is already built into this package's, and back.
+"""Replaces the recurrent modules of an existing model by this package's, and undoes it.
 
 The modules are not rebuilt: their ``__class__`` is changed. Each module stays the same object, with
 its parameters, buffers, hooks, parametrizations, names and ties. References from optimisers, lists

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import __version__
-from .extension import TorchMismatchError, load
+from .extension import NAME, TorchMismatchError, load
 from .reference import CELLS
 
 NAMES = ("auto", "fused", "aten", "reference")
@@ -278,8 +278,12 @@ def refuse(name: str, cause: str, remedy: str = "Use backend='aten' or leave it 
 def _shortfall(device: str, dtype: torch.dtype) -> tuple[str, str]:
     """Why the fused kernels cannot run on ``device`` and ``dtype``, and what would help."""
     if EXTENSION is None:
-        cause = f"the compiled extension is missing ({IMPORT_ERROR})"
-        return cause, "Build it with `pip install --no-build-isolation .`"
+        if isinstance(IMPORT_ERROR, ModuleNotFoundError) and IMPORT_ERROR.name == NAME:
+            cause = "no kernels were built when rnnfast was installed"
+            remedy = "Install GCC, on Linux, then type `pip install --no-build-isolation .` again"
+            return cause, remedy
+        cause = f"the compiled extension cannot be loaded ({IMPORT_ERROR})"
+        return cause, "Build it again with `pip install --no-build-isolation .`"
     if device == "cuda" and dtype in FUSED_DTYPES:
         cause = "the extension was built without CUDA"
         return cause, "Rebuild it with FORCE_CUDA=1 where nvcc and a CUDA build of torch are"

@@ -43,7 +43,7 @@ class RNNCell(StepOneState):
     Outputs:
         h': The next state, shaped like h.
 
-    Parameters:
+    Weights:
         weight_ih: W_ih (H, I).
         weight_hh: W_hh (H, H).
         bias_ih, bias_hh: b_ih and b_hh (H).
@@ -126,7 +126,7 @@ class LSTMCell(StepTwoStates):
     Outputs:
         (h', c'): The next states, shaped like (h, c).
 
-    Parameters:
+    Weights:
         weight_ih: W_ih (4*H, I).
         weight_hh: W_hh (4*H, H).
         bias_ih, bias_hh: b_ih and b_hh (4*H).
@@ -204,7 +204,7 @@ class GRUCell(StepOneState):
     Outputs:
         h': The next state, shaped like h.
 
-    Parameters:
+    Weights:
         weight_ih: W_ih (3*H, I).
         weight_hh: W_hh (3*H, H).
         bias_ih, bias_hh: b_ih and b_hh (3*H).

@@ -81,7 +81,7 @@ class RNN(LayersOneState):
             the first H features are those of the forward direction.
         h_n: The final state of each layer and direction, shaped like h_0.
 
-    Parameters:
+    Weights:
         weight_ih_l[k]: W_ih of layer k: (H, I) for k = 0, else (H, D*H).
         weight_hh_l[k]: W_hh of layer k: (H, H).
         bias_ih_l[k], bias_hh_l[k]: b_ih and b_hh of layer k: (H).
@@ -227,7 +227,7 @@ class LSTM(LayersTwoStates):
         cells: Only with ``return_cells``. The cell state of every step of the last layer, arranged
             like ``output``, with D*H features.
 
-    Parameters:
+    Weights:
         weight_ih_l[k]: W_ih of layer k: (4*H, I) for k = 0, else (4*H, D*P).
         weight_hh_l[k]: W_hh of layer k: (4*H, P).
         bias_ih_l[k], bias_hh_l[k]: b_ih and b_hh of layer k: (4*H).
@@ -378,7 +378,7 @@ class GRU(LayersOneState):
             the first H features are those of the forward direction.
         h_n: The final state of each layer and direction, shaped like h_0.
 
-    Parameters:
+    Weights:
         weight_ih_l[k]: W_ih of layer k: (3*H, I) for k = 0, else (3*H, D*H).
         weight_hh_l[k]: W_hh of layer k: (3*H, H).
         bias_ih_l[k], bias_hh_l[k]: b_ih and b_hh of layer k: (3*H).

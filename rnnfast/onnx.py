@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from os import PathLike
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -101,6 +102,12 @@ def export(
         >>> [node.op_type for node in program.model.graph if node.op_type == "GRU"]
         ['GRU']
     """
+    for package in ("onnx", "onnxscript"):
+        if find_spec(package) is None:
+            raise ImportError(
+                f"rnnfast.onnx.export needs {package}, of the extra onnx: pip install "
+                "--no-build-isolation '.[onnx]' in the folder of rnnfast"
+            )
     table = {**translations(), **(custom_translation_table or {})}
     program = torch.onnx.export(
         module, args, dynamo=True, custom_translation_table=table, optimize=optimize, **options

@@ -489,7 +489,7 @@ def test_train_needs_tensorboard_only_if_asked(text_file, tmp_path, monkeypatch,
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
     arguments = ["train", "--text", text_file, "--out", tmp_path, *SMALL, "--tensorboard"]
-    assert "pip install 'rnnfast[tensorboard]'" in refusal(arguments, capsys)
+    assert "pip install tensorboard" in refusal(arguments, capsys)
     assert not list(tmp_path.iterdir())
 
 
@@ -659,7 +659,9 @@ def test_a_missing_extra_is_named_with_its_remedy(folder, monkeypatch, capsys):
     for module in ("train", "progress"):
         monkeypatch.delitem(sys.modules, f"rnnfast.cli.{module}", raising=False)
     words = refusal(["train", "--out", folder / "new"], capsys)
-    assert words == "rnnfast: error: this command needs tqdm: pip install 'rnnfast[cli]'\n"
+    assert words.startswith(
+        "rnnfast: error: this command needs tqdm, of the extra cli: pip install"
+    )
 
 
 @pytest.mark.parametrize(

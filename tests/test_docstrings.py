@@ -62,7 +62,7 @@ def test_examples_run(each: Callable[..., Any], tmp_path: Any, monkeypatch: Any)
 @pytest.mark.parametrize("each", LAYERS + CELLS, ids=lambda each: each.__qualname__)
 def test_modules_explain_every_argument_and_parameter(each: type[Any]) -> None:
     words = inspect.getdoc(each) or ""
-    sections = ["Args", "Inputs", "Outputs", "Parameters", "Raises", "Example"]
+    sections = ["Args", "Inputs", "Outputs", "Weights", "Raises", "Example"]
     starts = [words.index(f"\n{section}:\n") for section in sections]
     assert starts == sorted(starts)
     arguments = words[starts[0] : starts[1]]

@@ -146,6 +146,28 @@ def test_the_core_runs_without_numpy():
     assert run(WITHOUT_NUMPY).splitlines()[-1] == "numpy"
 
 
+@pytest.mark.parametrize("arguments", [["doctor"], ["train", "--help"], ["train"]], ids=str)
+def test_the_command_line_without_its_extras(arguments):
+    """Reports and help work; a command that needs a package names it and the extra."""
+    blocked = "import sys; sys.modules |= dict.fromkeys(['numpy', 'tqdm', 'safetensors']); "
+    call = f"from rnnfast.cli import main; sys.exit(main({arguments}))"
+    found = subprocess.run([sys.executable, "-c", blocked + call], capture_output=True, text=True)
+    if arguments == ["train"]:
+        assert found.returncode == 2
+        assert "this command needs" in found.stderr
+        assert "extra cli" in found.stderr
+    else:
+        assert found.returncode == 0, found.stderr
+    assert "Traceback" not in found.stderr
+
+
+def test_the_command_line_knows_all_schedules():
+    from rnnfast.cli.parsers import train
+    from rnnfast.models import schedule
+
+    assert train.SCHEDULES == schedule.SCHEDULES
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["train", "--help"]], ids=str)
 def test_help_is_quick(arguments):
     *_, modules, seconds = run(COMMAND_LINE, *arguments).splitlines()

@@ -300,7 +300,7 @@ def test_a_wheel_installs_and_runs_in_a_fresh_environment(
         assert any(name.endswith("/licenses/LICENSE") for name in names)
         others = [name for name in names if not name.startswith(("rnnfast/", "rnnfast-"))]
         assert others == []
-    # The registry may have torch of the same version from another build.
+    # PyPI may have torch of the same version from another build.
     succeed(fresh_python, "-m", "pip", "install", f"torch=={RELEASE}", wheel)
     file, version = succeed(fresh_python, "-c", SMOKE, cwd=tmp_path).split()
     assert Path(file).is_relative_to(tmp_path / "fresh")

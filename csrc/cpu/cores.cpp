@@ -50,7 +50,7 @@ struct Mount {
 };
 
 // Parses a line of /proc/self/mountinfo: "36 35 98:0 /root /point options ... - type source super".
-// Returns false if it is no hierarchy of this version with a CPU controller.
+// Returns false unless the line mounts a cgroup hierarchy of this version with the CPU controller.
 bool parse_mount(const std::string& line, bool version2, Mount& mount) {
   const size_t dash = line.find(" - ");
   if (dash == std::string::npos) return false;

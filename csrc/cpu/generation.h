@@ -31,7 +31,8 @@ struct GenerateSteps {
   int64_t* tokens;  // (1 + count, B); row 0 is the input, the others are written
 };
 
-// A generation in one or more calls. The states stay in the workspace between the calls.
+// One continuation of a text, which may take several calls. The states stay in the workspace
+// between the calls.
 struct GenerateJob {
   GenerateArgs args;
   Plan plan;

@@ -107,12 +107,18 @@ inline constexpr int64_t kWholeRowsGain = 4;
 
 // ---- split precision: floats as three bfloat16, on AMX tiles ----
 
+// For planning, in cycles: a row, a vector of columns and an element of the sum, on AMX in bfloat16
+// and in split precision, which takes six such products with less reuse; and the time to fetch a
+// line of h that another thread has written, of which split precision reads three parts.
 inline constexpr double kAmxRowCycles = 1. / 16;
 inline constexpr double kSplitRowCycles = 0.22;
 inline constexpr double kSplitExchangeCycles = 60;
+// Fewer rows take an AMX tile of 16 rows as long.
 inline constexpr int kSplitMinRows = 14;
-inline constexpr int64_t kSplitChainSteps = 16;  // of 32 elements
-inline constexpr int64_t kSplitMinWork = 6'000'000;  // multiply-adds
+// A chain has so many steps of 32 elements. A longer chain would err more than torch's products.
+inline constexpr int64_t kSplitChainSteps = 16;
+// With fewer multiply-adds, splitting and packing cost more than AMX saves.
+inline constexpr int64_t kSplitMinWork = 6'000'000;
 
 // Whether split precision pays, as measured, for weights (K, columns): multiplied by `rows` rows in
 // each of `steps` steps; multiplied by all rows at once; and for the gradient of the weights, a sum

@@ -23,7 +23,7 @@ _TOO_LARGE = (
     *("overflow", "Overflow", "too large"),
 )
 _SIZES = ("hidden", "layers", "embedding", "batch_size", "seq_length", "length", "size")
-_EXTRAS = ("matplotlib", "safetensors", "tqdm")
+_EXTRAS = ("matplotlib", "numpy", "safetensors", "tqdm")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,7 +61,8 @@ def _run(parser: Parser, options: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         if error.name not in _EXTRAS:
             raise
-        parser.error(f"this command needs {error.name}: pip install 'rnnfast[cli]'")
+        remedy = "pip install --no-build-isolation '.[cli]' in the folder of rnnfast"
+        parser.error(f"this command needs {error.name}, of the extra cli: {remedy}")
     except OSError as error:
         parser.error(_describe(error))
     except (ArithmeticError, MemoryError, ValueError) as error:

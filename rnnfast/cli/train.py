@@ -317,7 +317,7 @@ def _introduce(run: Run, options: argparse.Namespace, data: _Data) -> None:
 
 
 def _measure(run: Run, options: argparse.Namespace, data: _Data) -> _Yardsticks:
-    """Compute the losses to compare with; set the default of --eval-characters."""
+    """Compute the baseline losses. Also set the default of --eval-characters."""
     if options.eval_characters is None:
         batch = options.batch_size * options.seq_length
         run.options = replace(run.options, eval_characters=batch)

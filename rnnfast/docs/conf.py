@@ -91,6 +91,11 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 napoleon_use_rtype = False
+napoleon_custom_sections = [
+    ("Inputs", "params_style"),
+    ("Outputs", "params_style"),
+    ("Weights", "params_style"),
+]
 
 
 def add_navigation(app: Any, document: str, source: list[str]) -> None:

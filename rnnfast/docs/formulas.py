@@ -57,9 +57,19 @@ def set_formulas(
         if line.strip():
             paragraph.append(line)
             continue
-        result += [*_set(paragraph), ""]
+        formulas = _set(paragraph)
+        if formulas and formulas is not paragraph:
+            _end_literal_block(result)
+        result += [*formulas, ""]
         paragraph = []
     lines[:] = result
+
+
+def _end_literal_block(lines: list[str]) -> None:
+    """Shortens a ``::`` at the end, which would set what follows as literal text, to a colon."""
+    last = max((i for i, line in enumerate(lines) if line.strip()), default=None)
+    if last is not None and lines[last].endswith("::"):
+        lines[last] = lines[last].removesuffix(":")
 
 
 def _set(paragraph: list[str]) -> list[str]:

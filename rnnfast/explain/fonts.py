@@ -1,4 +1,4 @@
-"""Finds fonts for the characters of a text (needs `rnnfast[cli]`, for matplotlib)."""
+"""Finds fonts for the characters of a text (needs the extra cli, for matplotlib)."""
 
 from __future__ import annotations
 

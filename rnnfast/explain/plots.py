@@ -1,4 +1,4 @@
-"""Plots of steps, gradients and gates (needs `rnnfast[cli]`, for matplotlib)."""
+"""Plots of steps, gradients and gates (needs the extra cli, for matplotlib)."""
 
 from __future__ import annotations
 

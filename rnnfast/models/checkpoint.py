@@ -1,4 +1,4 @@
-"""Saves and loads a CharLSTM as one safetensors file (needs `rnnfast[cli]`).
+"""Saves and loads a CharLSTM as one safetensors file (needs the extra cli).
 
 The file holds the weights, the sizes and the vocabulary.
 """

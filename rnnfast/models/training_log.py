@@ -116,7 +116,5 @@ def summary_writer_class() -> Any:
     except ModuleNotFoundError as error:
         if error.name != "tensorboard":
             raise
-        raise ValueError(
-            "--tensorboard needs tensorboard: pip install 'rnnfast[tensorboard]'"
-        ) from None
+        raise ValueError("--tensorboard needs tensorboard: pip install tensorboard") from None
     return SummaryWriter

@@ -142,7 +142,7 @@ class Translator:
         return self.target.pad(rows)[0].to(self.device)
 
     def save(self, path: str | Path) -> None:
-        """Write the translator to one safetensors file (needs `rnnfast[cli]`).
+        """Write the translator to one safetensors file (needs the extra cli).
 
         Raises:
             OSError: the file cannot be written.
@@ -164,7 +164,7 @@ class Translator:
         device: torch.device | str | None = None,
         backend: str | None = None,
     ) -> Translator:
-        """Read a translator that `save` wrote (needs `rnnfast[cli]`).
+        """Read a translator that `save` wrote (needs the extra cli).
 
         Args:
             path: the file, or a folder with a file named `model.safetensors`.

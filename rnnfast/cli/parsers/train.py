@@ -20,7 +20,9 @@ from rnnfast.cli.arguments import (
     prompt,
     seed,
 )
-from rnnfast.models.schedule import SCHEDULES
+
+SCHEDULES = ("one-cycle", "cosine", "constant", "plateau")
+"""Those of rnnfast.models.schedule, which imports optional packages."""
 
 _DESCRIPTION = """\
 Train an LSTM to predict a text character by character. Then show the loss on a held-out
