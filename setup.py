@@ -74,17 +74,14 @@ if CPU_TARGETS not in ("all", "portable"):
 
 
 def find_compiler() -> tuple[str | None, str]:
-    """The command of the C++ compiler; or None, and why there is none that can build the kernels."""
+    """The command of the C++ compiler, or None and why none can build the kernels."""
     if sys.platform != "linux":
         return None, "the kernels are for Linux"
     command = os.environ.get("CXX", "c++")
     if not shutil.which(shlex.split(command)[0]):
         return None, "no C++ compiler (CXX, or c++ on PATH)"
-    macros = subprocess.run(
-        [*shlex.split(command), "-dM", "-E", "-x", "c++", os.devnull],
-        capture_output=True,
-        text=True,
-    ).stdout
+    print_macros = [*shlex.split(command), "-dM", "-E", "-x", "c++", os.devnull]
+    macros = subprocess.run(print_macros, capture_output=True, text=True).stdout
     if "__GNUC__" not in macros or "__clang__" in macros:
         return None, f"{command} is not GCC (CXX chooses the C++ compiler)"
     return command, ""

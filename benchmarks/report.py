@@ -104,18 +104,17 @@ def least() -> str:
     report = load(DRAWN)
     found = []
     for peer, words in (("torch", "torch.nn"), ("best", "the fastest peer")):
-        ratios = [
-            (ratio, f"{cell} {mode} at T, B, I, H = {str(case).replace(',', ', ')}, {title}")
-            for name, title in (MACHINES | MORE_MACHINES).items()
-            for (mode, cell, case), ratio in ratios_of(
-                timed_rows(load(name), "float32"), peer
-            ).items()
-        ]
+        ratios = []
+        for name, title in (MACHINES | MORE_MACHINES).items():
+            rows = timed_rows(load(name), "float32")
+            for (mode, cell, case), ratio in ratios_of(rows, peer).items():
+                sizes = str(case).replace(",", ", ")
+                ratios.append((ratio, f"{cell} {mode} at T, B, I, H = {sizes}, {title}"))
         slower = sum(ratio < 1 for ratio, _ in ratios)
         worst, where = min(ratios)
         found.append(
-            f"slower than {words} in {slower} of {len(ratios)} cases, {format_ratio(worst)} at worst "
-            f"({where})"
+            f"slower than {words} in {slower} of {len(ratios)} cases, "
+            f"{format_ratio(worst)} at worst ({where})"
         )
     return f"On all machines measured, rnnfast is {'; '.join(found)}.\nZen 5: {source(report)}."
 
