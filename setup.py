@@ -77,10 +77,14 @@ def find_compiler() -> tuple[str | None, str]:
     """The command of the C++ compiler, or None and why none can build the kernels."""
     if sys.platform != "linux":
         return None, "the kernels are for Linux"
-    command = os.environ.get("CXX", "c++")
-    if not shutil.which(shlex.split(command)[0]):
+    command = os.environ.get("CXX", "").strip() or "c++"
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        sys.exit(f"rnnfast: CXX={command}: {error}")
+    if not shutil.which(words[0]):
         return None, "no C++ compiler (CXX, or c++ on PATH)"
-    print_macros = [*shlex.split(command), "-dM", "-E", "-x", "c++", os.devnull]
+    print_macros = [*words, "-dM", "-E", "-x", "c++", os.devnull]
     macros = subprocess.run(print_macros, capture_output=True, text=True).stdout
     if "__GNUC__" not in macros or "__clang__" in macros:
         return None, f"{command} is not GCC (CXX chooses the C++ compiler)"

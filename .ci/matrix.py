@@ -25,7 +25,8 @@ ROWS = (
     *("3.10/2.13.0", "3.12/2.13.0", "3.13/2.13.0"),
     *("3.11/2.11.0", "3.11/2.12.1", "3.11/2.14.1"),
 )
-SUMMARY = re.compile(r"^=* ?(\d+ (?:passed|failed|error).*?) ?=*$", re.MULTILINE)
+OUTCOMES = "passed|failed|error|skipped|deselected|xfailed"
+SUMMARY = re.compile(rf"^=* ?(\d+ (?:{OUTCOMES}).*?) ?=*$", re.MULTILINE)
 
 
 class StepError(Exception):

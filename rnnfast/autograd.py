@@ -10,9 +10,9 @@ direction, a whole sequence per call. They differ only in the number of states:
                -> gradients of (x, *states, w_ih, w_hh, b_ih, b_hh[, w_hr])
 
 What is in brackets is there for cells with two states; ``cells`` is the c of every step. With
-``save`` the caller gets ``gates`` and ``cells``, else they are empty. With ``recompute`` ``gates``
-is empty where the device's backward can do without. The tensors of a layer are, below,
-(x, *states, w_ih, w_hh, b_ih, b_hh[, w_hr]).
+``save`` the caller gets ``gates`` and ``cells``, else they are empty. ``gates`` is also empty with
+``recompute``, where the device's backward can do without, and where plain PyTorch runs. Below, the
+tensors of a layer are (x, *states, w_ih, w_hh, b_ih, b_hh[, w_hr]).
 
 The extension has the kernels, and those for autograd and autocast (csrc/torch/autograd.cpp). Here
 are the shapes of results, the rules for vmap, and what the extension calls where the kernels cannot

@@ -23,6 +23,7 @@ import threading
 import warnings
 from collections.abc import Callable, Sequence
 from functools import wraps
+from inspect import isasyncgenfunction, isclass, iscoroutinefunction, isgeneratorfunction
 from types import ModuleType, TracebackType
 from typing import NoReturn, TypeVar, cast
 
@@ -152,8 +153,18 @@ class use_backend:  # noqa: N801, as torch.set_grad_enabled
         _forced.name = self._before
 
     def __call__(self, function: _Function) -> _Function:
-        """Decorates a function: the backend counts while it runs."""
+        """Decorates a function: the backend counts while it runs.
+
+        Raises:
+            TypeError: It is a generator, a coroutine or a class, which do not run in one go.
+        """
         _forced.name = self._before  # what the constructor has set
+        kinds = (isclass, iscoroutinefunction, isgeneratorfunction, isasyncgenfunction)
+        if any(is_kind(function) for is_kind in kinds):
+            raise TypeError(
+                "use_backend decorates functions that run in one go, not classes, coroutines and "
+                "generators: use `with rnnfast.use_backend(...)` inside them"
+            )
 
         @wraps(function)
         def run(*args: object, **kwargs: object) -> object:
@@ -282,6 +293,8 @@ def _shortfall(device: str, dtype: torch.dtype) -> tuple[str, str]:
             cause = "no kernels were built when rnnfast was installed"
             remedy = "Install GCC, on Linux, then type `pip install --no-build-isolation .` again"
             return cause, remedy
+        if isinstance(IMPORT_ERROR, TorchMismatchError):
+            return str(IMPORT_ERROR), "Build it again with `pip install --no-build-isolation .`"
         cause = f"the compiled extension cannot be loaded ({IMPORT_ERROR})"
         return cause, "Build it again with `pip install --no-build-isolation .`"
     if device == "cuda" and dtype in FUSED_DTYPES:

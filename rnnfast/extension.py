@@ -29,9 +29,10 @@ def built_with() -> str | None:
     if spec is None or spec.origin is None:
         return None
     facts = Path(spec.origin).with_suffix(".json")
-    if not facts.exists():  # the module was copied without it
+    try:
+        version: str = json.loads(facts.read_text(encoding="utf-8"))["torch"]
+    except (OSError, ValueError, KeyError, TypeError):  # the module was copied without it
         return None
-    version: str = json.loads(facts.read_text(encoding="utf-8"))["torch"]
     return version
 
 

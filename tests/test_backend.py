@@ -187,6 +187,19 @@ def test_use_backend_as_a_decorator() -> None:
     assert inner.__name__ == "inner"
 
 
+def test_use_backend_does_not_decorate_what_runs_in_parts() -> None:
+    def generator() -> Iterator[str]:
+        yield in_force()
+
+    async def coroutine() -> str:
+        return in_force()
+
+    for function in (generator, coroutine, SimpleNamespace):
+        with pytest.raises(TypeError, match="in one go"):
+            rnnfast.use_backend("reference")(function)
+    assert in_force() == "auto"
+
+
 def test_use_backend_refuses_other_names() -> None:
     before = in_force()
     with pytest.raises(ValueError, match="should be one of auto, fused, aten, reference"):

@@ -56,6 +56,28 @@ def run_python(*args, cwd, **environment):
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.parametrize(
+    ("macros", "outcome"),
+    [
+        ("#define __GNUC__ 4\n#define __clang__ 1", "is not GCC"),
+        ("#define _MSC_VER 1", "is not GCC"),
+    ],
+)
+def test_other_compilers_are_not_tried(macros, outcome, source_copy, tmp_path):
+    compiler = tmp_path / "compiler"
+    compiler.write_text(f"#!/bin/sh\ncat <<END\n{macros}\nEND\n")
+    compiler.chmod(0o755)
+    built = run_python("setup.py", "--version", cwd=source_copy, CXX=str(compiler))
+    assert built.returncode == 0, built.stderr
+    assert outcome in built.stdout
+
+
+def test_a_malformed_compiler_is_an_error(source_copy):
+    built = run_python("setup.py", "--version", cwd=source_copy, CXX='"g++')
+    assert built.returncode == 1
+    assert "No closing quotation" in built.stderr
+
+
 def test_without_a_compiler_the_package_installs_and_works(source_copy, tmp_path):
     lib = tmp_path / "installed"
     built = run_python("setup.py", "build", "--build-lib", lib, cwd=source_copy, CXX="no-such-c++")

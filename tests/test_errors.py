@@ -329,7 +329,7 @@ def no_extension(monkeypatch):
 
 @pytest.mark.usefixtures("no_extension")
 def test_fused_without_extension_says_how_to_build_it():
-    with pytest.raises(RuntimeError, match=r"(?s)missing \(no such file\).*pip install"):
+    with pytest.raises(RuntimeError, match=r"(?s)loaded \(no such file\).*pip install"):
         rnnfast.LSTM(3, 4, backend="fused")(zeros(5, 2, 3))
 
 

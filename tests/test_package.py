@@ -15,12 +15,13 @@ from email import message_from_string
 from email.message import Message
 from pathlib import Path
 from shutil import copytree, ignore_patterns
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import rnnfast
-from rnnfast import backend
+from rnnfast import backend, extension
 
 ROOT = Path(__file__).resolve().parents[1]
 GENERAL = ["torch<2.15,>=2.11"]
@@ -124,7 +125,9 @@ def test_an_sdist_requires_the_range_of_torch(sdist: Path, tmp_path: Path) -> No
     assert requirements(message_from_string(text)) == GENERAL
 
 
-@pytest.mark.parametrize(("compiler", "required"), [("true", PINNED), ("no-such-c++", GENERAL)])
+@pytest.mark.parametrize(
+    ("compiler", "required"), [("echo __GNUC__", PINNED), ("no-such-c++", GENERAL)]
+)
 def test_a_wheel_requires_the_torch_that_it_was_built_with(
     compiler: str, required: list[str], tmp_path: Path
 ) -> None:
@@ -215,6 +218,16 @@ def test_a_module_for_this_minor_version_is_loaded(
     """Whatever the patch level and the local version; also if its facts were not copied along."""
     script = "import rnnfast; print(rnnfast.backend.IMPORT_ERROR)"
     assert "file too short" in import_copy(installed_copy, built_with, script)
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]"])
+def test_damaged_facts_are_ignored(
+    content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "_C.json").write_text(content)
+    found = SimpleNamespace(origin=str(tmp_path / "_C.so"))
+    monkeypatch.setattr(extension, "find_spec", lambda name: found)
+    assert extension.built_with() is None
 
 
 @pytest.mark.skipif(backend.EXTENSION is None, reason="the extension was not built")

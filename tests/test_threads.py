@@ -399,6 +399,49 @@ def test_a_generator_that_was_made_before_the_fork() -> None:
     assert run(script) == "0\n"
 
 
+# The parent's threads call layers while it forks. What they hold at that moment, such as a lock, is
+# never released in the child.
+FORK_WHILE_OTHERS_CALL = """
+    import os, threading, time, torch, rnnfast
+
+    torch.set_num_threads(2)
+    layer, x = rnnfast.LSTM(64, 256, backend="fused"), torch.randn(3, 2, 64)
+    stop = False
+
+    def call():
+        with torch.no_grad():
+            while not stop:
+                layer(x)
+
+    callers = [threading.Thread(target=call) for _ in range(2)]
+    for caller in callers:
+        caller.start()
+    hung = 0
+    for _ in range(40):
+        child = os.fork()
+        if child == 0:
+            thread = threading.Thread(target=layer, args=(x,))
+            thread.start()
+            thread.join()
+            os._exit(0)
+        limit = time.monotonic() + 20
+        while os.waitpid(child, os.WNOHANG) == (0, 0):
+            if time.monotonic() > limit:
+                os.kill(child, 9)
+                os.waitpid(child, 0)
+                hung += 1
+                break
+            time.sleep(0.001)
+    stop = True
+    print(hung)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_children_of_a_process_whose_threads_are_at_work() -> None:
+    assert run(FORK_WHILE_OTHERS_CALL) == "0\n"
+
+
 def test_threads_of_a_child_have_teams_of_their_own() -> None:
     script = """
         import os, threading, torch, rnnfast

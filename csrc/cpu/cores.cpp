@@ -109,7 +109,9 @@ class FreeCores {
  public:
   int get(int usable) {
     if (limit_.load(std::memory_order_relaxed) >= usable) return usable;
-    const std::lock_guard lock(mutex_);
+    // In a child process the lock may be held for ever, by a thread that was not forked.
+    const std::unique_lock lock(mutex_, std::try_to_lock);
+    if (!lock) return std::min(usable, limit_.load());
     if (const double now = seconds_now(); now >= try_at_) {
       tried_ = now;
       try_at_ = now + kMinHoldSeconds;

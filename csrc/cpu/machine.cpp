@@ -57,12 +57,15 @@ double measured_barrier(int threads, int64_t now) {
   static std::mutex one_at_a_time;
   Measured& last = kept[std::min(size_t(threads), kMaxThreads)];
   if (now < last.due.load(std::memory_order_acquire)) return last.cycles;
-  const std::lock_guard lock(one_at_a_time);
-  if (now < last.due) return last.cycles;
+  const double typical = BarrierCycles::typical()(threads);
+  // A caller does not wait for another one's measurement. In a child process the lock may be held
+  // for ever, by a thread that was not forked.
+  const std::unique_lock lock(one_at_a_time, std::try_to_lock);
+  if (!lock || now < last.due) return last.cycles > 0 ? double(last.cycles) : typical;
   const double nanoseconds = time_barrier(threads);
   double cycles = nanoseconds * kCyclesPerNanosecond;
   if (nanoseconds == 0 || is_shared(nanoseconds, threads))
-    cycles = last.cycles > 0 ? double(last.cycles) : BarrierCycles::typical()(threads);
+    cycles = last.cycles > 0 ? double(last.cycles) : typical;
   last.cycles = std::exp2(std::round(std::log2(cycles)));
   last.due.store(nanoseconds_now() + kBarrierKeptNanoseconds, std::memory_order_release);
   return last.cycles;
@@ -99,7 +102,14 @@ BarrierCycles measured_barriers(int threads) {
 }
 
 double measured_l3_line(int64_t l2_bytes) {
-  static const double cycles = read_line(2 * l2_bytes) * kCyclesPerNanosecond;
+  // No static initialisation: a child process would wait for ever for a thread that is measuring.
+  static std::atomic<double> kept{0};  // 0: not measured
+  double cycles = kept.load(std::memory_order_relaxed);
+  if (cycles == 0) {
+    cycles = read_line(2 * l2_bytes) * kCyclesPerNanosecond;
+    double none = 0;
+    if (!kept.compare_exchange_strong(none, cycles)) cycles = none;  // plans must agree
+  }
   return cycles;
 }
 
