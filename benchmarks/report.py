@@ -20,9 +20,9 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 from PIL import Image
 
-from .compare import best_peers, geometric_mean
 from .plot import STYLES, case_of, format_ratio, markdown, timed_rows
 from .steps import CELLS, MODES, Case
+from .suite import best_peers, geometric_mean
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

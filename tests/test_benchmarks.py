@@ -18,6 +18,7 @@ from benchmarks import (
     roofline,
     sequences,
     steps,
+    suite,
     systems,
     timing,
     tiny_cuda,
@@ -135,7 +136,7 @@ def test_compare_writes_table_json_and_csv(tmp_path, capsys):
 )
 @pytest.mark.parametrize("cell", compare.CELLS)
 def test_wrong_numbers_are_not_timed(monkeypatch, capsys, cell, wrong, mode):
-    monkeypatch.setitem(compare.PEERS, "wrong", peers.Peer(wrong))
+    monkeypatch.setitem(peers.PEERS, "wrong", peers.Peer(wrong))
     argv = [
         *QUICK,
         "--case",
@@ -155,8 +156,8 @@ def test_wrong_numbers_are_not_timed(monkeypatch, capsys, cell, wrong, mode):
 
 
 def test_peers_that_cannot_run_are_named(monkeypatch, capsys):
-    monkeypatch.setitem(compare.PEERS, "absent", peers.Peer(build_missing))
-    monkeypatch.setitem(compare.PEERS, "refusing", peers.Peer(build_refusing))
+    monkeypatch.setitem(peers.PEERS, "absent", peers.Peer(build_missing))
+    monkeypatch.setitem(peers.PEERS, "refusing", peers.Peer(build_refusing))
     argv = [*QUICK, "--case", "2,1,3,4", "--cell", "GRU", "--peers", "absent", "refusing", "torch"]
     assert compare.main(argv) == 0
     rows = capsys.readouterr().out
@@ -201,9 +202,9 @@ def test_summary_has_geometric_means():
         | {"ratio_min": r, "ratio_median": r}
         for cell, r in (("RNN", 2.0), ("RNN", 8.0), ("GRU", 4.0))
     ]
-    means = {s["cell"]: s["ratio_min"] for s in compare.summarize(rows) if s["peer"] == "p"}
+    means = {s["cell"]: s["ratio_min"] for s in suite.summarize(rows) if s["peer"] == "p"}
     assert means == pytest.approx({"RNN": 4.0, "GRU": 4.0, "all": 4.0})
-    assert compare.summarize([{"not_timed": "why"}]) == []
+    assert suite.summarize([{"not_timed": "why"}]) == []
 
 
 def test_scaling_with_threads(capsys):
@@ -227,7 +228,7 @@ def test_best_peer_of_each_case():
         return where | {"lower_precision": peer == "int8", "ratio_min": ratio}
 
     rows = [row("a", 1, 3.0), row("b", 1, 2.0), row("int8", 1, 0.5), row("a", 2, 1.5)]
-    best = compare.best_peers(rows)
+    best = suite.best_peers(rows)
     assert [(r["T"], r["peer"], r["ratio_min"]) for r in best] == [
         (1, "best", 2.0),
         (2, "best", 1.5),
