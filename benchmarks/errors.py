@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -222,7 +223,9 @@ def main(argv: list[str] | None = None) -> int:
         rows += found
         print(*map(format_line, summarize(found)), sep="\n", flush=True)
     if args.json:
-        command = "python -m benchmarks.errors " + " ".join(sys.argv[1:] if argv is None else argv)
+        command = "python -m benchmarks.errors " + shlex.join(
+            sys.argv[1:] if argv is None else argv
+        )
         facts = {"machine": machine.describe("cpu"), "command": command, "seeds": args.seeds}
         args.json.write_text(
             json.dumps(facts | {"summary": summarize(rows), "rows": rows}, indent=1) + "\n"

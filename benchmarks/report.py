@@ -204,7 +204,7 @@ def by_threads(report: Row, head: list[str], describe: Callable[[Row], tuple[str
                 f"{STYLES[s['peer']][0]}: geometric mean {mean}, least {least}, {s['cases']} cases"
             )
             if "verdicts" in s:
-                line += f": {', '.join(f'{count} {name}' for name, count in s['verdicts'].items())}"
+                line += ": {win} wins, {level} level, {loss} losses".format(**s["verdicts"])
             said.append(f"{line}.")
     return "\n\n".join([source(report), table([*head, *titles], lines), "\n".join(said)])
 

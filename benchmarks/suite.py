@@ -17,6 +17,7 @@ import itertools
 import json
 import math
 import multiprocessing
+import shlex
 import statistics
 import sys
 import time
@@ -299,7 +300,7 @@ def finish(
     print(format_summary(summarize(rows)))
     if args.json:
         where = machine.describe(getattr(args, "device", "cpu")) | {"threads": max(args.threads)}
-        command = f"python -m {program} " + " ".join(sys.argv[1:] if argv is None else argv)
+        command = f"python -m {program} " + shlex.join(sys.argv[1:] if argv is None else argv)
         facts: Row = {"machine": where, "command": command, "input_grad": args.input_grad}
         write_json(args.json, facts | {"processes": args.processes} | more, rows)
     if args.csv:

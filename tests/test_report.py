@@ -84,5 +84,5 @@ def test_table_by_threads():
     assert line == "| m | 2.00 / - | 1.01 (level) | 2.00 / 0.50 (loss) | 2.00 |"
     assert said == (
         "- training, 2 threads, over torch.nn: geometric mean 2.00, least 2.00, 1 cases: "
-        "1 win, 0 level, 0 loss."
+        "1 wins, 0 level, 0 losses."
     )
