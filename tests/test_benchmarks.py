@@ -399,6 +399,28 @@ def test_errors_are_relative_to_the_oracle(monkeypatch, dtype):
     assert all(0 < error < 10 * eps for error in found[capability])
 
 
+def test_samples_in_which_a_unit_crosses_the_kink_of_relu_are_left_out(monkeypatch):
+    """Here torch.nn has a unit on the other side in the first of two samples, then in both."""
+    case, seeds = LayerCase("elman_relu", 5, 3, 4, 6), range(2)
+    whole, calls = errors.by_torch, []
+
+    def crossing(*given: object) -> list[torch.Tensor]:
+        y, *others = whole(*given)
+        calls.append(y)
+        unit = y.detach().clone()
+        if len(calls) != 2:
+            unit[0, 0, 0] = 0 if unit[0, 0, 0] > 0 else 1e-9
+        return [unit, *others]
+
+    capability = [_C.get_cpu_capability()]
+    second = errors.relative_errors(case, torch.float32, range(1, 2), capability)
+    monkeypatch.setattr(errors, "by_torch", crossing)
+    assert errors.relative_errors(case, torch.float32, seeds, capability) == second
+    with pytest.raises(ValueError, match="in every sample"):
+        errors.relative_errors(case, torch.float32, seeds, capability)
+    assert len(errors.relative_errors(case, torch.bfloat16, seeds, capability)) == 2
+
+
 def test_errors_of_every_cell_and_dtype(tmp_path, capsys):
     file = tmp_path / "e.json"
     shapes = ["--shape", "3,2,4,5", "2,200,200,200"]
