@@ -102,6 +102,10 @@ bench: build
 	RNNFAST_CPU_CAPABILITY=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 \
 		$(BIN)/python -m benchmarks.compare --no-limit --peers torch \
 		--json $(RESULTS)-avx2.json --csv $(RESULTS)-avx2.csv
+	$(BIN)/python -m benchmarks.models --threads 1 2 --min-time 0.3 \
+		--json benchmarks/results/models.json
+	$(BIN)/python -m benchmarks.cells --threads 1 2 --min-time 0.3 \
+		--json benchmarks/results/cells.json
 	$(BIN)/python -m benchmarks.sequences --json benchmarks/results/sequences.json
 	$(BIN)/python -m benchmarks.systems --json benchmarks/results/systems.json
 	$(BIN)/python -m benchmarks.memory --size 100,64,512 200,64,512 --json benchmarks/results/memory.json

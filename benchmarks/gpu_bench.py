@@ -12,7 +12,7 @@ import sys
 import time
 from typing import NamedTuple
 
-from . import compare, machine
+from . import compare, machine, suite
 from .gpu_verify import TF32_EPS, rnn_precision
 from .lines import emit, reported
 from .steps import CELLS, MODES, Case, make_problem
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
         with reported(**where), rnn_precision(choice.precision):
             dtype = compare.DTYPES[choice.dtype]
             problem = make_problem(choice.cell, choice.case, device, dtype, choice.mode)
-            for row in compare.compare_one(problem, compare.parse_args(settings)):
+            for row in suite.compare_one(problem, compare.parse_args(settings)):
                 emit(**where, **row)
                 timed += "not_timed" not in row
                 wrong += "disagrees" in str(row.get("not_timed", ""))

@@ -34,29 +34,25 @@ class Peer(NamedTuple):
 
 
 def build_rnnfast(problem: Problem) -> Step:
-    module = problem.module
-    twin = getattr(rnnfast, type(module).__name__)(
-        module.input_size,
-        module.hidden_size,
-        backend="fused",
-        device=problem.x.device,
-        dtype=problem.x.dtype,
-    )
-    twin.load_state_dict(module.state_dict())
-    return module_step(twin, problem)
+    report = rnnfast.accelerate(copy.deepcopy(problem.module), backend="fused")
+    if report.left:
+        raise AssertionError(f"accelerate left the module as it is: {report}")
+    return module_step(report.module, problem)
 
 
 def build_torch(problem: Problem) -> Step:
     twin = copy.deepcopy(problem.module)
-    twin.flatten_parameters()  # cuDNN needs the weights in one block, which a copy does not keep
+    if isinstance(twin, nn.RNNBase):
+        twin.flatten_parameters()  # cuDNN needs one block of weights, which a copy does not keep
     return module_step(twin, problem)
 
 
 def build_torch_int8(problem: Problem) -> Step:
     """Builds torch's dynamic quantisation: int8 weights; every product quantises x and h too."""
     demand_inference_in_float32(problem)
-    if isinstance(problem.module, nn.RNN):
-        raise UnsupportedError("no Elman cells")
+    if isinstance(problem.module, (nn.RNN, nn.RNNCellBase)):
+        raise UnsupportedError("no Elman layers and no cells")
+    demand_no_projection(problem)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         holder = nn.Sequential(copy.deepcopy(problem.module))
@@ -75,47 +71,128 @@ def demand_inference_in_float32(problem: Problem) -> None:
         raise UnsupportedError("inference only")
 
 
+def demand_no_projection(problem: Problem) -> None:
+    if getattr(problem.module, "proj_size", 0):
+        raise UnsupportedError("no projection")
+
+
+def cell_of(problem: Problem) -> str:
+    """Returns "RNN", "GRU" or "LSTM"."""
+    return type(problem.module).__name__.removesuffix("Cell")
+
+
+def directions_of(problem: Problem) -> int:
+    return 2 if getattr(problem.module, "bidirectional", False) else 1
+
+
+def weights_by_layer(problem: Problem) -> list[list[list[Tensor]]]:
+    """Returns the weights, in torch.nn's order, of each direction of each layer."""
+    weights = [weight.detach() for weight in problem.module.parameters()]
+    count = 5 if getattr(problem.module, "proj_size", 0) else 4
+    each = [weights[k : k + count] for k in range(0, len(weights), count)]
+    directions = directions_of(problem)
+    return [each[k : k + directions] for k in range(0, len(each), directions)]
+
+
 def reordered(weight: Tensor, order: str, wanted: str) -> Tensor:
     """Reorders the gate blocks of `weight` (rows) from `order` to `wanted`."""
-    blocks = dict(zip(order, weight.detach().chunk(len(order)), strict=True))
+    blocks = dict(zip(order, weight.chunk(len(order)), strict=True))
     return torch.cat([blocks[gate] for gate in wanted])
 
 
 def onnx_model(problem: Problem) -> bytes:
-    """Returns a model of one ONNX node: x -> y (T, 1, B, H), h (1, B, H) and, for LSTM, c."""
+    """Returns a model with one ONNX node for each layer.
+
+    D is the number of directions. The results are the last layer's y (T, D, B, H) and then the
+    final h (D, B, H) and, for LSTM, c of each layer. The inputs are x (T, B, I) and, of a cell, the
+    states; the model of a cell has T = 1.
+    """
     import onnx
 
-    module, (T, B, I) = problem.module, problem.x.shape
-    cell, H = type(module).__name__, module.hidden_size
+    helper, floats = onnx.helper, onnx.TensorProto.FLOAT
+    cell, H, D = cell_of(problem), problem.module.hidden_size, directions_of(problem)
+    T, B, I = problem.x.shape
+    T = 1 if problem.state else T
     order, wanted = {"RNN": ("h", "h"), "GRU": ("rzh", "zrh"), "LSTM": ("ifco", "iofc")}[cell]
-    w_ih, w_hh, b_ih, b_hh = (reordered(w, order, wanted) for w in module.parameters())
-    constants = {"W": w_ih[None], "R": w_hh[None], "bias": torch.cat([b_ih, b_hh])[None]}
-    after = {"linear_before_reset": 1} if cell == "GRU" else {}
-    outputs = {"y": [T, 1, B, H], "h": [1, B, H], "c": [1, B, H]}
-    if cell != "LSTM":
-        del outputs["c"]
-    node = onnx.helper.make_node(cell, ["x", *constants], [*outputs], hidden_size=H, **after)
-    graph = onnx.helper.make_graph(
-        [node],
-        cell,
-        [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [T, B, I])],
-        [
-            onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
-            for name, shape in outputs.items()
-        ],
-        [onnx.numpy_helper.from_array(w.numpy(), name) for name, w in constants.items()],
-    )
-    opset = [onnx.helper.make_opsetid("", 14)]
-    return onnx.helper.make_model(graph, opset_imports=opset, ir_version=8).SerializeToString()
+    options = {"hidden_size": H, "direction": "bidirectional" if D == 2 else "forward"}
+    options |= {"linear_before_reset": 1} if cell == "GRU" else {}
+    options |= {"activations": ["Tanh"] * D} if cell == "RNN" else {}
+    inputs = {"x": [T, B, I]} | {f"initial {k}": [1, B, H] for k in range(len(problem.state))}
+    states = ("h", "c") if cell == "LSTM" else ("h",)
+    constants, nodes, y, results = {}, [], "x", {}
+    constants["flat"] = torch.tensor([0, 0, -1])  # the shape (T, B, D*H) for a node of Reshape
+    constants["axis"] = torch.tensor([1])
+    for k, directions in enumerate(weights_by_layer(problem)):
+        blocks = [[reordered(w, order, wanted) for w in weights] for weights in directions]
+        w_ih, w_hh, b_ih, b_hh = (torch.stack(each) for each in zip(*blocks, strict=True))
+        weights = {f"W{k}": w_ih, f"R{k}": w_hh, f"bias{k}": torch.cat([b_ih, b_hh], 1)}
+        constants |= weights
+        given = ["", *(name for name in inputs if name != "x")] if problem.state else []
+        made = {f"y{k}": [T, D, B, H], **{f"{name}{k}": [D, B, H] for name in states}}
+        nodes.append(helper.make_node(cell, [y, *weights, *given], [*made], **options))
+        y, following = f"y{k}", f"x{k + 1}"
+        results |= {name: shape for name, shape in made.items() if name != y}
+        if k + 1 == getattr(problem.module, "num_layers", 1):
+            results = {y: made[y]} | results
+        elif D == 1:
+            nodes.append(helper.make_node("Squeeze", [y, "axis"], [following]))
+        else:
+            swapped = f"swapped{k}"
+            nodes.append(helper.make_node("Transpose", [y], [swapped], perm=[0, 2, 1, 3]))
+            nodes.append(helper.make_node("Reshape", [swapped, "flat"], [following]))
+        y = following
+    described = [
+        [helper.make_tensor_value_info(name, floats, shape) for name, shape in each.items()]
+        for each in (inputs, results)
+    ]
+    used = {name for node in nodes for name in node.input}
+    values = [
+        onnx.numpy_helper.from_array(value.numpy(), name)
+        for name, value in constants.items()
+        if name in used
+    ]
+    graph = helper.make_graph(nodes, cell, *described, values)
+    opset = [helper.make_opsetid("", 14)]
+    return helper.make_model(graph, opset_imports=opset, ir_version=8).SerializeToString()
 
 
-def onnx_numbers(arrays: list[Any]) -> dict[str, Tensor]:
-    y, *state = (torch.from_numpy(array) for array in arrays)
-    return outputs((y.squeeze(1), tuple(state)))
+def onnx_step(
+    problem: Problem, feed: Callable[[list[Any]], Any], call: Callable[[Any], list[Any]]
+) -> Step:
+    """Returns the step of a runtime that runs `onnx_model`.
+
+    `feed` brings the inputs of the model into the form that `call` takes; `call` returns the
+    results.
+    """
+    kinds = 2 if cell_of(problem) == "LSTM" else 1
+    if problem.state:
+        xs = [x[None].numpy() for x in problem.x.clone()]
+        first = [value[None].numpy() for value in problem.state]
+
+        def run_cell() -> list[Any]:
+            state = first
+            for x in xs:
+                _, *state = call(feed([x, *state]))
+            return state
+
+        def numbers_of_cell(arrays: list[Any]) -> dict[str, Tensor]:
+            state = tuple(torch.from_numpy(array)[0] for array in arrays)
+            return outputs((state[0], state))
+
+        return Step(run_cell, numbers_of_cell)
+
+    def numbers(arrays: list[Any]) -> dict[str, Tensor]:
+        y, *states = (torch.from_numpy(array) for array in arrays)
+        state = tuple(torch.cat(states[kind::kinds]) for kind in range(kinds))
+        return outputs((y.transpose(1, 2).flatten(2), state))
+
+    fed = feed([problem.x.numpy()])
+    return Step(lambda: call(fed), numbers)
 
 
 def build_onnxruntime(problem: Problem) -> Step:
     demand_inference_in_float32(problem)
+    demand_no_projection(problem)
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -123,12 +200,16 @@ def build_onnxruntime(problem: Problem) -> Step:
     session = onnxruntime.InferenceSession(
         onnx_model(problem), options, providers=["CPUExecutionProvider"]
     )
-    feed, names = {"x": problem.x.numpy()}, [output.name for output in session.get_outputs()]
-    return Step(lambda: session.run(names, feed), onnx_numbers)
+    inputs, results = (
+        [value.name for value in values] for values in (session.get_inputs(), session.get_outputs())
+    )
+    call = functools.partial(session.run, results)
+    return onnx_step(problem, lambda given: dict(zip(inputs, given, strict=True)), call)
 
 
 def build_openvino(problem: Problem) -> Step:
     demand_inference_in_float32(problem)
+    demand_no_projection(problem)
     import openvino
 
     core = openvino.Core()
@@ -139,21 +220,23 @@ def build_openvino(problem: Problem) -> Step:
         "ENABLE_CPU_PINNING": False,
     }
     model = core.compile_model(core.read_model(onnx_model(problem)), "CPU", options)
-    request, x = model.create_infer_request(), problem.x.numpy()
+    request, count = model.create_infer_request(), len(model.outputs)
 
-    def run() -> list[Any]:
-        result = request.infer([x], share_inputs=True, share_outputs=True)
-        return [result[k] for k in range(len(model.outputs))]
+    def call(given: list[Any]) -> list[Any]:
+        result = request.infer(given, share_inputs=True, share_outputs=True)
+        return [result[k] for k in range(count)]
 
-    return Step(run, onnx_numbers)
+    return onnx_step(problem, list, call)
 
 
-def jax_layer(cell: str, weights: tuple[Any, ...], x: Any) -> tuple[Any, Any]:
-    """Returns (y, state) of a layer with weights of shape (I, G*H) and (H, G*H)."""
+def jax_direction(
+    cell: str, weights: tuple[Any, ...], x: Any, state: Any, reverse: bool
+) -> tuple[Any, Any]:
+    """Returns (y, state) of one direction of a layer; the weights are transposed."""
     import jax
     from jax import numpy as jnp
 
-    w_ih, w_hh, b_ih, b_hh = weights
+    w_ih, w_hh, b_ih, b_hh, *w_hr = weights
 
     def elman(h: Any, projected: Any) -> tuple[Any, Any]:
         h = jnp.tanh(projected + h @ w_hh)
@@ -171,13 +254,32 @@ def jax_layer(cell: str, weights: tuple[Any, ...], x: Any) -> tuple[Any, Any]:
         i, f, g, o = jnp.split(projected + h @ w_hh, 4, -1)
         c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
         h = jax.nn.sigmoid(o) * jnp.tanh(c)
+        h = h @ w_hr[0] if w_hr else h
         return (h, c), h
 
     step = {"RNN": elman, "GRU": gru, "LSTM": lstm}[cell]
-    zeros = jnp.zeros((x.shape[1], w_hh.shape[0]), x.dtype)
     projected = x @ w_ih + (b_ih if cell == "GRU" else b_ih + b_hh)
-    state, y = jax.lax.scan(step, (zeros, zeros) if cell == "LSTM" else zeros, projected)
+    state, y = jax.lax.scan(step, state, projected, reverse=reverse)
     return y, state
+
+
+def jax_layers(cell: str, weights: list[list[tuple[Any, ...]]], x: Any) -> tuple[Any, Any]:
+    """Returns (y, state) of a stack that starts from zeros; see `weights_by_layer`."""
+    import jax
+    from jax import numpy as jnp
+
+    states = []
+    for directions in weights:
+        found = []
+        for k, each in enumerate(directions):
+            gates = {"RNN": 1, "GRU": 3, "LSTM": 4}[cell]
+            h = jnp.zeros((x.shape[1], each[1].shape[0]), x.dtype)
+            c = jnp.zeros((x.shape[1], each[1].shape[1] // gates), x.dtype)
+            state = (h, c) if cell == "LSTM" else h
+            found.append(jax_direction(cell, each, x, state, reverse=k == 1))
+        x = jnp.concatenate([y for y, _ in found], -1)
+        states += [state for _, state in found]
+    return x, jax.tree.map(lambda *values: jnp.stack(values), *states)
 
 
 @functools.cache
@@ -193,35 +295,48 @@ def start_jax(threads: int) -> Any:
 def build_jax(problem: Problem) -> Step:
     demand_float32(problem)
     jax = start_jax(torch.get_num_threads())
-    cell, names = type(problem.module).__name__, [n for n, _ in problem.module.named_parameters()]
-    layer = functools.partial(jax_layer, cell)
-    values = [w.detach() for w in problem.module.parameters()]
-    weights = tuple(jax.numpy.array(w.t().numpy()) for w in values)
-    x, grad_y = jax.numpy.array(problem.x.numpy()), jax.numpy.array(problem.grad_y.numpy())
+    cell, names = cell_of(problem), [name for name, _ in problem.module.named_parameters()]
+
+    def to_jax(value: Tensor) -> Any:
+        return jax.numpy.array(value.numpy())
 
     def to_torch(value: Any) -> Tensor:
         return torch.from_numpy(jax.device_get(value).copy())
 
+    weights = [
+        [tuple(to_jax(w.t()) for w in each) for each in directions]
+        for directions in weights_by_layer(problem)
+    ]
+    x, grad_y = to_jax(problem.x), to_jax(problem.grad_y)
+    first = tuple(map(to_jax, problem.state))
+
+    def model(weights: Any, x: Any) -> tuple[Any, Any]:
+        if not first:
+            return jax_layers(cell, weights, x)
+        given = first if cell == "LSTM" else first[0]
+        _, state = jax_direction(cell, weights[0][0], x, given, reverse=False)
+        return (state[0] if cell == "LSTM" else state), state
+
     if problem.mode == "inference":
-        infer = jax.jit(layer)
+        infer = jax.jit(model)
 
         def state_numbers(result: tuple[Any, Any]) -> dict[str, Tensor]:
-            y, state = jax.tree.map(to_torch, result)
-            return outputs((y, jax.tree.map(lambda value: value[None], state)))
+            return outputs(jax.tree.map(to_torch, result))
 
         return Step(lambda: jax.block_until_ready(infer(weights, x)), state_numbers)
 
     @jax.jit
     def train(weights: Any, x: Any, grad_y: Any) -> tuple[Any, ...]:
         if problem.input_grad:
-            y, backward = jax.vjp(lambda w, x: layer(w, x)[0], weights, x)
+            y, backward = jax.vjp(lambda w, x: model(w, x)[0], weights, x)
         else:
-            y, backward = jax.vjp(lambda w: layer(w, x)[0], weights)
+            y, backward = jax.vjp(lambda w: model(w, x)[0], weights)
         return y, *backward(grad_y)
 
     def gradients(result: tuple[Any, ...]) -> dict[str, Tensor]:
         y, of_weights, *of_x = jax.tree.map(to_torch, result)
-        numbers = {f"grad of {n}": w.t() for n, w in zip(names, of_weights, strict=True)}
+        flat = [w for directions in of_weights for each in directions for w in each]
+        numbers = {f"grad of {n}": w.t() for n, w in zip(names, flat, strict=True)}
         return {"y": y, **numbers, **dict(zip(["grad of x"], of_x, strict=False))}
 
     return Step(lambda: jax.block_until_ready(train(weights, x, grad_y)), gradients)

@@ -16,8 +16,8 @@ from matplotlib.axes import Axes
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
-from .compare import best_peers
 from .steps import CELLS, MODES, Case
+from .suite import best_peers
 
 Row = dict[str, Any]
 # The colours of Okabe and Ito, which are safe for colour-blind readers, and a marker for each peer.

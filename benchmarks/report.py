@@ -20,9 +20,10 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 from PIL import Image
 
-from .compare import best_peers, geometric_mean
+from .models import describe_layers
 from .plot import STYLES, case_of, format_ratio, markdown, timed_rows
 from .steps import CELLS, MODES, Case
+from .suite import best_peers, geometric_mean
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -169,6 +170,63 @@ def half() -> str:
     return table(["", "mode", "geometric mean", "least", "cases"], rows)
 
 
+def ratio_and_verdict(row: Row) -> str:
+    """The ratio, and the verdict over several processes unless it is a win."""
+    words = "" if row.get("verdict", "win") == "win" else f" ({row['verdict']})"
+    return format_ratio(row["ratio_min"]) + words
+
+
+def by_threads(report: Row, head: list[str], describe: Callable[[Row], tuple[str, ...]]) -> str:
+    """Returns a table with a column for each mode and number of threads, and what it says in all.
+
+    `describe` returns the cells below `head`. The ratios to several peers stand in the order in
+    which they were asked for; peers that never run in a mode are left out there.
+    """
+    rows = report["rows"]
+    timed = [row for row in rows if "ratio_min" in row]
+    columns = list(dict.fromkeys((row["threads"], row["mode"]) for row in timed))
+    columns.sort(key=lambda column: column[0])
+    used = {(row["mode"], row["peer"]) for row in timed}
+    found: dict[tuple[str, ...], dict[tuple[int, str], list[str]]] = {}
+    for row in rows:
+        if (row["mode"], row["peer"]) in used:
+            entry = ratio_and_verdict(row) if "ratio_min" in row else "-"
+            of_case = found.setdefault(describe(row), {})
+            of_case.setdefault((row["threads"], row["mode"]), []).append(entry)
+    titles = [f"{mode}, {threads} thread{'s'[: threads > 1]}" for threads, mode in columns]
+    lines = [
+        [*case, *(" / ".join(entries[column]) for column in columns)]
+        for case, entries in found.items()
+    ]
+    said = []
+    for s in report["summary"]:
+        if s["cell"] == "all" and s["peer"] != "best":
+            mean, least = (format_ratio(s[key]) for key in ("ratio_min", "least_ratio_min"))
+            line = f"- {s['mode']}, {s['threads']} thread{'s'[: s['threads'] > 1]}, over "
+            line += (
+                f"{STYLES[s['peer']][0]}: geometric mean {mean}, least {least}, {s['cases']} cases"
+            )
+            if "verdicts" in s:
+                line += ": {win} wins, {level} level, {loss} losses".format(**s["verdicts"])
+            said.append(f"{line}.")
+    return "\n\n".join([source(report), table([*head, *titles], lines), "\n".join(said)])
+
+
+def models() -> str:
+    def describe(row: Row) -> tuple[str, ...]:
+        sizes = str(case_of(row)).replace(",", ", ")
+        return f"{row['name']}, {row['part']}", describe_layers(row), sizes
+
+    return by_threads(load("models"), ["model", "module", "T, B, I, H"], describe)
+
+
+def cells() -> str:
+    def describe(row: Row) -> tuple[str, ...]:
+        return row["cell"], "{B}, {I}, {H}".format(**row)
+
+    return by_threads(load("cells"), ["cell", "B, I, H"], describe)
+
+
 def sequences() -> str:
     report = load("sequences")
     found: dict[tuple[str, str], Row] = {}
@@ -217,6 +275,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "step": step,
     "machines": machine_tables,
     "bfloat16": half,
+    "models": models,
+    "cells": cells,
     "sequences": sequences,
     "systems": systems,
     "memory": memory,

@@ -1,5 +1,6 @@
-"""One inference step and one training step of a layer, and the check of their results."""
+"""One inference step and one training step of a module, and the check of their results."""
 
+import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -7,11 +8,16 @@ import torch
 from torch import Tensor, nn
 
 CELLS: dict[str, type[nn.RNNBase]] = {"RNN": nn.RNN, "GRU": nn.GRU, "LSTM": nn.LSTM}
+SINGLE_STEPS: dict[str, type[nn.RNNCellBase]] = {
+    "RNNCell": nn.RNNCell,
+    "GRUCell": nn.GRUCell,
+    "LSTMCell": nn.LSTMCell,
+}
 MODES = ("inference", "training")
 
 
 class Case(NamedTuple):
-    """Sizes of one layer: time, batch, input, hidden."""
+    """Sizes of a module and its input: time, batch, input, hidden."""
 
     T: int
     B: int
@@ -23,25 +29,30 @@ class Case(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """A computation: a torch.nn module, its input x (T, B, I) and the mode.
+    """A computation: a module of torch.nn, its input x (T, B, I) and the mode.
 
-    Training also takes grad_y (T, B, H), the gradient of the output, and computes the gradients of
-    the parameters and, with `input_grad`, of x.
+    The module is a layer or a stack of layers, which starts from zeros, or a cell. A cell is called
+    T times, each time with the state of the call before; `state` is its first state, h or h and c,
+    each (B, H).
+
+    Training also takes grad_y, the gradient of the output, and computes the gradients of the
+    parameters and, with `input_grad`, of x. The output is y (T, B, *), or the last h of a cell.
     """
 
-    module: nn.RNNBase
+    module: nn.RNNBase | nn.RNNCellBase
     x: Tensor
     grad_y: Tensor
     mode: str
     input_grad: bool = False
+    state: tuple[Tensor, ...] = ()
 
     def to(self, dtype: torch.dtype) -> "Problem":
-        module = type(self.module)(
-            self.module.input_size, self.module.hidden_size, device=self.x.device, dtype=dtype
+        return self._replace(
+            module=copy.deepcopy(self.module).to(dtype),
+            x=self.x.to(dtype),
+            grad_y=self.grad_y.to(dtype),
+            state=tuple(value.to(dtype) for value in self.state),
         )
-        module.load_state_dict(self.module.state_dict())
-        x, grad_y = self.x.to(dtype), self.grad_y.to(dtype)
-        return self._replace(module=module, x=x, grad_y=grad_y)
 
 
 class Step(NamedTuple):
@@ -59,36 +70,68 @@ def make_problem(
     mode: str,
     input_grad: bool = False,
     seed: int = 0,
+    **options: Any,
 ) -> Problem:
+    """Makes a problem with random weights and values.
+
+    `cell` is a key of `CELLS` or `SINGLE_STEPS`; `options` are more arguments of its class in
+    torch.nn, such as num_layers.
+    """
     torch.manual_seed(seed)
     T, B, I, H = case
-    module = CELLS[cell](I, H, device=device, dtype=dtype)
-    x = torch.randn(T, B, I, device=device, dtype=dtype)
-    grad_y = torch.randn(T, B, H, device=device, dtype=dtype)
-    return Problem(module, x, grad_y, mode, input_grad)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, dtype=dtype)
+
+    if cell in SINGLE_STEPS:
+        single = SINGLE_STEPS[cell](I, H, device=device, dtype=dtype, **options)
+        state = tuple(normal(B, H) for _ in range(2 if cell == "LSTMCell" else 1))
+        return Problem(single, normal(T, B, I), normal(B, H), mode, input_grad, state)
+    module = CELLS[cell](I, H, device=device, dtype=dtype, **options)
+    width = (module.proj_size or H) * (2 if module.bidirectional else 1)
+    return Problem(module, normal(T, B, I), normal(T, B, width), mode, input_grad)
 
 
 def module_step(module: nn.Module, problem: Problem) -> Step:
-    """Returns the step of a module with torch.nn's signature.
+    """Returns the step of a module with the signature of the problem's.
 
     For inference, call it in torch.inference_mode().
     """
     x = problem.x.clone()
+    inputs = [x]
+    if problem.state:
+        inputs = [x_t.detach() for x_t in x]
+        first = problem.state if len(problem.state) > 1 else problem.state[0]
+
+    def run_layer() -> tuple[Tensor, Any]:
+        return module(x)
+
+    def run_cell() -> tuple[Tensor, Any]:
+        state = first
+        for x_t in inputs:
+            state = module(x_t, state)
+        return (state[0] if isinstance(state, tuple) else state), state
+
+    forward = run_cell if problem.state else run_layer
     if problem.mode == "inference":
-        return Step(lambda: module(x), outputs)
-    leaves = dict(module.named_parameters())
+        return Step(forward, outputs)
+    parameters = dict(module.named_parameters())
+    leaves = [*parameters.values()]
     if problem.input_grad:
-        leaves["x"] = x.requires_grad_()
+        leaves += [value.requires_grad_() for value in inputs]
 
     def train() -> Tensor:
-        for leaf in leaves.values():
+        for leaf in leaves:
             leaf.grad = None
-        y, _ = module(x)
+        y, _ = forward()
         y.backward(problem.grad_y)
         return y
 
     def numbers(y: Tensor) -> dict[str, Tensor]:
-        return {"y": y.detach(), **{f"grad of {name}": leaf.grad for name, leaf in leaves.items()}}
+        found = {"y": y.detach(), **{f"grad of {n}": p.grad for n, p in parameters.items()}}
+        if problem.input_grad:
+            found["grad of x"] = torch.cat([value.grad for value in inputs]).view_as(x)
+        return found
 
     return Step(train, numbers)
 

@@ -3,34 +3,21 @@
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
-from torch import nn
 
-import rnnfast
+from .peers import Builder, build_rnnfast, build_torch
+from .steps import SINGLE_STEPS, Case, make_problem
 
-BATCH_AND_HIDDEN = [(1, 64), (1, 512), (32, 256)]
+SIZES = [Case(1, 1, 64, 64), Case(1, 1, 512, 512), Case(1, 32, 256, 256)]
 
 
-@pytest.mark.parametrize("library", [rnnfast, nn], ids=["rnnfast", "torch"])
-@pytest.mark.parametrize("mode", ["forward", "forward+backward"])
-@pytest.mark.parametrize(("B", "H"), BATCH_AND_HIDDEN)
-@pytest.mark.parametrize("cell", ["RNNCell", "GRUCell", "LSTMCell"])
+@pytest.mark.parametrize("build", [build_rnnfast, build_torch], ids=["rnnfast", "torch"])
+@pytest.mark.parametrize("mode", ["inference", "training"], ids=["forward", "forward+backward"])
+@pytest.mark.parametrize("case", SIZES, ids=str)
+@pytest.mark.parametrize("cell", SINGLE_STEPS)
 def test_cell(
-    benchmark: BenchmarkFixture, cell: str, B: int, H: int, mode: str, library: object
+    benchmark: BenchmarkFixture, cell: str, case: Case, mode: str, build: Builder
 ) -> None:
-    benchmark.group = f"{cell} {B},{H},{H} {mode}"
-    torch.manual_seed(0)
-    forced = {"backend": "fused"} if library is rnnfast else {}
-    step = getattr(library, cell)(H, H, **forced)
-    x, h, grad_h = torch.randn(3, B, H)
-    state = (h, torch.randn(B, H)) if cell == "LSTMCell" else h
-
-    def forward() -> torch.Tensor:
-        new_state = step(x, state)
-        return new_state[0] if cell == "LSTMCell" else new_state
-
-    def forward_backward() -> None:
-        step.zero_grad(set_to_none=True)
-        forward().backward(grad_h)
-
-    with torch.inference_mode(mode == "forward"):
-        benchmark(forward if mode == "forward" else forward_backward)
+    benchmark.group = f"{cell} {case} {mode}"
+    problem = make_problem(cell, case, "cpu", torch.float32, mode)
+    with torch.inference_mode(mode == "inference"):
+        benchmark(build(problem).run)

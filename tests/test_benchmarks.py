@@ -8,22 +8,32 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from cases import Case as LayerCase
+from cases import oracle, sample_grads, sample_inputs
+from torch import nn
 
 from benchmarks import (
+    cells,
     compare,
+    errors,
+    long_double,
+    models,
     peers,
     plot,
     roofline,
     sequences,
     steps,
+    suite,
     systems,
     timing,
     tiny_cuda,
 )
 from benchmarks.roofline import Calibration, Level
 from benchmarks.steps import Case, Problem, Step
+from rnnfast import _C
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ["--min-time", "0", "--repeats", "2", "--threads", "1", "--no-limit"]
@@ -135,7 +145,7 @@ def test_compare_writes_table_json_and_csv(tmp_path, capsys):
 )
 @pytest.mark.parametrize("cell", compare.CELLS)
 def test_wrong_numbers_are_not_timed(monkeypatch, capsys, cell, wrong, mode):
-    monkeypatch.setitem(compare.PEERS, "wrong", peers.Peer(wrong))
+    monkeypatch.setitem(peers.PEERS, "wrong", peers.Peer(wrong))
     argv = [
         *QUICK,
         "--case",
@@ -155,8 +165,8 @@ def test_wrong_numbers_are_not_timed(monkeypatch, capsys, cell, wrong, mode):
 
 
 def test_peers_that_cannot_run_are_named(monkeypatch, capsys):
-    monkeypatch.setitem(compare.PEERS, "absent", peers.Peer(build_missing))
-    monkeypatch.setitem(compare.PEERS, "refusing", peers.Peer(build_refusing))
+    monkeypatch.setitem(peers.PEERS, "absent", peers.Peer(build_missing))
+    monkeypatch.setitem(peers.PEERS, "refusing", peers.Peer(build_refusing))
     argv = [*QUICK, "--case", "2,1,3,4", "--cell", "GRU", "--peers", "absent", "refusing", "torch"]
     assert compare.main(argv) == 0
     rows = capsys.readouterr().out
@@ -164,28 +174,65 @@ def test_peers_that_cannot_run_are_named(monkeypatch, capsys):
     assert rows.count("not on a Tuesday") == 2
 
 
-@pytest.mark.parametrize("mode", compare.MODES)
-@pytest.mark.parametrize("cell", compare.CELLS)
-@pytest.mark.parametrize("name", [name for name in peers.PEERS if name != "torch"])
-def test_installed_peers_agree(name, cell, mode):
+MODULES = [
+    *((cell, {}) for cell in (*steps.CELLS, *steps.SINGLE_STEPS)),
+    ("RNN", {"num_layers": 2}),
+    ("GRU", {"num_layers": 2, "bidirectional": True}),
+    ("LSTM", {"num_layers": 3, "bidirectional": True}),
+    ("LSTM", {"num_layers": 2, "bidirectional": True, "proj_size": 4}),
+]
+
+
+def is_unsupported(name: str, cell: str, options: dict[str, object], mode: str) -> bool:
+    if name in ("jax", "rnnfast"):
+        return False
+    no_cells = name == "torch_int8" and (cell == "RNN" or cell in steps.SINGLE_STEPS)
+    return mode == "training" or "proj_size" in options or no_cells
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+@pytest.mark.parametrize("mode", steps.MODES)
+@pytest.mark.parametrize(("cell", "options"), MODULES, ids=str)
+@pytest.mark.parametrize("name", ["rnnfast", *(name for name in peers.PEERS if name != "torch")])
+def test_installed_peers_agree(name, cell, options, mode):
     torch.set_num_threads(1)
-    problem = steps.make_problem(cell, Case(5, 3, 7, 9), "cpu", torch.float32, mode, True)
+    peer = peers.PEERS.get(name, peers.Peer(peers.build_rnnfast))
+    problem = steps.make_problem(
+        cell, Case(5, 3, 7, 9), "cpu", torch.float32, mode, True, **options
+    )
     exact_problem = problem.to(torch.float64)
-    inference_only = name in ("onnxruntime", "openvino", "torch_int8")
-    if (mode == "training" and inference_only) or (name == "torch_int8" and cell == "RNN"):
+    if is_unsupported(name, cell, options, mode):
         with pytest.raises((peers.UnsupportedError, ImportError)):
-            peers.PEERS[name].build(problem)
+            peer.build(problem)
         return
     with torch.inference_mode(mode == "inference"):
         try:
-            step = peers.PEERS[name].build(problem)
+            step = peer.build(problem)
         except ImportError as reason:
             pytest.skip(f"not installed: {reason}")
         exact, ours = (
             steps.results(steps.module_step(p.module, p)) for p in (exact_problem, problem)
         )
-        tolerance = peers.PEERS[name].tolerance
-        assert steps.disagreement(steps.results(step), ours, exact, tolerance) is None
+        found = steps.results(step)
+        assert found.keys() == exact.keys()
+        assert steps.disagreement(found, ours, exact, peer.tolerance) is None
+
+
+def test_a_cell_is_called_with_the_state_of_the_call_before():
+    problem = steps.make_problem(
+        "LSTMCell", Case(3, 2, 4, 5), "cpu", torch.float64, "training", True
+    )
+    found = steps.results(steps.module_step(problem.module, problem))
+    x, (h, c) = problem.x.clone().requires_grad_(), problem.state
+    for t in range(3):
+        h, c = problem.module(x[t], (h, c))
+    wanted = torch.autograd.grad(h, [x, problem.module.weight_hh], problem.grad_y)
+    for name, value in zip(["y", "grad of x", "grad of weight_hh"], [h, *wanted], strict=True):
+        torch.testing.assert_close(found[name], value)
+    inference = problem._replace(mode="inference")
+    with torch.inference_mode():
+        found = steps.results(steps.module_step(problem.module, inference))
+    torch.testing.assert_close(found, {"y": h, "state 0": h, "state 1": c})
 
 
 @pytest.mark.parametrize("case", ["1,2,3", "1,2,3,x", "0,1,1,1"])
@@ -201,9 +248,9 @@ def test_summary_has_geometric_means():
         | {"ratio_min": r, "ratio_median": r}
         for cell, r in (("RNN", 2.0), ("RNN", 8.0), ("GRU", 4.0))
     ]
-    means = {s["cell"]: s["ratio_min"] for s in compare.summarize(rows) if s["peer"] == "p"}
+    means = {s["cell"]: s["ratio_min"] for s in suite.summarize(rows) if s["peer"] == "p"}
     assert means == pytest.approx({"RNN": 4.0, "GRU": 4.0, "all": 4.0})
-    assert compare.summarize([{"not_timed": "why"}]) == []
+    assert suite.summarize([{"not_timed": "why"}]) == []
 
 
 def test_scaling_with_threads(capsys):
@@ -221,13 +268,198 @@ def test_scaling_with_threads(capsys):
     assert compare.format_scaling(rows).endswith("1: 1.00 / 1.00  3: 3.00 / 1.60")
 
 
+def test_models_exist_and_have_different_names():
+    assert len({model.name for model in models.MODELS}) == len(models.MODELS) >= 14
+    for model in models.MODELS:
+        kind = {**steps.CELLS, **steps.SINGLE_STEPS}[model.cell]
+        kind(model.case.I, model.case.H, device="meta", **model.options)
+
+
+def test_models_write_a_row_for_each_peer(monkeypatch, tmp_path, capsys):
+    stack = {"num_layers": 2, "bidirectional": True}
+    tiny = (
+        models.Model("Stack", "encoder", "LSTM", Case(3, 2, 4, 5), stack),
+        models.Model("Step", "decoder", "GRUCell", Case(2, 2, 4, 5), {}),
+        models.Model("Other", "left out", "GRU", Case(2, 2, 4, 5), {}),
+    )
+    monkeypatch.setattr(models, "MODELS", tiny)
+    monkeypatch.setitem(peers.PEERS, "wrong", peers.Peer(build_wrong_cell))
+    quick = ["--min-time", "0", "--repeats", "1", "--threads", "1", "2", "--processes", "1"]
+    argv = [*quick, "--name", "Stack", "Step", "--json", str(tmp_path / "m.json")]
+    assert models.main([*argv, "--peers", "torch"]) == 0
+    assert "LSTM, 2 layers, both directions" in capsys.readouterr().out
+    report = json.loads((tmp_path / "m.json").read_text())
+    assert report["machine"]["threads"] == 2
+    assert [(row["name"], row["mode"], row["threads"]) for row in report["rows"]] == [
+        (name, mode, threads)
+        for mode in steps.MODES
+        for name in ("Stack", "Step")
+        for threads in (1, 2)
+    ]
+    assert all(row["ratio_min"] > 0 for row in report["rows"])
+    assert models.main([*argv, "--name", "Step", "--peers", "wrong"]) == 1
+    assert capsys.readouterr().out.count("wrong disagrees") == 4
+
+
+def build_wrong_cell(problem: Problem) -> Step:
+    wrong = copy.deepcopy(problem.module)
+    nn.init.constant_(wrong.bias_hh, 0.1)
+    return steps.module_step(wrong, problem)
+
+
+@pytest.mark.parametrize("size", ["1,2", "1,2,x", "0,1,1"])
+def test_bad_size_of_a_cell(size, capsys):
+    with pytest.raises(SystemExit):
+        cells.main(["--size", size])
+    assert size in capsys.readouterr().err
+
+
+def test_cells_in_several_processes(tmp_path, capfd):
+    """The processes are new ones: they print to the same place, and not by way of this Python."""
+    quick = ["--min-time", "0", "--repeats", "1", "--threads", "1", "--size", "2,3,4"]
+    files = ["--json", str(tmp_path / "c.json"), "--csv", str(tmp_path / "c.csv")]
+    assert cells.main([*quick, "--processes", "2", *files]) == 0
+    shown = capfd.readouterr().out
+    assert "process 2 of 2" in shown
+    assert shown.count("2,3,4") == 3 * 9  # in each process, and together
+    report = json.loads((tmp_path / "c.json").read_text())
+    assert report["processes"] == 2
+    rows = report["rows"]
+    assert [(row["mode"], row["T"]) for row in rows[::3]] == [
+        ("inference", 1),
+        ("training", 1),
+        ("chained", 10),
+    ]
+    for row in rows:
+        assert row["ratio_min"] == pytest.approx(sum(row["ratios"]) / 2)
+        assert row["verdict"] == suite.verdict(row["ratios"])
+    total = next(s for s in report["summary"] if (s["mode"], s["cell"]) == ("chained", "all"))
+    assert sum(total["verdicts"].values()) == total["cases"] == 3
+    assert len((tmp_path / "c.csv").read_text().splitlines()) == 10
+
+
+@pytest.mark.parametrize(
+    ("ratios", "verdict"),
+    [
+        ([1.01, 1.3], "win"),
+        ([0.99, 1.3], "level"),
+        ([1.0, 1.3], "level"),
+        ([0.9, 1.0], "level"),
+        ([0.5, 0.99], "loss"),
+    ],
+)
+def test_a_win_is_a_win_in_every_process(ratios, verdict):
+    assert suite.verdict(ratios) == verdict
+
+
+def test_rows_of_processes_are_merged():
+    def run(peer_min: float, **more: object) -> list[suite.Row]:
+        row = {"mode": "m", "peer": "p", "rnnfast_min": 2.0, "peer_min": peer_min}
+        return [row | {"ratio_min": peer_min / 2, "ratio_median": 1.0, "peer_rounds": 3} | more]
+
+    (row,) = suite.merged([run(6.0), run(2.0), run(3.0)])
+    assert row["ratios"] == [3.0, 1.0, 1.5]
+    assert (row["ratio_min"], row["peer_min"], row["rnnfast_min"]) == (1.5, 3.0, 2.0)
+    assert (row["verdict"], row["peer_rounds"]) == ("level", 3)
+    assert "1.00 to 3.00, spread 133%  level" in suite.format_numbers(row)
+    (row,) = suite.merged([run(6.0), [{"mode": "m", "peer": "p", "not_timed": "why"}]])
+    assert row == {"mode": "m", "peer": "p", "not_timed": "why"}
+    with pytest.raises(SystemExit):
+        compare.main(["--processes", "0"])
+
+
+@pytest.mark.parametrize("gates", ["", "saturated"])
+@pytest.mark.parametrize("cell", long_double.CELLS)
+def test_long_double_oracle(cell, gates):
+    """It agrees with the reference in float64, which torch differentiates."""
+    case = LayerCase(cell, 5, 3, 4, 6, gates=gates)
+    inputs, grads = sample_inputs(case, torch.float64), sample_grads(case, torch.float64)
+    expected = oracle(case, inputs, grads)
+    given = [[t.numpy().astype(np.longdouble) for t in each] for each in (inputs, grads)]
+    found = long_double.oracle(cell, *given)
+    assert {value.dtype for value in found} == {np.dtype(np.longdouble)}
+    for value, wanted in zip(found, [*expected.outputs, *expected.grads], strict=True):
+        torch.testing.assert_close(
+            torch.from_numpy(value.astype(float)), wanted, rtol=1e-12, atol=1e-13
+        )
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_errors_are_relative_to_the_oracle(monkeypatch, dtype):
+    """Where torch.nn's results are twice as large as they should be, its error is 1."""
+
+    def twice(*given: object) -> list[torch.Tensor]:
+        return [2 * value for value in errors.by_kernels(*given)]
+
+    monkeypatch.setattr(errors, "by_torch", twice)
+    case, capability = LayerCase("gru", 5, 3, 4, 6), _C.get_cpu_capability()
+    found = errors.relative_errors(case, errors.DTYPE_NAMES[dtype], range(3), [capability])
+    assert found["torch.nn"] == pytest.approx([1.0] * 8, rel=1e-5)
+    eps = torch.finfo(errors.DTYPE_NAMES[dtype]).eps
+    assert all(0 < error < 10 * eps for error in found[capability])
+
+
+def test_samples_in_which_a_unit_crosses_the_kink_of_relu_are_left_out(monkeypatch):
+    """Here torch.nn has a unit on the other side in the first of two samples, then in both."""
+    case, seeds = LayerCase("elman_relu", 5, 3, 4, 6), range(2)
+    whole, calls = errors.by_torch, []
+
+    def crossing(*given: object) -> list[torch.Tensor]:
+        y, *others = whole(*given)
+        calls.append(y)
+        unit = y.detach().clone()
+        if len(calls) != 2:
+            unit[0, 0, 0] = 0 if unit[0, 0, 0] > 0 else 1e-9
+        return [unit, *others]
+
+    capability = [_C.get_cpu_capability()]
+    second = errors.relative_errors(case, torch.float32, range(1, 2), capability)
+    monkeypatch.setattr(errors, "by_torch", crossing)
+    assert errors.relative_errors(case, torch.float32, seeds, capability) == second
+    with pytest.raises(ValueError, match="in every sample"):
+        errors.relative_errors(case, torch.float32, seeds, capability)
+    assert len(errors.relative_errors(case, torch.bfloat16, seeds, capability)) == 2
+
+
+def test_errors_of_every_cell_and_dtype(tmp_path, capsys):
+    file = tmp_path / "e.json"
+    shapes = ["--shape", "3,2,4,5", "2,200,200,200"]
+    assert errors.main([*shapes, "--seeds", "1", "--json", str(file)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + 4 * 4 * 3
+    report = json.loads(file.read_text())
+    assert len(report["summary"]) == 4 * 4 * 3
+    assert {row["shape"] for row in report["rows"] if row["dtype"] == "float64"} == {"3,2,4,5"}
+    kinds = {row["kind"] for row in report["rows"]}
+    assert kinds == set(errors.KINDS)
+
+
+def test_summary_of_errors():
+    where = {"capability": "k", "cell": "c", "dtype": "d", "gates": "plain", "shape": "1,2,3,4"}
+    rows = [
+        where | {"kind": kind, "result": result, "rnnfast": ours, "torch": theirs}
+        for kind, result, ours, theirs in (
+            ("outputs", "y", 0.0, 0.0),
+            ("states", "h_n", 3e-8, 2e-8),
+            ("gradients", "gradient of x", 2e-8, 1e-8),
+            ("gradients", "gradient of w_ih", 8e-8, 1e-8),
+        )
+    ]
+    (line,) = errors.summarize(rows)
+    assert "outputs" not in line
+    assert line["states"]["mean"] == pytest.approx(1.5)
+    assert line["gradients"]["mean"] == pytest.approx(4.0)
+    assert line["gradients"]["largest"] == pytest.approx(8.0)
+    assert errors.format_line(line).endswith("gradient of w_ih 1,2,3,4")
+
+
 def test_best_peer_of_each_case():
     def row(peer: str, T: int, ratio: float) -> dict[str, object]:
         where = {"mode": "m", "dtype": "d", "cell": "c", "T": T, "peer": peer}
         return where | {"lower_precision": peer == "int8", "ratio_min": ratio}
 
     rows = [row("a", 1, 3.0), row("b", 1, 2.0), row("int8", 1, 0.5), row("a", 2, 1.5)]
-    best = compare.best_peers(rows)
+    best = suite.best_peers(rows)
     assert [(r["T"], r["peer"], r["ratio_min"]) for r in best] == [
         (1, "best", 2.0),
         (2, "best", 1.5),

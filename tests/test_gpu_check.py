@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import compare, gpu_bench, gpu_check, gpu_probe, gpu_verify, steps
+from benchmarks import compare, gpu_bench, gpu_check, gpu_probe, gpu_verify, steps, suite
 from benchmarks.gpu_check import PARTS, Part
 from benchmarks.steps import Case
 
@@ -180,14 +180,14 @@ def test_a_benchmark_that_timed_nothing_fails(capsys):
 
 
 def test_a_benchmark_with_a_case_that_fails_goes_on_and_fails(monkeypatch, capsys):
-    whole = compare.compare_one
+    whole = suite.compare_one
 
     def compare_one(problem, args):
         if isinstance(problem.module, torch.nn.GRU):
             raise RuntimeError("out of memory")
         return whole(problem, args)
 
-    monkeypatch.setattr(compare, "compare_one", compare_one)
+    monkeypatch.setattr(suite, "compare_one", compare_one)
     assert gpu_bench.main(["--dry-run"]) == 1
     lines = lines_of(capsys.readouterr().out)
     assert sum("out of memory" in line.get("error", "") for line in lines) == 4
