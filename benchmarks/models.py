@@ -1,7 +1,6 @@
 """Compares the layers of well-known models with their peers: `python -m benchmarks.models --help`.
 
-Each model stands for one recurrent module, in the sizes that its authors or a widely used
-implementation publish. Results are checked, and then all implementations are timed in turn, in
+Each model stands for one recurrent module in sizes that are typical of it. Results are checked, and then all implementations are timed in turn, in
 several new processes. A ratio is the peer's time divided by rnnfast's: above 1, rnnfast is faster.
 A case is a win if it is above 1 in every process, a loss if it is below 1 in every process, and
 else level.
@@ -34,7 +33,8 @@ class Model(NamedTuple):
 STACK_OF_2 = {"num_layers": 2}
 BOTH = {"bidirectional": True}
 
-# Where the sizes come from. T is typical of the task where a model does not fix it.
+# The models that the sizes are modelled on. Sizes are those of the paper or of a common
+# implementation as far as known; where a model does not fix T, T is typical of the task.
 #
 # RNN-T: Graves, arXiv:1211.3711; prediction network of NVIDIA's Parakeet, 30 tokens.
 # DeepSpeech 2: Amodei et al., arXiv:1512.02595; the sizes of deepspeech.pytorch and of MLPerf

@@ -514,7 +514,7 @@ def test_a_missing_tensorboard_is_named_and_the_old_log_kept(tmp_path, monkeypat
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
     write_log(tmp_path / "log", RECORDS)
     content = (tmp_path / "log").read_bytes()
-    with pytest.raises(ValueError, match=r"pip install 'rnnfast\[tensorboard\]'"):
+    with pytest.raises(ValueError, match="pip install tensorboard"):
         TrainingLog(tmp_path / "log", tensorboard=tmp_path)
     assert (tmp_path / "log").read_bytes() == content
 
