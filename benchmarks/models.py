@@ -1,9 +1,9 @@
 """Compares the layers of well-known models with their peers: `python -m benchmarks.models --help`.
 
-Each model stands for one recurrent module in sizes that are typical of it. Results are checked, and then all implementations are timed in turn, in
-several new processes. A ratio is the peer's time divided by rnnfast's: above 1, rnnfast is faster.
-A case is a win if it is above 1 in every process, a loss if it is below 1 in every process, and
-else level.
+Each model stands for one recurrent module in sizes that are typical of it. Results are checked, and
+then all implementations are timed in turn, in several new processes. A ratio is the peer's time
+divided by rnnfast's: above 1, rnnfast is faster. A case is a win if it is above 1 in every process,
+a loss if it is below 1 in every process, and else level.
 """
 
 import argparse
