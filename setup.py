@@ -19,6 +19,7 @@ from pathlib import Path
 
 import setuptools
 from setuptools import Extension, setup
+from setuptools.command.egg_info import manifest_maker
 
 TORCH_RANGE = "torch>=2.11,<2.15"
 OLDEST_TORCH, BEYOND_NEWEST_TORCH = (2, 11), (2, 15)
@@ -202,4 +203,5 @@ if extensions:
 
     command_classes["build_ext"] = BuildIncrementally
 
+manifest_maker.template = ".ci/MANIFEST.in"  # what an sdist has beside the package
 setup(ext_modules=extensions, cmdclass=command_classes, install_requires=[requirement])
