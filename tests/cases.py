@@ -337,8 +337,7 @@ def sample_with_oracle(case: Case, dtype: torch.dtype, grads: str = "all") -> Sa
     """
     inputs, given = sample_inputs(case, dtype), sample_grads(case, dtype, grads=grads)
     expected, noise = oracle(case, inputs, given, dtype), None
-    repeats = case.layout in ("expanded", "same_step")
-    if case.gates or repeats or min(case.H, case.proj or case.H) < 5:
+    if case.gates or case.layout == "expanded" or min(case.H, case.proj or case.H) < 5:
         single = oracle(case, *(cast(t, torch.float32, "cpu") for t in (inputs, given)))
         double = (
             expected if dtype in (torch.float64, torch.float32) else oracle(case, inputs, given)

@@ -611,3 +611,25 @@ def test_malformed_embeddings():
         layer("GRU", I)(tokens, embedding=nn.Embedding(V, 7, dtype=torch.float64))
     with pytest.raises((RuntimeError, ValueError), match=r"dtype|type"):
         layer("GRU", I)(tokens, embedding=nn.Embedding(V, I))
+
+
+@pytest.mark.parametrize("count", [1000, 4000])
+def test_gradients_of_frequent_tokens_err_no_more_than_products(count):
+    """A token that occurs thousands of times: a single chain of additions would err more."""
+    torch.manual_seed(0)
+    tokens = torch.full((count, 1), 7)
+    ours = rnnfast.LSTM(35, 11, tokens=True, bias=False, backend="fused")
+    theirs = torch.nn.LSTM(35, 11, bias=False)
+    theirs.load_state_dict(ours.state_dict())
+    exact = copy.deepcopy(theirs).double()
+    vectors = F.one_hot(tokens, 35)
+    grads = []
+    for layer, x in ((ours, tokens), (theirs, vectors.float()), (exact, vectors.double())):
+        layer(x)[0].sum().backward()
+        grads.append(layer.weight_ih_l0.grad.double())
+    ours_off, theirs_off = (
+        (grad - grads[2]).square().mean().sqrt() / grads[2].square().mean().sqrt()
+        for grad in grads[:2]
+    )
+    assert grads[2].abs().max() > 0
+    assert ours_off <= max(theirs_off, 1e-6)

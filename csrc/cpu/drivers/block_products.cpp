@@ -1,5 +1,9 @@
 #include "cpu/drivers/block_products.h"
 
+#include <algorithm>
+#include <compare>
+#include <vector>
+
 namespace rnnfast::cpu {
 namespace {
 
@@ -184,20 +188,34 @@ void BlockProducts::sum_few(const Block& block, const Team& team, Lhs&& lhs, Rhs
   }
 }
 
-// Adds the gate gradients of each row to its token's row of the table. Threads split the columns,
-// so that no two add to the same element.
+// Adds the gate gradients of each row to its token's row of the table. Rows of the same token are
+// summed before they are added, kLongChain at a time: one chain over all of them would err more
+// than the product with one-hot vectors. Threads split the columns, so that no two add to the same
+// element.
 void BlockProducts::grad_table(const Block& block, const Team& team) const {
   const int64_t H = args_.size.H, G = context_.cell.gates;
   const Span own = share_vectors(team, G * H);
-  for (int64_t k = 0; k < block.count; ++k) {
-    const BlockRow row = block.rows[k];
-    const void* d_gates = d_gates_(row);
-    const int64_t first = history_.token(row.step, row.b) * G * H;
+  struct TokenRow {
+    int64_t token, k;  // the k-th row of the block has this token
+    auto operator<=>(const TokenRow&) const = default;
+  };
+  std::vector<TokenRow> sorted;
+  sorted.reserve(size_t(block.count));
+  for (int64_t k = 0; k < block.count; ++k)
+    sorted.push_back({history_.token(block.rows[k].step, block.rows[k].b), k});
+  std::sort(sorted.begin(), sorted.end());
+
+  for (size_t next = 0; next < sorted.size();) {
+    const int64_t token = sorted[next].token;
+    const void* d_gates[kLongChain];
+    int64_t count = 0;
+    for (; count < kLongChain && next < sorted.size() && sorted[next].token == token; ++next)
+      d_gates[count++] = d_gates_(block.rows[sorted[next].k]);
     for (int64_t j = own.begin / H; j * H < own.end; ++j) {
       const int64_t begin = std::max(own.begin, j * H), end = std::min(own.end, (j + 1) * H);
-      const int64_t to = first + context_.cell.input_gate[j] * H + begin - j * H;
-      context_.kernels.add_elements(at(args_.grad_w_ih, context_.compute(to)), &d_gates, 1, begin,
-                                    end - begin, true);
+      const int64_t to = (token * G + context_.cell.input_gate[j]) * H + begin - j * H;
+      context_.kernels.add_elements(at(args_.grad_w_ih, context_.compute(to)), d_gates, count,
+                                    begin, end - begin, true);
     }
   }
 }
