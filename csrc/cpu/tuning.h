@@ -101,6 +101,10 @@ constexpr bool pays_to_pack(int64_t uses, int64_t weight_bytes, bool converts, b
   return uses >= min_uses;
 }
 
+// So many words of k are packed for all vectors of a panel of gates before the next ones are: that
+// part of the panel, whose lines are written vector by vector, stays in L1.
+inline constexpr int64_t kPackedWords = 64;
+
 // W_ih is multiplied as one matrix of G*H columns, not by panels of units, if the vectors this
 // saves are more than this many times the vectors that it costs to regroup the results by units.
 inline constexpr int64_t kWholeRowsGain = 4;

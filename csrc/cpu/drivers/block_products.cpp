@@ -295,7 +295,9 @@ void BlockProducts::accumulate(const Block& block, const Team& team, const Trans
   const Span own = team.share(bands * panels);
   for (int64_t i = own.begin; i < own.end;) {
     const int64_t band = i / panels, p = i % panels;
-    const Span group{p, std::min(p + at_once, std::min(panels, p + own.end - i))};
+    Span group{p, std::min(p + at_once, std::min(panels, p + own.end - i))};
+    // A narrow last panel whose tiles are of another height is a group of its own.
+    if (columns.tile_rows(group.end - 1) != columns.tile_rows(p)) --group.end;
     const int64_t begin = tiles * band / bands * tile_rows;
     const int64_t end = std::min(rows, tiles * (band + 1) / bands * tile_rows);
     for (int64_t j = begin / height; j * height < end; ++j) {
@@ -308,14 +310,14 @@ void BlockProducts::accumulate(const Block& block, const Team& team, const Trans
   }
 }
 
-// to[m][columns of the panels] (= or +=) the sum over k of lhs[m][k] packed[k]
+// to[m][columns of the panels] (= or +=) the sum over k of lhs[m][k] packed[k]. Tiles of all these
+// panels are equally high.
 void BlockProducts::outer_product(const Transposed& lhs, int64_t rows, int64_t depth,
                                   const char* packed, const Columns& columns, Span panels, bool add,
                                   char* to) const {
   const WeightFormat& format = columns.format();
   const int64_t N = columns.N(), lanes = context_.kernels.lanes;
   TileOptions options{.chain = format.long_chain};
-  // The first panel is the widest, so its tiles are the lowest.
   for_row_tiles(rows, columns.tile_rows(panels.begin), [&](int64_t m, int n) {
     const void* from[kMaxTileRows];
     for (int i = 0; i < n; ++i) from[i] = lhs.rows[m + i];

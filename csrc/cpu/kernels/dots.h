@@ -6,17 +6,18 @@
 
 namespace rnnfast::cpu::RNNFAST_TARGET {
 
-inline constexpr int kDotRows = RNNFAST_REGISTERS == 32 ? 3 : 1;
+inline constexpr int kDotRows = 3;
 
 // Adds to sum[r][i], lane by lane, the products of row i of w and lhs[r] for k in [begin, end).
-// Eight rows of w are read at a time, so that their addresses fit in registers. Beyond the last of
-// the `rows` rows of w, the last one is read again.
+// Eight rows of w are read at a time, so that their addresses fit in registers; or four, if the
+// sums of eight do not. Beyond the last of the `rows` rows of w, the last one is read again.
 template <int R, class S, class E>
 RNNFAST_INLINE void dot_rows(const S* w, int64_t pitch, int rows, int64_t begin, int64_t end,
                              const void* const* lhs,
                              Vec<Compute<S>> (&sum)[R][kLanes<Compute<S>>]) {
   using A = Compute<S>;
-  constexpr int lanes = kLanes<A>, kGroup = lanes < 8 ? lanes : 8;
+  constexpr int lanes = kLanes<A>, kMost = R > 1 && RNNFAST_REGISTERS == 16 ? 4 : 8;
+  constexpr int kGroup = lanes < kMost ? lanes : kMost;
 #pragma GCC unroll 2
   for (int first = 0; first < lanes; first += kGroup) {
     const S* from[kGroup];
@@ -65,10 +66,9 @@ void dots(const GateShape& shape, int rows, int64_t K, const void* const* lhs, c
   constexpr int lanes = kLanes<A>;
   const GateColumns columns{shape, panel, lanes};
   const int vectors = columns.vectors();
-  constexpr int kTwo = kDotRows == 1 ? 1 : 2;
   const auto of_vector = rows == 1   ? dots_of_vector<1, S, E>
-                         : rows == 2 ? dots_of_vector<kTwo, S, E>
-                                     : dots_of_vector<kDotRows, S, E>;
+                         : rows == 2 ? dots_of_vector<2, S, E>
+                                     : dots_of_vector<3, S, E>;
   for (int j = 0; j < vectors; ++j)
     of_vector(static_cast<const S*>(w) + columns.row(j) * K, K,
               int(smaller(lanes, columns.units(j))), lhs, static_cast<const A*>(bias) + j * lanes,

@@ -26,14 +26,14 @@ struct GateColumns {
   }
 };
 
-// Packs up to a vector of rows of w, K elements long each, as columns:
+// Packs words [begin, end) of up to a vector of rows of w, K elements long each, as columns:
 // panel[word * pitch + lane] = that word of row `lane`.
 template <class Op, class S>
-RNNFAST_INLINE void pack_transposed(const S* w, int64_t K, int64_t rows,
+RNNFAST_INLINE void pack_transposed(const S* w, int64_t K, int64_t rows, int64_t begin, int64_t end,
                                     typename Op::Compute* panel, int64_t pitch) {
   using A = typename Op::Compute;
   constexpr int lanes = kLanes<A>;
-  for (int64_t k = 0; k < words<Op>(K); k += lanes) {
+  for (int64_t k = begin; k < end; k += lanes) {
     const int64_t n = words<Op>(K) - k, at = k * Op::kPerWord;
     Vec<A> block[lanes];
     for (int i = 0; i < lanes; ++i)
@@ -53,9 +53,12 @@ bool pack_gates(const GateShape& shape, const void* w, int64_t K, int64_t panel,
   constexpr int lanes = kLanes<typename Op::Compute>;
   const GateColumns columns{shape, panel, lanes};
   const int vectors = columns.vectors();
-  for (int j = 0; j < vectors; ++j)
-    pack_transposed<Op>(static_cast<const S*>(w) + columns.row(j) * K, K, columns.units(j),
-                        static_cast<typename Op::Compute*>(to) + j * lanes, vectors * lanes);
+  const int64_t depth = words<Op>(K);
+  for (int64_t k = 0; k < depth; k += kPackedWords)
+    for (int j = 0; j < vectors; ++j)
+      pack_transposed<Op>(static_cast<const S*>(w) + columns.row(j) * K, K, columns.units(j), k,
+                          smaller(depth, k + kPackedWords),
+                          static_cast<typename Op::Compute*>(to) + j * lanes, vectors * lanes);
   return true;
 }
 

@@ -44,18 +44,34 @@ RNNFAST_INLINE typename Op::Word load_word(const typename Op::Element* from) {
   return word;
 }
 
-// MR for NR = 1 to 4: accumulators, one rhs vector and one broadcast must fit the register file.
+// MR for NR = 1 to 4.
 inline constexpr int kRegisterRows[] = {
     RNNFAST_REGISTERS == 32 ? 8 : 6, RNNFAST_REGISTERS == 32 ? 8 : 6,
-    RNNFAST_REGISTERS == 32 ? 8 : 4, RNNFAST_REGISTERS == 32 ? 6 : 3};
+    RNNFAST_REGISTERS == 32 ? 8 : 4, 6};
 
-// Prefetches the memory that the options name, spread over the words of k: at most one line per
-// word. If there is nothing to prefetch, it prefetches `harmless`, which avoids a branch.
+// How a tile of MR rows by NR vectors is computed. Accumulators, one rhs vector and one broadcast
+// must fit the register file. If those of all columns do not, the tile goes through the panel
+// twice, with half of the columns each time. Six rows by twice two vectors need half the bandwidth
+// of L2 that three rows by four vectors need.
+template <int NR, int MR>
+struct TileShape {
+  static constexpr bool kHalves = MR * NR + 2 > RNNFAST_REGISTERS;
+  static constexpr int kVectors = kHalves ? NR / 2 : NR;  // at a time
+  // Words of k in an iteration of the loop. Several words save instructions, of which a core
+  // without more registers than this can issue just enough.
+  static constexpr int kWords = RNNFAST_REGISTERS == 16 && kVectors == 2 && MR > 3 ? 4 : 1;
+  // GCC would read weights from memory for each row, which is better only if registers are full.
+  static constexpr bool kKeepsWeights = MR > 1 && MR * kVectors + kVectors < RNNFAST_REGISTERS;
+  static constexpr bool kFetches = MR > 2;  // else the tile waits for its own panel anyway
+};
+
+// Prefetches the memory that the options name, spread over `calls` calls: at most one line in each.
+// If there is nothing to prefetch, it prefetches `harmless`, which avoids a branch.
 class Prefetcher {
  public:
-  RNNFAST_INLINE Prefetcher(const TileOptions& options, int64_t words, const void* harmless)
+  RNNFAST_INLINE Prefetcher(const TileOptions& options, int64_t calls, const void* harmless)
       : next_(static_cast<const char*>(options.prefetch ? options.prefetch : harmless)),
-        step_(words > 0 ? smaller(kLineBytes, (options.prefetch_bytes + words - 1) / words) : 0) {}
+        step_(calls > 0 ? smaller(kLineBytes, (options.prefetch_bytes + calls - 1) / calls) : 0) {}
   RNNFAST_INLINE void fetch() {
     __builtin_prefetch(next_, 0, 2);
     next_ += step_;
@@ -66,50 +82,70 @@ class Prefetcher {
   int64_t step_;
 };
 
+// Adds one word of k to the sums.
+template <class Op, class Shape, int MR, int NR>
+RNNFAST_INLINE void add_word(Vec<typename Op::Compute> (&sum)[MR][NR],
+                             const typename Op::Element* const (&row)[MR], int64_t k,
+                             const typename Op::Compute* panel) {
+  using A = typename Op::Compute;
+  Vec<A> b[NR];
+#pragma GCC unroll 4
+  for (int j = 0; j < NR; ++j) {
+    b[j] = load(panel + j * kLanes<A>);
+    if (Shape::kKeepsWeights) keep_in_register(b[j]);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < MR; ++i) {
+    const auto value = load_word<Op>(row[i] + k * Op::kPerWord);
+#pragma GCC unroll 4
+    for (int j = 0; j < NR; ++j) sum[i][j] = Op::multiply_add(sum[i][j], value, b[j]);
+  }
+}
+
 // The TileFunction. The panel is [word of k][vector][lane].
 template <class Op, int NR, int MR>
 void tile(int, int64_t K, const void* const* lhs, const void* packed, const void* bias, void* out,
           int64_t stride, const TileOptions& options) {
   using A = typename Op::Compute;
-  constexpr int lanes = kLanes<A>;
-  constexpr bool kFetches = MR > 2;  // tiles with fewer rows wait for their own panel anyway
-  // GCC would read weights from memory for each row, which is better only if registers are full.
-  constexpr bool kKeepsWeights = MR > 1 && MR * NR + NR < RNNFAST_REGISTERS;
+  using Shape = TileShape<NR, MR>;
+  constexpr int lanes = kLanes<A>, kVectors = Shape::kVectors, kWords = Shape::kWords;
+  constexpr int64_t kPitch = NR * lanes;  // of a word of k in the panel
   const int64_t depth = words<Op>(K);
-  const A* panel = static_cast<const A*>(packed);
-  Prefetcher prefetcher(options, depth, panel);
+  Prefetcher prefetcher(options, depth, packed);
   const typename Op::Element* row[MR];
 #pragma GCC unroll 8
   for (int i = 0; i < MR; ++i) row[i] = static_cast<const typename Op::Element*>(lhs[i]);
-  for (int64_t begin = 0; begin == 0 || begin < depth; begin += options.chain) {
-    const int64_t end = smaller(depth, begin + options.chain);
-    Vec<A> sum[MR][NR] = {};
-    for (int64_t k = begin; k < end; ++k, panel += NR * lanes) {
-      Vec<A> b[NR];
+  for (int first = 0; first < NR; first += kVectors) {
+    const A* panel = static_cast<const A*>(packed) + first * lanes;
+    for (int64_t begin = 0; begin == 0 || begin < depth; begin += options.chain) {
+      const int64_t end = smaller(depth, begin + options.chain);
+      Vec<A> sum[MR][kVectors] = {};
+      int64_t k = begin;
+      if constexpr (kWords > 1) {
+        for (; k + kWords <= end; k += kWords, panel += kWords * kPitch) {
+          prefetcher.fetch();
+          prefetcher.fetch();
 #pragma GCC unroll 4
-      for (int j = 0; j < NR; ++j) {
-        b[j] = load(panel + j * lanes);
-        if (kKeepsWeights) keep_in_register(b[j]);
+          for (int word = 0; word < kWords; ++word)
+            add_word<Op, Shape>(sum, row, k + word, panel + word * kPitch);
+        }
       }
-      if (kFetches) prefetcher.fetch();
-#pragma GCC unroll 8
-      for (int i = 0; i < MR; ++i) {
-        const auto value = load_word<Op>(row[i] + k * Op::kPerWord);
-#pragma GCC unroll 4
-        for (int j = 0; j < NR; ++j) sum[i][j] = Op::multiply_add(sum[i][j], value, b[j]);
+      for (; k < end; ++k, panel += kPitch) {
+        if (Shape::kFetches && kWords == 1) prefetcher.fetch();
+        add_word<Op, Shape>(sum, row, k, panel);
       }
-    }
-    const bool add = options.add || begin > 0;
-    const A* add_bias = begin == 0 ? static_cast<const A*>(bias) : nullptr;
-    A* to = static_cast<A*>(out);
+      const bool add = options.add || begin > 0;
+      const A* add_bias = begin == 0 && bias ? static_cast<const A*>(bias) + first * lanes : nullptr;
+      A* to = static_cast<A*>(out) + first * lanes;
 #pragma GCC unroll 8
-    for (int i = 0; i < MR; ++i, to += stride) {
+      for (int i = 0; i < MR; ++i, to += stride) {
 #pragma GCC unroll 4
-      for (int j = 0; j < NR; ++j) {
-        Vec<A> value = sum[i][j];
-        if (add_bias) value += load(add_bias + j * lanes);
-        if (add) value += load(to + j * lanes);
-        store(to + j * lanes, value);
+        for (int j = 0; j < kVectors; ++j) {
+          Vec<A> value = sum[i][j];
+          if (add_bias) value += load(add_bias + j * lanes);
+          if (add) value += load(to + j * lanes);
+          store(to + j * lanes, value);
+        }
       }
     }
   }

@@ -178,16 +178,6 @@ RNNFAST_INLINE auto as_constant(int n, F&& f) {
 
 RNNFAST_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// ---- transposition ----
-
-template <class V, int... I>
-RNNFAST_INLINE V interleave(V a, V b, int first, std::integer_sequence<int, I...>) {
-  constexpr int lanes = sizeof...(I);
-  using Index = typename VectorOf<std::decay_t<decltype(a[0])>>::integer;
-  return first ? __builtin_shuffle(a, b, Index{(lanes / 2 + I / 2 + (I & 1) * lanes)...})
-               : __builtin_shuffle(a, b, Index{(I / 2 + (I & 1) * lanes)...});
-}
-
 // Forces a loaded value into a register. GCC would otherwise use memory operands, and load the
 // value again for each of up to three uses.
 template <class V>
@@ -197,35 +187,50 @@ RNNFAST_INLINE void keep_in_register([[maybe_unused]] V& value) {
 #endif
 }
 
-// rows[i][j] <-> rows[j][i], as log2(lanes) rounds of perfect shuffles
+// ---- transposition ----
+
+// Takes vectors as blocks of `Size` elements, and exchanges the odd blocks of a with the even ones
+// of b: (a0 a1 a2 a3 ..., b0 b1 b2 b3 ...) becomes (a0 b0 a2 b2 ..., a1 b1 a3 b3 ...).
+template <int Size, class V>
+RNNFAST_INLINE void exchange_blocks(V& a, V& b) {
+  using Index = typename VectorOf<ElementOf<V>>::integer;
+  constexpr int lanes = sizeof(V) / sizeof(ElementOf<V>);
+  [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
+    const V even = __builtin_shuffle(a, b, Index{(I & Size ? lanes + I - Size : I)...});
+    b = __builtin_shuffle(a, b, Index{(I & Size ? lanes + I : I + Size)...});
+    a = even;
+  }(std::make_integer_sequence<int, lanes>());
+}
+
+// Calls f<1>(), f<2>(), f<4>(), ... f<N / 2>().
+template <int N, int Size = 1, class F>
+RNNFAST_INLINE void for_powers(F&& f) {
+  if constexpr (Size < N) {
+    f.template operator()<Size>();
+    for_powers<N, 2 * Size>(f);
+  }
+}
+
+// rows[i][j] <-> rows[j][i]
 template <class A>
 RNNFAST_INLINE void transpose(Vec<A> (&rows)[kLanes<A>]) {
-  constexpr int lanes = kLanes<A>;
-  constexpr auto order = std::make_integer_sequence<int, lanes>();
-#pragma GCC unroll 8
-  for (int round = 1; round < lanes; round *= 2) {
-    Vec<A> next[lanes];
+  for_powers<kLanes<A>>([&]<int Size>() __attribute__((always_inline)) {
 #pragma GCC unroll 16
-    for (int i = 0; i < lanes / 2; ++i) {
-      next[2 * i] = interleave(rows[i], rows[i + lanes / 2], 0, order);
-      next[2 * i + 1] = interleave(rows[i], rows[i + lanes / 2], 1, order);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < lanes; ++i) rows[i] = next[i];
-  }
+    for (int i = 0; i < kLanes<A>; ++i)
+      if (!(i & Size)) exchange_blocks<Size>(rows[i], rows[i + Size]);
+  });
 }
 
 // Returns sums[j] = the sum over the lanes of v[j], by adding pairs of vectors while transposing.
 template <class A>
 RNNFAST_INLINE Vec<A> lane_sums(Vec<A> (&v)[kLanes<A>]) {
-  constexpr int lanes = kLanes<A>;
-  constexpr auto order = std::make_integer_sequence<int, lanes>();
-#pragma GCC unroll 8
-  for (int half = lanes / 2; half > 0; half /= 2) {
+  for_powers<kLanes<A>>([&]<int Size>() __attribute__((always_inline)) {
 #pragma GCC unroll 16
-    for (int i = 0; i < half; ++i)
-      v[i] = interleave(v[i], v[i + half], 0, order) + interleave(v[i], v[i + half], 1, order);
-  }
+    for (int i = 0; i < kLanes<A>; i += 2 * Size) {
+      exchange_blocks<Size>(v[i], v[i + Size]);
+      v[i] += v[i + Size];
+    }
+  });
   return v[0];
 }
 
