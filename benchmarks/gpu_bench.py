@@ -12,6 +12,8 @@ import sys
 import time
 from typing import NamedTuple
 
+import torch
+
 from . import compare, machine, suite
 from .gpu_verify import TF32_EPS, rnn_precision
 from .lines import emit, reported
@@ -68,6 +70,7 @@ def main(argv: list[str] | None = None) -> int:
             continue
         where = {"mode": choice.mode, "cell": choice.cell, "dtype": choice.dtype}
         where |= {"precision": choice.precision, **choice.case._asdict()}
+        where["threads"] = torch.get_num_threads()
         tolerance = TF32_EPS if choice.precision == "tf32" else 0.0
         settings = ["--min-time", str(min_time), "--repeats", "3", "--tolerance", str(tolerance)]
         with reported(**where), rnn_precision(choice.precision):

@@ -109,7 +109,7 @@ class Record:
     def write(self) -> None:
         content = {**self.facts, "seconds": round(self.seconds(), 1), "checks": self.checks}
         if rows := self.timed_rows():
-            content["summary"] = compare().summarize(rows)
+            content["summary"] = late("suite").summarize(rows)
         self.path.write_text(json.dumps(content | {"lines": self.lines}, indent=1) + "\n")
 
     def timed_rows(self) -> list[Facts]:
@@ -130,14 +130,15 @@ class Record:
         ]
         lines = [f"{line['probe']:16} {text}" for line, text in zip(probed, lines, strict=True)]
         if rows := self.timed_rows():
-            lines += [compare().HEADER, *map(compare().format_row, rows)]
+            compare = late("compare")
+            lines += [compare.HEADER, *map(compare.format_row, rows)]
         lines += [f"{part:10} {outcome}" for part, outcome in self.checks.items()]
         return "\n".join([*lines, f"took {self.seconds():.0f} s; all numbers: {self.path}"])
 
 
-def compare() -> ModuleType:
-    """Imports benchmarks.compare late: it needs the extension, which a part of this run builds."""
-    return import_module("benchmarks.compare")
+def late(name: str) -> ModuleType:
+    """Imports a module that needs the extension, which a part of this run builds."""
+    return import_module(f"benchmarks.{name}")
 
 
 def run(

@@ -200,8 +200,11 @@ def set_gates(case: Case, weights: list[Tensor | None], dtype: torch.dtype) -> N
     assert b_ih is not None, "gates are set by biases"
     H = case.H
     if case.gates == "saturated":
-        # Both signs: some so large that gates are 0 or 1 to the last bit, some moderate.
-        levels = torch.tensor([-60, -20, -4, 0, 0, 0, 4, 20, 60], dtype=torch.float64)
+        # Both signs: some so large that gates are 0 or 1 to the last bit, some moderate, and some
+        # that leave a few bits of 1 - s. For float64 these are bits of float32 too, in which errors
+        # are estimated.
+        some = 14 if dtype == torch.float64 else 20
+        levels = torch.tensor([-60, -some, -4, 0, 0, 0, 4, some, 60], dtype=torch.float64)
         levels = levels.clamp(max=1) if case.cell == "elman_relu" else levels
         b_ih += levels[torch.randint(len(levels), b_ih.shape)]
     elif case.cell in ("lstm", "gru"):
@@ -332,17 +335,17 @@ def sample_with_oracle(case: Case, dtype: torch.dtype, grads: str = "all") -> Sa
     """A call in ``dtype``; see `sample_grads` for ``grads``.
 
     The factor 1 - s of gradients (in a GRU also of values) keeps few bits if the gate s is close to
-    1, and sums of a few elements, or of equal ones, may cancel. The loss is estimated by the
-    reference's error in float32, scaled to the dtype. Where results have few elements the error of
-    one call may be small by chance, so it is the largest of several calls of nearly equal inputs.
+    1, and sums of a few elements, or of equal ones, may cancel. So may a factor such as h - n of a
+    GRU, which a row of a weight gradient depends on if there are a few rows of x. The loss is
+    estimated by the reference's error in float32, scaled to the dtype. The error of one call may be
+    small by chance, so it is the largest of several calls of nearly equal inputs.
     """
     inputs, given = sample_inputs(case, dtype), sample_grads(case, dtype, grads=grads)
     expected, noise = oracle(case, inputs, given, dtype), None
-    is_small = min(case.H, case.proj or case.H) < 5
+    is_small = min(case.H, case.proj or case.H, case.T * case.B) < 5
     if case.gates or case.layout == "expanded" or is_small:
         scale = torch.finfo(dtype).eps / torch.finfo(torch.float32).eps
-        factors = (1, 1 + 2**-12, 1 - 2**-11) if is_small else (1,)
-        errors = [float32_errors(case, inputs, given, factor) for factor in factors]
+        errors = [float32_errors(case, inputs, given, by) for by in (1, 1 + 2**-12, 1 - 2**-11)]
         noise = Expected(*(largest(results, scale) for results in zip(*errors, strict=True)))
     return Sample(inputs, given, expected, noise)
 

@@ -9,6 +9,7 @@ import os
 import random
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -158,10 +159,11 @@ def test_many_random_calls(
 @pytest.mark.parametrize("shape", [*SHAPES, LARGE, MANY_BLOCKS], ids=str)
 @pytest.mark.parametrize("cell", CELLS)
 @together
-def test_every_combination(
+def test_a_third_of_all_combinations(
     cell: str, shape: tuple[int, ...], targets: list[str], poisoned_memory: None, threads: None
 ) -> None:
-    for run in product_of_all(cell, shape):
+    """Another third each day; ``RNNFAST_TEST_SEED`` repeats that of another day."""
+    for run in islice(product_of_all(cell, shape), seed_of_the_day() % 3, None, 3):
         check_run(run, targets)
 
 

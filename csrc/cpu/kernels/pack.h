@@ -33,18 +33,25 @@ RNNFAST_INLINE void pack_transposed(const S* w, int64_t K, int64_t rows, int64_t
                                     typename Op::Compute* panel, int64_t pitch) {
   using A = typename Op::Compute;
   constexpr int lanes = kLanes<A>;
-  for (int64_t k = begin; k < end; k += lanes) {
-    const int64_t n = words<Op>(K) - k, at = k * Op::kPerWord;
+  constexpr int64_t kElements = lanes * Op::kPerWord;
+  int64_t k = begin;
+  // Whole blocks, without a test for each row.
+  for (; rows >= lanes && k + lanes <= end && k * Op::kPerWord + kElements <= K; k += lanes) {
+    Vec<A> block[lanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i)
+      block[i] = Op::load_words(w + i * K + k * Op::kPerWord, kElements);
+    transpose<A>(block);
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) store(panel + (k + i) * pitch, block[i]);
+  }
+  for (; k < end; k += lanes) {
+    const int64_t at = k * Op::kPerWord;
     Vec<A> block[lanes];
     for (int i = 0; i < lanes; ++i)
       block[i] = i < rows ? Op::load_words(w + i * K + at, K - at) : Vec<A>{};
     transpose<A>(block);
-    if (n >= lanes) {
-#pragma GCC unroll 16
-      for (int i = 0; i < lanes; ++i) store(panel + (k + i) * pitch, block[i]);
-    } else {
-      for (int64_t i = 0; i < n; ++i) store(panel + (k + i) * pitch, block[i]);
-    }
+    for (int64_t i = 0; i < smaller(lanes, end - k); ++i) store(panel + (k + i) * pitch, block[i]);
   }
 }
 
