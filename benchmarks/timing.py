@@ -9,10 +9,24 @@ from typing import NamedTuple
 BLOCK_SECONDS = 0.5e-3  # one measurement: as many calls as fill this time
 WARM_UP_SECONDS = 0.02
 # Between functions there is a pause, then untimed calls: threads of the last function may still
-# spin, and its data fill the caches. Calls longer than LONG_CALL_SECONDS need neither.
+# spin (those of ONNX Runtime for 30 ms), and its data fill the caches. So a pause lasts until the
+# process has used less than QUIET_SHARE of a core for PAUSE_SECONDS. Calls longer than
+# LONG_CALL_SECONDS need no untimed calls.
 PAUSE_SECONDS = 2e-3
+MOST_PAUSE_SECONDS = 0.2
+QUIET_SHARE = 0.1
 SETTLE_SECONDS = 1e-3
 LONG_CALL_SECONDS = 20e-3
+
+
+def pause() -> None:
+    """Sleeps until the threads of this process are idle, or for MOST_PAUSE_SECONDS."""
+    end = time.perf_counter() + MOST_PAUSE_SECONDS
+    while (started := time.perf_counter()) < end:
+        used = time.process_time()
+        time.sleep(PAUSE_SECONDS)
+        if time.process_time() - used < QUIET_SHARE * (time.perf_counter() - started):
+            return
 
 
 class Timing(NamedTuple):
@@ -41,7 +55,6 @@ def time_in_turn(
         return (time.perf_counter() - start) / calls
 
     def settle(function: Callable[[], object]) -> None:
-        time.sleep(PAUSE_SECONDS)
         end = time.perf_counter() + SETTLE_SECONDS
         while True:
             seconds(function, 1)
@@ -66,6 +79,7 @@ def time_in_turn(
         rounds = 0
         while rounds < min_rounds or time.perf_counter() < end:
             for name, function in functions.items():
+                pause()
                 if name not in long:
                     settle(function)
                 samples[name].append(seconds(function, calls[name]))

@@ -91,7 +91,7 @@ FAULTS = [
           "args_.grad_y_stride_t, args_.grad_y_stride_b", "args_.grad_y_stride_t",
           "args_.size.B * args_.grad_y_stride_b", "gradient of y batch first or expanded"),
     Fault("bias added with every chain of a sum", "cpu/kernels/product.h",
-          "begin == 0 ? static_cast<const A*>(bias)", "begin == 0", "true",
+          "begin == 0 && bias", "begin == 0", "true",
           "sums of more than one chain"),
     Fault("chain cut one element short", DOTS,
           "smaller(K, k + kPart)", "k + kPart", "k + kPart - 1",

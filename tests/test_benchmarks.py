@@ -6,6 +6,8 @@ import math
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -579,3 +581,18 @@ def test_suites_run():
 
 def test_tiny_case_runs():
     assert tiny_cuda.main(["--dry-run"]) == 0
+
+
+def test_pauses_last_until_threads_are_idle():
+    """A thread that spins would take time from what is measured next."""
+    code = "import time; end = time.perf_counter() + 0.06\nwhile time.perf_counter() < end: pass"
+    spinning = threading.Thread(target=exec, args=(code,))
+    started = time.perf_counter()
+    spinning.start()
+    timing.pause()
+    took = time.perf_counter() - started
+    spinning.join()
+    assert took > 0.05
+    started = time.perf_counter()
+    timing.pause()
+    assert time.perf_counter() - started < timing.MOST_PAUSE_SECONDS / 2

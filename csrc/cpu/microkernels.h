@@ -38,6 +38,7 @@ struct TileOptions {
   bool add = false;  // whether to add to `out`
   const void* prefetch = nullptr;  // memory to prefetch into L2 meanwhile, or null
   int64_t prefetch_bytes = 0;
+  int64_t pitch = 0;  // for WeightFormat::in_place: elements between rows of the matrix
   Deferred* deferred = nullptr;
 };
 
@@ -81,6 +82,9 @@ struct WeightFormat {
   int64_t chain, long_chain;  // TileOptions::chain for products with weights, and over many rows
 
   TileFunction tiles[kMaxTileVectors][kMaxTileRows];  // indexed by vectors - 1 and rows - 1
+  // The same for kMaxTileVectors vectors of columns of a matrix of S that is not packed; `panel`
+  // points to their first element. Indexed by rows - 1. Null if products cannot read S.
+  TileFunction in_place[kMaxTileRows];
 
   // Packs one panel of w, S (G*H, K). Returns false if a weight cannot be represented in the
   // format.

@@ -111,9 +111,13 @@ char* Backward::w_hh_panel(int64_t panel) const {
 }
 void Backward::pack_w_hh(int64_t panel) const {
   const int64_t H = args_.size.H, row_bytes = context_.storage(args_.h_size);
-  hidden_.pack_all(depth_, panel, w_hh_panel(panel), [&](int64_t k) -> const void* {
-    const int64_t gate = k / gate_depth_, unit = k % gate_depth_;
-    return unit < H ? at(args_.w_hh, (gate * H + unit) * row_bytes) : nullptr;
+  const void* next = args_.w_hh;
+  int64_t unit = 0;  // of the next row: each gate has H rows, and zeros up to gate_depth_
+  hidden_.pack_all(depth_, panel, w_hh_panel(panel), [&](int64_t) {
+    const void* row = unit < H ? next : nullptr;
+    if (row) next = at(next, row_bytes);
+    unit = unit + 1 < gate_depth_ ? unit + 1 : 0;
+    return row;
   });
 }
 
@@ -160,7 +164,15 @@ void Backward::through_weights(int64_t step, int64_t panel, int64_t b, int rows,
   const void* lhs[kMaxTileRows];
   for (int i = 0; i < rows; ++i)
     lhs[i] = converted ? converted[b + i] : d_gates_(step, b + i) + context_.element(first);
-  hidden_.multiply(panel, rows, depth_, lhs, w_hh_panel(panel), out, hidden_.width(), options);
+  if (reads_in_place(panel))
+    hidden_.multiply_in_place(panel, rows, depth_, lhs, args_.w_hh, out, hidden_.width(), options);
+  else
+    hidden_.multiply(panel, rows, depth_, lhs, w_hh_panel(panel), out, hidden_.width(), options);
+}
+
+// With a single step W_hh is used once.
+bool Backward::reads_in_place(int64_t panel) const {
+  return !packs_at_once() && hidden_.reads_in_place(panel, rows_.size());
 }
 
 // Sets up the rows `now` that are active at a step for the cell's backward. Rows from `both` on
@@ -339,7 +351,7 @@ void Backward::finish(int64_t step, Span rows) const {
   TileBuffer d_h;
   const TileOptions options{.chain = hidden_.format().chain};
   for (int64_t p = panels_.begin; args_.grad_h0 && p < panels_.end; ++p) {
-    if (step > 0 && !packs_at_once()) pack_w_hh(p);
+    if (step > 0 && !packs_at_once() && !reads_in_place(p)) pack_w_hh(p);
     for_row_tiles(rows.size(), hidden_.tile_rows(p), [&](int64_t r, int n) {
       const int64_t first = rows.begin + r;
       if (step > 0) through_weights(step - 1, p, first, n, d_h.data, options);

@@ -74,6 +74,13 @@ void BlockProducts::pack_w_ih(int64_t panel, char* to) const {
   });
 }
 
+// Whether the blocks of gate gradients have the order of the gates in w_ih.
+bool BlockProducts::gates_in_order() const {
+  for (int j = 0; j < context_.cell.gates; ++j)
+    if (context_.cell.input_gate[j] != j) return false;
+  return true;
+}
+
 // grad_x[t] = d_gates[t] W_ih. Threads split the rows of the block or, if W_ih is packed panelwise,
 // its panels.
 void BlockProducts::grad_input(const Block& block, const Team& team) const {
@@ -96,13 +103,17 @@ void BlockProducts::grad_input(const Block& block, const Team& team) const {
   const TileOptions options{.chain = format.long_chain};
   for (int64_t p = panels.begin; p < panels.end; ++p) {
     char* packed = w_ih_ + (panelwise_ ? team.index() : p) * input_.panel_bytes(depth);
-    if (panelwise_) pack_w_ih(p, packed);
+    const bool in_place = panelwise_ && gates_in_order() && input_.reads_in_place(p, block.count);
+    if (panelwise_ && !in_place) pack_w_ih(p, packed);
     for_row_tiles(own.size(), input_.tile_rows(p), [&](int64_t r, int n) {
       const int64_t first = own.begin + r;
       const BlockRow* rows = block.rows + first;
       const void* lhs[kMaxTileRows];
       for (int i = 0; i < n; ++i) lhs[i] = lhs_rows_ ? lhs_rows_[first + i] : d_gates_(rows[i]);
-      input_.multiply(p, n, depth, lhs, packed, out.data, input_.width(), options);
+      if (in_place)
+        input_.multiply_in_place(p, n, depth, lhs, args_.w_ih, out.data, input_.width(), options);
+      else
+        input_.multiply(p, n, depth, lhs, packed, out.data, input_.width(), options);
       for (int i = 0; i < n; ++i)
         context_.kernels.store(
             target(rows[i].step, rows[i].b) + context_.storage(p * input_.width()),
@@ -353,10 +364,10 @@ void BlockProducts::outer_product(const Transposed& lhs, int64_t rows, int64_t d
 void BlockProducts::fetch_tile(const char* to, int rows, const Columns& columns,
                                int64_t panel) const {
   const int64_t row_bytes = context_.compute(columns.N());
-  const int64_t vector_bytes = context_.compute(context_.kernels.lanes);
+  const int64_t tile_bytes = context_.compute(columns.vectors(panel) * context_.kernels.lanes);
   for (int i = 0; i < rows; ++i)
-    for (int v = 0; v < columns.vectors(panel); ++v)
-      __builtin_prefetch(to + i * row_bytes + v * vector_bytes, 1, 2);
+    for (int64_t byte = 0; byte < tile_bytes; byte += kLineBytes)
+      __builtin_prefetch(to + i * row_bytes + byte, 1, 2);
 }
 
 }  // namespace rnnfast::cpu

@@ -60,6 +60,7 @@ class BlockProducts {
                              const WeightFormat& format) const;
 
   void pack_w_ih(int64_t panel, char* to) const;
+  bool gates_in_order() const;
   void grad_input(const Block& block, const Team& team) const;
   void grad_parameters(const Block& block, const Team& team) const;
   void grad_table(const Block& block, const Team& team) const;

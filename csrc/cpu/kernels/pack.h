@@ -69,18 +69,28 @@ bool pack_gates(const GateShape& shape, const void* w, int64_t K, int64_t panel,
   return true;
 }
 
-// See WeightFormat::pack_columns.
+// See WeightFormat::pack_columns. Rows are far apart, which hardware prefetching does not follow.
 template <class Op, class S>
 void pack_columns(const void* const* rows, int64_t count, int64_t column, int64_t columns,
                   int vectors, void* to) {
   using A = typename Op::Compute;
   constexpr int lanes = kLanes<A>;
+  constexpr int64_t kAhead = 8, kLine = kLineBytes / int64_t(sizeof(S));
+  const bool whole = vectors * lanes <= columns - column;
   A* panel = static_cast<A*>(to);
   for (int64_t k = 0; k < count; k += Op::kPerWord) {
     const S* from[Op::kPerWord];
     for (int i = 0; i < Op::kPerWord; ++i)
       from[i] =
           k + i < count && rows[k + i] ? static_cast<const S*>(rows[k + i]) + column : nullptr;
+    if (const void* ahead = rows[smaller(k + kAhead, count - 1)])
+      for (int64_t at = 0; at < vectors * lanes; at += kLine)
+        __builtin_prefetch(static_cast<const S*>(ahead) + column + at);
+    if (Op::kPerWord == 1 && whole && from[0]) {
+      for (int j = 0; j < vectors; ++j, panel += lanes)
+        store(panel, Op::load_words(from[0] + j * lanes, lanes));
+      continue;
+    }
     for (int j = 0; j < vectors; ++j, panel += lanes) {
       store(panel, Op::load_columns(from, columns - column - j * lanes));
       for (const S*& row : from) row = row ? row + lanes : nullptr;

@@ -45,9 +45,9 @@ RNNFAST_INLINE typename Op::Word load_word(const typename Op::Element* from) {
 }
 
 // MR for NR = 1 to 4.
-inline constexpr int kRegisterRows[] = {
-    RNNFAST_REGISTERS == 32 ? 8 : 6, RNNFAST_REGISTERS == 32 ? 8 : 6,
-    RNNFAST_REGISTERS == 32 ? 8 : 4, 6};
+inline constexpr int kRegisterRows[] = {RNNFAST_REGISTERS == 32 ? 8 : 6,
+                                        RNNFAST_REGISTERS == 32 ? 8 : 6,
+                                        RNNFAST_REGISTERS == 32 ? 8 : 4, 6};
 
 // How a tile of MR rows by NR vectors is computed. Accumulators, one rhs vector and one broadcast
 // must fit the register file. If those of all columns do not, the tile goes through the panel
@@ -61,7 +61,7 @@ struct TileShape {
   // without more registers than this can issue just enough.
   static constexpr int kWords = RNNFAST_REGISTERS == 16 && kVectors == 2 && MR > 3 ? 4 : 1;
   // GCC would read weights from memory for each row, which is better only if registers are full.
-  static constexpr bool kKeepsWeights = MR > 1 && MR * kVectors + kVectors < RNNFAST_REGISTERS;
+  static constexpr bool kKeepsWeights = MR > 1 && MR* kVectors + kVectors < RNNFAST_REGISTERS;
   static constexpr bool kFetches = MR > 2;  // else the tile waits for its own panel anyway
 };
 
@@ -102,14 +102,15 @@ RNNFAST_INLINE void add_word(Vec<typename Op::Compute> (&sum)[MR][NR],
   }
 }
 
-// The TileFunction. The panel is [word of k][vector][lane].
-template <class Op, int NR, int MR>
+// The TileFunction. The panel is [word of k][vector][lane]; or, in place, some columns of a matrix
+// of elements of A, whose rows are options.pitch elements apart.
+template <class Op, int NR, int MR, bool kInPlace = false>
 void tile(int, int64_t K, const void* const* lhs, const void* packed, const void* bias, void* out,
           int64_t stride, const TileOptions& options) {
   using A = typename Op::Compute;
   using Shape = TileShape<NR, MR>;
   constexpr int lanes = kLanes<A>, kVectors = Shape::kVectors, kWords = Shape::kWords;
-  constexpr int64_t kPitch = NR * lanes;  // of a word of k in the panel
+  const int64_t pitch = kInPlace ? options.pitch : NR * lanes;
   const int64_t depth = words<Op>(K);
   Prefetcher prefetcher(options, depth, packed);
   const typename Op::Element* row[MR];
@@ -122,20 +123,21 @@ void tile(int, int64_t K, const void* const* lhs, const void* packed, const void
       Vec<A> sum[MR][kVectors] = {};
       int64_t k = begin;
       if constexpr (kWords > 1) {
-        for (; k + kWords <= end; k += kWords, panel += kWords * kPitch) {
+        for (; k + kWords <= end; k += kWords, panel += kWords * pitch) {
           prefetcher.fetch();
           prefetcher.fetch();
 #pragma GCC unroll 4
           for (int word = 0; word < kWords; ++word)
-            add_word<Op, Shape>(sum, row, k + word, panel + word * kPitch);
+            add_word<Op, Shape>(sum, row, k + word, panel + word * pitch);
         }
       }
-      for (; k < end; ++k, panel += kPitch) {
+      for (; k < end; ++k, panel += pitch) {
         if (Shape::kFetches && kWords == 1) prefetcher.fetch();
         add_word<Op, Shape>(sum, row, k, panel);
       }
       const bool add = options.add || begin > 0;
-      const A* add_bias = begin == 0 && bias ? static_cast<const A*>(bias) + first * lanes : nullptr;
+      const A* add_bias =
+          begin == 0 && bias ? static_cast<const A*>(bias) + first * lanes : nullptr;
       A* to = static_cast<A*>(out) + first * lanes;
 #pragma GCC unroll 8
       for (int i = 0; i < MR; ++i, to += stride) {
@@ -151,13 +153,16 @@ void tile(int, int64_t K, const void* const* lhs, const void* packed, const void
   }
 }
 
-template <class Op>
+// kInPlace: whether products can read weights in place, because S is A.
+template <class Op, bool kInPlace>
 constexpr void fill_tiles(WeightFormat& format) {
   const auto of_width = [&]<int NR>() {
     constexpr int kRows = kRegisterRows[NR - 1];
     format.tile_rows[NR - 1] = kRows;
     [&]<int... I>(std::integer_sequence<int, I...>) {
       ((format.tiles[NR - 1][I] = tile<Op, NR, I + 1>), ...);
+      if constexpr (kInPlace && NR == kMaxTileVectors)
+        ((format.in_place[I] = tile<Op, NR, I + 1, true>), ...);
     }(std::make_integer_sequence<int, kRows>());
   };
   of_width.template operator()<1>();

@@ -22,7 +22,7 @@ constexpr WeightFormat dense_format() {
   format.weight_bytes = sizeof(A);
   format.chain = kChain;
   format.long_chain = kLongChain;
-  fill_tiles<Op>(format);
+  fill_tiles<Op, std::is_same_v<S, A>>(format);
   format.pack_gates = pack_gates<Op, S>;
   format.pack_columns = pack_columns<Op, S>;
   format.load_lhs = load_lhs<Op, S>;
