@@ -23,6 +23,13 @@ DEFAULT_CASES = (
     "1,1,64,64 1,1,512,512 100,1,64,64 100,1,256,256 100,1,512,512 100,1,1024,1024 "
     "100,16,128,128 100,32,256,256 100,64,512,512 50,64,1024,1024 50,256,512,512 784,32,1,128"
 )
+# Sizes that fill neither vectors nor tiles, and batches between one sequence and many.
+ODD_CASES = (
+    "40,3,40,40 20,3,80,650 40,8,96,96 20,8,300,700 40,12,200,200 40,12,80,257 20,16,320,320 "
+    "20,16,80,650 40,20,13,40 20,20,700,700 40,24,40,96 40,24,257,257 40,48,80,200 20,48,320,320 "
+    "40,96,40,40 20,96,80,257"
+)
+TABLES = {"default": DEFAULT_CASES, "odd": ODD_CASES}
 DTYPES = {
     "float32": torch.float32,
     "float64": torch.float64,
@@ -51,11 +58,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--device", choices=["cpu", "cuda"], default="cpu")
     add("--cell", nargs="+", choices=CELLS, default=list(CELLS))
-    add("--case", nargs="+", type=parse_case, default=DEFAULT_CASES.split(), metavar="T,B,I,H")
+    add("--case", nargs="+", type=parse_case, metavar="T,B,I,H", help="instead of a table")
+    add("--table", choices=TABLES, default="default", help="of cases (default: %(default)s)")
     add("--dtype", nargs="+", choices=DTYPES, default=["float32"])
     add("--no-limit", action="store_true", help="skip the calibration and the limits")
     args = parser.parse_args(argv)
-    args.case = [parse_case(case) if isinstance(case, str) else case for case in args.case]
+    args.case = args.case or [parse_case(case) for case in TABLES[args.table].split()]
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device")
     suite.check_options(parser, args)
@@ -77,6 +85,7 @@ class Roofline:
             "limit": limit.seconds,
             "limit_bound": limit.bound,
             "limit_fma": limit.fma,
+            "limit_gates": limit.gates,
             "limit_traffic": limit.traffic,
             "limit_synchronised": synchronised,
         }

@@ -1,36 +1,43 @@
 """Computes how fast a layer could be on this CPU: `python -m benchmarks.roofline --help`.
 
-The limit of a case is the larger of two times. Both assume that all threads work at the rates that
-`calibrate` measures on this machine first:
+A layer has phases that follow each other: the projection of the input and the steps of the forward,
+and in training the steps of the backward and the products over all steps. The limit of a case is
+the sum over its phases of the larger of two times. Both assume that all threads work at the rates
+that `calibrate` measures on this machine first:
 
-- FMA: the multiply-adds of the products. The forward has x W_ih and h W_hh for every step (a zero
-  initial state is multiplied too). Training adds d_gates W_hh (for all steps but the first, since
-  the gradient of h0 is not needed), d_gates^T h and d_gates^T x, and with `--input-grad` also
-  d_gates W_ih. Gate maths is not counted. The rate of bfloat16 is that of AMX if the CPU has it,
-  else that of dot instructions, if any. The rate of float32 is that of multiply-adds or, if that
-  is higher, a sixth of bfloat16's: a float is the sum of three bfloat16, and six of the nine
-  products affect its last bit. float16 has the rate of float32.
+- Arithmetic: multiply-adds of the products, and gate maths, which runs on the same units. The
+  forward has x W_ih and h W_hh for every step (a zero initial state is multiplied too). Training
+  adds d_gates W_hh (for all steps but the first, since the gradient of h0 is not needed),
+  d_gates^T h and d_gates^T x, and with `--input-grad` also d_gates W_ih. The rate of bfloat16 is
+  that of AMX if the CPU has it, else that of dot instructions, if any. The rate of float32 is that
+  of multiply-adds or, if that is higher, a sixth of bfloat16's: a float is the sum of three
+  bfloat16, and six of the nine products affect its last bit. float16 has the rate of float32. Gate
+  maths takes a vector instruction for each operation of the formulas (see `GATE_OPERATIONS`).
 - Traffic: the bytes that must be moved. W_hh is read in every step of the forward, and again in
   every step of the backward; each byte is read by one core only. W_ih, x, y, saved gates (LSTM: 4
   gates and c; GRU: 3 gates and the recurrent candidate term; Elman: nothing but y), grad_y and
-  gradients move once for each pass that needs them. Data stay in cache from call to call as far as
+  gradients move once for each phase that needs them. Data stay in cache from call to call as far as
   there is room, W_hh first. Each byte costs a read from its level: L1 and L2 of all threads
   together, one L3, or DRAM. A write costs as much as a read.
 
 Packing, waiting and the cost of a call are not included. `synchronised` includes one more cost: if
 there are fewer sequences than threads, each step needs a barrier, because it depends on the hidden
 units that other threads computed in the last step; or one thread does everything.
+
+Calibrations use the instruction set that rnnfast uses, so RNNFAST_CPU_CAPABILITY holds both back.
 """
 
 import argparse
 import ctypes
 import functools
 import os
+import platform
 import shutil
 import statistics
 import subprocess
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -39,11 +46,19 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from rnnfast import _C
+
 from .steps import CELLS, MODES, Case
 
 SOURCE = Path(__file__).with_name("calibration.c")
 GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
 SAVED = {"RNN": 0, "GRU": 4, "LSTM": 5}  # values per unit and step that only the backward reads
+# Vector operations per unit and step of the forward and of the backward. exp takes 15 (range
+# reduction, a polynomial of 6 coefficients, scaling), sigmoid 27 and tanh 34, with a division
+# counted as 8. The LSTM's backward computes tanh(c) again.
+GATE_OPERATIONS = {"RNN": (35, 4), "GRU": (93, 17), "LSTM": (156, 55)}
+# What the compiler may use where rnnfast uses less than this machine has.
+ARCHITECTURES = {"portable": "x86-64", "avx2": "x86-64-v3"}
 PRODUCTS_OF_PARTS = 6  # bfloat16 products that make up one float32 product
 ELEMENT_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -68,6 +83,7 @@ class Calibration(NamedTuple):
 
     threads: int
     fma: dict[str, float]  # floating-point operations per second, by dtype
+    elementwise: float  # operations on floats per second, of which a vector instruction does many
     levels: list[Level]  # the last one holds everything
     barrier: float  # seconds
 
@@ -78,23 +94,30 @@ class Calibration(NamedTuple):
 
 
 class Limit(NamedTuple):
-    """The least time of a case in seconds, and what binds it: "FMA" or a level of memory."""
+    """The least time of a case in seconds, and what takes most of it.
+
+    `bound` is "FMA", "gates" or a level of memory.
+    """
 
     seconds: float
     bound: str
     fma: float
+    gates: float
     traffic: float
 
 
 @functools.cache
-def native() -> ctypes.CDLL:
-    """Compiles calibration.c for this machine and loads it."""
+def native(capability: str) -> ctypes.CDLL:
+    """Compiles calibration.c for one of rnnfast's CPU capabilities, and loads it."""
     compiler = next(filter(shutil.which, [os.environ.get("CC", ""), "cc", "gcc", "clang"]), None)
     if compiler is None:
         raise CalibrationError("no C compiler was found")
     with tempfile.TemporaryDirectory() as folder:
         library = f"{folder}/calibration.so"
-        flags = ["-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC"]
+        architecture = ARCHITECTURES.get(capability, "native")
+        if platform.machine() != "x86_64":
+            architecture = "native"
+        flags = ["-O3", f"-march={architecture}", "-std=gnu11", "-shared", "-fPIC"]
         command = [compiler, *flags, str(SOURCE), "-o", library]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
@@ -123,7 +146,7 @@ def calibrate(
     They are measured in turn because the cores of a virtual machine may be two hardware threads of
     one core for a while.
     """
-    library = native()
+    library = native(_C.get_cpu_capability())
     l1, l2, l3 = cache_bytes()
     dram = dram_bytes or 4 * l3
     # Half of L1 and L2, so that nothing else evicts the buffer. For L3 more than the L2s hold, but
@@ -178,53 +201,85 @@ def calibrate(
     return Calibration(
         threads,
         {"float64": vectors / 2, "float32": float32, "bfloat16": bfloat16, "float16": float32},
+        vectors / 2,
         [Level(name, c, best[name]) for name, c in zip(sizes, capacities, strict=True)],
         1 / meetings if threads > 1 else 0.0,
     )
 
 
-def operations(cell: str, case: Case, mode: str, input_grad: bool) -> float:
-    """Returns the floating-point operations of the products: two for each multiply-add."""
-    T, B, I, H = case
-    step = 2 * B * GATES[cell] * H
-    forward = T * step * (I + H)
-    if mode == "inference":
-        return forward
-    return 2 * forward + (T - 1) * step * H + T * step * I * input_grad
+class Phase(NamedTuple):
+    """A part of a layer's work that ends before the next one begins."""
+
+    products: float  # floating-point operations: two for each multiply-add
+    gates: float  # operations of gate maths
+    moved: dict[str, int]  # how many times each of `arrays` is moved
 
 
-def streams(
-    cell: str, case: Case, mode: str, dtype: str, input_grad: bool
-) -> list[tuple[float, int]]:
-    """Returns pairs (bytes, times moved), in the order in which the data are placed in caches."""
+def arrays(cell: str, case: Case, dtype: str) -> dict[str, int]:
+    """Returns the bytes of all data, in the order in which they are placed in caches."""
     T, B, I, H = case
-    size, training = ELEMENT_BYTES[dtype], mode == "training"
-    w_hh, w_ih, x, y = (
-        size * n for n in (GATES[cell] * H * H, GATES[cell] * H * I, T * B * I, T * B * H)
-    )
+    elements = {"w_hh": GATES[cell] * H * H, "w_ih": GATES[cell] * H * I, "x": T * B * I}
+    elements |= {"y": T * B * H, "saved": SAVED[cell] * T * B * H}
+    elements |= {"grad_w_hh": elements["w_hh"], "grad_w_ih": elements["w_ih"]}
+    elements |= {"grad_y": elements["y"], "grad_x": elements["x"]}
+    return {name: ELEMENT_BYTES[dtype] * count for name, count in elements.items()}
+
+
+def phases(cell: str, case: Case, mode: str, input_grad: bool) -> list[Phase]:
+    """Returns the phases of one call."""
+    T, B, I, H = case
+    step, units = 2 * B * GATES[cell] * H, T * B * H
+    forward, backward = GATE_OPERATIONS[cell]
+    training = mode == "training"
+    projection = Phase(T * step * I, 0, {"w_ih": 1, "x": 1})
+    steps = Phase(T * step * H, forward * units, {"w_hh": T, "y": 1, "saved": 1 * training})
     if not training:
-        return [(w_hh, T), (w_ih, 1), (x, 1), (y, 1)]
-    once = [w_hh + w_ih, y, x * input_grad]  # gradients of weights, grad_y, gradient of x
-    moved = [(w_hh, 2 * T - 1), (w_ih, 1 + input_grad), (x, 2), (y, 2), (SAVED[cell] * y, 2)]
-    return moved + [(n, 1) for n in once]
+        return [projection, steps]
+    back = Phase((T - 1) * step * H, backward * units, {"w_hh": T - 1, "saved": 1, "grad_y": 1})
+    moved = {"x": 1, "y": 1, "grad_w_hh": 1, "grad_w_ih": 1}
+    moved |= {"w_ih": 1 * input_grad, "grad_x": 1 * input_grad}
+    over_all_steps = Phase(T * step * (H + I * (1 + input_grad)), 0, moved)
+    return [projection, steps, back, over_all_steps]
+
+
+def placed(
+    sizes: dict[str, int], moved: set[str], machine: Calibration
+) -> dict[str, dict[str, float]]:
+    """Returns the seconds to move each array once, by the levels that hold it."""
+    seconds: dict[str, dict[str, float]] = {}
+    used = 0.0
+    for name in (name for name in sizes if name in moved):
+        begin, used = used, used + sizes[name]
+        seconds[name] = {}
+        for level in machine.levels:
+            end = min(used, max(begin, level.capacity))
+            seconds[name][level.name] = (end - begin) / level.bandwidth
+            begin = end
+    return seconds
 
 
 def limit(
     cell: str, case: Case, mode: str, dtype: str, input_grad: bool, machine: Calibration
 ) -> Limit:
     """Returns the least time of one call, under the assumptions in this module's docstring."""
-    fma = operations(cell, case, mode, input_grad) / machine.fma[dtype]
-    by_level = dict.fromkeys((level.name for level in machine.levels), 0.0)
-    used = 0.0
-    for size, times in streams(cell, case, mode, dtype, input_grad):
-        begin, used = used, used + size
-        for level in machine.levels:
-            end = min(used, max(begin, level.capacity))
-            by_level[level.name] += (end - begin) * times / level.bandwidth
-            begin = end
-    traffic = sum(by_level.values())
-    slowest = max(by_level, key=by_level.__getitem__)
-    return Limit(max(fma, traffic), "FMA" if fma >= traffic else slowest, fma, traffic)
+    work = phases(cell, case, mode, input_grad)
+    moved = {name for phase in work for name, times in phase.moved.items() if times > 0}
+    once = placed(arrays(cell, case, dtype), moved, machine)
+    lanes = 2 if dtype == "float64" else 1  # a vector instruction does half as many
+    arithmetic: Counter[str] = Counter()
+    traffic: Counter[str] = Counter()
+    seconds = 0.0
+    for phase in work:
+        fma, gates = phase.products / machine.fma[dtype], phase.gates * lanes / machine.elementwise
+        moves: Counter[str] = Counter()
+        for name, times in phase.moved.items():
+            moves.update({level: times * second for level, second in once.get(name, {}).items()})
+        seconds += max(fma + gates, moves.total())
+        arithmetic.update({"FMA": fma, "gates": gates})
+        traffic.update(moves)
+    slower = max(arithmetic, traffic, key=Counter.total)
+    bound = max(slower, key=slower.__getitem__)
+    return Limit(seconds, bound, arithmetic["FMA"], arithmetic["gates"], traffic.total())
 
 
 def synchronised(case: Case, mode: str, one: Limit, together: Limit, machine: Calibration) -> float:

@@ -4,10 +4,12 @@ import copy
 import json
 import math
 import os
+import platform
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +45,7 @@ QUICK = ["--min-time", "0", "--repeats", "2", "--threads", "1", "--no-limit"]
 MACHINE = Calibration(
     threads=2,
     fma=dict.fromkeys(roofline.ELEMENT_BYTES, 200e9),
+    elementwise=100e9,
     levels=[
         Level("L1", 64e3, 400e9),
         Level("L2", 2e6, 200e9),
@@ -491,7 +494,9 @@ def test_limits(cell, mode):
         grown = [limit(*(n * 2**g if k == j else n for j, n in enumerate(small))) for g in range(9)]
         seconds = [one.seconds for one in grown]
         assert seconds == sorted(seconds)
-        assert all(one.seconds == max(one.fma, one.traffic) > 0 for one in grown)
+        for one in grown:
+            least, most = max(one.fma + one.gates, one.traffic), one.fma + one.gates + one.traffic
+            assert 0 < least / (1 + 1e-9) <= one.seconds <= most * (1 + 1e-9)
     assert limit(50, 4096, 512, 512).bound == "FMA"
     assert limit(1, 1, 4000, 4000).bound == "DRAM"
     assert limit(100, 1, 8, 800).bound in ("L2", "L3")
@@ -500,15 +505,45 @@ def test_limits(cell, mode):
     assert (grad.fma > limit(9, 99, 500, 500).fma) == (mode == "training")
 
 
-def test_limit_of_lstm_inference_by_hand():
-    found = roofline.limit("LSTM", Case(10, 8, 16, 32), "inference", "float32", False, MACHINE)
-    assert found.fma == pytest.approx(10 * 8 * 2 * 4 * 32 * (16 + 32) / 200e9)
+def test_limits_of_lstm_by_hand():
+    def limit(case: Case, mode: str) -> roofline.Limit:
+        return roofline.limit("LSTM", case, mode, "float32", False, MACHINE)
+
+    # all in L1, so arithmetic is slower than traffic in every phase
+    small = Case(10, 8, 16, 32)
+    found, step, units = limit(small, "inference"), 8 * 2 * 4 * 32, 10 * 8 * 32
+    assert found.fma == pytest.approx(10 * step * (16 + 32) / 200e9)
+    assert found.gates == pytest.approx(156 * units / 100e9)
+    assert found.seconds == pytest.approx(found.fma + found.gates)
     once = 4 * (4 * 32 * 16 + 10 * 8 * (16 + 32))
     assert found.traffic == pytest.approx((10 * 4 * 4 * 32 * 32 + once) / 400e9)
+    both = limit(small, "training")
+    products = 2 * 10 * step * (16 + 32) + 9 * step * 32
+    assert both.fma == pytest.approx(products / 200e9)
+    assert both.gates == pytest.approx((156 + 55) * units / 100e9)
+    # one sequence: arithmetic binds the projection, traffic the steps, and their times add
+    one = Case(100, 1, 400, 800)
+    found = limit(one, "inference")
+    assert found.bound == "L3"
+    projection = 100 * 2 * 4 * 800 * 400 / 200e9
+    assert projection < found.seconds < projection + found.traffic
+    assert found.seconds > max(found.fma + found.gates, found.traffic)
+
+
+def test_calibration_is_held_back_with_the_kernels():
+    commands = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess, "run", lambda command, **_: commands.append(command) or 1 / 0)
+        for capability in ("avx2", "avx512"):
+            with pytest.raises(ZeroDivisionError):
+                roofline.native.__wrapped__(capability)  # not cached
+    by_name = "-march=x86-64-v3" if platform.machine() == "x86_64" else "-march=native"
+    assert by_name in commands[0]
+    assert "-march=native" in commands[1]
 
 
 def test_barriers_only_where_threads_outnumber_sequences():
-    one, both = (roofline.Limit(seconds, "FMA", seconds, 0) for seconds in (10e-6, 5e-6))
+    one, both = (roofline.Limit(seconds, "FMA", seconds, 0, 0) for seconds in (10e-6, 5e-6))
 
     def synchronised(T: int, B: int) -> float:
         return roofline.synchronised(Case(T, B, 8, 8), "inference", one, both, MACHINE)
@@ -596,3 +631,12 @@ def test_pauses_last_until_threads_are_idle():
     started = time.perf_counter()
     timing.pause()
     assert time.perf_counter() - started < timing.MOST_PAUSE_SECONDS / 2
+
+
+def test_odd_sizes_use_every_size_twice():
+    cases = compare.parse_args(["--table", "odd"]).case
+    assert len(cases) == 16
+    for sizes in (Counter(case.B for case in cases), Counter(case.H for case in cases)):
+        assert min(sizes.values()) >= 2
+    assert {case.H for case in cases} == {40, 96, 200, 257, 320, 650, 700}
+    assert {case.B for case in cases} == {3, 8, 12, 16, 20, 24, 48, 96}
