@@ -1,32 +1,46 @@
 """Times several functions in turn, so that all of them meet the same state of the machine."""
 
+import contextlib
 import gc
 import statistics
+import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 BLOCK_SECONDS = 0.5e-3  # one measurement: as many calls as fill this time
 WARM_UP_SECONDS = 0.02
 # Between functions there is a pause, then untimed calls: threads of the last function may still
-# spin (those of ONNX Runtime for 30 ms), and its data fill the caches. So a pause lasts until the
-# process has used less than QUIET_SHARE of a core for PAUSE_SECONDS. Calls longer than
-# LONG_CALL_SECONDS need no untimed calls.
+# spin (those of ONNX Runtime for 30 ms), and its data fill the caches. So pauses of PAUSE_SECONDS
+# follow each other until no other thread of the process runs. Calls longer than LONG_CALL_SECONDS
+# need no untimed calls.
 PAUSE_SECONDS = 2e-3
 MOST_PAUSE_SECONDS = 0.2
-QUIET_SHARE = 0.1
 SETTLE_SECONDS = 1e-3
 LONG_CALL_SECONDS = 20e-3
+
+
+def others_run() -> bool:
+    """Whether another thread of this process runs or is ready to run. Known on Linux only.
+
+    The process's CPU time would not do: it counts running threads at the kernel's ticks.
+    """
+    own = threading.get_native_id()
+    for task in Path("/proc/self/task").glob("*"):
+        with contextlib.suppress(OSError):  # the thread has ended
+            state = (task / "stat").read_text().rpartition(")")[2].split()[0]
+            if state == "R" and int(task.name) != own:
+                return True
+    return False
 
 
 def pause() -> None:
     """Sleeps until the threads of this process are idle, or for MOST_PAUSE_SECONDS."""
     end = time.perf_counter() + MOST_PAUSE_SECONDS
-    while (started := time.perf_counter()) < end:
-        used = time.process_time()
+    time.sleep(PAUSE_SECONDS)
+    while others_run() and time.perf_counter() < end:
         time.sleep(PAUSE_SECONDS)
-        if time.process_time() - used < QUIET_SHARE * (time.perf_counter() - started):
-            return
 
 
 class Timing(NamedTuple):
