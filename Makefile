@@ -8,6 +8,9 @@ CSRC := $(shell find csrc -type f -not -name '*.md')
 MATRIX ?=
 # make bench RESULTS=benchmarks/results/<name of the machine>
 RESULTS ?= benchmarks/results/cpu
+# what holds rnnfast and torch back to AVX2
+AVX2 := RNNFAST_CPU_CAPABILITY=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 \
+	MKL_ENABLE_INSTRUCTIONS=AVX2
 FORMATTED := $(filter %.h %.cpp %.cu %.cuh,$(CSRC)) $(wildcard benchmarks/*.cu tests/native/*)
 
 .PHONY: help build test test-full test-held-back wheel matrix demo lint format docs bench report \
@@ -99,9 +102,12 @@ bench: build
 		--json $(RESULTS).json --csv $(RESULTS).csv
 	$(BIN)/python -m benchmarks.compare --dtype bfloat16 --peers torch \
 		--json $(RESULTS)-bfloat16.json --csv $(RESULTS)-bfloat16.csv
-	RNNFAST_CPU_CAPABILITY=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 \
-		$(BIN)/python -m benchmarks.compare --no-limit --peers torch \
+	$(AVX2) $(BIN)/python -m benchmarks.compare --peers torch \
 		--json $(RESULTS)-avx2.json --csv $(RESULTS)-avx2.csv
+	$(AVX2) $(BIN)/python -m benchmarks.compare --table odd --threads 1 2 --processes 2 --no-limit \
+		--min-time 0.2 --peers torch --json benchmarks/results/odd-avx2.json
+	$(AVX2) $(BIN)/python -m benchmarks.cells --threads 1 2 --processes 2 --min-time 0.2 \
+		--peers torch --json benchmarks/results/cells-avx2.json
 	$(BIN)/python -m benchmarks.models --threads 1 2 --min-time 0.3 \
 		--json benchmarks/results/models.json
 	$(BIN)/python -m benchmarks.cells --threads 1 2 --min-time 0.3 \

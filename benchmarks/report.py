@@ -220,11 +220,18 @@ def models() -> str:
     return by_threads(load("models"), ["model", "module", "T, B, I, H"], describe)
 
 
-def cells() -> str:
+def cells(name: str = "cells") -> str:
     def describe(row: Row) -> tuple[str, ...]:
         return row["cell"], "{B}, {I}, {H}".format(**row)
 
-    return by_threads(load("cells"), ["cell", "B, I, H"], describe)
+    return by_threads(load(name), ["cell", "B, I, H"], describe)
+
+
+def odd() -> str:
+    def describe(row: Row) -> tuple[str, ...]:
+        return row["cell"], str(case_of(row)).replace(",", ", ")
+
+    return by_threads(load("odd-avx2"), ["cell", "T, B, I, H"], describe)
 
 
 def sequences() -> str:
@@ -277,6 +284,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "bfloat16": half,
     "models": models,
     "cells": cells,
+    "cells-avx2": lambda: cells("cells-avx2"),
+    "odd": odd,
     "sequences": sequences,
     "systems": systems,
     "memory": memory,
