@@ -5,8 +5,9 @@ and in training the steps of the backward and the products over all steps. The l
 the sum over its phases of the larger of two times. Both assume that all threads work at the rates
 that `calibrate` measures on this machine first:
 
-- Arithmetic: multiply-adds of the products, and gate maths, which runs on the same units. The
-  forward has x W_ih and h W_hh for every step (a zero initial state is multiplied too). Training
+- Arithmetic: multiply-adds of the products, and gate maths, which is taken to run on the same
+  units. (On AMX it may run beside the products, and some units do other operations beside
+  multiply-adds; so this part is an estimate.) The forward has x W_ih and h W_hh for every step (a zero initial state is multiplied too). Training
   adds d_gates W_hh (for all steps but the first, since the gradient of h0 is not needed),
   d_gates^T h and d_gates^T x, and with `--input-grad` also d_gates W_ih. The rate of bfloat16 is
   that of AMX if the CPU has it, else that of dot instructions, if any. The rate of float32 is that
@@ -16,7 +17,7 @@ that `calibrate` measures on this machine first:
 - Traffic: the bytes that must be moved. W_hh is read in every step of the forward, and again in
   every step of the backward; each byte is read by one core only. W_ih, x, y, saved gates (LSTM: 4
   gates and c; GRU: 3 gates and the recurrent candidate term; Elman: nothing but y), grad_y and
-  gradients move once for each phase that needs them. Data stay in cache from call to call as far as
+  gradients move once for each phase that needs them; gate gradients are left out. Data stay in cache from call to call as far as
   there is room, W_hh first. Each byte costs a read from its level: L1 and L2 of all threads
   together, one L3, or DRAM. A write costs as much as a read.
 
@@ -24,7 +25,7 @@ Packing, waiting and the cost of a call are not included. `synchronised` include
 there are fewer sequences than threads, each step needs a barrier, because it depends on the hidden
 units that other threads computed in the last step; or one thread does everything.
 
-Calibrations use the instruction set that rnnfast uses, so RNNFAST_CPU_CAPABILITY holds both back.
+RNNFAST_CPU_CAPABILITY holds calibrations back to AVX2 or AVX-512, as it does the kernels.
 """
 
 import argparse
@@ -53,12 +54,13 @@ from .steps import CELLS, MODES, Case
 SOURCE = Path(__file__).with_name("calibration.c")
 GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
 SAVED = {"RNN": 0, "GRU": 4, "LSTM": 5}  # values per unit and step that only the backward reads
-# Vector operations per unit and step of the forward and of the backward. exp takes 15 (range
-# reduction, a polynomial of 6 coefficients, scaling), sigmoid 27 and tanh 34, with a division
-# counted as 8. The LSTM's backward computes tanh(c) again.
+# Vector operations per unit and step of the forward and of the backward, in float32. exp takes 15
+# (range reduction, a polynomial of 6 coefficients, scaling), sigmoid 27 and tanh 34, with a division
+# counted as 8. The LSTM's backward computes tanh(c) again; backwards include the sum of the parts of
+# the gradient of h.
 GATE_OPERATIONS = {"RNN": (35, 4), "GRU": (93, 17), "LSTM": (156, 55)}
 # What the compiler may use where rnnfast uses less than this machine has.
-ARCHITECTURES = {"portable": "x86-64", "avx2": "x86-64-v3"}
+ARCHITECTURES = {"portable": "x86-64", "avx2": "x86-64-v3", "avx512": "x86-64-v4"}
 PRODUCTS_OF_PARTS = 6  # bfloat16 products that make up one float32 product
 ELEMENT_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -90,7 +92,8 @@ class Calibration(NamedTuple):
     def describe(self) -> dict[str, object]:
         """Returns the rates per second, ready for JSON."""
         read = {level.name: level.bandwidth for level in self.levels}
-        return {"threads": self.threads, "fma": self.fma, "read": read, "barrier": self.barrier}
+        rates = {"fma": self.fma, "elementwise": self.elementwise, "read": read}
+        return {"threads": self.threads, **rates, "barrier": self.barrier}
 
 
 class Limit(NamedTuple):
@@ -235,7 +238,8 @@ def phases(cell: str, case: Case, mode: str, input_grad: bool) -> list[Phase]:
     steps = Phase(T * step * H, forward * units, {"w_hh": T, "y": 1, "saved": 1 * training})
     if not training:
         return [projection, steps]
-    back = Phase((T - 1) * step * H, backward * units, {"w_hh": T - 1, "saved": 1, "grad_y": 1})
+    read = {"w_hh": T - 1, "saved": 1, "grad_y": 1, "y": 1 * (cell != "LSTM")}
+    back = Phase((T - 1) * step * H, backward * units, read)
     moved = {"x": 1, "y": 1, "grad_w_hh": 1, "grad_w_ih": 1}
     moved |= {"w_ih": 1 * input_grad, "grad_x": 1 * input_grad}
     over_all_steps = Phase(T * step * (H + I * (1 + input_grad)), 0, moved)
@@ -268,18 +272,19 @@ def limit(
     lanes = 2 if dtype == "float64" else 1  # a vector instruction does half as many
     arithmetic: Counter[str] = Counter()
     traffic: Counter[str] = Counter()
-    seconds = 0.0
+    binding: Counter[str] = Counter()  # the seconds of the slower side of each phase
     for phase in work:
         fma, gates = phase.products / machine.fma[dtype], phase.gates * lanes / machine.elementwise
         moves: Counter[str] = Counter()
         for name, times in phase.moved.items():
             moves.update({level: times * second for level, second in once.get(name, {}).items()})
-        seconds += max(fma + gates, moves.total())
-        arithmetic.update({"FMA": fma, "gates": gates})
+        of_units = Counter({"FMA": fma, "gates": gates})
+        binding.update(max(of_units, moves, key=Counter.total))
+        arithmetic.update(of_units)
         traffic.update(moves)
-    slower = max(arithmetic, traffic, key=Counter.total)
-    bound = max(slower, key=slower.__getitem__)
-    return Limit(seconds, bound, arithmetic["FMA"], arithmetic["gates"], traffic.total())
+    bound = max(binding, key=binding.__getitem__)
+    return Limit(binding.total(), bound, fma=arithmetic["FMA"], gates=arithmetic["gates"],
+                 traffic=traffic.total())
 
 
 def synchronised(case: Case, mode: str, one: Limit, together: Limit, machine: Calibration) -> float:

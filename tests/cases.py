@@ -200,9 +200,8 @@ def set_gates(case: Case, weights: list[Tensor | None], dtype: torch.dtype) -> N
     assert b_ih is not None, "gates are set by biases"
     H = case.H
     if case.gates == "saturated":
-        # Both signs: some so large that gates are 0 or 1 to the last bit, some moderate, and some
-        # that leave a few bits of 1 - s. For float64 these are bits of float32 too, in which errors
-        # are estimated.
+        # Both signs: some so large that gates are 0 or 1 to the last bit, some moderate. For float64
+        # the others leave bits of 1 - s in float32 too, in which errors are estimated.
         some = 14 if dtype == torch.float64 else 20
         levels = torch.tensor([-60, -some, -4, 0, 0, 0, 4, some, 60], dtype=torch.float64)
         levels = levels.clamp(max=1) if case.cell == "elman_relu" else levels
@@ -353,10 +352,15 @@ def sample_with_oracle(case: Case, dtype: torch.dtype, grads: str = "all") -> Sa
 def float32_errors(
     case: Case, inputs: list[Tensor | None], grads: list[Tensor | None], factor: float
 ) -> Expected:
-    """The differences of the reference in float32 and in float64, for inputs times a factor."""
-    scaled = [t * factor if is_number(t) else t for t in inputs]
-    single = oracle(case, *(cast(t, torch.float32, "cpu") for t in (scaled, grads)))
-    double = oracle(case, scaled, grads)
+    """The differences of the reference in float32 and in float64.
+
+    x and the initial states are multiplied by a factor, and all inputs are rounded to float32.
+    """
+    changed = range(1 + CELLS[case.cell].states)
+    scaled = [t * factor if i in changed and is_number(t) else t for i, t in enumerate(inputs)]
+    singles = [cast(tensors, torch.float32, "cpu") for tensors in (scaled, grads)]
+    single = oracle(case, *singles)
+    double = oracle(case, *(cast(tensors, torch.float64, "cpu") for tensors in singles))
     return Expected(
         *(
             [None if one is None else (one - other).abs() for one, other in zip(*pair, strict=True)]
@@ -472,9 +476,9 @@ def rounding_of_settled_gates(case: Case, dtype: torch.dtype) -> float:
 
     Half types save rounded gates. Where x is the same at every step the gates settle, so each step
     has the same error, at most eps / 2 of a gate. The gradient of an initial state is a product of
-    the gates of all steps.
+    the gates of all steps, so these errors add up; for 32 steps at most, so that zeros would fail.
     """
-    is_half = dtype in (torch.float16, torch.bfloat16)
-    if not is_half or case.layout not in ("same_step", "expanded"):
+    saves = CELLS[case.cell].saved > 0 and dtype in (torch.float16, torch.bfloat16)
+    if not saves or case.layout not in ("same_step", "expanded"):
         return 0.0
-    return case.T * torch.finfo(dtype).eps / 2
+    return min(case.T, 32) * torch.finfo(dtype).eps / 2

@@ -7,8 +7,6 @@ import os
 import platform
 import subprocess
 import sys
-import threading
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -534,12 +532,13 @@ def test_calibration_is_held_back_with_the_kernels():
     commands = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(subprocess, "run", lambda command, **_: commands.append(command) or 1 / 0)
-        for capability in ("avx2", "avx512"):
+        for capability in ("avx2", "avx512", "avx512_amx"):
             with pytest.raises(ZeroDivisionError):
                 roofline.native.__wrapped__(capability)  # not cached
-    by_name = "-march=x86-64-v3" if platform.machine() == "x86_64" else "-march=native"
-    assert by_name in commands[0]
-    assert "-march=native" in commands[1]
+    levels = ("x86-64-v3", "x86-64-v4", "native")
+    for command, level in zip(commands, levels, strict=True):
+        level = level if platform.machine() == "x86_64" else "native"
+        assert f"-march={level}" in command
 
 
 def test_barriers_only_where_threads_outnumber_sequences():
@@ -620,17 +619,30 @@ def test_tiny_case_runs():
 
 def test_pauses_last_until_threads_are_idle():
     """A thread that spins would take time from what is measured next."""
-    code = "import time; end = time.perf_counter() + 0.06\nwhile time.perf_counter() < end: pass"
-    spinning = threading.Thread(target=exec, args=(code,))
+    code = """
+import threading, time
+from benchmarks import timing
+
+def spin():
+    end = time.perf_counter() + 0.06
+    while time.perf_counter() < end:
+        pass
+
+def pause():
     started = time.perf_counter()
-    spinning.start()
     timing.pause()
-    took = time.perf_counter() - started
-    spinning.join()
-    assert took > 0.05
-    started = time.perf_counter()
-    timing.pause()
-    assert time.perf_counter() - started < timing.MOST_PAUSE_SECONDS / 2
+    return time.perf_counter() - started
+
+idle = pause()
+spinning = threading.Thread(target=spin)
+spinning.start()
+print(idle, pause())
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    idle, beside = map(float, done.stdout.split())
+    assert idle < timing.MOST_PAUSE_SECONDS / 2
+    assert beside > 0.05
 
 
 def test_odd_sizes_use_every_size_twice():

@@ -51,7 +51,8 @@ double measured_l3_line(int64_t l2_bytes);
 enum class Packing {
   kNone,  // not packed: cheaper for a handful of uses
   kOnce,  // all panels are packed before the first step
-  kPanelwise,  // each panel is packed just before its only use, in a buffer that stays in cache
+  kPanelwise,  // each panel is packed just before its only use, in a buffer that stays in cache;
+               // or it is read in place
 };
 
 struct Plan {

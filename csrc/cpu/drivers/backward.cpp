@@ -170,7 +170,8 @@ void Backward::through_weights(int64_t step, int64_t panel, int64_t b, int rows,
     hidden_.multiply(panel, rows, depth_, lhs, w_hh_panel(panel), out, hidden_.width(), options);
 }
 
-// With a single step W_hh is used once.
+// Whether a panel of W_hh is read in place, not packed: it may be if W_hh is used once, which is so
+// with a single step.
 bool Backward::reads_in_place(int64_t panel) const {
   return !packs_at_once() && hidden_.reads_in_place(panel, rows_.size());
 }

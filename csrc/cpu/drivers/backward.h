@@ -25,7 +25,7 @@ class Backward {
 
   bool projects() const { return args_.w_hr; }
   bool recomputes() const { return Recompute::wanted(context_, args_); }
-  // If false, each thread packs a panel of W_hh just before its only use.
+  // If false, each thread packs a panel of W_hh just before its only use, or reads it in place.
   bool packs_at_once() const { return plan_.hidden == Packing::kOnce; }
 
   void list_rows(Span steps, int64_t half);

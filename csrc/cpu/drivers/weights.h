@@ -156,7 +156,7 @@ class Columns {
     format_.pack_columns(rows, count, panel * width_, N_, n,
                          at(packed, format_.panel_bytes(n, begin)));
   }
-  // Packs all K rows of a panel; row(k) returns row k.
+  // Packs all K rows of a panel; row(k) returns row k, and is called once for each k, in order.
   template <class F>
   void pack_all(int64_t K, int64_t panel, void* packed, F&& row) const {
     const void* rows[kPackedRows];

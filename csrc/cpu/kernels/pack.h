@@ -83,9 +83,10 @@ void pack_columns(const void* const* rows, int64_t count, int64_t column, int64_
     for (int i = 0; i < Op::kPerWord; ++i)
       from[i] =
           k + i < count && rows[k + i] ? static_cast<const S*>(rows[k + i]) + column : nullptr;
-    if (const void* ahead = rows[smaller(k + kAhead, count - 1)])
-      for (int64_t at = 0; at < vectors * lanes; at += kLine)
-        __builtin_prefetch(static_cast<const S*>(ahead) + column + at);
+    for (int i = 0; i < Op::kPerWord; ++i)
+      if (const void* ahead = rows[smaller(k + i + kAhead, count - 1)])
+        for (int64_t at = 0; at < vectors * lanes; at += kLine)
+          __builtin_prefetch(static_cast<const S*>(ahead) + column + at);
     if (Op::kPerWord == 1 && whole && from[0]) {
       for (int j = 0; j < vectors; ++j, panel += lanes)
         store(panel, Op::load_words(from[0] + j * lanes, lanes));
