@@ -7,19 +7,20 @@ that `calibrate` measures on this machine first:
 
 - Arithmetic: multiply-adds of the products, and gate maths, which is taken to run on the same
   units. (On AMX it may run beside the products, and some units do other operations beside
-  multiply-adds; so this part is an estimate.) The forward has x W_ih and h W_hh for every step (a zero initial state is multiplied too). Training
-  adds d_gates W_hh (for all steps but the first, since the gradient of h0 is not needed),
-  d_gates^T h and d_gates^T x, and with `--input-grad` also d_gates W_ih. The rate of bfloat16 is
-  that of AMX if the CPU has it, else that of dot instructions, if any. The rate of float32 is that
-  of multiply-adds or, if that is higher, a sixth of bfloat16's: a float is the sum of three
-  bfloat16, and six of the nine products affect its last bit. float16 has the rate of float32. Gate
-  maths takes a vector instruction for each operation of the formulas (see `GATE_OPERATIONS`).
+  multiply-adds; so this part is an estimate.) The forward has x W_ih and h W_hh for every step (a
+  zero initial state is multiplied too). Training adds d_gates W_hh (for all steps but the first,
+  since the gradient of h0 is not needed), d_gates^T h and d_gates^T x, and with `--input-grad` also
+  d_gates W_ih. The rate of bfloat16 is that of AMX if the CPU has it, else that of dot
+  instructions, if any. The rate of float32 is that of multiply-adds or, if that is higher, a sixth
+  of bfloat16's: a float is the sum of three bfloat16, and six of the nine products affect its last
+  bit. float16 has the rate of float32. Gate maths takes a vector instruction for each operation of
+  the formulas (see `GATE_OPERATIONS`).
 - Traffic: the bytes that must be moved. W_hh is read in every step of the forward, and again in
   every step of the backward; each byte is read by one core only. W_ih, x, y, saved gates (LSTM: 4
   gates and c; GRU: 3 gates and the recurrent candidate term; Elman: nothing but y), grad_y and
-  gradients move once for each phase that needs them; gate gradients are left out. Data stay in cache from call to call as far as
-  there is room, W_hh first. Each byte costs a read from its level: L1 and L2 of all threads
-  together, one L3, or DRAM. A write costs as much as a read.
+  gradients move once for each phase that needs them; gate gradients are left out. Data stay in
+  cache from call to call as far as there is room, W_hh first. Each byte costs a read from its
+  level: L1 and L2 of all threads together, one L3, or DRAM. A write costs as much as a read.
 
 Packing, waiting and the cost of a call are not included. `synchronised` includes one more cost: if
 there are fewer sequences than threads, each step needs a barrier, because it depends on the hidden
@@ -55,9 +56,9 @@ SOURCE = Path(__file__).with_name("calibration.c")
 GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
 SAVED = {"RNN": 0, "GRU": 4, "LSTM": 5}  # values per unit and step that only the backward reads
 # Vector operations per unit and step of the forward and of the backward, in float32. exp takes 15
-# (range reduction, a polynomial of 6 coefficients, scaling), sigmoid 27 and tanh 34, with a division
-# counted as 8. The LSTM's backward computes tanh(c) again; backwards include the sum of the parts of
-# the gradient of h.
+# (range reduction, a polynomial of 6 coefficients, scaling), sigmoid 27 and tanh 34, with a
+# division counted as 8. The LSTM's backward computes tanh(c) again; backwards include the sum of
+# the parts of the gradient of h.
 GATE_OPERATIONS = {"RNN": (35, 4), "GRU": (93, 17), "LSTM": (156, 55)}
 # What the compiler may use where rnnfast uses less than this machine has.
 ARCHITECTURES = {"portable": "x86-64", "avx2": "x86-64-v3", "avx512": "x86-64-v4"}

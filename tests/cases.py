@@ -200,8 +200,8 @@ def set_gates(case: Case, weights: list[Tensor | None], dtype: torch.dtype) -> N
     assert b_ih is not None, "gates are set by biases"
     H = case.H
     if case.gates == "saturated":
-        # Both signs: some so large that gates are 0 or 1 to the last bit, some moderate. For float64
-        # the others leave bits of 1 - s in float32 too, in which errors are estimated.
+        # Both signs: some so large that gates are 0 or 1 to the last bit, some moderate. For
+        # float64 the others leave bits of 1 - s in float32 too, in which errors are estimated.
         some = 14 if dtype == torch.float64 else 20
         levels = torch.tensor([-60, -some, -4, 0, 0, 0, 4, some, 60], dtype=torch.float64)
         levels = levels.clamp(max=1) if case.cell == "elman_relu" else levels
