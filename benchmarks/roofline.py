@@ -284,8 +284,13 @@ def limit(
         arithmetic.update(of_units)
         traffic.update(moves)
     bound = max(binding, key=binding.__getitem__)
-    return Limit(binding.total(), bound, fma=arithmetic["FMA"], gates=arithmetic["gates"],
-                 traffic=traffic.total())
+    return Limit(
+        binding.total(),
+        bound,
+        fma=arithmetic["FMA"],
+        gates=arithmetic["gates"],
+        traffic=traffic.total(),
+    )
 
 
 def synchronised(case: Case, mode: str, one: Limit, together: Limit, machine: Calibration) -> float:
