@@ -197,8 +197,8 @@ Plan plan_backward(const Sizes& size, const StepShape& step, const Machine& mach
                           double(size.H + size.I) / step.lanes;
   if (plan.threads == 1 && products > kProductsForAllThreads * kRegion)
     plan.threads = machine.threads;
-  // Panels that are used once are packed just before, or not at all (Columns::reads_in_place): those
-  // of W_ih if there is a single block, those of W_hh if there is a single step.
+  // Panels that are used once are packed just before, or not at all (Columns::reads_in_place):
+  // those of W_ih if there is a single block, those of W_hh if there is a single step.
   const int64_t panels = ceil_div(size.I, int64_t(step.vectors) * step.lanes);
   if (plan.block_steps >= size.T && panels >= plan.threads) plan.input = Packing::kPanelwise;
   if (size.T == 1 && !plan.by_rows()) plan.hidden = Packing::kPanelwise;

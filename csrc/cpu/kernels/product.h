@@ -62,7 +62,7 @@ struct TileShape {
   // cycles of its multiply-adds, nearly all that a core that issues four a cycle can do.
   static constexpr int kWords = RNNFAST_REGISTERS == 16 && kVectors == 2 && MR > 3 ? 4 : 1;
   // GCC would read weights from memory for each row, which is better only if registers are full.
-  static constexpr bool kKeepsWeights = MR > 1 && MR * kVectors + kVectors < RNNFAST_REGISTERS;
+  static constexpr bool kKeepsWeights = MR > 1 && (MR + 1) * kVectors < RNNFAST_REGISTERS;
   static constexpr bool kFetches = MR > 2;  // else the tile waits for its own panel anyway
   static_assert(!kHalves || (NR % 2 == 0 && MR * kVectors + 2 <= RNNFAST_REGISTERS));
 };
