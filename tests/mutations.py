@@ -146,6 +146,18 @@ FAULTS = [
     Fault("final h of the other parity", FORWARD,
           "args_.reverse ? args_.size.T : batch_.length(b)", "args_.reverse", "true",
           "lengths of another parity than T"),
+    Fault("wrong distance between rows read in place", "cpu/drivers/weights.h",
+          "options.pitch = N_", "N_", "width_", "one step, gradient of h0 or x, few sequences"),
+    Fault("second half of a tile over the first", "cpu/kernels/product.h",
+          "static_cast<A*>(out) + first * lanes", "first * lanes", "0 * lanes",
+          "AVX2, four sequences or more"),
+    Fault("tiles of a wider panel for a narrow one", PRODUCTS,
+          "columns.tile_rows(group.end - 1) != columns.tile_rows(p)",
+          "columns.tile_rows(group.end - 1) != columns.tile_rows(p)", "false",
+          "AVX2, last panel of three vectors"),
+    Fault("rows of an unpacked product added twice", DOTS,
+          "smaller(first + i, rows - 1) * pitch", "rows - 1", "0 * rows",
+          "weights that are not packed"),
 ]
 # fmt: on
 

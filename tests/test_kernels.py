@@ -71,6 +71,29 @@ def assert_same_bits(
         assert torch.equal(one, other), f"{run}: result {i} is another {when}"
 
 
+def allowed_errors(run: Run) -> list[float]:
+    """The bounds of `error` for outputs and gradients, in the order of `results_of`."""
+    case, dtype = run.case, run.dtype
+    states = CELLS[case.cell].states
+    steps = case.T if case.gates == "remembering" else 1  # states pass through many steps unchanged
+    tolerance = bound(dtype, steps)
+    outputs = [tolerance] * (1 + states + case.cells)
+    # sums over batch and time contain the rounding errors of all gates
+    gradients = [5 * tolerance] * (1 + states + 4 + bool(case.proj))
+    for state in range(1, 1 + states):
+        gradients[state] += rounding_of_settled_gates(case, dtype)
+    return outputs + gradients
+
+
+def test_zeros_would_fail() -> None:
+    """A kernel that returns zeros must not pass, whatever the noise is."""
+    expected = torch.ones(3, 10, dtype=torch.float64)
+    for run in [*COVERING, *EDGES, *LONG, *REMEMBERING, *SPLIT, *GRID]:
+        for allowed in allowed_errors(run):
+            with pytest.raises(AssertionError):
+                assert_close(0 * expected, expected, allowed, run.dtype, 1e9 * expected)
+
+
 def check_run(run: Run, targets: list[str]) -> None:
     """Checks what holds for any call: values, gradients, and variants that give the same bits."""
     case, dtype, wide = run.case, run.dtype, reference.compute_dtype(run.dtype)
@@ -81,27 +104,21 @@ def check_run(run: Run, targets: list[str]) -> None:
     best = [name for name in chosen if name in COMPLETE][-1:]
     values = [*expected.outputs, *expected.grads]
     noises = [None] * len(values) if noise is None else [*noise.outputs, *noise.grads]
-    steps = case.T if case.gates == "remembering" else 1  # states pass through many steps unchanged
-    tolerance, count = bound(dtype, steps), len(expected.outputs)
+    bounds, count = allowed_errors(run), len(expected.outputs)
 
     def check(device: str) -> None:
         inputs, grads = cast(exact_inputs, dtype, device), cast(exact_grads, dtype, device)
         torch.set_num_threads(run.threads if run.is_shared else 1)
         found = results_of(run, inputs, grads)
         for i, (actual, value, noise) in enumerate(zip(found, values, noises, strict=True)):
-            is_output = i < count
             if value is None:
                 assert actual.numel() == 0
                 continue
             assert actual.dtype == (wide if states < i < count else dtype)
-            # sums over batch and time contain the rounding errors of all gates
-            allowed = tolerance if is_output else 5 * tolerance
-            if 1 <= i - count <= states:
-                allowed += rounding_of_settled_gates(case, dtype)
             try:
-                assert_close(actual, value, allowed, dtype, noise)
+                assert_close(actual, value, bounds[i], dtype, noise)
             except AssertionError as failure:
-                name = f"output {i}" if is_output else f"gradient {i - count}"
+                name = f"output {i}" if i < count else f"gradient {i - count}"
                 raise AssertionError(f"{run}: {name}: {failure}") from None
         plain = run_forward(case, inputs, save=False)[: 1 + states]
         assert_same_bits(list(plain), found[: 1 + states], "where nothing is saved", run)
@@ -163,8 +180,12 @@ def test_a_third_of_all_combinations(
     cell: str, shape: tuple[int, ...], targets: list[str], poisoned_memory: None, threads: None
 ) -> None:
     """Another third each day; ``RNNFAST_TEST_SEED`` repeats that of another day."""
-    for run in islice(product_of_all(cell, shape), seed_of_the_day() % 3, None, 3):
-        check_run(run, targets)
+    seed = seed_of_the_day()
+    for run in islice(product_of_all(cell, shape), seed % 3, None, 3):
+        try:
+            check_run(run, targets)
+        except AssertionError as failure:
+            raise AssertionError(f"RNNFAST_TEST_SEED={seed}: {failure}") from None
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)

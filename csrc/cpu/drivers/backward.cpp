@@ -164,10 +164,8 @@ void Backward::through_weights(int64_t step, int64_t panel, int64_t b, int rows,
   const void* lhs[kMaxTileRows];
   for (int i = 0; i < rows; ++i)
     lhs[i] = converted ? converted[b + i] : d_gates_(step, b + i) + context_.element(first);
-  if (reads_in_place(panel))
-    hidden_.multiply_in_place(panel, rows, depth_, lhs, args_.w_hh, out, hidden_.width(), options);
-  else
-    hidden_.multiply(panel, rows, depth_, lhs, w_hh_panel(panel), out, hidden_.width(), options);
+  const char* packed = reads_in_place(panel) ? nullptr : w_hh_panel(panel);
+  hidden_.multiply(panel, rows, depth_, lhs, packed, out, hidden_.width(), options, args_.w_hh);
 }
 
 // Whether a panel of W_hh is read in place, not packed: it may be if W_hh is used once, which is so

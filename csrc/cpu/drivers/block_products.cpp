@@ -103,17 +103,14 @@ void BlockProducts::grad_input(const Block& block, const Team& team) const {
   const TileOptions options{.chain = format.long_chain};
   for (int64_t p = panels.begin; p < panels.end; ++p) {
     char* packed = w_ih_ + (panelwise_ ? team.index() : p) * input_.panel_bytes(depth);
-    const bool in_place = panelwise_ && gates_in_order() && input_.reads_in_place(p, block.count);
-    if (panelwise_ && !in_place) pack_w_ih(p, packed);
+    if (panelwise_ && gates_in_order() && input_.reads_in_place(p, block.count)) packed = nullptr;
+    if (panelwise_ && packed) pack_w_ih(p, packed);
     for_row_tiles(own.size(), input_.tile_rows(p), [&](int64_t r, int n) {
       const int64_t first = own.begin + r;
       const BlockRow* rows = block.rows + first;
       const void* lhs[kMaxTileRows];
       for (int i = 0; i < n; ++i) lhs[i] = lhs_rows_ ? lhs_rows_[first + i] : d_gates_(rows[i]);
-      if (in_place)
-        input_.multiply_in_place(p, n, depth, lhs, args_.w_ih, out.data, input_.width(), options);
-      else
-        input_.multiply(p, n, depth, lhs, packed, out.data, input_.width(), options);
+      input_.multiply(p, n, depth, lhs, packed, out.data, input_.width(), options, args_.w_ih);
       for (int i = 0; i < n; ++i)
         context_.kernels.store(
             target(rows[i].step, rows[i].b) + context_.storage(p * input_.width()),

@@ -167,21 +167,22 @@ class Columns {
     }
   }
 
+  // The rhs is a packed panel or, if `packed` is null, read in place: the contiguous matrix of S.
   void multiply(int64_t panel, int rows, int64_t K, const void* const* lhs, const void* packed,
-                void* out, int64_t stride, const TileOptions& options) const {
-    format_.tiles[vectors(panel) - 1][rows - 1](rows, K, lhs, packed, nullptr, out, stride,
-                                                options);
+                void* out, int64_t stride, TileOptions options,
+                const void* matrix = nullptr) const {
+    TileFunction tile = format_.tiles[vectors(panel) - 1][rows - 1];
+    if (!packed) {
+      tile = format_.in_place[rows - 1];
+      packed = at(matrix, panel * width_ * format_.weight_bytes);
+      options.pitch = N_;
+    }
+    tile(rows, K, lhs, packed, nullptr, out, stride, options);
   }
-  // Whether a panel of a contiguous rhs of S that is used once is faster read in place than packed:
-  // if one tile has all rows. Results have the same bits.
+  // Whether a panel that is used once is faster read in place than packed: if one tile has all
+  // rows. Results have the same bits.
   bool reads_in_place(int64_t panel, int64_t rows) const {
     return format_.in_place[0] && columns(panel) == width_ && rows <= tile_rows(panel);
-  }
-  void multiply_in_place(int64_t panel, int rows, int64_t K, const void* const* lhs,
-                         const void* matrix, void* out, int64_t stride, TileOptions options) const {
-    options.pitch = N_;
-    const auto first = at(matrix, panel * width_ * format_.weight_bytes);
-    format_.in_place[rows - 1](rows, K, lhs, first, nullptr, out, stride, options);
   }
 
  private:

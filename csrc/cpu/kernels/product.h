@@ -126,8 +126,8 @@ void tile(int, int64_t K, const void* const* lhs, const void* packed, const void
       int64_t k = begin;
       if constexpr (kWords > 1) {
         for (; k + kWords <= end; k += kWords, panel += kWords * pitch) {
-          prefetcher.fetch();
-          prefetcher.fetch();
+#pragma GCC unroll 4
+          for (int i = 0; i < kWords * kVectors / NR; ++i) prefetcher.fetch();
 #pragma GCC unroll 4
           for (int word = 0; word < kWords; ++word)
             add_word<Op, Shape>(sum, row, k + word, panel + word * pitch);
