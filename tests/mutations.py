@@ -155,9 +155,6 @@ FAULTS = [
           "columns.tile_rows(group.end - 1) != columns.tile_rows(p)",
           "columns.tile_rows(group.end - 1) != columns.tile_rows(p)", "false",
           "AVX2, last panel of three vectors"),
-    Fault("rows of an unpacked product added twice", DOTS,
-          "smaller(first + i, rows - 1) * pitch", "rows - 1", "0 * rows",
-          "weights that are not packed"),
 ]
 # fmt: on
 
