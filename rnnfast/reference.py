@@ -195,7 +195,7 @@ def layer(cell: Cell, inputs: LayerInputs) -> LayerOutputs:
             before = tuple(state.masked_fill(cut.unsqueeze(1), 0) for state in current)
         h, *others = cell.step(gates_x[t], F.linear(before[0], w_hh, b_hh), *before)
         h = h if w_hr is None else F.linear(h, w_hr.to(wide))
-        following = (h.to(dtype).to(wide), *others)
+        following = (_rounded(h, dtype), *others)
         if lengths is None:
             current = outputs = following
         else:
@@ -214,6 +214,18 @@ def layer(cell: Cell, inputs: LayerInputs) -> LayerOutputs:
     finals = tuple(state.to(dtype) for state in current)
     c = in_time(cells, current[1]) if cell.states > 1 else None
     return LayerOutputs(in_time(y, finals[0]), finals, c)
+
+
+def _rounded(h: Tensor, dtype: torch.dtype) -> Tensor:
+    """The values of ``h`` rounded to ``dtype``. Its gradient is not rounded.
+
+    The gradient of a conversion is rounded to ``dtype`` too. Over many steps these errors add up.
+    """
+    if h.dtype is dtype:
+        return h
+    rounded = h.to(dtype).to(h.dtype)
+    # the difference of two infinities is NaN
+    return h + torch.where(h == rounded, 0, rounded - h).detach()
 
 
 def _packed_layer(cell: Cell, inputs: LayerInputs) -> LayerOutputs:

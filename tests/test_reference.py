@@ -23,6 +23,7 @@ from covering import covering
 from runs import allowed, run_of
 from torch.nn.utils.rnn import PackedSequence
 
+from rnnfast import reference
 from rnnfast.reference import CELLS
 
 DIMENSIONS = {
@@ -132,3 +133,32 @@ def test_cells_are_torch_nns() -> None:
     module, hx = torch_module(case, inputs), tuple(t.unsqueeze(0) for t in inputs[1:3])
     for t in range(case.T):
         assert error(module(inputs[0][: t + 1], hx)[1][1][0], cells[t]) < bound(torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_rounding_of_h(dtype: torch.dtype) -> None:
+    """h is rounded to half types as by a conversion, and its gradient not at all."""
+    special = [0.0, 1e-9, 1e-40, 1.001, 65520.0, 3.4e38, float("inf"), float("nan")]
+    h = torch.cat([torch.randn(100), torch.tensor(special)])
+    h = torch.cat([h, -h]).requires_grad_()
+    rounded = reference._rounded(h, dtype)
+    torch.testing.assert_close(rounded, h.to(dtype).float(), rtol=0, atol=0, equal_nan=True)
+    factors = torch.randn_like(h)
+    (found,) = torch.autograd.grad(rounded, h, factors)
+    assert torch.equal(found, factors)
+
+
+def test_gradients_through_many_rounded_steps() -> None:
+    """The gradient of the initial state is what the chain rule gives for the rounded values.
+
+    A few active units of relu decide it. Rounded at every step it would be off by several eps.
+    """
+    case = Case("elman_relu", 51, 6, 104, 6, bias=False)
+    inputs = sample_inputs(case, torch.bfloat16)
+    grads = sample_grads(case, torch.bfloat16, grads="finals")
+    results = oracle(case, inputs, grads, torch.bfloat16)
+    grad, w_hh = grads[1], inputs[3]
+    for step in results.outputs[0].flip(0):
+        grad = (grad * (step > 0)) @ w_hh
+    assert grad.abs().max() > 0
+    assert error(results.grads[1], grad) <= torch.finfo(torch.bfloat16).eps / 2
