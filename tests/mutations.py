@@ -147,7 +147,7 @@ FAULTS = [
           "args_.reverse ? args_.size.T : batch_.length(b)", "args_.reverse", "true",
           "lengths of another parity than T"),
     Fault("wrong distance between rows read in place", "cpu/drivers/weights.h",
-          "options.pitch = N_", "N_", "width_", "one step, gradient of h0 or x, few sequences"),
+          ".pitch = N_}", "N_", "width_", "one step, gradient of h0 or x, few sequences"),
     Fault("second half of a tile over the first", "cpu/kernels/product.h",
           "static_cast<A*>(out) + first * lanes", "first * lanes", "0 * lanes",
           "AVX2, four sequences or more"),
@@ -155,6 +155,10 @@ FAULTS = [
           "columns.tile_rows(group.end - 1) != columns.tile_rows(p)",
           "columns.tile_rows(group.end - 1) != columns.tile_rows(p)", "false",
           "AVX2, last panel of three vectors"),
+    Fault("last chain of a sum read in place alone", "cpu/drivers/weights.h",
+          ".add = k > 0", "k > 0", "false", "one step, gradient of h0 or x, long sums"),
+    Fault("first gates of a row for every chain read in place", "cpu/drivers/weights.h",
+          "at(lhs[first + i], k * word)", "k * word", "0", "one step, gradient of h0 or x"),
 ]
 # fmt: on
 

@@ -38,6 +38,8 @@ struct TileOptions {
   bool add = false;  // whether to add to `out`
   const void* prefetch = nullptr;  // memory to prefetch into L2 meanwhile, or null
   int64_t prefetch_bytes = 0;
+  int64_t prefetch_pitch = 0;  // if not 0: prefetches a line in each row of a matrix, whose rows
+                               // are so many bytes apart
   int64_t pitch = 0;  // for WeightFormat::in_place: elements between rows of the matrix
   Deferred* deferred = nullptr;
 };

@@ -83,6 +83,10 @@ inline constexpr int64_t kStackBlocks = 8;
 
 // ---- products ----
 
+// The most rows of a product that reads weights in place rather than packing them for one use. It
+// waits for their lines in the first of its tiles, as packing does, and does not write them.
+inline constexpr int64_t kInPlaceRows = 32;
+
 // The longest chain of additions, in words of K. Longer sums are cut into several chains, since one
 // chain would lose more bits than torch's products do. kChain is for products with weights,
 // kLongChain for those that sum over many rows.

@@ -30,6 +30,7 @@ namespace {
 
 namespace py = pybind11;
 using at::Tensor;
+using Tensors = c10::SmallVector<Tensor, 8>;  // allocates no memory for a layer
 
 at::Tensor empty(at::IntArrayRef shape, const Tensor& like) {
   return new_on_cpu(shape, like.scalar_type());
@@ -90,8 +91,8 @@ bool unpack(py::handle object, Tensor& tensor) {
 struct Call {
   const CellInfo& cell;
   Tensor x;  // (T, B, I), or packed (N, I)
-  std::vector<Tensor> states;   // (L*D, B, H) each; (B, H) for a cell module
-  std::vector<Tensor> weights;  // per layer and direction: w_ih, w_hh[, b_ih, b_hh][, w_hr]
+  Tensors states;   // (L*D, B, H) each; (B, H) for a cell module
+  Tensors weights;  // per layer and direction: w_ih, w_hh[, b_ih, b_hh][, w_hr]
   bool step;  // a call of a cell module: states have no dimension of layers
   int64_t layers, directions;
   bool biases, projects;
@@ -331,7 +332,7 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
 
 // Runs all layers and directions. Returns the output, and appends the final states (L*D, B, H) to
 // `finals`.
-Tensor run(const Call& call, std::vector<Tensor>& finals) {
+Tensor run(const Call& call, Tensors& finals) {
   RECORD_FUNCTION(call.cell.name, std::vector<c10::IValue>());
   const bool record = needs_grad(call);
   const int64_t count = call.count();
@@ -342,7 +343,7 @@ Tensor run(const Call& call, std::vector<Tensor>& finals) {
     if (!given) return k == 0 ? no_h : no_c;
     return (count == 1 ? call.states[k] : call.states[k].select(0, i)).contiguous();
   };
-  std::vector<Tensor> h_n, c_n;
+  Tensors h_n, c_n;
   Tensor x = last_stride_one(call.x);
   // The number of layers or directions that are passed to the kernels together: both directions of
   // a layer, or as many layers of a stack as there are threads. The limit saves memory, since the
@@ -383,7 +384,7 @@ Tensor run(const Call& call, std::vector<Tensor>& finals) {
     x = call.directions == 1 ? layers.back().out.y
                              : at::cat({layers[0].out.y, layers[1].out.y}, -1);
   }
-  const auto join = [&](const std::vector<Tensor>& states) {
+  const auto join = [&](const Tensors& states) {
     return count == 1 ? states[0] : at::stack(states);
   };
   finals.push_back(join(h_n));
@@ -413,7 +414,7 @@ bool collect(Call& call, py::handle hx, const py::list& weights) {
   return true;
 }
 
-py::object pack(const Tensor& first, const std::vector<Tensor>& states) {
+py::object pack(const Tensor& first, const Tensors& states) {
   if (states.size() == 1) return py::make_tuple(first, states[0]);
   return py::make_tuple(first, py::make_tuple(states[0], states[1]));
 }
@@ -459,7 +460,7 @@ py::object run_layers(int cell, py::handle input, py::handle hx, const py::list&
       .reset = all_resets.defined() ? all_resets.contiguous() : Tensor(),
   };
   if (!collect(call, hx, weights) || !fits(call)) return py::none();
-  std::vector<Tensor> finals;
+  Tensors finals;
   Tensor y;
   {
     const py::gil_scoped_release release;
@@ -491,7 +492,7 @@ py::object run_step(int cell, py::handle input, py::handle hx, const py::list& w
       .reset = {},
   };
   if (!collect(call, hx, weights) || !fits(call)) return py::none();
-  std::vector<Tensor> finals;
+  Tensors finals;
   {
     const py::gil_scoped_release release;
     run(call, finals);

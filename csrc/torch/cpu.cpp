@@ -1,4 +1,5 @@
 // Runs the ops on the CPU: plans the work, allocates workspaces and calls the engine.
+#include <c10/util/SmallVector.h>
 #include <unistd.h>
 
 #include <vector>
@@ -148,7 +149,7 @@ void CpuDevice::forward(const CellInfo& cell, std::span<LayerForward> layers, bo
     const bool waiting = stacked && group.size() > 1;
     const int64_t max_steps = waiting ? ceil_div(size.T, cpu::kStackBlocks) : size.T;
     std::vector<cpu::ForwardJob> jobs(group.size());
-    std::vector<at::Tensor> memory;
+    c10::SmallVector<c10::DataPtr, 2> memory;
     for (size_t i = 0; i < group.size(); ++i) {
       auto& [in, out] = group[i];
       if (!planner.engine.takes_strides()) in.x = in.x.contiguous();
@@ -158,7 +159,7 @@ void CpuDevice::forward(const CellInfo& cell, std::span<LayerForward> layers, bo
       job.plan = planned.plan;
       job.args.ragged = arrange(in, job.plan, job.arrangement);
       memory.push_back(new_workspace(planned.workspace));
-      job.workspace = memory.back().data_ptr();
+      job.workspace = memory.back().get();
       if (waiting && i > 0) job.upstream = &jobs[i - 1].progress;
     }
     planner.engine.forward(planner.kind, jobs);
@@ -172,7 +173,7 @@ void CpuDevice::backward(const CellInfo& cell, std::span<LayerBackward> layers) 
     const auto group = layers.subspan(begin, std::min(size_t(count), layers.size() - begin));
     const int threads = planner.machine.threads / int(group.size());
     std::vector<cpu::BackwardJob> jobs(group.size());
-    std::vector<at::Tensor> memory;
+    c10::SmallVector<c10::DataPtr, 2> memory;
     for (size_t i = 0; i < group.size(); ++i) {
       auto& [grad_out, in, out, grads] = group[i];
       check_gates(cell, out, planner.engine.is_complete());
@@ -186,7 +187,7 @@ void CpuDevice::backward(const CellInfo& cell, std::span<LayerBackward> layers) 
       job.plan = planned.plan;
       job.args.ragged = arrange(in, job.plan, job.arrangement);
       memory.push_back(new_workspace(planned.workspace));
-      job.workspace = memory.back().data_ptr();
+      job.workspace = memory.back().get();
     }
     planner.engine.backward(planner.kind, jobs);
   }

@@ -3,7 +3,6 @@
 #include <ATen/Context.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/ops/empty.h>
-#include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
 #include <pthread.h>
 #include <sys/mman.h>
@@ -11,6 +10,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <map>
 #include <mutex>
 #include <unordered_map>
@@ -149,15 +149,43 @@ class PoolAllocator final : public c10::Allocator {
 };
 
 template <bool kWorkspace>
-at::Tensor pooled(at::IntArrayRef shape, at::ScalarType type) {
-  static auto& allocator = *new PoolAllocator<kWorkspace>();
-  at::Tensor result = at::detail::empty_generic(
-      shape, &allocator, c10::DispatchKeySet(c10::DispatchKey::CPU), type, std::nullopt);
+PoolAllocator<kWorkspace>& allocator() {
+  static auto& one = *new PoolAllocator<kWorkspace>();
+  return one;
+}
+
+// Whether the user wants new memory to be filled, see
+// torch.utils.deterministic.fill_uninitialized_memory.
+bool fills_new_memory() {
   const at::Context& context = at::globalContext();
-  if (context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory())
-    at::isFloatingType(type) ? result.fill_(NAN) : result.fill_(255);
+  return context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory();
+}
+
+at::Tensor pooled(at::IntArrayRef shape, at::ScalarType type) {
+  at::Tensor result = at::detail::empty_generic(
+      shape, &allocator<false>(), c10::DispatchKeySet(c10::DispatchKey::CPU), type, std::nullopt);
+  if (fills_new_memory()) at::isFloatingType(type) ? result.fill_(NAN) : result.fill_(255);
   return result;
 }
+
+// Memory for the small workspaces of a thread. Allocating it afresh would take a tenth of the time
+// of a small step.
+class SmallWorkspace {
+ public:
+  ~SmallWorkspace() { std::free(data_); }
+  // Returns null if it is in use.
+  void* take() {
+    if (in_use_) return nullptr;
+    if (!data_) data_ = std::aligned_alloc(kLine, kLeast);
+    in_use_ = data_ != nullptr;
+    return data_;
+  }
+  void give_back() { in_use_ = false; }
+
+ private:
+  void* data_ = nullptr;
+  bool in_use_ = false;
+};
 
 bool is_large(at::IntArrayRef shape, at::ScalarType type) {
   return at::detail::computeStorageNbytesContiguous(shape, c10::elementSize(type)) >= kLeast;
@@ -166,19 +194,25 @@ bool is_large(at::IntArrayRef shape, at::ScalarType type) {
 }  // namespace
 
 at::Tensor new_on_cpu(at::IntArrayRef shape, at::ScalarType type) {
-  return is_large(shape, type) ? pooled<false>(shape, type) : at::detail::empty_cpu(shape, type);
+  return is_large(shape, type) ? pooled(shape, type) : at::detail::empty_cpu(shape, type);
 }
 
 at::Tensor new_tensor(at::IntArrayRef shape, const at::TensorOptions& options) {
   const auto type = c10::typeMetaToScalarType(options.dtype());
-  return options.device().is_cpu() && is_large(shape, type) ? pooled<false>(shape, type)
+  return options.device().is_cpu() && is_large(shape, type) ? pooled(shape, type)
                                                             : at::empty(shape, options);
 }
 
-at::Tensor new_workspace(size_t bytes) {
-  const int64_t count = int64_t(bytes);
-  return bytes >= kLeast ? pooled<true>({count}, at::kByte)
-                         : at::empty({count}, at::TensorOptions().dtype(at::kByte));
+c10::DataPtr new_workspace(size_t bytes) {
+  thread_local SmallWorkspace small;
+  void* data = bytes < kLeast ? small.take() : nullptr;
+  c10::DataPtr workspace =
+      data ? c10::DataPtr(
+                 data, &small, [](void* one) { static_cast<SmallWorkspace*>(one)->give_back(); },
+                 c10::Device(c10::kCPU))
+           : allocator<true>().allocate(bytes);
+  if (fills_new_memory()) std::memset(workspace.get(), 255, bytes);
+  return workspace;
 }
 
 size_t release_memory() { return pool().release(); }

@@ -155,23 +155,20 @@ void Backward::load_state(Span rows) {
   }
 }
 
+// The gate gradients of a step and a row, as an lhs row of the product with W_hh.
+const void* Backward::weights_lhs(int64_t step, int64_t b) const {
+  if (const Rows& converted = lhs_[step & 1]) return converted[b];
+  const int64_t first = (context_.cell.grad_blocks - context_.cell.gates) * args_.size.H;
+  return d_gates_(step, b) + context_.element(first);
+}
+
 // The gradient of the state before `step` that passes through W_hh, for the rows of a tile and one
 // panel of columns. Steps count in the order of the backward.
 void Backward::through_weights(int64_t step, int64_t panel, int64_t b, int rows, char* out,
                                const TileOptions& options) const {
-  const int64_t first = (context_.cell.grad_blocks - context_.cell.gates) * args_.size.H;
-  const Rows& converted = lhs_[step & 1];
   const void* lhs[kMaxTileRows];
-  for (int i = 0; i < rows; ++i)
-    lhs[i] = converted ? converted[b + i] : d_gates_(step, b + i) + context_.element(first);
-  const char* packed = reads_in_place(panel) ? nullptr : w_hh_panel(panel);
-  hidden_.multiply(panel, rows, depth_, lhs, packed, out, hidden_.width(), options, args_.w_hh);
-}
-
-// Whether a panel of W_hh is read in place, not packed: it may be if W_hh is used once, which is so
-// with a single step.
-bool Backward::reads_in_place(int64_t panel) const {
-  return !packs_at_once() && hidden_.reads_in_place(panel, rows_.size());
+  for (int i = 0; i < rows; ++i) lhs[i] = weights_lhs(step, b + i);
+  hidden_.multiply(panel, rows, depth_, lhs, w_hh_panel(panel), out, hidden_.width(), options);
 }
 
 // Sets up the rows `now` that are active at a step for the cell's backward. Rows from `both` on
@@ -347,22 +344,35 @@ void Backward::through_projection(int64_t step, Span rows) {
 void Backward::finish(int64_t step, Span rows) const {
   if (rows.size() <= 0) return;
   const int64_t H = args_.size.H, P = args_.h_size, width = hidden_.width();
-  TileBuffer d_h;
   const TileOptions options{.chain = hidden_.format().chain};
+  const bool uses_once = step > 0 && !packs_at_once();
   for (int64_t p = panels_.begin; args_.grad_h0 && p < panels_.end; ++p) {
-    if (step > 0 && !packs_at_once() && !reads_in_place(p)) pack_w_hh(p);
-    for_row_tiles(rows.size(), hidden_.tile_rows(p), [&](int64_t r, int n) {
-      const int64_t first = rows.begin + r;
-      if (step > 0) through_weights(step - 1, p, first, n, d_h.data, options);
-      for (int i = 0; i < n; ++i) {
+    // d_h: what passes through W_hh, for n rows from `first` on
+    const auto store = [&](int64_t first, int64_t n, const char* d_h) {
+      for (int64_t i = 0; i < n; ++i) {
         const int64_t b = first + i;
         const bool weights = step > 0 && !history_.cut(step - 1, b);
         const bool rest = step == 0 || context_.cell.direct;
         context_.kernels.store_sum(
             at(args_.grad_h0, context_.storage(history_.batch.place(b) * P + p * width)),
-            weights ? d_h.data + context_.compute(i * width) : nullptr,
+            weights ? d_h + context_.compute(i * width) : nullptr,
             rest ? d_h_[b] + context_.compute(p * width) : nullptr, hidden_.columns(p));
       }
+    };
+    if (uses_once && hidden_.reads_in_place(p, rows.size())) {
+      InPlaceBuffer buffer;
+      for (int64_t i = 0; i < rows.size(); ++i)
+        buffer.lhs[i] = weights_lhs(step - 1, rows.begin + i);
+      hidden_.multiply_in_place(p, rows.size(), depth_, buffer.lhs, args_.w_hh, buffer.data,
+                                options.chain);
+      store(rows.begin, rows.size(), buffer.data);
+      continue;
+    }
+    if (uses_once) pack_w_hh(p);
+    for_row_tiles(rows.size(), hidden_.tile_rows(p), [&](int64_t r, int n) {
+      TileBuffer d_h;
+      if (step > 0) through_weights(step - 1, p, rows.begin + r, n, d_h.data, options);
+      store(rows.begin + r, n, d_h.data);
     });
   }
   const int64_t first = unit_panels_.begin * units_.width();

@@ -32,11 +32,11 @@ class Backward {
   const void* gates(int64_t step, int64_t b) const;
   char* w_hh_panel(int64_t panel) const;
   void pack_w_hh(int64_t panel) const;
-  bool reads_in_place(int64_t panel) const;
   void pack(const Team& team);
   void load_state(Span rows);
   void set_rows(int64_t step, Span now, int64_t both);
   void step_back(int64_t step, const Team& team);
+  const void* weights_lhs(int64_t step, int64_t b) const;
   void through_weights(int64_t step, int64_t panel, int64_t b, int rows, char* out,
                        const TileOptions& options) const;
   void through_projection(int64_t step, Span rows);

@@ -99,22 +99,34 @@ void BlockProducts::grad_input(const Block& block, const Team& team) const {
       format.load_lhs(lhs_rows_[r], d_gates_(block.rows[r]), depth);
     if (panelwise_) team.barrier();
   }
-  TileBuffer out;
   const TileOptions options{.chain = format.long_chain};
+  const auto lhs_row = [&](int64_t r) -> const void* {
+    return lhs_rows_ ? lhs_rows_[r] : d_gates_(block.rows[r]);
+  };
   for (int64_t p = panels.begin; p < panels.end; ++p) {
-    char* packed = w_ih_ + (panelwise_ ? team.index() : p) * input_.panel_bytes(depth);
-    if (panelwise_ && gates_in_order() && input_.reads_in_place(p, block.count)) packed = nullptr;
-    if (panelwise_ && packed) pack_w_ih(p, packed);
-    for_row_tiles(own.size(), input_.tile_rows(p), [&](int64_t r, int n) {
-      const int64_t first = own.begin + r;
+    const auto store = [&](int64_t first, int64_t n, const char* d_x) {
       const BlockRow* rows = block.rows + first;
-      const void* lhs[kMaxTileRows];
-      for (int i = 0; i < n; ++i) lhs[i] = lhs_rows_ ? lhs_rows_[first + i] : d_gates_(rows[i]);
-      input_.multiply(p, n, depth, lhs, packed, out.data, input_.width(), options, args_.w_ih);
-      for (int i = 0; i < n; ++i)
+      for (int64_t i = 0; i < n; ++i)
         context_.kernels.store(
             target(rows[i].step, rows[i].b) + context_.storage(p * input_.width()),
-            out.data + context_.compute(i * input_.width()), input_.columns(p));
+            d_x + context_.compute(i * input_.width()), input_.columns(p));
+    };
+    if (panelwise_ && gates_in_order() && input_.reads_in_place(p, block.count)) {
+      InPlaceBuffer buffer;
+      for (int64_t r = 0; r < block.count; ++r) buffer.lhs[r] = lhs_row(r);
+      input_.multiply_in_place(p, block.count, depth, buffer.lhs, args_.w_ih, buffer.data,
+                               options.chain);
+      store(0, block.count, buffer.data);
+      continue;
+    }
+    char* packed = w_ih_ + (panelwise_ ? team.index() : p) * input_.panel_bytes(depth);
+    if (panelwise_) pack_w_ih(p, packed);
+    for_row_tiles(own.size(), input_.tile_rows(p), [&](int64_t r, int n) {
+      TileBuffer d_x;
+      const void* lhs[kMaxTileRows];
+      for (int i = 0; i < n; ++i) lhs[i] = lhs_row(own.begin + r + i);
+      input_.multiply(p, n, depth, lhs, packed, d_x.data, input_.width(), options);
+      store(own.begin + r, n, d_x.data);
     });
   }
   if (!history_.batch.is_ragged() || history_.batch.is_packed()) return;

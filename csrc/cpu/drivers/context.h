@@ -60,6 +60,12 @@ inline int64_t count_tiles(int64_t rows, int tile_rows) {
   return rows <= tile_rows ? (rows > 0) : ceil_div(rows, tile_rows);
 }
 
+// Room for the results of a product that reads weights in place, and pointers to its lhs rows.
+struct InPlaceBuffer {
+  alignas(64) char data[kInPlaceRows * kMaxTileVectors * 64];
+  const void* lhs[kInPlaceRows];
+};
+
 // Calls f(first row, number of rows) for tiles of nearly equal height.
 template <class F>
 inline void for_row_tiles(int64_t rows, int tile_rows, F&& f) {

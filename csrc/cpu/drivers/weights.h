@@ -167,22 +167,41 @@ class Columns {
     }
   }
 
-  // The rhs is a packed panel or, if `packed` is null, read in place: the contiguous matrix of S.
+  // out = the product of a tile of rows with a packed panel; see TileFunction.
   void multiply(int64_t panel, int rows, int64_t K, const void* const* lhs, const void* packed,
-                void* out, int64_t stride, TileOptions options,
-                const void* matrix = nullptr) const {
-    TileFunction tile = format_.tiles[vectors(panel) - 1][rows - 1];
-    if (!packed) {
-      tile = format_.in_place[rows - 1];
-      packed = at(matrix, panel * width_ * format_.weight_bytes);
-      options.pitch = N_;
-    }
-    tile(rows, K, lhs, packed, nullptr, out, stride, options);
+                void* out, int64_t stride, const TileOptions& options) const {
+    format_.tiles[vectors(panel) - 1][rows - 1](rows, K, lhs, packed, nullptr, out, stride,
+                                                options);
   }
-  // Whether a panel that is used once is faster read in place than packed: if one tile has all
-  // rows. Results have the same bits.
+  // Whether a panel that is used once is faster read in place than packed.
   bool reads_in_place(int64_t panel, int64_t rows) const {
-    return format_.in_place[0] && columns(panel) == width_ && rows <= tile_rows(panel);
+    return format_.in_place[0] && columns(panel) == width_ && rows <= kInPlaceRows;
+  }
+  // out (rows, width) = the product of up to kInPlaceRows rows with a panel of `matrix`, contiguous
+  // rows of S. Each chain of the sum is computed for all rows while its part of the panel is in L1.
+  // Results have the bits of `multiply`.
+  void multiply_in_place(int64_t panel, int64_t rows, int64_t K, const void* const* lhs,
+                         const void* matrix, void* out, int64_t chain) const {
+    const int64_t word = format_.weight_bytes, row_bytes = N_ * word;
+    const char* part = at(matrix, panel * width_ * word);
+    const char* next_panel = panel + 1 < count_ ? at(part, width_ * word) : nullptr;
+    for (int64_t k = 0; k < K; k += chain) {
+      const int64_t depth = std::min(chain, K - k);
+      const char* next = k + depth < K ? at(part, depth * row_bytes) : next_panel;
+      TileOptions options{.chain = chain, .add = k > 0, .pitch = N_};
+      // Each tile prefetches one of the lines that the next part has in a row of the matrix.
+      const char* end = next ? at(next, width_ * word) : nullptr;
+      for_row_tiles(rows, tile_rows(panel), [&](int64_t first, int count) {
+        const void* from[kMaxTileRows];
+        for (int i = 0; i < count; ++i) from[i] = at(lhs[first + i], k * word);
+        options.prefetch = next < end ? next : nullptr;
+        options.prefetch_pitch = options.prefetch ? row_bytes : 0;
+        next = options.prefetch ? at(next, kLineBytes) : nullptr;
+        format_.in_place[count - 1](count, depth, from, part, nullptr,
+                                    at(out, first * width_ * word), width_, options);
+      });
+      part = at(part, depth * row_bytes);
+    }
   }
 
  private:

@@ -73,7 +73,9 @@ class Prefetcher {
  public:
   RNNFAST_INLINE Prefetcher(const TileOptions& options, int64_t calls, const void* harmless)
       : next_(static_cast<const char*>(options.prefetch ? options.prefetch : harmless)),
-        step_(calls > 0 ? smaller(kLineBytes, (options.prefetch_bytes + calls - 1) / calls) : 0) {}
+        step_(options.prefetch_pitch > 0 ? options.prefetch_pitch
+              : calls > 0 ? smaller(kLineBytes, (options.prefetch_bytes + calls - 1) / calls)
+                          : 0) {}
   RNNFAST_INLINE void fetch() {
     __builtin_prefetch(next_, 0, 2);
     next_ += step_;
