@@ -220,6 +220,38 @@ def models() -> str:
     return by_threads(load("models"), ["model", "module", "T, B, I, H"], describe)
 
 
+def models_in_short() -> str:
+    """Models with one column for each mode, with as many threads as were used at most."""
+    report = load("models")
+    threads = max(row["threads"] for row in report["rows"])
+    rows = [row for row in report["rows"] if row["threads"] == threads]
+    found: dict[tuple[str, str], dict[str, list[str]]] = {}
+    for row in rows:
+        case = f"{row['name']}, {row['part']}", describe_layers(row)
+        entries = found.setdefault(case, {}).setdefault(row["mode"], [])
+        if "ratio_min" in row:
+            entries.append(ratio_and_verdict(row))
+    lines = [
+        [*case, *(" / ".join(by_mode[mode]) for mode in MODES)] for case, by_mode in found.items()
+    ]
+    return f"{table(['model', 'module', *MODES], lines)}\n\n{source(report)}"
+
+
+def programs() -> str:
+    report = load("programs")
+    lines = [
+        [
+            row["program"],
+            str(row["threads"]),
+            ratio_and_verdict(row),
+            f"{row['share']:.0%}" if "share" in row else "",
+        ]
+        for row in report["rows"]
+    ]
+    head = ["program", "threads", "torch.nn's time / rnnfast's", "share of cells"]
+    return f"{source(report)}\n\n{table(head, lines)}"
+
+
 def cells(name: str = "cells") -> str:
     def describe(row: Row) -> tuple[str, ...]:
         return row["cell"], "{B}, {I}, {H}".format(**row)
@@ -283,6 +315,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "machines": machine_tables,
     "bfloat16": half,
     "models": models,
+    "models-in-short": models_in_short,
+    "programs": programs,
     "cells": cells,
     "cells-avx2": lambda: cells("cells-avx2"),
     "odd": odd,

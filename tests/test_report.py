@@ -28,7 +28,7 @@ def test_a_changed_figure_is_noticed(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "DOCUMENTS", (path,))
     assert report.stale() == []
     text = path.read_text()
-    begin, end = re.search(r"<!-- report: summary -->.*?<!-- end -->", text, re.S).span()
+    begin, end = re.search(r"<!-- report: models-in-short -->.*?<!-- end -->", text, re.S).span()
     changed = re.sub(r"\d\.\d\d", "9.99", text[begin:end], count=1)
     path.write_text(text[:begin] + changed + text[end:])
     assert report.stale() == ["README.md"]
