@@ -9,8 +9,8 @@ vad     A voice activity detector as Silero VAD 5: 100 chunks of 32 ms of sound,
         without gradients.
 
 Outputs and gradients are compared first. Then both are timed in turn, in several new processes. A
-ratio is the time with torch.nn's cells divided by the time with rnnfast's. The share is the part of
-the time that the model with rnnfast's cells spends in them.
+ratio is the time with torch.nn's cells divided by the time with rnnfast's. For programs without
+gradients, the share is the part of the time that the model with rnnfast's cells spends in them.
 """
 
 import argparse
@@ -286,7 +286,9 @@ def main(argv: list[str] | None = None) -> None:
             flush=True,
         )
     if args.json:
-        command = "python -m benchmarks.programs " + " ".join(argv or sys.argv[1:])
+        command = "python -m benchmarks.programs " + " ".join(
+            sys.argv[1:] if argv is None else argv
+        )
         where = machine.describe("cpu") | {"threads": max(args.threads)}
         content = {"machine": where, "command": command, "rows": rows}
         args.json.write_text(json.dumps(content, indent=1) + "\n")

@@ -221,18 +221,22 @@ def models() -> str:
 
 
 def models_in_short() -> str:
-    """Models with one column for each mode, with as many threads as were used at most."""
+    """Inference over torch.nn / ONNX Runtime and training over torch.nn, with most threads."""
     report = load("models")
     threads = max(row["threads"] for row in report["rows"])
     rows = [row for row in report["rows"] if row["threads"] == threads]
-    found: dict[tuple[str, str], dict[str, list[str]]] = {}
+    found: dict[tuple[str, str], dict[tuple[str, str], str]] = {}
     for row in rows:
         case = f"{row['name']}, {row['part']}", describe_layers(row)
-        entries = found.setdefault(case, {}).setdefault(row["mode"], [])
-        if "ratio_min" in row:
-            entries.append(ratio_and_verdict(row))
+        entry = ratio_and_verdict(row) if "ratio_min" in row else "-"
+        found.setdefault(case, {})[row["mode"], row["peer"]] = entry
     lines = [
-        [*case, *(" / ".join(by_mode[mode]) for mode in MODES)] for case, by_mode in found.items()
+        [
+            *case,
+            f"{entries['inference', 'torch']} / {entries['inference', 'onnxruntime']}",
+            entries["training", "torch"],
+        ]
+        for case, entries in found.items()
     ]
     return f"{table(['model', 'module', *MODES], lines)}\n\n{source(report)}"
 

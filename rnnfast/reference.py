@@ -217,7 +217,7 @@ def layer(cell: Cell, inputs: LayerInputs) -> LayerOutputs:
 
 
 def _rounded(h: Tensor, dtype: torch.dtype) -> Tensor:
-    """The values of ``h`` rounded to ``dtype``. Its gradient is not rounded.
+    """The values of ``h`` rounded to ``dtype``, up to the sign of zeros. Its gradient is kept.
 
     The gradient of a conversion is rounded to ``dtype`` too. Over many steps these errors add up.
     """

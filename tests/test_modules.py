@@ -556,3 +556,18 @@ def test_input_gradient_where_only_one_direction_has_any() -> None:
             node.register_prehook(lambda grads: (grads[0], grads[1], None, None))
         found.append(torch.autograd.grad(y.sum(), x, create_graph=create_graph)[0])
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("B", [1, 3, 32, 33])
+@modes
+@backends
+def test_cells_without_units(backend, mode, B):
+    """A cell with hidden_size 0 puts out nothing, and its input has the gradient 0."""
+    kind, own = LAYERS[mode]
+    x = torch.randn(B, 128, requires_grad=True)
+    for size in (64, 0):  # the first leaves numbers in memory that is used again
+        cell = getattr(rnnfast, kind + "Cell")(128, size, **own, backend=backend)
+        h = tensors(cell(x))[0]
+        (grad,) = torch.autograd.grad(h.sum(), x)
+    assert h.shape == (B, 0)
+    assert torch.equal(grad, torch.zeros(B, 128))

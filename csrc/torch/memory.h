@@ -14,7 +14,7 @@ at::Tensor new_on_cpu(at::IntArrayRef shape, at::ScalarType type);
 // As new_on_cpu, on any device. Only memory on the CPU comes from the pool.
 at::Tensor new_tensor(at::IntArrayRef shape, const at::TensorOptions& options);
 // Returns scratch memory for one call: at least `bytes` bytes, aligned to a cache line. The calling
-// thread gives it back.
+// thread must give it back.
 c10::DataPtr new_workspace(size_t bytes);
 
 // Returns idle memory of the pool to the system, and the number of its bytes to the caller.

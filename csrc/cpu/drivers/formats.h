@@ -13,7 +13,7 @@ struct ForwardFormats {
 
 inline ForwardFormats choose_forward_formats(const Context& context, const Sizes& size) {
   const int64_t G = context.cell.gates, H = size.H;
-  const bool pack = pays_to_pack(size.T * size.B, context.storage(G * H * H),
+  const bool pack = pays_to_pack(size.T, size.B, context.storage(G * H * H),
                                  context.kernels.converts(), context.kernels.state_align > 1);
   const bool split = context.kernels.split && pack;
   return {pack, split && split_pays_at_once(size.T * size.B, size.I, G * H),

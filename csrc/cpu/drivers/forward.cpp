@@ -275,12 +275,12 @@ void Forward::advance(int64_t step, Span rows, int64_t first_row, Outputs before
   for (int64_t i = 0; i < panels_.size(); ++i) {
     const int64_t p = first + way * i;
     const GateWeights::Panel panel = hidden_.panel(p, good_);
-    const char* next = i + 1 < panels_.size() ? hidden_.neighbour(panel, way) : nullptr;
+    const int64_t next = i + 1 < panels_.size() ? p + way : -1;
     for_row_tiles(rows.size(), panel.tile_rows, [&](int64_t r, int n) {
       const void* lhs[kMaxTileRows];
       for (int i = 0; i < n; ++i) lhs[i] = lhs_ ? lhs_[r + i] : tile_rows[r + i].h_prev;
       const int buffer = defers ? count++ % 2 : 0;
-      prefetch_part(options, next, hidden_.panel_bytes(), r, n, rows.size());
+      hidden_.prefetch_part(options, next, r, n, rows.size());
       hidden_.multiply(panel, lhs, n, from_h[buffer].data, hidden_.width(), options);
       cell.finish();
       cell.take(p * hidden_.units(), hidden_.units(p), tile_rows + r, n,

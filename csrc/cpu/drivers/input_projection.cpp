@@ -83,12 +83,12 @@ void InputProjection::run(Span steps, Span rows, Span panels) {
   TileOptions options = w.options();
   for (int64_t p = own.begin; p < own.end; ++p) {
     const GateWeights::Panel panel = w.panel(p, good_);
-    const char* next = p + 1 < own.end ? w.neighbour(panel, 1) : nullptr;
+    const int64_t next = p + 1 < own.end ? p + 1 : -1;
     char* out = projected_ + context_.compute((p - own.begin) * w.width());
     for_row_tiles(count, panel.tile_rows, [&](int64_t r, int n) {
       const void* copies[kMaxTileRows];
       for (int i = 0; x_ && i < n; ++i) copies[i] = x_[r + i];
-      prefetch_part(options, next, w.panel_bytes(), r, n, count);
+      w.prefetch_part(options, next, r, n, count);
       w.multiply(panel, x_ ? copies : inputs_ + r, n, out + context_.compute(r * stride), stride,
                  options);
     });

@@ -92,10 +92,23 @@ class GateWeights {
     const int n = vectors(p);
     return {p, format_.tiles[n - 1], format_.tile_rows[n - 1], nullptr, bias_at(p)};
   }
-  // The packed panel before (way = -1) or after (way = 1) this one, for prefetching; null unless
-  // all panels are packed.
-  const char* neighbour(const Panel& panel, int64_t way) const {
-    return packing_ == Packing::kOnce ? panel.packed + way * panel_bytes_ : nullptr;
+  // Makes the tile of `count` of the `rows` rows of a product prefetch its part of panel p (none if
+  // negative), which is used next: packed, or as the rows of w that will be packed.
+  void prefetch_part(TileOptions& options, int64_t p, int64_t first, int count,
+                     int64_t rows) const {
+    const char* from = nullptr;
+    int64_t bytes = 0;
+    if (p >= 0 && packing_ == Packing::kOnce) {
+      from = packed_ + p * panel_bytes_, bytes = panel_bytes_;
+    } else if (p >= 0 && packing_ == Packing::kPanelwise) {
+      // Each gate has its rows in one piece. Each tile prefetches from one of them.
+      const int64_t row = K_ * kernels_.storage_bytes, gates = shape_.gates;
+      const int64_t gate = gates * first / rows, begin = ceil_div(rows * gate, gates);
+      from = at(w_, (gate * shape_.H + p * units_) * row), bytes = units(p) * row;
+      first -= begin, rows = ceil_div(rows * (gate + 1), gates) - begin;
+      count = int(std::min<int64_t>(count, rows - first));
+    }
+    cpu::prefetch_part(options, from, bytes, first, count, rows);
   }
 
   // out = W lhs + bias for a tile of up to tile_rows rows; see TileFunction.
@@ -178,18 +191,19 @@ class Columns {
     return format_.in_place[0] && columns(panel) == width_ && rows <= kInPlaceRows;
   }
   // out (rows, width) = the product of up to kInPlaceRows rows with a panel of `matrix`, contiguous
-  // rows of S. Each chain of the sum is computed for all rows while its part of the panel is in L1.
-  // Results have the bits of `multiply`.
+  // rows of S. Each chain of the sum is computed for all rows while its part of the panel is in L1
+  // or L2. Results have the bits of `multiply`.
   void multiply_in_place(int64_t panel, int64_t rows, int64_t K, const void* const* lhs,
                          const void* matrix, void* out, int64_t chain) const {
     const int64_t word = format_.weight_bytes, row_bytes = N_ * word;
     const char* part = at(matrix, panel * width_ * word);
     const char* next_panel = panel + 1 < count_ ? at(part, width_ * word) : nullptr;
-    for (int64_t k = 0; k < K; k += chain) {
+    for (int64_t k = 0; k == 0 || k < K; k += chain) {
       const int64_t depth = std::min(chain, K - k);
       const char* next = k + depth < K ? at(part, depth * row_bytes) : next_panel;
       TileOptions options{.chain = chain, .add = k > 0, .pitch = N_};
-      // Each tile prefetches one of the lines that the next part has in a row of the matrix.
+      // Each tile of three rows or more prefetches, of the next part, one line of each row of the
+      // matrix.
       const char* end = next ? at(next, width_ * word) : nullptr;
       for_row_tiles(rows, tile_rows(panel), [&](int64_t first, int count) {
         const void* from[kMaxTileRows];
