@@ -184,7 +184,9 @@ def layer(cell: Cell, inputs: LayerInputs) -> LayerOutputs:
         gates_x = gates_x if b_ih is None else gates_x + b_ih.to(wide)
     else:
         gates_x = F.linear(x.to(wide), w_ih.to(wide), None if b_ih is None else b_ih.to(wide))
+    # converted once: the gradient of a conversion is rounded, and so would be the sum of all steps'
     w_hh, b_hh = w_hh.to(wide), None if b_hh is None else b_hh.to(wide)
+    w_hr = None if w_hr is None else w_hr.to(wide)
     current = tuple(state.to(wide) for state in states)
     y, cells = [], []
     times = range(x.shape[0])
@@ -194,7 +196,7 @@ def layer(cell: Cell, inputs: LayerInputs) -> LayerOutputs:
             cut = reset[border] if lengths is None else reset[border] & (border < lengths)
             before = tuple(state.masked_fill(cut.unsqueeze(1), 0) for state in current)
         h, *others = cell.step(gates_x[t], F.linear(before[0], w_hh, b_hh), *before)
-        h = h if w_hr is None else F.linear(h, w_hr.to(wide))
+        h = h if w_hr is None else F.linear(h, w_hr)
         following = (_rounded(h, dtype), *others)
         if lengths is None:
             current = outputs = following

@@ -162,3 +162,12 @@ def test_gradients_through_many_rounded_steps() -> None:
         grad = (grad * (step > 0)) @ w_hh
     assert grad.abs().max() > 0
     assert error(results.grads[1], grad) <= torch.finfo(torch.bfloat16).eps / 2
+
+
+def test_the_gradient_of_a_half_projection_is_summed_in_float32() -> None:
+    """Equal steps add the same gradient many times. Sums in float16 would be off by 1 %."""
+    case = Case("lstm", 113, 2, 8, 81, layout="same_step", proj=20)
+    inputs = sample_inputs(case, torch.float16)
+    grads = sample_grads(case, torch.float16, grads="sum")
+    half = oracle(case, inputs, grads, torch.float16).grads[-1]
+    assert error(half, oracle(case, inputs, grads).grads[-1]) <= bound(torch.float16)
