@@ -59,10 +59,7 @@ template <class Cell, class S, class E>
 void cell_forward(const ForwardTile& t) {
   constexpr int lanes = kLanes<Compute<S>>;
   const auto all_rows = [&]<int U>() __attribute__((always_inline)) {
-    // Rows computed together. With 16 registers the gates of several rows spill; a Zen 3 is faster
-    // with one row, a Skylake about as fast (see EXPERIMENTS.md).
-    constexpr bool kOne = RNNFAST_REGISTERS == 16 && Cell::kGates > 1;
-    constexpr int kRows = kOne || U > 2 ? 1 : U == 1 ? 3 : 2;
+    constexpr int kRows = U == 1 ? 3 : U == 2 ? 2 : 1;  // rows computed together
     int i = 0;
     if (t.units >= U * lanes) {
       for (; i + kRows <= t.count; i += kRows)
