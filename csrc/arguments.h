@@ -44,6 +44,8 @@ struct ForwardArgs {
   const int64_t* tokens;  // (T, B) indices of rows of w_ih, with I = 0; or null
   int64_t x_stride_t, x_stride_b;  // of x or tokens
   const void *h0, *c0;  // S (B, P), (B, H); c0 only if the cell has a state c
+  // Weights. If the plan says that they are frozen (CPU only), each is a block with its bias
+  // (cpu/frozen.h), and b_ih and b_hh are null.
   const void* w_ih;  // S (G*H, I); for tokens a table (V, G*H)
   const void* w_hh;  // S (G*H, P)
   const void *b_ih, *b_hh;  // S (G*H) or null

@@ -10,9 +10,10 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from . import backend, functional, reference
+from . import backend, frozen, functional, reference
 from .acceleration import accelerate, restore
 from .backend import doctor, release_memory, use_backend
+from .frozen import freeze, quantize_error
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from .patching import patch, unpatch
 
@@ -45,8 +46,11 @@ __all__ = [
     "accelerate",
     "backend",
     "doctor",
+    "freeze",
+    "frozen",
     "functional",
     "patch",
+    "quantize_error",
     "reference",
     "release_memory",
     "restore",

@@ -181,7 +181,7 @@ def _restore(module: nn.Module) -> str | None:
     theirs = former and torch_class_of(former)
     if former is None or theirs is None:
         return f"its class is {_path(kind)} by now"
-    if own := _own_methods(module):
+    if own := own_methods(module):
         return own
     for attribute in (_MARK, *ADDITIONS[theirs]):
         vars(module).pop(attribute, None)  # some are class defaults and not on the instance
@@ -207,7 +207,7 @@ def _reason_to_leave(module: nn.Module, kind: type[nn.Module], keep_class: bool)
         if reason := _reason_to_leave_class(kind, theirs):
             return reason
     clashes = [name for name in ADDITIONS[theirs] if name in vars(module)]
-    return f"has an attribute {clashes[0]}" if clashes else _own_methods(module)
+    return f"has an attribute {clashes[0]}" if clashes else own_methods(module)
 
 
 def _reason_to_leave_class(kind: type[nn.Module], theirs: type[nn.Module]) -> str | None:
@@ -307,7 +307,7 @@ def is_overridden(kind: type[nn.Module], theirs: type[nn.Module], name: str) -> 
     return getattr(kind, name, None) is not getattr(theirs, name, None)
 
 
-def _own_methods(module: nn.Module) -> str | None:
+def own_methods(module: nn.Module) -> str | None:
     """Names the methods that were set on the instance, as they may rely on its class; or None.
 
     flatten_parameters does not count: weight-drop layers replace it by an empty one, and nothing

@@ -158,11 +158,11 @@ class Layers(Backed, nn.RNNBase):
             )
             if result is not None:
                 return result
-        x, states, single = input, _states(cell, hx), input.dim() == 2
+        x, states, single = input, states_of(cell, hx), input.dim() == 2
         time = 1 if self.batch_first else 0
         if single:
             checks.refuse_freed(input=x, hidden=states)
-            x, states = x.unsqueeze(1 - time), _unsqueeze(states, 1)
+            x, states = x.unsqueeze(1 - time), unsqueeze_states(states, 1)
         options = self._options()
         problem = checks.sequence_problem(cell, x, states, weights, options, tokens=tokens)
         if problem and tokens:
@@ -218,7 +218,7 @@ class Layers(Backed, nn.RNNBase):
         name = _backend.choose(self.backend, weights[1])
         served = name == "reference" or (name == "fused" and data.device.type == "cpu")
         served = served and not _backend.is_tracing()  # a trace would fix the number of sequences
-        states, options, batch = _states(cell, hx), self._options(), int(batch_sizes[0])
+        states, options, batch = states_of(cell, hx), self._options(), int(batch_sizes[0])
         problem = checks.sequence_problem(cell, data, states, weights, options, batch, tokens)
         if problem and tokens:
             raise RuntimeError(problem)
@@ -437,10 +437,10 @@ class OneStep(Backed, nn.RNNCellBase):
             result = extension.run_step(kind, input, hx, weights if biases else weights[:2], biases)
             if result is not None:
                 return result
-        x, states, single = input, _states(cell, hx), input.dim() == 1
+        x, states, single = input, states_of(cell, hx), input.dim() == 1
         if single:
             checks.refuse_freed(input=x, hidden=states)
-            x, states = x.unsqueeze(0), _unsqueeze(states, 0)
+            x, states = x.unsqueeze(0), unsqueeze_states(states, 0)
         problem = checks.step_problem(cell, x, states, weights)
         if problem:
             return self._forward_in_torch(input, hx, problem)
@@ -479,12 +479,12 @@ def check_backend(name: str | None) -> str | None:
     return None if name is None else _backend.check_name(name, "backend")
 
 
-def _states(cell: Cell, hx: Any) -> Any:
+def states_of(cell: Cell, hx: Any) -> Any:
     """``hx`` as a sequence of states; anything malformed is left for the checks to find."""
     return hx if hx is None or cell.states > 1 else (hx,)
 
 
-def _unsqueeze(states: Any, dim: int) -> Any:
+def unsqueeze_states(states: Any, dim: int) -> Any:
     """Gives the states of a single sequence the dimension of the batch."""
     if not isinstance(states, (tuple, list)):
         return states

@@ -95,8 +95,8 @@ def run_sequence(
         recompute = options.recompute and x.device.type == "cpu"
         layer = partial(layer, recompute=recompute, save_cells=extras.return_cells)
     if not options.batch_first or packed:
-        return _stack(layer, cell, x, states, weights, options, extras)
-    y, finals, cells = _stack(layer, cell, x.transpose(0, 1), states, weights, options, extras)
+        return stack(layer, cell, x, states, weights, options, extras)
+    y, finals, cells = stack(layer, cell, x.transpose(0, 1), states, weights, options, extras)
     return y.transpose(0, 1), finals, None if cells is None else cells.transpose(0, 1)
 
 
@@ -147,7 +147,7 @@ def _layer_of(name: str) -> _Layer:
     return partial(torchscript.traced_layer, name)
 
 
-def _stack(
+def stack(
     layer: _Layer,
     cell: Cell,
     x: Tensor,
@@ -264,13 +264,14 @@ def _unwrap(states: States) -> Tensor | States:
     return states if len(states) > 1 else states[0]
 
 
+def is_castable(tensor: Tensor) -> bool:
+    """Whether autocast converts such tensors."""
+    return tensor.is_floating_point() and tensor.dtype is not torch.float64
+
+
 def is_cast(tensor: Tensor) -> bool:
     """Whether autocast is on and applies to ``tensor``."""
-    return (
-        tensor.is_floating_point()
-        and tensor.dtype is not torch.float64
-        and reference.autocast_enabled(tensor.device.type)
-    )
+    return is_castable(tensor) and reference.autocast_enabled(tensor.device.type)
 
 
 def autocast(

@@ -28,6 +28,8 @@ TOOLS = [
     rnnfast.use_backend,
     rnnfast.doctor,
     rnnfast.release_memory,
+    rnnfast.freeze,
+    rnnfast.quantize_error,
 ]
 PUBLIC = [*LAYERS, *CELLS, *FUNCTIONS, *TOOLS, rnnfast.onnx.export]
 

@@ -75,8 +75,17 @@ class CpuEngine::Call {
 Plan CpuEngine::plan_forward(LayerKind kind, const Sizes& size, const Machine& machine,
                              int64_t max_steps) const {
   const Call call(target_, kind);
-  const ForwardFormats formats = choose_forward_formats(call.context(), size);
-  const StepShape step = Forward::step_shape(call.context(), size, formats.h_split);
+  const Context& context = call.context();
+  if (kind.frozen) {
+    const WeightFormat& format = *context.kernels.frozen[int(*kind.frozen)];
+    const StepShape step = Forward::step_shape(context, size, format);
+    Plan plan = cpu::plan_forward(size, step, true, machine, max_steps);
+    plan.input = plan.hidden = Packing::kFrozen;
+    plan.frozen = *kind.frozen;
+    return plan;
+  }
+  const ForwardFormats formats = choose_forward_formats(context, size);
+  const StepShape step = Forward::step_shape(context, size, context.format(formats.h_split));
   Plan plan = cpu::plan_forward(size, step, formats.pack, machine, max_steps);
   plan.step_split_precision = formats.h_split;
   plan.block_split_precision = formats.x_split;

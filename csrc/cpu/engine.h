@@ -21,6 +21,7 @@ class CpuEngine final : public Engine {
   size_t generate_workspace(LayerKind, const GenerateArgs&) const override;
   void start_generating(LayerKind, GenerateJob&) const override;
   void generate(LayerKind, GenerateJob&) const override;
+  const MicroKernels* kernels(Dtype dtype) const override { return &target_.kernels[int(dtype)]; }
 
  private:
   class Call;

@@ -1,6 +1,7 @@
 // The interface through which csrc/torch runs layers on the CPU.
 #pragma once
 
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -38,6 +39,7 @@ using BackwardJob = Job<BackwardArgs>;
 struct LayerKind {
   CellKind cell;
   Dtype dtype;
+  std::optional<WeightType> frozen = {};  // if weights are frozen
 };
 
 // What runs layers: the drivers with the micro-kernels of one instruction set, or a test's
@@ -54,9 +56,11 @@ class Engine {
   virtual void backward(LayerKind, std::span<BackwardJob>) const = 0;
   // Whether x and grad_y may have any strides over T and B; else they must be contiguous.
   virtual bool takes_strides() const { return true; }
-  // Whether the engine supports lengths, packed data, resets, tokens, a backward without saved
-  // gates, and generation.
+  // Whether the engine supports lengths, packed data, resets, tokens, frozen weights, a backward
+  // without saved gates, and generation.
   virtual bool is_complete() const { return true; }
+  // The micro-kernels for tensors of a dtype; null if the engine uses none.
+  virtual const MicroKernels* kernels(Dtype) const { return nullptr; }
   virtual size_t generate_workspace(LayerKind, const GenerateArgs&) const { return 0; }
   virtual void start_generating(LayerKind, GenerateJob&) const {}
   virtual void generate(LayerKind, GenerateJob&) const {}

@@ -64,6 +64,10 @@ struct GateShape {
   int unit_vectors;  // 4 if there is one gate, else 1; with one gate the last panel may be narrower
 };
 
+// The types in which the weights of a frozen layer of float are stored (see frozen.h).
+enum class WeightType { kFloat32, kBFloat16, kFloat16, kInt8 };
+inline constexpr int kWeightTypes = 4;
+
 // How a product takes weights: the layouts of a packed panel and of a row of the lhs, and the
 // functions that pack and multiply them. Products advance over k in steps of `step` elements.
 struct WeightFormat {
@@ -72,6 +76,7 @@ struct WeightFormat {
   int row_step_bytes;  // bytes of a step in an lhs row
   int row_extra_bytes;  // padding at the end of an lhs row
   int panel_step_bytes;  // bytes of a step in a panel, per vector of columns
+  int panel_extra_bytes;  // bytes after the last step of a panel, per vector of columns
   bool converts_lhs;  // whether lhs rows must be made by load_lhs; else rows of E are lhs rows
   bool defers;  // whether products run deferred work
   int tile_rows[kMaxTileVectors];  // MR for 1, 2, ... vectors of columns
@@ -111,7 +116,7 @@ struct WeightFormat {
   int64_t steps(int64_t K) const { return (K + step - 1) / step; }
   int64_t row_bytes(int64_t K) const { return steps(K) * row_step_bytes + row_extra_bytes; }
   int64_t panel_bytes(int vectors, int64_t K) const {
-    return steps(K) * vectors * panel_step_bytes;
+    return vectors * (steps(K) * panel_step_bytes + panel_extra_bytes);
   }
 };
 
@@ -124,6 +129,9 @@ struct MicroKernels {
   int dot_rows;  // the most rows that `dots` takes
   const WeightFormat* dense;  // a word of k is one element, or a pair of bfloat16
   const WeightFormat* split;  // floats as sums of three bfloat16; null if there is none
+  // The formats of frozen weights, by WeightType; null if S is not float. cpu/frozen.h packs their
+  // panels. Of functions they have `tiles` and `load_lhs` alone.
+  const WeightFormat* frozen[kWeightTypes];
 
   // Functions on rows of n elements.
   void (*load)(void* to, const void* from, int64_t n);  // A from S; zeros if `from` is null

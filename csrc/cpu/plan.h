@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "arguments.h"
-#include "cpu/tuning.h"
+#include "cpu/microkernels.h"
 
 namespace rnnfast::cpu {
 
@@ -53,6 +53,7 @@ enum class Packing {
   kOnce,  // all panels are packed before the first step
   kPanelwise,  // each panel is packed just before its only use, in a buffer that stays in cache;
                // or it is read in place
+  kFrozen,  // packed before the call, see frozen.h
 };
 
 struct Plan {
@@ -62,14 +63,15 @@ struct Plan {
   // Threads with different rows do not wait for each other within a block. Only the backward has
   // threads beyond the grid; they take part in its products over blocks of steps.
   int row_shares, unit_shares;
-  // The packing of W_ih and W_hh. W_hr is packed once if W_hh is packed at all. The backward never
-  // uses kNone, since it multiplies by columns of these matrices.
+  // The packing of W_ih and W_hh. W_hr is frozen if W_hh is, else packed once if W_hh is packed at
+  // all. The backward never uses kNone, since it multiplies by columns of these matrices.
   Packing input, hidden;
   int64_t block_steps;  // steps per input projection (forward) or gradient product (backward)
   double cycles;  // rough estimate for the recurrence, to compare plans
   // Whether products use split precision (cpu/kernels/bf16x3.h): those over a block of steps, and
   // those of a single step.
   bool block_split_precision = false, step_split_precision = false;
+  WeightType frozen = WeightType::kFloat32;  // the type of weights whose packing is kFrozen
 
   bool by_rows() const { return row_shares > 1; }
   bool by_units() const { return unit_shares > 1; }

@@ -21,6 +21,7 @@
 
 #include <cstring>
 
+#include "cpu/frozen.h"
 #include "torch/layer.h"
 #include "torch/memory.h"
 #include "torch/threads.h"
@@ -92,23 +93,23 @@ struct Call {
   const CellInfo& cell;
   Tensor x;  // (T, B, I), or packed (N, I)
   Tensors states;   // (L*D, B, H) each; (B, H) for a cell module
-  Tensors weights;  // per layer and direction: w_ih, w_hh[, b_ih, b_hh][, w_hr]
+  // Per layer and direction: w_ih, w_hh[, b_ih, b_hh][, w_hr]. Frozen ones have no biases here.
+  Tensors weights;
   bool step;  // a call of a cell module: states have no dimension of layers
   int64_t layers, directions;
   bool biases, projects;
   double dropout;  // between layers; 0 when not training
   bool recompute;  // do not save gates; the backward recomputes them
   Tensor lengths, reset;  // see LayerInputs; undefined if not given
+  int64_t H = 0, P = 0;  // sizes of the states c and h, which are those of the weights
 
   bool packed() const { return x.dim() == 2; }
   int64_t batch() const { return packed() ? lengths.size(0) : x.size(1); }
-  int64_t hidden() const { return weights[1].size(0) / cell.gates; }
-  int64_t h_size() const { return weights[1].size(1); }  // P
+  bool frozen() const { return weights[1].scalar_type() == at::kByte; }
   int64_t count() const { return layers * directions; }
   // Shape of a state of the call: k = 0 for h, k = 1 for c.
   c10::DimVector state_shape(size_t k) const {
-    return step ? one_state_shape(k)
-                : c10::DimVector{count(), batch(), k == 0 ? h_size() : hidden()};
+    return step ? one_state_shape(k) : c10::DimVector{count(), batch(), k == 0 ? P : H};
   }
   // Shape of a state of one layer and direction. With a single one, the call's states are used
   // without a view, since making views would take longer than the step itself.
@@ -118,7 +119,7 @@ struct Call {
   size_t per_layer() const { return size_t(2 + 2 * biases + projects); }
 
  private:
-  c10::DimVector one_state_shape(size_t k) const { return {batch(), k == 0 ? h_size() : hidden()}; }
+  c10::DimVector one_state_shape(size_t k) const { return {batch(), k == 0 ? P : H}; }
 };
 
 bool needs_grad(const Call& call) {
@@ -135,11 +136,12 @@ bool fits(const Call& call) {
   if (type != at::kFloat && type != at::kDouble && type != at::kBFloat16 && type != at::kHalf)
     return false;
   if (x.size(0) == 0 || call.batch() == 0) return false;
-  if ((call.lengths.defined() || call.reset.defined() || call.projects) && !CpuDevice::complete())
+  const bool frozen = call.frozen();
+  if ((call.lengths.defined() || call.reset.defined() || call.projects || frozen) &&
+      !CpuDevice::complete())
     return false;
-  if (call.weights.size() != size_t(call.count()) * call.per_layer() || call.weights[1].dim() != 2)
-    return false;
-  const int64_t H = call.hidden(), P = call.h_size(), rows = call.cell.gates * H;
+  if (frozen && needs_grad(call)) return false;
+  const int64_t H = call.H, P = call.P, rows = call.cell.gates * H;
   if (!call.projects && P != H) return false;
   if (!has_memory(x)) return false;
   if (call.lengths.defined() && !lengths_fit(x, call.lengths)) return false;
@@ -154,19 +156,26 @@ bool fits(const Call& call) {
                  kind = i % call.per_layer();
     const int64_t columns = kind == 1 ? P : layer == 0 ? x.size(-1) : call.directions * P;
     const bool projection = call.projects && kind == call.per_layer() - 1;
+    if (!w.is_contiguous() || !has_memory(w)) return false;
+    if (frozen) {
+      if (!is_frozen(w, call.weights[1], type, projection ? 1 : call.cell.gates, projection ? P : H,
+                     projection ? H : columns))
+        return false;
+      continue;
+    }
     const bool shaped = projection ? w.sizes() == at::IntArrayRef({P, H})
                         : kind < 2 ? w.sizes() == at::IntArrayRef({rows, columns})
                                    : w.sizes() == at::IntArrayRef({rows});
-    if (!shaped || w.scalar_type() != type || !w.is_contiguous() || !has_memory(w)) return false;
+    if (!shaped || w.scalar_type() != type) return false;
   }
   return true;
 }
 
 LayerOutputs allocate(const Call& call, const LayerInputs& in, bool save) {
   const CellInfo& cell = call.cell;
-  const int64_t hidden = call.hidden();
+  const int64_t hidden = call.H;
   LayerOutputs out;
-  out.y = empty(in.shape(call.h_size()), in.x);
+  out.y = empty(in.shape(call.P), in.x);
   out.h_n = empty(call.layer_state_shape(0), in.x);
   if (cell.has_cell) out.c_n = empty(call.layer_state_shape(1), in.x);
   if (save)
@@ -411,6 +420,16 @@ bool collect(Call& call, py::handle hx, const py::list& weights) {
   call.weights.resize(weights.size());
   for (size_t i = 0; i < weights.size(); ++i)
     if (!unpack(PyList_GET_ITEM(weights.ptr(), Py_ssize_t(i)), call.weights[i])) return false;
+  if (call.weights.size() != size_t(call.count()) * call.per_layer()) return false;
+  const Tensor& w_hh = call.weights[1];
+  if (call.frozen()) {
+    if (!w_hh.is_contiguous() || !has_memory(w_hh)) return false;
+    const cpu::FrozenHeader header = cpu::read_frozen(w_hh.const_data_ptr(), w_hh.nbytes());
+    call.H = header.H, call.P = header.K;
+  } else {
+    if (w_hh.dim() != 2) return false;
+    call.H = w_hh.size(0) / call.cell.gates, call.P = w_hh.size(1);
+  }
   return true;
 }
 

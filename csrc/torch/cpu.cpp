@@ -6,6 +6,7 @@
 
 #include "cpu/cache.h"
 #include "cpu/columns.h"
+#include "cpu/frozen.h"
 #include "cpu/layer.h"
 #include "torch/layer.h"
 #include "torch/memory.h"
@@ -63,13 +64,18 @@ at::Tensor gather_rows(const at::Tensor& transposed, const std::vector<int64_t>&
   return rows;
 }
 
+std::optional<cpu::WeightType> frozen_type(const LayerInputs& in) {
+  if (!in.frozen()) return {};
+  return cpu::read_frozen(in.w_hh.const_data_ptr(), in.w_hh.nbytes()).type;
+}
+
 // Plans layers of one kind on this machine. Making a plan takes as long as a step of a small layer,
 // and plans depend on a few numbers alone, so they are cached.
 class Planner {
  public:
   Planner(const CellInfo& cell, const LayerInputs& in)
       : engine(cpu::engine()),
-        kind{cell.kind, dtype_of(in.h0)},
+        kind{cell.kind, dtype_of(in.h0), frozen_type(in)},
         machine(this_machine()),
         barriers(machine.barrier_cycles.key()) {}
 
@@ -124,7 +130,10 @@ class Planner {
 
  private:
   int64_t engine_number() const { return int64_t(reinterpret_cast<uintptr_t>(&engine)); }
-  int64_t kind_number() const { return int(kind.cell) * kDtypes + int(kind.dtype); }
+  int64_t kind_number() const {
+    const int weights = kind.frozen ? 1 + int(*kind.frozen) : 0;
+    return (int(kind.cell) * kDtypes + int(kind.dtype)) * (1 + cpu::kWeightTypes) + weights;
+  }
   template <class Args>
   std::array<int64_t, 11> key(const Args& args, int threads, int64_t max_steps,
                               int64_t options) const {

@@ -144,7 +144,7 @@ at::ScalarType compute_type(at::ScalarType storage) {
 }
 
 void check_inputs(const CellInfo& cell, const LayerFormat& format, LayerInputs& in) {
-  const auto& [dtype, device, rows, B, I, H, P, V, one_layer] = format;
+  const auto& [dtype, device, rows, B, I, H, P, V, one_layer, frozen] = format;
   const int64_t gates = cell.gates * H;
   const bool tokens = V >= 0;
   const Checker check{cell, dtype, device};
@@ -154,6 +154,7 @@ void check_inputs(const CellInfo& cell, const LayerFormat& format, LayerInputs& 
   Checker{cell, at::kBool, device}(in.reset, "reset", rows);
   check(in.h0, "h0", format.state_shape(P));
   check(in.c0, "c0", format.state_shape(H));
+  if (frozen) return check_frozen(cell, format, in);
   if (in.has_transposed_table())
     check.check(in.w_ih, "w_ih", {V, gates});
   else
@@ -212,10 +213,11 @@ LayerFormat format_of(const LayerInputs& in) {
                                          : c10::DimVector{in.x.size(0), in.x.size(1)},
                      .B = in.packed() ? h0.size(-2) : in.x.size(1),
                      .I = in.x.size(-1),
-                     .H = in.w_hr.defined() ? in.w_hr.size(1) : P,
+                     .H = in.hidden(),
                      .P = P};
   if (in.has_tokens()) format.V = in.w_ih.size(0);
   format.one_layer = h0.dim() == 3;
+  format.frozen = in.frozen();
   return format;
 }
 

@@ -38,6 +38,7 @@ struct LayerFormat {
   int64_t B, I, H, P;  // I is 1 for tokens; P is the size of h, which is H unless h is projected
   int64_t V = -1;  // rows of the table w_ih if x is tokens, else -1
   bool one_layer = false;  // whether states are (1, B, H) instead of (B, H)
+  bool frozen = false;  // whether weights are blocks of frozen ones
 
   // Shape of a tensor that has a row of `columns` elements for each row of x.
   c10::DimVector shape(int64_t columns) const;
@@ -49,6 +50,8 @@ struct LayerInputs {
   // I = 1: each is the index of a row of the table w_ih, which has W_ih x for every token.
   at::Tensor x;
   at::Tensor h0, c0;  // (B, P), (B, H); c0 is undefined if the cell has no c
+  // Frozen weights are blocks of bytes (cpu/frozen.h) with the bias within, of all matrices or
+  // none.
   at::Tensor w_ih;  // (G*H, I); for tokens a table (V, G*H), which may be transposed
   at::Tensor w_hh;  // (G*H, P)
   at::Tensor b_ih, b_hh;  // (G*H), or both undefined
@@ -64,13 +67,17 @@ struct LayerInputs {
     return has_tokens() && !w_ih.is_contiguous() && w_ih.stride(0) == 1 &&
            w_ih.stride(1) == w_ih.size(0);
   }
+  bool frozen() const { return w_hh.scalar_type() == at::kByte; }
   at::ScalarType dtype() const { return h0.scalar_type(); }
+  int64_t hidden() const {  // H
+    return !w_hr.defined() ? h0.size(-1) : frozen() ? c0.size(-1) : w_hr.size(-1);
+  }
   std::span<const int64_t> all_lengths() const {
     return {lengths.const_data_ptr<int64_t>(), size_t(lengths.size(0))};
   }
   Sizes sizes() const {
     return {packed() ? all_lengths()[0] : x.size(0), h0.size(-2), has_tokens() ? 0 : x.size(-1),
-            (w_hr.defined() ? w_hr : h0).size(-1)};
+            hidden()};
   }
   // Shape of a tensor that has a row of `columns` elements for each row of x.
   c10::DimVector shape(int64_t columns) const {
@@ -173,6 +180,13 @@ std::vector<at::Tensor> call_backward(const CellInfo& cell, const LayerGradOutpu
                                       const Wanted& wanted);
 // The name of the op that does in plain PyTorch what the op of this name does.
 std::string reference_name(const std::string& op);
+
+// Whether t is a block of frozen weights (gates * H, K) of the same type as `like`, for tensors of
+// this dtype, that the instruction set in use can read.
+bool is_frozen(const at::Tensor& t, const at::Tensor& like, at::ScalarType dtype, int gates,
+               int64_t H, int64_t K);
+// Throws an error unless the blocks of frozen weights fit the layer and the instruction set in use.
+void check_frozen(const CellInfo& cell, const LayerFormat& format, const LayerInputs& in);
 
 // A device's kernels. Sizes are positive; every output is written in full, but for gates beyond a
 // sequence's end.

@@ -18,6 +18,9 @@ bool is_empty(const LayerInputs& in) { return in.x.size(0) == 0 || in.h0.numel()
 
 template <class Device>
 void check_sequences(const CellInfo& cell, const LayerInputs& in) {
+  TORCH_CHECK(!in.frozen(), "rnnfast::", cell.name,
+              ": expected weights of the type of x, got bytes; rnnfast::frozen_layer takes packed "
+              "weights");
   const bool plain =
       !in.lengths.defined() && !in.reset.defined() && !in.w_hr.defined() && !in.has_tokens();
   TORCH_CHECK(plain || Device::complete(), "rnnfast::", cell.name,

@@ -27,6 +27,11 @@ struct Context {
   const WeightFormat& format(bool split_precision) const {
     return split_precision ? *kernels.split : *kernels.dense;
   }
+  // The format of a matrix of the forward.
+  const WeightFormat& format(const Plan& plan, Packing packing, bool split_precision) const {
+    return packing == Packing::kFrozen ? *kernels.frozen[int(plan.frozen)]
+                                       : format(split_precision);
+  }
   // The elements from one row of states to the next: whole vectors plus one, since rows at
   // multiples of 4 KiB would compete for the same sets of L1.
   int64_t state_pitch(int64_t n) const {

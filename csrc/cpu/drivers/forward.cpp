@@ -3,14 +3,19 @@
 #include "cpu/drivers/formats.h"
 
 namespace rnnfast::cpu {
+namespace {
+
+bool converts_lhs(const GateWeights& weights) { return weights.format().converts_lhs; }
+
+}  // namespace
 
 Forward::Forward(const Context& context, const ForwardArgs& args, const Plan& plan, Arena& arena)
     : context_(context),
       args_(args),
       plan_(plan),
       batch_(args),
-      hidden_(context, context.format(plan.step_split_precision), context.cell.gates, args.size.H,
-              args.h_size, plan.hidden),
+      hidden_(context, context.format(plan, plan.hidden, plan.step_split_precision),
+              context.cell.gates, args.size.H, args.h_size, plan.hidden),
       max_rows_(ceil_div(args.size.B, plan.row_shares)),
       input_(context, args, plan, batch_, plan.block_steps * max_rows_, arena) {
   const auto [T, B, I, H] = args.size;
@@ -23,8 +28,8 @@ Forward::Forward(const Context& context, const ForwardArgs& args, const Plan& pl
   for (Rows& h : h_) h = take_rows(B, context.element(context.state_pitch(args.h_size)));
   const int64_t c_bytes = context.compute(context.state_pitch(H));
   if (args.w_hr) {
-    projection_.emplace(context, *context.kernels.dense, 1, args.h_size, H,
-                        plan.hidden == Packing::kNone ? Packing::kNone : Packing::kOnce);
+    const Packing packing = plan.hidden == Packing::kPanelwise ? Packing::kOnce : plan.hidden;
+    projection_.emplace(context, context.format(plan, packing, false), 1, args.h_size, H, packing);
     projection_->set(args.w_hr);
     projection_->take(arena, plan.threads);
     unprojected_ = take_rows(B, context.element(context.state_pitch(H)));
@@ -32,15 +37,17 @@ Forward::Forward(const Context& context, const ForwardArgs& args, const Plan& pl
   tile_rows_ =
       reinterpret_cast<ForwardRow*>(take_rows(plan.threads * max_rows_, sizeof(ForwardRow)).data);
   if (context.cell.has_c) c_ = take_rows(plan.threads * max_rows_, c_bytes);
-  if (hidden_.format().converts_lhs) {
-    const int64_t bytes = hidden_.format().row_bytes(args.h_size);
+  if (converts_lhs(hidden_) || (projection_ && converts_lhs(*projection_))) {
+    const int64_t bytes =
+        std::max(hidden_.format().row_bytes(args.h_size),
+                 projection_ ? projection_->format().row_bytes(projection_->K()) : 0);
     lhs_ = {arena.take<char>(plan.threads * max_rows_ * bytes), bytes};
   }
   if (batch_.has_resets()) zeros_ = arena.take<char>(h_[0].pitch);
 }
 
-StepShape Forward::step_shape(const Context& context, const Sizes& size, bool split_precision) {
-  const WeightFormat& format = context.format(split_precision);
+StepShape Forward::step_shape(const Context& context, const Sizes& size,
+                              const WeightFormat& format) {
   const GateWeights weights(context, format, context.cell.gates, size.H, size.H, Packing::kNone);
   const int vectors = weights.vectors(0);
   return cpu::step_shape(context, format, size.B, weights.count(), size.H, vectors,
@@ -260,7 +267,8 @@ void Forward::advance(int64_t step, Span rows, int64_t first_row, Outputs before
   };
   set_rows(step, rows);
   ForwardRow* tile_rows = tile_rows_ + (rows.begin - rows_.begin);
-  for (int64_t r = 0; lhs_ && r < rows.size(); ++r)
+  const bool converts = converts_lhs(hidden_);
+  for (int64_t r = 0; converts && r < rows.size(); ++r)
     good_ &= hidden_.format().load_lhs(lhs_[r], tile_rows[r].h_prev, args_.h_size);
 
   const bool defers = hidden_.format().defers;
@@ -278,7 +286,7 @@ void Forward::advance(int64_t step, Span rows, int64_t first_row, Outputs before
     const int64_t next = i + 1 < panels_.size() ? p + way : -1;
     for_row_tiles(rows.size(), panel.tile_rows, [&](int64_t r, int n) {
       const void* lhs[kMaxTileRows];
-      for (int i = 0; i < n; ++i) lhs[i] = lhs_ ? lhs_[r + i] : tile_rows[r + i].h_prev;
+      for (int i = 0; i < n; ++i) lhs[i] = converts ? lhs_[r + i] : tile_rows[r + i].h_prev;
       const int buffer = defers ? count++ % 2 : 0;
       hidden_.prefetch_part(options, next, r, n, rows.size());
       hidden_.multiply(panel, lhs, n, from_h[buffer].data, hidden_.width(), options);
@@ -298,11 +306,16 @@ void Forward::project_state(int64_t step, Span rows, Span panels) {
   TileBuffer h;
   const TileOptions options = projection_->options();
   const int64_t width = projection_->width();
+  const bool converts = converts_lhs(*projection_);
+  for (int64_t r = 0; converts && r < rows.size(); ++r)
+    good_ &=
+        projection_->format().load_lhs(lhs_[r], unprojected_[rows.begin + r], projection_->K());
   for (int64_t p = panels.begin; p < panels.end; ++p) {
     const GateWeights::Panel panel = projection_->panel(p, good_);
     for_row_tiles(rows.size(), panel.tile_rows, [&](int64_t r, int n) {
       const void* lhs[kMaxTileRows];
-      for (int i = 0; i < n; ++i) lhs[i] = unprojected_[rows.begin + r + i];
+      for (int i = 0; i < n; ++i)
+        lhs[i] = converts ? lhs_[r + i] : unprojected_[rows.begin + r + i];
       projection_->multiply(panel, lhs, n, h.data, width, options);
       for (int i = 0; i < n; ++i)
         context_.kernels.round_state(

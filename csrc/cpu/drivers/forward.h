@@ -11,7 +11,8 @@ class Forward {
   Forward(const Context& context, const ForwardArgs& args, const Plan& plan, Arena& arena);
 
   // The recurrent product of a step, for planning.
-  static StepShape step_shape(const Context& context, const Sizes& size, bool split_precision);
+  static StepShape step_shape(const Context& context, const Sizes& size,
+                              const WeightFormat& format);
 
   // Runs the sequence. Waits for the steps of `upstream`, if any, before it reads them, and reports
   // its own finished steps in `done`. Returns false if a number cannot be represented in a weight
@@ -57,7 +58,7 @@ class Forward {
   Rows h_[2];             // E [B], the state before even and odd steps
   Rows unprojected_;      // E [B], h before the projection, if there is one
   Rows c_;                // A, per thread [max_rows]
-  Rows lhs_;  // per thread [max_rows], h as lhs rows, if the format converts
+  Rows lhs_;  // per thread [max_rows], h as lhs rows, if a format converts
   ForwardRow* tile_rows_;  // per thread [max_rows], for the current step
   char* zeros_ = nullptr;  // E, the state after a reset: one row
 };

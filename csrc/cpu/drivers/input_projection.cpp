@@ -17,12 +17,12 @@ InputProjection::InputProjection(const Context& context, const ForwardArgs& args
     : context_(context),
       args_(args),
       batch_(batch),
-      by_units_(context, context.format(plan.block_split_precision), context.cell.gates,
-                args.size.H, args.size.I, plan.input),
+      by_units_(context, context.format(plan, plan.input, plan.block_split_precision),
+                context.cell.gates, args.size.H, args.size.I, plan.input),
       block_rows_(block_rows),
       max_width_(by_units_.width() * ceil_div(by_units_.count(), plan.unit_shares)) {
-  if (!plan.by_units() && !plan.block_split_precision && !args.tokens &&
-      whole_rows_pay(context, args.size))
+  if (!plan.by_units() && !plan.block_split_precision && plan.input != Packing::kFrozen &&
+      !args.tokens && whole_rows_pay(context, args.size))
     whole_rows_.emplace(context, by_units_.format(), 1, context.cell.gates * args.size.H,
                         args.size.I, plan.input);
   GateWeights& own = whole_rows_ ? *whole_rows_ : by_units_;

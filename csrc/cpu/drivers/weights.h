@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/drivers/context.h"
+#include "cpu/frozen.h"
 
 namespace rnnfast::cpu {
 
@@ -53,24 +54,34 @@ class GateWeights {
   }
 
   void take(Arena& arena, int threads) {
+    if (packing_ == Packing::kFrozen) return;
     take_packed(arena, threads);
     bias_ = arena.take<char>(count() * width_ * kernels_.compute_bytes);
   }
   void take_packed(Arena& arena, int threads) {
-    const int64_t panels = packing_ == Packing::kNone   ? 0
-                           : packing_ == Packing::kOnce ? count()
-                                                        : threads;
+    const int64_t panels = packing_ == Packing::kOnce        ? count()
+                           : packing_ == Packing::kPanelwise ? threads
+                                                             : 0;
     if (panels > 0) packed_ = arena.take<char>(panels * panel_bytes_);
   }
   // Selects this thread's buffer for panels that are packed one at a time.
   void take_own(int thread) {
     if (packing_ == Packing::kPanelwise) packed_ += thread * panel_bytes_;
   }
-  void set(const void* w) { w_ = w; }
+  // Sets the matrix: S (G*H, K), or a block of frozen weights.
+  void set(const void* w) {
+    if (packing_ != Packing::kFrozen) {
+      w_ = w;
+    } else if (w) {  // null while the workspace is measured
+      packed_ = const_cast<char*>(frozen_panels(w));  // is not written to
+      bias_ = packed_ + count() * panel_bytes_;
+    }
+  }
 
   // Packs these panels, if all panels are packed once, and the bias (null for zeros). Returns false
   // if a weight cannot be represented in the format.
   bool pack(const void* bias, Span panels) {
+    if (packing_ == Packing::kFrozen) return true;
     bool good = true;
     for (int64_t p = panels.begin; p < panels.end && packing_ == Packing::kOnce; ++p)
       good &= format_.pack_gates(shape_, w_, K_, p, packed_ + p * panel_bytes_);
@@ -83,7 +94,7 @@ class GateWeights {
   Panel panel(int64_t p, bool& good) const {
     const int n = vectors(p);
     const char* packed = packed_;
-    if (packing_ == Packing::kOnce) packed += p * panel_bytes_;
+    if (has_all_panels()) packed += p * panel_bytes_;
     if (packing_ == Packing::kPanelwise) good &= format_.pack_gates(shape_, w_, K_, p, packed_);
     return {p, format_.tiles[n - 1], format_.tile_rows[n - 1], packed, bias_at(p)};
   }
@@ -98,7 +109,7 @@ class GateWeights {
                      int64_t rows) const {
     const char* from = nullptr;
     int64_t bytes = 0;
-    if (p >= 0 && packing_ == Packing::kOnce) {
+    if (p >= 0 && has_all_panels()) {
       from = packed_ + p * panel_bytes_, bytes = panel_bytes_;
     } else if (p >= 0 && packing_ == Packing::kPanelwise) {
       // Each gate has its rows in one piece. Each tile prefetches from one of them.
@@ -126,6 +137,8 @@ class GateWeights {
   char* bias_at(int64_t panel) const { return bias_ + panel * width_ * kernels_.compute_bytes; }
 
  private:
+  bool has_all_panels() const { return packing_ == Packing::kOnce || packing_ == Packing::kFrozen; }
+
   const MicroKernels& kernels_;
   const WeightFormat& format_;
   const GateShape shape_;

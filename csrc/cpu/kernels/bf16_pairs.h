@@ -10,6 +10,7 @@ namespace rnnfast::cpu::RNNFAST_TARGET {
 struct PairOperand {
   using Compute = float;
   using Element = bf16;
+  using Weight = float;  // the bits of a pair
   using Word = int32_t;
   static constexpr int kPerWord = 2;
 
@@ -23,7 +24,7 @@ struct PairOperand {
   }
   RNNFAST_INLINE static Vec<float> load_columns(const bf16* const* rows, int64_t columns) {
     const auto bits = [columns](const bf16* row) {
-      return __builtin_convertvector(row ? load_bits(row, columns) : HalfBits{}, VecU32);
+      return widen(row ? load_bits(row, columns) : HalfBits{});
     };
     return bit_cast<Vec<float>>(bits(rows[0]) | bits(rows[1]) << 16);
   }

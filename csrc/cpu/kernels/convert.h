@@ -6,6 +6,28 @@
 
 namespace rnnfast::cpu::RNNFAST_TARGET {
 
+// Conversions between integers of 16 and 32 bits. GCC 12 makes several instructions of its generic
+// vectors here.
+RNNFAST_INLINE VecU32 widen(HalfBits half) {
+#if RNNFAST_VECTOR_BYTES == 64
+  return VecU32(_mm512_cvtepu16_epi32(__m256i(half)));
+#elif RNNFAST_VECTOR_BYTES == 32
+  return VecU32(_mm256_cvtepu16_epi32(__m128i(half)));
+#else
+  return __builtin_convertvector(half, VecU32);
+#endif
+}
+RNNFAST_INLINE HalfBits narrow(VecU32 v) {  // of numbers below 2^16
+#if RNNFAST_VECTOR_BYTES == 64
+  return HalfBits(_mm512_cvtepi32_epi16(__m512i(v)));
+#elif RNNFAST_VECTOR_BYTES == 32
+  const __m256i packed = _mm256_packus_epi32(__m256i(v), __m256i(v));
+  return HalfBits(_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0b1000)));
+#else
+  return __builtin_convertvector(v, HalfBits);
+#endif
+}
+
 // load_bits and store_bits move the bits of half types; decode and encode convert them.
 RNNFAST_INLINE HalfBits load_bits(const void* p) {
   return *static_cast<const HalfBitsUnaligned*>(p);
@@ -15,8 +37,7 @@ RNNFAST_INLINE void store_bits(void* p, HalfBits bits) {
 }
 template <class S>
 RNNFAST_INLINE Vec<float> decode(HalfBits half) {
-  if constexpr (std::is_same_v<S, bf16>)
-    return decode_bf16<Vec<float>>(__builtin_convertvector(half, VecU32));
+  if constexpr (std::is_same_v<S, bf16>) return decode_bf16<Vec<float>>(widen(half));
 #if RNNFAST_VECTOR_BYTES == 64
   else
     return Vec<float>(_mm512_cvtph_ps(__m256i(half)));
@@ -28,7 +49,7 @@ RNNFAST_INLINE Vec<float> decode(HalfBits half) {
     return Vec<float>(vcvt_f32_f16(bit_cast<float16x4_t>(half)));
 #else
   else
-    return decode_f16<Vec<float>>(__builtin_convertvector(half, VecU32));
+    return decode_f16<Vec<float>>(widen(half));
 #endif
 }
 template <class S>
@@ -37,7 +58,7 @@ RNNFAST_INLINE HalfBits encode(Vec<float> v) {
 #if defined(RNNFAST_HAS_BF16)
     return bit_cast<HalfBits>(_mm512_cvtneps_pbh(__m512(v)));
 #else
-    return __builtin_convertvector(encode_bf16<VecU32>(v), HalfBits);
+    return narrow(encode_bf16<VecU32>(v));
 #endif
 #if RNNFAST_VECTOR_BYTES == 64
   else
@@ -48,7 +69,7 @@ RNNFAST_INLINE HalfBits encode(Vec<float> v) {
 #elif defined(__aarch64__)
     else return bit_cast<HalfBits>(vcvt_f16_f32(v));
 #else
-    else return __builtin_convertvector(encode_f16<VecU32>(v), HalfBits);
+    else return narrow(encode_f16<VecU32>(v));
 #endif
 }
 

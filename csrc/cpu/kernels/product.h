@@ -1,9 +1,8 @@
 // The register-tiled product on vectors (a TileFunction, see microkernels.h).
 //
 // A tile of MR rows by NR vectors of columns, or half of its columns at a time, is accumulated in
-// registers. Every element is summed
-// over k in the same order in any tile, so results do not depend on how rows and columns are split
-// across threads.
+// registers. Every element is summed over k in the same order in any tile, so results do not depend
+// on how rows and columns are split across threads.
 #pragma once
 
 #include "cpu/kernels/convert.h"
@@ -16,6 +15,7 @@ template <class A>
 struct DenseOperand {
   using Compute = A;
   using Element = A;  // E, the type of lhs rows
+  using Weight = A;  // the type of a lane of a panel
   using Word = A;
   static constexpr int kPerWord = 1;
 
@@ -32,6 +32,12 @@ struct DenseOperand {
   RNNFAST_INLINE static Vec<A> load_columns(const T* const* rows, int64_t columns) {
     return rows[0] ? load(rows[0], columns) : Vec<A>{};
   }
+};
+
+// Panels of a half type W, which are converted in registers. For frozen weights.
+template <class W>
+struct NarrowOperand : DenseOperand<float> {
+  using Weight = W;
 };
 
 template <class Op>
@@ -90,7 +96,7 @@ class Prefetcher {
 template <class Op, class Shape, int MR, int NR>
 RNNFAST_INLINE void add_word(Vec<typename Op::Compute> (&sum)[MR][NR],
                              const typename Op::Element* const (&row)[MR], int64_t k,
-                             const typename Op::Compute* panel) {
+                             const typename Op::Weight* panel) {
   using A = typename Op::Compute;
   Vec<A> b[NR];
 #pragma GCC unroll 4
@@ -106,8 +112,8 @@ RNNFAST_INLINE void add_word(Vec<typename Op::Compute> (&sum)[MR][NR],
   }
 }
 
-// The TileFunction. The panel is [word of k][vector][lane]; or, in place, some columns of a matrix
-// of elements of A, whose rows are options.pitch elements apart.
+// The TileFunction. The panel is [word of k][vector][lane] of Op::Weight; or, in place, some
+// columns of a matrix of A, whose rows are options.pitch elements apart.
 template <class Op, int NR, int MR, bool kInPlace = false>
 void tile(int, int64_t K, const void* const* lhs, const void* packed, const void* bias, void* out,
           int64_t stride, const TileOptions& options) {
@@ -121,7 +127,7 @@ void tile(int, int64_t K, const void* const* lhs, const void* packed, const void
 #pragma GCC unroll 8
   for (int i = 0; i < MR; ++i) row[i] = static_cast<const typename Op::Element*>(lhs[i]);
   for (int first = 0; first < NR; first += kVectors) {
-    const A* panel = static_cast<const A*>(packed) + first * lanes;
+    const auto* panel = static_cast<const typename Op::Weight*>(packed) + first * lanes;
     for (int64_t begin = 0; begin == 0 || begin < depth; begin += options.chain) {
       const int64_t end = smaller(depth, begin + options.chain);
       Vec<A> sum[MR][kVectors] = {};
@@ -157,22 +163,28 @@ void tile(int, int64_t K, const void* const* lhs, const void* packed, const void
   }
 }
 
+// Calls f<NR, MR>() for every size of a tile.
+template <class F>
+constexpr void for_each_tile(F&& f) {
+  [&]<int... J>(std::integer_sequence<int, J...>) {
+    const auto of_width = [&]<int NR>() {
+      [&]<int... I>(std::integer_sequence<int, I...>) {
+        (f.template operator()<NR, I + 1>(), ...);
+      }(std::make_integer_sequence<int, kRegisterRows[NR - 1]>());
+    };
+    (of_width.template operator()<J + 1>(), ...);
+  }(std::make_integer_sequence<int, kMaxTileVectors>());
+}
+
 // kInPlace: whether products can read weights in place, because S is A.
 template <class Op, bool kInPlace>
 constexpr void fill_tiles(WeightFormat& format) {
-  const auto of_width = [&]<int NR>() {
-    constexpr int kRows = kRegisterRows[NR - 1];
-    format.tile_rows[NR - 1] = kRows;
-    [&]<int... I>(std::integer_sequence<int, I...>) {
-      ((format.tiles[NR - 1][I] = tile<Op, NR, I + 1>), ...);
-      if constexpr (kInPlace && NR == kMaxTileVectors)
-        ((format.in_place[I] = tile<Op, NR, I + 1, true>), ...);
-    }(std::make_integer_sequence<int, kRows>());
-  };
-  of_width.template operator()<1>();
-  of_width.template operator()<2>();
-  of_width.template operator()<3>();
-  of_width.template operator()<4>();
+  for_each_tile([&]<int NR, int MR>() {
+    format.tile_rows[NR - 1] = kRegisterRows[NR - 1];
+    format.tiles[NR - 1][MR - 1] = tile<Op, NR, MR>;
+    if constexpr (kInPlace && NR == kMaxTileVectors)
+      format.in_place[MR - 1] = tile<Op, NR, MR, true>;
+  });
 }
 
 }  // namespace rnnfast::cpu::RNNFAST_TARGET

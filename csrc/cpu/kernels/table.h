@@ -3,6 +3,7 @@
 
 #include "cpu/kernels/cell_tile.h"
 #include "cpu/kernels/dots.h"
+#include "cpu/kernels/int8.h"
 #include "cpu/tuning.h"
 
 namespace rnnfast::cpu::RNNFAST_TARGET {
@@ -15,11 +16,11 @@ constexpr WeightFormat dense_format() {
   format.name = Op::kPerWord > 1 ? "bf16 pairs" : "dense";
   format.step = Op::kPerWord;
   format.row_step_bytes = sizeof(A);
-  format.panel_step_bytes = kLanes<A> * int(sizeof(A));
+  format.panel_step_bytes = kLanes<A> * int(sizeof(typename Op::Weight));
   format.word = Op::kPerWord;
   format.row_cycles = 1;
   format.min_rows = 1;
-  format.weight_bytes = sizeof(A);
+  format.weight_bytes = sizeof(typename Op::Weight);
   format.chain = kChain;
   format.long_chain = kLongChain;
   fill_tiles<Op, std::is_same_v<S, A>>(format);
@@ -32,6 +33,25 @@ constexpr WeightFormat dense_format() {
 }
 template <class Op, class S>
 inline constexpr WeightFormat kDenseFormat = dense_format<Op, S>();
+
+// Frozen weights of a half type W, for tensors of float.
+template <class W>
+constexpr WeightFormat narrow_format() {
+  WeightFormat format{};
+  format.name = std::is_same_v<W, bf16> ? "bfloat16" : "float16";
+  format.step = format.word = 1;
+  format.row_step_bytes = sizeof(float);
+  format.panel_step_bytes = kLanes<float> * int(sizeof(W));
+  format.row_cycles = 1;
+  format.min_rows = 1;
+  format.weight_bytes = sizeof(W);
+  format.chain = kChain;
+  fill_tiles<NarrowOperand<W>, false>(format);
+  format.load_lhs = load_lhs<NarrowOperand<W>, float>;
+  return format;
+}
+template <class W>
+inline constexpr WeightFormat kNarrowFormat = narrow_format<W>();
 
 template <class C>
 constexpr Cell cell_numbers() {
@@ -57,6 +77,12 @@ constexpr MicroKernels make_kernels(Dtype dtype) {
   k.state_align = Op::kPerWord;
   k.dot_rows = kDotRows;
   k.dense = &kDenseFormat<Op, S>;
+  if constexpr (std::is_same_v<S, float>) {
+    k.frozen[int(WeightType::kFloat32)] = k.dense;
+    k.frozen[int(WeightType::kBFloat16)] = &kNarrowFormat<bf16>;
+    k.frozen[int(WeightType::kFloat16)] = &kNarrowFormat<f16>;
+    k.frozen[int(WeightType::kInt8)] = &int8::kFormat;
+  }
   k.load = convert_row<A, S>, k.store = convert_row<S, A>;
   k.load_state = convert_row<E, S>, k.store_state = convert_row<S, E>;
   k.round_state = round_row<E, S>;

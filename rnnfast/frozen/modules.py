@@ -1,0 +1,337 @@
+"""Frozen layers and cells: how a call runs.
+
+Sizes: T time steps, B sequences, I inputs, H hidden units, P the size of h (H unless projected), G
+gates, L layers, D directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from .. import backend, checks, sequences
+from ..bases import CELL_OF_MODE, states_of, unsqueeze_states
+from ..functional import ELMAN
+from ..reference import CELLS, Cell, LayerInputs, LayerOutputs, autocast_enabled
+from ..sequences import Extras, Options
+from .weights import Frozen, Matrix
+
+
+class FrozenLayers(Frozen):
+    """Frozen layers, which `freeze` makes of RNN, LSTM and GRU.
+
+    A call takes the arguments of `rnnfast.LSTM` and its like, without ``return_cells``, and returns
+    the same. Dropout never applies. Inputs and states are float32. Under autocast other
+    floating-point types are converted, and the results have the type of autocast.
+    """
+
+    def __init__(self, source: nn.RNNBase, torch_class: type[nn.Module], weights: str) -> None:
+        sizes = source.input_size, source.hidden_size, source.proj_size or source.hidden_size
+        cell = CELL_OF_MODE[source.mode]
+        matrices = _matrices_of_layers(
+            cell, sizes, source.num_layers, source.bias, source.bidirectional
+        )
+        super().__init__(source, matrices, weights)
+        self.torch_class = torch_class
+        self._cell_name = cell.name
+        self.mode, self.bias = source.mode, source.bias
+        self.input_size, self.hidden_size = source.input_size, source.hidden_size
+        self.num_layers, self.proj_size = source.num_layers, source.proj_size
+        self.batch_first, self.bidirectional = source.batch_first, source.bidirectional
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Any = None,
+        lengths: Tensor | Sequence[int] | None = None,
+        reset: Tensor | None = None,
+        embedding: nn.Embedding | None = None,
+    ) -> Any:
+        """Runs the layers over a batch of sequences, or over a single one.
+
+        Raises:
+            RuntimeError: Shapes, dtypes or devices do not fit, in torch.nn's words, or an argument
+                needs a gradient.
+        """
+        if lengths is None and reset is None and embedding is None:
+            result = self._run_short(input, hx, None, None)
+            if result is not None:
+                return result
+        packed = isinstance(input, PackedSequence)
+        if embedding is not None:
+            tokens = cast(Any, input)
+            input = tokens._replace(data=embedding(tokens.data)) if packed else embedding(tokens)
+        self._refuse_gradients(input, hx)
+        if packed and not (lengths is None and reset is None):
+            raise RuntimeError("lengths and reset need a tensor as input, got a PackedSequence")
+        if lengths is not None and isinstance(input, Tensor) and input.dim() == 2:
+            raise RuntimeError("lengths need a batch of sequences, got a single one")
+        if autocast_enabled("cpu"):
+            return self._forward_in_autocast(input, hx, lengths, reset)
+        if isinstance(input, PackedSequence):
+            return self._forward_packed(input, hx)
+        if not isinstance(input, Tensor):
+            self._refuse(input, hx, "input is no tensor")
+        cell, states, single = self._cell, states_of(self._cell, hx), input.dim() == 2
+        self._make_readable()
+        extras = Extras()
+        if input.dim() == 3:
+            if not (lengths is None and reset is None):
+                extras = checks.check_extras(input, lengths, reset, False, self.batch_first)
+            result = self._run_short(input, hx, extras.lengths, extras.reset)
+            if result is not None:
+                return result
+        x, time = input, 1 if self.batch_first else 0
+        if single:
+            checks.refuse_freed(input=x, hidden=states)
+            x, states = x.unsqueeze(1 - time), unsqueeze_states(states, 1)
+        options = self._options(self.batch_first)
+        if problem := checks.sequence_problem(cell, x, states, self._stand_ins(), options):
+            self._refuse(input, hx, problem)
+        if single and reset is not None:
+            reset = checks.as_reset(reset, x).unsqueeze(1 - time)
+            extras = checks.check_extras(x, None, reset, False, self.batch_first)
+        y, finals = self._run(x.transpose(0, 1) if time else x, states, extras)
+        y = y.transpose(0, 1) if time else y
+        if single:
+            y, finals = y.squeeze(1 - time), tuple(final.squeeze(1) for final in finals)
+        return y, finals if cell.states > 1 else finals[0]
+
+    def _forward_packed(self, input: PackedSequence, hx: Any) -> Any:
+        data, batch_sizes, order, inverse = input
+        if problem := checks.packed_problem(input):
+            raise RuntimeError(problem)
+        cell, states, batch = self._cell, states_of(self._cell, hx), int(batch_sizes[0])
+        if problem := checks.sequence_problem(
+            cell, data, states, self._stand_ins(), self._options(), batch
+        ):
+            self._refuse(input, hx, problem)
+        if order is not None and states is not None:
+            states = tuple(state.index_select(1, order) for state in states)
+        lengths = (batch_sizes.unsqueeze(1) > torch.arange(batch, device="cpu")).sum(0)
+        self._make_readable()
+        y, finals = self._run(data, states, Extras(lengths))
+        if inverse is not None:
+            finals = tuple(final.index_select(1, inverse) for final in finals)
+        output = PackedSequence(y, batch_sizes, order, inverse)
+        return output, finals if cell.states > 1 else finals[0]
+
+    def _forward_in_autocast(self, input: Any, hx: Any, lengths: Any, reset: Any) -> Any:
+        dtype = torch.get_autocast_dtype("cpu")
+        with torch.autocast("cpu", enabled=False):
+            results = self(
+                _converted(input, torch.float32), _converted(hx, torch.float32), lengths, reset
+            )
+        return _converted(results, dtype)
+
+    def _run_short(self, x: Any, hx: Any, lengths: Tensor | None, reset: Tensor | None) -> Any:
+        """The results of a plain call, from C++ alone; None if anything about it is unusual."""
+        extension = backend.short_path("fused")
+        if extension is None:
+            return None
+        return extension.run_layers(
+            backend.CELL_KINDS[self._cell_name],
+            x,
+            hx,
+            self._blocks(),
+            self.num_layers,
+            False,  # the biases are in the blocks
+            self.proj_size,
+            0.0,
+            self.batch_first,
+            self.bidirectional,
+            False,
+            lengths,
+            reset,
+        )
+
+    def _run(self, x: Tensor, states: Any, extras: Extras) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Runs all layers. x is (T, B, I), or packed (N, I) with lengths."""
+        options = self._options()
+        if states is None:
+            batch = x.shape[1] if extras.lengths is None else extras.lengths.shape[0]
+            sizes = sequences.state_sizes(self._cell, self._stand_ins(), options)
+            rows = options.num_layers * options.directions
+            states = tuple(x.new_zeros(rows, batch, size) for size in sizes)
+        y, finals, _ = sequences.stack(
+            _layer, self._cell, x, states, self._blocks(), options, extras
+        )
+        return y, finals
+
+    @property
+    def _cell(self) -> Cell:
+        return CELL_OF_MODE[self.mode]
+
+    def _options(self, batch_first: bool = False) -> Options:
+        return Options(
+            num_layers=self.num_layers,
+            has_biases=False,  # they are in the blocks
+            bidirectional=self.bidirectional,
+            batch_first=batch_first,
+            proj_size=self.proj_size,
+        )
+
+    def _twin(self) -> nn.Module:
+        nonlinearity = {"nonlinearity": self.mode[4:].lower()} if self.mode[:3] == "RNN" else {}
+        projection = {"proj_size": self.proj_size} if self.mode == "LSTM" else {}
+        return self.torch_class(
+            self.input_size,
+            self.hidden_size,
+            self.num_layers,
+            bias=self.bias,
+            batch_first=self.batch_first,
+            bidirectional=self.bidirectional,
+            device="meta",
+            **nonlinearity,
+            **projection,
+        )
+
+
+class FrozenCell(Frozen):
+    """A frozen cell, which `freeze` makes of RNNCell, LSTMCell and GRUCell.
+
+    A call takes the arguments of torch.nn's cell and returns the same. Inputs and states are as for
+    `FrozenLayers`.
+    """
+
+    def __init__(self, source: nn.RNNCellBase, torch_class: type[nn.Module], weights: str) -> None:
+        nonlinearity = getattr(source, "nonlinearity", None)
+        others = {nn.LSTMCell: "lstm", nn.GRUCell: "gru"}
+        cell = CELLS[others[torch_class]] if torch_class in others else ELMAN[str(nonlinearity)]
+        rows = cell.gates * source.hidden_size
+        bias = source.bias_ih is not None
+        super().__init__(
+            source,
+            [
+                _matrix("ih", "", (rows, source.input_size), cell.gates, bias),
+                _matrix("hh", "", (rows, source.hidden_size), cell.gates, bias),
+            ],
+            weights,
+        )
+        self.torch_class = torch_class
+        self._cell_name = cell.name
+        self.nonlinearity, self.bias = nonlinearity, bias
+        self.input_size, self.hidden_size = source.input_size, source.hidden_size
+
+    def forward(self, input: Tensor, hx: Any = None) -> Any:
+        """Computes the next state.
+
+        Raises:
+            RuntimeError: Shapes, dtypes or devices do not fit, in torch.nn's words, or an argument
+                needs a gradient.
+        """
+        result = self._run_short(input, hx)
+        if result is not None:
+            return result
+        self._refuse_gradients(input, hx)
+        if autocast_enabled("cpu"):
+            dtype = torch.get_autocast_dtype("cpu")
+            with torch.autocast("cpu", enabled=False):
+                return _converted(self(*(_converted(v, torch.float32) for v in (input, hx))), dtype)
+        if not isinstance(input, Tensor):
+            self._refuse(input, hx, "input is no tensor")
+        self._make_readable()
+        result = self._run_short(input, hx)
+        if result is not None:
+            return result
+        cell = CELLS[self._cell_name]
+        x, states, single = input, states_of(cell, hx), input.dim() == 1
+        if single:
+            checks.refuse_freed(input=x, hidden=states)
+            x, states = x.unsqueeze(0), unsqueeze_states(states, 0)
+        w_ih, w_hh = self._stand_ins()
+        if problem := checks.step_problem(cell, x, states, (w_ih, w_hh, None, None)):
+            self._refuse(input, hx, problem)
+        if states is None:
+            states = (x.new_zeros(x.shape[0], self.hidden_size),) * cell.states
+        w_ih, w_hh = self._blocks()
+        inputs = LayerInputs(x.unsqueeze(0), states, w_ih, w_hh, None, None, False)
+        finals = _layer(cell, inputs).states
+        if single:
+            finals = tuple(final.squeeze(0) for final in finals)
+        return finals if cell.states > 1 else finals[0]
+
+    def _run_short(self, x: Any, hx: Any) -> Any:
+        extension = backend.short_path("fused")
+        if extension is None:
+            return None
+        kind = backend.CELL_KINDS[self._cell_name]
+        return extension.run_step(kind, x, hx, self._blocks(), False)
+
+    def _twin(self) -> nn.Module:
+        nonlinearity = {"nonlinearity": self.nonlinearity} if self.nonlinearity else {}
+        return self.torch_class(
+            self.input_size, self.hidden_size, bias=self.bias, device="meta", **nonlinearity
+        )
+
+
+def _matrices_of_layers(
+    cell: Cell, sizes: tuple[int, int, int], layers: int, bias: bool, bidirectional: bool
+) -> list[Matrix]:
+    """The matrices of a stack of layers with the sizes I, H and P, in torch.nn's order."""
+    inputs, hidden, h_size = sizes
+    rows = cell.gates * hidden
+    found = []
+    for k in range(layers):
+        columns = inputs if k == 0 else h_size * (2 if bidirectional else 1)
+        for direction in ("", "_reverse")[: 1 + bidirectional]:
+            end = f"_l{k}{direction}"
+            found.append(_matrix("ih", end, (rows, columns), cell.gates, bias))
+            found.append(_matrix("hh", end, (rows, h_size), cell.gates, bias))
+            if h_size != hidden:
+                found.append(_matrix("hr", end, (h_size, hidden), 1, False))
+    return found
+
+
+def _matrix(kind: str, end: str, shape: tuple[int, int], gates: int, bias: bool) -> Matrix:
+    """The matrix that torch.nn calls ``weight_<kind><end>``."""
+    name = f"{kind}{end}"
+    return Matrix(
+        f"packed_{name}", f"weight_{name}", f"bias_{name}" if bias else None, shape, gates
+    )
+
+
+def _layer(cell: Cell, inputs: LayerInputs) -> LayerOutputs:
+    """`rnnfast.reference.layer` with blocks of frozen weights, which hold the biases."""
+    x, states, w_ih, w_hh, _, _, reverse, lengths, reset, w_hr = inputs
+    c0 = states[1] if cell.states > 1 else None
+    y, *finals = torch.ops.rnnfast.frozen_layer(
+        cell.name, x, states[0], c0, w_ih, w_hh, w_hr, reverse, lengths, reset
+    )
+    return LayerOutputs(y, tuple(finals[: cell.states]), None)
+
+
+def _converted(value: Any, dtype: torch.dtype) -> Any:
+    """Tensors, tuples of them and packed sequences in ``dtype``; anything else as it is."""
+    if isinstance(value, PackedSequence):
+        return value._replace(data=_converted(value.data, dtype))
+    if isinstance(value, (tuple, list)):
+        return tuple(_converted(one, dtype) for one in value)
+    if isinstance(value, Tensor) and sequences.is_castable(value):
+        return value.to(dtype)
+    return value
+
+
+def _fake_layer(
+    cell: str,
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    w_hr: Tensor | None,
+    reverse: bool,
+    lengths: Tensor | None = None,
+    reset: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    y = x.new_empty((*x.shape[:-1], h0.shape[-1]))
+    c_n = x.new_empty((0,)) if c0 is None else torch.empty_like(c0)
+    return y, torch.empty_like(h0), c_n
+
+
+if backend.EXTENSION is not None:
+    torch.library.register_fake("rnnfast::frozen_layer", _fake_layer)

@@ -1,0 +1,254 @@
+"""How frozen modules keep, save and load their weights.
+
+Sizes: H hidden units, P the size of h (H unless projected), G gates, K the columns of a matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from .. import backend, checks
+
+TYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int8": torch.int8,
+}
+"""The types of frozen weights, by the names that `freeze` takes."""
+
+
+class Weights(NamedTuple):
+    """A matrix in the order of torch, with its bias."""
+
+    weight: Tensor
+    """(G*H, K), of one of the `TYPES`."""
+    scale: Tensor | None
+    """(G*H) for int8: a weight is its integer times the scale of its row; else None."""
+    bias: Tensor | None
+    """(G*H), or None."""
+
+    def dense(self) -> Tensor:
+        """The matrix in float32."""
+        weight = self.weight.float()
+        return weight if self.scale is None else weight * self.scale.unsqueeze(1)
+
+    def on_cpu(self) -> Weights:
+        """The same on the CPU, detached, with scale and bias in float32."""
+        scale, bias = (t if t is None else t.detach().float().cpu() for t in self[1:])
+        return Weights(self.weight.detach().cpu(), scale, bias)
+
+    def to(self, dtype: torch.dtype) -> Weights:
+        """The matrix rounded to ``dtype``, one of the values of `TYPES`.
+
+        int8 is symmetric, with one scale for each row: max |row| / 127. A row with a NaN or an
+        infinity gets the scale NaN, so that all its products are NaN.
+        """
+        if self.weight.dtype is dtype:
+            return self
+        weight = self.dense()
+        if dtype is not torch.int8:
+            return Weights(weight.to(dtype), None, self.bias)
+        if weight.numel() == 0:
+            scale = weight.new_ones(weight.shape[0])
+        else:
+            largest = weight.abs().amax(1)
+            scale = torch.where(largest.isfinite(), largest / 127, torch.nan)
+        # The quotients of a row of zeros, or of numbers too small for a scale, are not finite.
+        integers = (weight / scale.unsqueeze(1)).nan_to_num(0, 0, 0).round().clamp(-127, 127)
+        return Weights(integers.to(torch.int8), scale, self.bias)
+
+
+class Matrix(NamedTuple):
+    """The names of a matrix, and its size."""
+
+    block: str
+    """The buffer that holds it in the frozen module."""
+    weight: str
+    """Its parameter in torch.nn's module, and its entry in a ``state_dict``."""
+    bias: str | None
+    shape: tuple[int, int]
+    gates: int
+    """G, or 1 for the projection of h."""
+
+    @property
+    def scale(self) -> str:
+        """The entry of its scales in a ``state_dict``."""
+        return f"{self.weight}_scale"
+
+
+class Frozen(nn.Module):
+    """What frozen layers and frozen cells share: how weights are kept, saved and loaded.
+
+    Each matrix is in a buffer of bytes, in the order in which the kernels read it. The
+    ``state_dict`` has it under torch.nn's name in torch.nn's order, which is the same on every
+    machine, and the scales of an int8 matrix under the same name with ``_scale`` behind it.
+    ``load_state_dict`` takes that, or the ``state_dict`` of a module that is not frozen, and rounds
+    the weights if they are not of the type ``weights``.
+    """
+
+    torch_class: type[nn.Module]
+    """The class of torch.nn that does the same with its parameters."""
+    weights: str
+    """The type of the weights, one of the `TYPES`."""
+
+    def __init__(self, source: nn.Module, matrices: Sequence[Matrix], weights: str) -> None:
+        super().__init__()
+        if backend.EXTENSION is None:
+            raise RuntimeError(
+                f"frozen weights need rnnfast's compiled kernels: {backend.IMPORT_ERROR}"
+            )
+        self.weights = weights
+        self._matrices = list(matrices)
+        self._block_names = [matrix.block for matrix in self._matrices]
+        for matrix in self._matrices:
+            weight = getattr(source, matrix.weight).detach()
+            bias = None if matrix.bias is None else getattr(source, matrix.bias).detach()
+            if weight.dtype is not torch.float32 or weight.device.type != "cpu":
+                raise ValueError(
+                    f"Expected float32 weights on the CPU, got {matrix.weight} with "
+                    f"{weight.dtype} on {weight.device}. Convert the module first: "
+                    "module.float().cpu()"
+                )
+            if weight.shape != matrix.shape:
+                shape = list(weight.shape)
+                raise ValueError(f"Expected {matrix.weight} size {matrix.shape}, got {shape}")
+            block = self._pack(matrix, Weights(weight, None, bias))
+            self.register_buffer(matrix.block, block, persistent=False)
+        self.eval()
+
+    def _pack(self, matrix: Matrix, given: Weights) -> Tensor:
+        weights = given.to(TYPES[self.weights])
+        return torch.ops.rnnfast.pack_weights(*weights, matrix.gates)
+
+    def unpacked(self) -> dict[str, Weights]:
+        """The weights in the order of torch.nn, by the names of their parameters there.
+
+        Example:
+            >>> frozen = rnnfast.freeze(torch.nn.GRU(10, 20), weights="int8")
+            >>> weight, scale, bias = frozen.unpacked()["weight_ih_l0"]
+            >>> weight.dtype, weight.shape, scale.shape, bias.shape
+            (torch.int8, torch.Size([60, 10]), torch.Size([60]), torch.Size([60]))
+        """
+        found = {}
+        for matrix in self._matrices:
+            weight, scale, bias = torch.ops.rnnfast.unpack_weights(self.get_buffer(matrix.block))
+            has_scale = weight.dtype is torch.int8
+            found[matrix.weight] = Weights(
+                weight, scale if has_scale else None, bias if matrix.bias else None
+            )
+        return found
+
+    def _blocks(self) -> list[Tensor]:
+        buffers: dict[str, Any] = self._buffers
+        return [buffers[name] for name in self._block_names]
+
+    def _make_readable(self) -> None:
+        """Packs the weights again if they are packed for another instruction set.
+
+        That is so if the module came from another machine, or if the instruction set was changed.
+        """
+        readable = torch.ops.rnnfast.can_read_weights
+        if torch.compiler.is_compiling() or all(readable(block) for block in self._blocks()):
+            return
+        unpacked = self.unpacked()
+        for matrix in self._matrices:
+            self._buffers[matrix.block] = self._pack(matrix, unpacked[matrix.weight])
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        unpacked = self.unpacked()
+        for matrix in self._matrices:
+            weight, scale, bias = unpacked[matrix.weight]
+            for name, value in (
+                (matrix.weight, weight),
+                (matrix.scale, scale),
+                (matrix.bias, bias),
+            ):
+                if value is not None:
+                    destination[f"{prefix}{name}"] = value
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        known: set[str] = set()
+        for matrix in self._matrices:
+            names = [matrix.weight, matrix.scale, *([matrix.bias] if matrix.bias else [])]
+            known.update(f"{prefix}{name}" for name in names)
+            weight, scale, *biases = (state_dict.get(f"{prefix}{name}") for name in names)
+            needed = {matrix.weight: weight, **dict(zip(names[2:], biases, strict=True))}
+            if isinstance(weight, Tensor) and weight.dtype is torch.int8:
+                needed[matrix.scale] = scale
+            missing = [f"{prefix}{name}" for name, value in needed.items() if value is None]
+            missing_keys.extend(missing)
+            if missing:
+                continue
+            assert weight is not None
+            given = Weights(weight, needed.get(matrix.scale), biases[0] if biases else None)
+            if problem := _problem_of_saved(matrix, given):
+                error_msgs.append(f"{prefix}{problem}")
+                continue
+            with torch.no_grad():
+                self._buffers[matrix.block] = self._pack(matrix, given.on_cpu())
+        if strict:
+            own = (key for key in state_dict if key.startswith(prefix))
+            unexpected_keys.extend(
+                key for key in own if key not in known and "." not in key[len(prefix) :]
+            )
+
+    def _refuse_gradients(self, input: Any, hx: Any) -> None:
+        """RuntimeError if autograd would have to pass through this module."""
+        given = [getattr(input, "data", None) if isinstance(input, tuple) else input]
+        given += hx if isinstance(hx, (tuple, list)) else [hx]
+        if torch.is_grad_enabled() and any(
+            isinstance(tensor, Tensor) and tensor.requires_grad for tensor in given
+        ):
+            raise RuntimeError(
+                "a frozen layer has no gradients: call it under torch.no_grad(), or detach its "
+                "input and states"
+            )
+
+    def _stand_ins(self) -> list[Tensor]:
+        """Tensors of the sizes and type of the matrices, without memory, for checks."""
+        return [torch.zeros(()).expand(matrix.shape) for matrix in self._matrices]
+
+    def _refuse(self, input: Any, hx: Any, problem: str) -> NoReturn:
+        """Raises torch.nn's error for a malformed call, or ``problem`` if torch.nn raises none."""
+        with checks.ChecksOnly(problem):
+            self._twin().forward(input, hx)
+        raise RuntimeError(problem)
+
+    def _twin(self) -> nn.Module:
+        """The module of torch.nn of the same sizes, without memory."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        """The arguments that ``repr`` shows: those of torch.nn's module, and the type."""
+        return f"{self._twin().extra_repr()}, weights={self.weights!r}"
+
+
+def _problem_of_saved(matrix: Matrix, given: Weights) -> str | None:
+    """What is wrong with a saved matrix; None if nothing is."""
+    weight, scale, bias = given
+    if weight.dtype is not torch.int8 and not weight.is_floating_point():
+        return f"{matrix.weight}: expected floating-point or int8 weights, got {weight.dtype}"
+    rows = matrix.shape[:1]
+    for name, value, shape in (
+        (matrix.weight, weight, matrix.shape),
+        (matrix.scale, scale, rows),
+        (matrix.bias, bias, rows),
+    ):
+        if value is not None and value.shape != shape:
+            return f"{name}: expected size {tuple(shape)}, got {list(value.shape)}"
+    return None
