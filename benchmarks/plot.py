@@ -27,6 +27,8 @@ STYLES = {
     "openvino": ("OpenVINO", "#CC79A7", "^"),
     "jax": ("JAX scan, jit", "#009E73", "D"),
     "torch_int8": ("torch int8 (lower precision)", "#999999", "x"),
+    "onnxruntime_int8": ("ONNX Runtime int8 (lower precision)", "#56B4E9", "x"),
+    "unfrozen": ("rnnfast, not frozen", "#000000", "o"),
 }
 
 

@@ -263,6 +263,50 @@ def cells(name: str = "cells") -> str:
     return by_threads(load(name), ["cell", "B, I, H"], describe)
 
 
+FROZEN_PEERS = {
+    "float32": ("unfrozen", "onnxruntime"),
+    "bfloat16": ("unfrozen",),
+    "float16": ("unfrozen",),
+    "int8": ("unfrozen", "torch_int8", "onnxruntime_int8"),
+}
+"""The peers of each type of frozen weights that the table shows."""
+
+
+def frozen() -> str:
+    """A table for each number of threads, with a column for each type of weights."""
+    report = load("frozen")
+    entries = {
+        (row["threads"], row["cell"], str(case_of(row)), row["dtype"], row["peer"]): (
+            ratio_and_verdict(row) if "ratio_min" in row else "-"
+        )
+        for row in report["rows"]
+    }
+    cases = list(dict.fromkeys(key[:3] for key in entries))
+    parts = [source(report)]
+    for threads in sorted({key[0] for key in cases}):
+        lines = [
+            [
+                *(cell, case.replace(",", ", ")),
+                *(
+                    " / ".join(entries[threads, cell, case, dtype, peer] for peer in peers)
+                    for dtype, peers in FROZEN_PEERS.items()
+                ),
+            ]
+            for of_case, cell, case in cases
+            if of_case == threads
+        ]
+        parts.append(f"{threads} thread{'s'[: threads > 1]}:")
+        parts.append(table(["cell", "T, B, I, H", *FROZEN_PEERS], lines))
+    said = [
+        f"- {s['dtype']}, {s['threads']} thread{'s'[: s['threads'] > 1]}, over "
+        f"{STYLES[s['peer']][0]}: geometric mean {format_ratio(s['ratio_min'])}, least "
+        f"{format_ratio(s['least_ratio_min'])}, {s['cases']} cases"
+        for s in report["summary"]
+        if s["cell"] == "all" and s["peer"] in FROZEN_PEERS[s["dtype"]]
+    ]
+    return "\n\n".join([*parts, "\n".join(f"{line}." for line in said)])
+
+
 def odd() -> str:
     def describe(row: Row) -> tuple[str, ...]:
         return row["cell"], str(case_of(row)).replace(",", ", ")
@@ -323,6 +367,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "programs": programs,
     "cells": cells,
     "cells-avx2": lambda: cells("cells-avx2"),
+    "frozen": frozen,
     "odd": odd,
     "sequences": sequences,
     "systems": systems,

@@ -1,9 +1,9 @@
 """What the comparisons of rnnfast with its peers share: options, measurement, processes, summary.
 
-A program (`benchmarks.compare`, `benchmarks.models`, `benchmarks.cells`) says which problems it
-measures, as items. For each item all implementations get the same weights and input. Their results
-are checked against torch.nn in float64, and then they are timed in turn, in one process. A ratio is
-the peer's time divided by rnnfast's: above 1, rnnfast is faster.
+A program (`benchmarks.compare`, `benchmarks.models`, `benchmarks.cells`, `benchmarks.frozen`) says
+which problems it measures, as items. For each item all implementations get the same weights and
+input. Their results are checked against torch.nn in float64, and then they are timed in turn, in
+one process. A ratio is the peer's time divided by rnnfast's: above 1, rnnfast is faster.
 
 With `--processes N` all of it is repeated in N new processes. A new process has other addresses in
 memory and meets another moment of the machine, so ratios differ more between processes than within
@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import machine
-from .peers import PEERS, UnsupportedError, build_rnnfast
+from .peers import PEERS, Builder, UnsupportedError, build_rnnfast
 from .steps import Case, Problem, Step, disagreement, module_step, results
 from .timing import time_in_turn
 
@@ -41,10 +41,15 @@ Row = dict[str, Any]
 
 
 class Item(NamedTuple):
-    """Something to measure: the columns that identify its rows, and how to make its problem."""
+    """Something to measure."""
 
     where: Row
+    """The columns that identify its rows."""
     make: Callable[[], Problem]
+    build: Builder = build_rnnfast
+    """How rnnfast is built, with which peers are compared."""
+    tolerance: float | None = None
+    """The allowed error of rnnfast, see steps.py; None for the option of the command."""
 
 
 Items = Callable[[argparse.Namespace], Iterator[Item]]
@@ -81,12 +86,14 @@ def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         parser.error("--peers jax: JAX takes its number of threads once, at its start")
 
 
-def build_all(peers: Iterable[str], problem: Problem) -> tuple[dict[str, Step], Row]:
+def build_all(
+    peers: Iterable[str], problem: Problem, build: Builder
+) -> tuple[dict[str, Step], Row]:
     """Returns the implementations that can run the problem, and for the others the reason why not.
 
     Both are by name.
     """
-    steps = {"rnnfast": build_rnnfast(problem)}
+    steps = {"rnnfast": build(problem)}
     reasons: Row = {}
     for name in peers:
         try:
@@ -98,19 +105,25 @@ def build_all(peers: Iterable[str], problem: Problem) -> tuple[dict[str, Step], 
     return steps, reasons
 
 
-def compare_one(problem: Problem, args: argparse.Namespace) -> Iterator[Row]:
+def compare_one(
+    problem: Problem,
+    args: argparse.Namespace,
+    build: Builder = build_rnnfast,
+    tolerance: float | None = None,
+) -> Iterator[Row]:
     """Checks all results, then times; yields one row for each peer."""
+    own_tolerance = args.tolerance if tolerance is None else tolerance
     inference = problem.mode == "inference"
     no_grad = torch.inference_mode() if inference else contextlib.nullcontext()
     synchronize = torch.cuda.synchronize if problem.x.is_cuda else lambda: None
     with no_grad:
-        steps, reasons = build_all(args.peers, problem)
+        steps, reasons = build_all(args.peers, problem, build)
         exact, ours = (
             results(module_step(p.module, p)) for p in (problem.to(torch.float64), problem)
         )
         for name, step in steps.items():
-            tolerance = PEERS[name].tolerance if name in PEERS else args.tolerance
-            if wrong := disagreement(results(step), ours, exact, tolerance):
+            allowed = PEERS[name].tolerance if name in PEERS else own_tolerance
+            if wrong := disagreement(results(step), ours, exact, allowed):
                 reasons[name] = f"disagrees: {wrong}"
         agreeing = {name: step.run for name, step in steps.items() if name not in reasons}
         timings = {}
@@ -139,7 +152,7 @@ def measured(items: Items, args: argparse.Namespace) -> Iterator[Row]:
             yield from (where | {"peer": p, "not_timed": "no time was left"} for p in args.peers)
             continue
         torch.set_num_threads(threads)
-        for row in compare_one(item.make(), args):
+        for row in compare_one(item.make(), args, item.build, item.tolerance):
             yield where | row
 
 

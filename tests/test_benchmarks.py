@@ -21,6 +21,7 @@ from benchmarks import (
     cells,
     compare,
     errors,
+    frozen,
     long_double,
     models,
     peers,
@@ -308,6 +309,35 @@ def build_wrong_cell(problem: Problem) -> Step:
     wrong = copy.deepcopy(problem.module)
     nn.init.constant_(wrong.bias_hh, 0.1)
     return steps.module_step(wrong, problem)
+
+
+def test_frozen_layers(tmp_path, capsys, monkeypatch):
+    argv = ["--case", "2,3,4,5", "--min-time", "0", "--repeats", "1", "--processes", "1"]
+    argv += ["--threads", "1", "--json", str(tmp_path / "f.json")]
+    assert frozen.main([*argv, "--peers", "unfrozen", "torch"]) == 0
+    rows = json.loads((tmp_path / "f.json").read_text())["rows"]
+    assert [row["dtype"] for row in rows[::4]] == ["float32", "float16"] * 2
+    assert {row["peer"] for row in rows} == {"unfrozen", "torch"}
+    assert len(rows) == 2 * 4 * 2
+    assert all(row["ratio_min"] > 0 for row in rows)
+    monkeypatch.setitem(frozen.TOLERANCES, "int8", 0.0)
+    assert frozen.main([*argv, "--peers", "torch", "--weights", "int8"]) == 1
+    assert capsys.readouterr().out.count("rnnfast disagrees") == 2
+
+
+def test_int8_of_onnx_runtime():
+    """It is a node of int8, as exact as 7 bits can be."""
+    pytest.importorskip("onnxruntime")
+    import onnx
+
+    problem = steps.make_problem("LSTM", Case(5, 2, 16, 32), "cpu", torch.float32, "inference")
+    model = onnx.load_from_string(peers.int8_onnx_model(problem))
+    assert "DynamicQuantizeLSTM" in [node.op_type for node in model.graph.node]
+    with torch.inference_mode():
+        exact = steps.results(steps.module_step(problem.module, problem))
+        found = steps.results(peers.build_onnxruntime_int8(problem))
+    error = (found["y"] - exact["y"]).square().mean().sqrt() / exact["y"].square().mean().sqrt()
+    assert 1e-5 < error < 0.05
 
 
 @pytest.mark.parametrize("size", ["1,2", "1,2,x", "0,1,1"])

@@ -18,6 +18,7 @@ from rnnfast import backend
 PRODUCTS = ["products", "chains", "representations", "gates", "biases", "gathers"]
 CHECKS = {
     "product_checks": [*PRODUCTS, "dots", "outer_few", "transposed"],
+    "frozen_checks": ["frozen"],
     "row_checks": ["conversions", "halves", "sums", "gathered_gradients"],
     "cell_checks": ["activations", "forward", "backward"],
 }

@@ -21,6 +21,7 @@ PAGES = {
     "Guides": [
         "rnnfast/docs/layers",
         "rnnfast/docs/accelerate",
+        "rnnfast/docs/frozen",
         "rnnfast/docs/compile-export",
         "rnnfast/docs/backends",
         "rnnfast/docs/support",

@@ -36,7 +36,8 @@ def freeze(module: nn.Module, weights: str | Mapping[str, str] = "float32") -> n
 
     Args:
         module: A model, or a recurrent module. RNN, LSTM, GRU and cells of rnnfast and of torch.nn
-            are frozen wherever they are in it. They must be float32 and on the CPU.
+            are frozen wherever they are in it. They must be float32 and on the CPU. Those on the
+            device "meta" have no memory: the copy's weights are NaN until ``load_state_dict``.
         weights: "float32", "bfloat16", "float16" or "int8". Or a dict from names of recurrent
             modules, as in ``module.named_modules()``, to these: others get float32.
 

@@ -101,6 +101,9 @@ class FrozenLayers(Frozen):
             y, finals = y.squeeze(1 - time), tuple(final.squeeze(1) for final in finals)
         return y, finals if cell.states > 1 else finals[0]
 
+    def flatten_parameters(self) -> None:
+        """Does nothing. Models call it, since torch.nn's layers have it."""
+
     def _forward_packed(self, input: PackedSequence, hx: Any) -> Any:
         data, batch_sizes, order, inverse = input
         if problem := checks.packed_problem(input):

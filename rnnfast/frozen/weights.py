@@ -108,7 +108,7 @@ class Frozen(nn.Module):
         for matrix in self._matrices:
             weight = getattr(source, matrix.weight).detach()
             bias = None if matrix.bias is None else getattr(source, matrix.bias).detach()
-            if weight.dtype is not torch.float32 or weight.device.type != "cpu":
+            if weight.dtype is not torch.float32 or weight.device.type not in ("cpu", "meta"):
                 raise ValueError(
                     f"Expected float32 weights on the CPU, got {matrix.weight} with "
                     f"{weight.dtype} on {weight.device}. Convert the module first: "
@@ -117,8 +117,10 @@ class Frozen(nn.Module):
             if weight.shape != matrix.shape:
                 shape = list(weight.shape)
                 raise ValueError(f"Expected {matrix.weight} size {matrix.shape}, got {shape}")
-            block = self._pack(matrix, Weights(weight, None, bias))
-            self.register_buffer(matrix.block, block, persistent=False)
+            given = Weights(weight, None, bias)
+            if weight.is_meta:
+                given = _unknown(given, TYPES[weights])
+            self.register_buffer(matrix.block, self._pack(matrix, given), persistent=False)
         self.eval()
 
     def _pack(self, matrix: Matrix, given: Weights) -> Tensor:
@@ -152,6 +154,9 @@ class Frozen(nn.Module):
 
         That is so if the module came from another machine, or if the instruction set was changed.
         """
+        device = self._blocks()[0].device
+        if device.type != "cpu":
+            raise RuntimeError(f"frozen layers run on the CPU, and this one was moved to {device}")
         readable = torch.ops.rnnfast.can_read_weights
         if torch.compiler.is_compiling() or all(readable(block) for block in self._blocks()):
             return
@@ -236,6 +241,19 @@ class Frozen(nn.Module):
     def extra_repr(self) -> str:
         """The arguments that ``repr`` shows: those of torch.nn's module, and the type."""
         return f"{self._twin().extra_repr()}, weights={self.weights!r}"
+
+
+def _unknown(like: Weights, dtype: torch.dtype) -> Weights:
+    """Weights for a module without memory, until others are loaded: with them all gates are NaN."""
+    rows = like.weight.shape[:1]
+    bias = None if like.bias is None else torch.full(rows, torch.nan)
+    if dtype is torch.int8:
+        return Weights(
+            torch.zeros_like(like.weight, dtype=dtype, device="cpu"),
+            torch.full(rows, torch.nan),
+            bias,
+        )
+    return Weights(torch.full(like.weight.shape, torch.nan, dtype=dtype), None, bias)
 
 
 def _problem_of_saved(matrix: Matrix, given: Weights) -> str | None:
