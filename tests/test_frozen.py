@@ -512,8 +512,11 @@ def test_what_freeze_refuses() -> None:
         def forward(self, *args: Any) -> Any:
             return super().forward(*args)
 
-    changed = nn.GRU(2, 3)
+    changed, hooked, dropped = nn.GRU(2, 3), nn.GRU(2, 3), nn.GRU(2, 3)
     changed.forward = lambda x: x  # type: ignore[method-assign]
+    hooked.register_forward_hook(lambda *_: None)
+    weight = dropped._parameters.pop("weight_hh_l0")
+    dropped.weight_hh_l0 = weight.detach()  # as a wrapper that drops weights does
     for module, weights, words in (
         (nn.Linear(2, 3), "int8", "Linear has no RNN, LSTM, GRU or cell to freeze"),
         (nn.GRU(2, 3), "int4", "expected weights float32, bfloat16, float16, int8, got 'int4'"),
@@ -526,6 +529,8 @@ def test_what_freeze_refuses() -> None:
         (rnnfast.GRU(2, 3, tokens=True), "int8", "GRU cannot be frozen: .*tokens=True"),
         (nn.Sequential(Own(2, 3)), "int8", "0 cannot be frozen: .*Own.* has its own forward"),
         (changed, "int8", "GRU cannot be frozen: it has its own forward, set on the instance"),
+        (hooked, "int8", "GRU cannot be frozen: it has hooks"),
+        (dropped, "int8", "weight_hh_l0 is no parameter of the module"),
     ):
         with pytest.raises(ValueError, match=words):
             rnnfast.freeze(module, weights)

@@ -96,6 +96,8 @@ def _freeze_one(name: str, module: nn.Module, weights: str) -> Frozen:
         raise ValueError(f"{where} cannot be frozen: {kind} has its own {', '.join(changed)}")
     if reason := own_methods(module):
         raise ValueError(f"{where} cannot be frozen: it {reason}")
+    if module._forward_hooks or module._forward_pre_hooks:
+        raise ValueError(f"{where} cannot be frozen: it has hooks, which the copy would not run")
     if getattr(module, "tokens", False):
         raise ValueError(
             f"{where} cannot be frozen: layers with tokens=True have no frozen kernels"

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from .. import backend, checks
 
@@ -106,6 +107,15 @@ class Frozen(nn.Module):
         self._matrices = list(matrices)
         self._block_names = [matrix.block for matrix in self._matrices]
         for matrix in self._matrices:
+            # A plain attribute is what a wrapper sets before each call, as weight dropping does.
+            if not (
+                matrix.weight in source._parameters
+                or parametrize.is_parametrized(source, matrix.weight)
+            ):
+                raise ValueError(
+                    f"{matrix.weight} is no parameter of the module: something else computes it "
+                    "before each call, and a frozen module would not see that"
+                )
             weight = getattr(source, matrix.weight).detach()
             bias = None if matrix.bias is None else getattr(source, matrix.bias).detach()
             if weight.dtype is not torch.float32 or weight.device.type not in ("cpu", "meta"):

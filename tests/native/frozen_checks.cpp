@@ -84,11 +84,11 @@ void check_tile(Kit& kit, WeightType type, int vectors, int rows, int64_t K) {
     options.prefetch_bytes = kit.random.below(20000);
   }
   format.tiles[vectors - 1][rows - 1](rows, K, given.data(), panel.memory.data(),
-                                      has_bias ? bias.data() : nullptr, out.data(), stride, options);
+                                      has_bias ? bias.data() : nullptr, out.data(), stride,
+                                      options);
   out.check_border("out");
   for (int i = 0; i < rows; ++i) {
-    if (i + 1 < rows)
-      out.check_not_written("out", i * stride + panel.width, (i + 1) * stride);
+    if (i + 1 < rows) out.check_not_written("out", i * stride + panel.width, (i + 1) * stride);
     for (int64_t j = 0; j < panel.width; ++j) {
       Sum sum;
       for (int64_t k = 0; k < K; ++k) sum.add((long double)sources[size_t(i)][k] * panel(k, j));
