@@ -262,12 +262,15 @@ def calls_of(options: dict[str, Any]) -> list[Callable[[nn.Module], Any]]:
         lambda module: module(x[0], reset=reset[0]),
         lambda module: [pad_packed_sequence(module(packed)[0])[0], module(packed)[1]],
         lambda module: module(x[:, :0] if time_first else x[:0]),
+        lambda module: module(x.transpose(0, 2).contiguous().transpose(0, 2)),
     ]
 
 
 @every_type
 @pytest.mark.parametrize(
-    "options", [{}, {"bidirectional": True, "num_layers": 2}, {"batch_first": True}], ids=str
+    "options",
+    [{}, {"bidirectional": True, "num_layers": 2}, {"batch_first": True}, {"proj_size": 6}],
+    ids=str,
 )
 def test_lengths_resets_packed_and_single_sequences(options: dict[str, Any], weights: str) -> None:
     module, plain = (rnnfast.LSTM(9, 20, **options).requires_grad_(False) for _ in range(2))
@@ -364,8 +367,7 @@ def test_loading_takes_weights_that_are_not_frozen() -> None:
 def test_loading_needs_no_float32_weights(weights: str) -> None:
     module, x = nn.LSTM(9, 21, num_layers=2), torch.randn(4, 3, 9)
     with torch.device("meta"):
-        empty = nn.LSTM(9, 21, num_layers=2)
-    frozen = rnnfast.freeze(empty, weights)
+        frozen = rnnfast.freeze(nn.LSTM(9, 21, num_layers=2), weights)
     assert frozen(x)[0].isnan().all()
     frozen.load_state_dict(rnnfast.freeze(module, weights).state_dict())
     assert_near(frozen(x), rnnfast.freeze(module, weights)(x), 0)
@@ -389,15 +391,49 @@ def test_what_loading_refuses() -> None:
         ),
         (
             lambda d: d.update({"0.weight_ih_l0": torch.ones(63, 9, dtype=torch.int64)}),
-            "expected floating-point or int8 weights, got torch.int64",
+            "expected floating-point or int8 numbers, got torch.int64",
         ),
     ):
         changed = dict(good)
         change(changed)
         with pytest.raises(RuntimeError, match=words):
             frozen.load_state_dict(changed)
+    with pytest.raises(RuntimeError, match=r'Unexpected key.*"0.junk.a"'):
+        frozen.load_state_dict({**good, "0.junk.a": torch.ones(1)})
+    with pytest.raises(RuntimeError, match="bias_ih_l0: expected a tensor with memory, got list"):
+        frozen.load_state_dict({**good, "0.bias_ih_l0": [0.0] * 63})
+    with pytest.raises(RuntimeError, match=r"expected floating-point numbers, got torch.complex64"):
+        frozen.load_state_dict({**good, "0.bias_ih_l0": torch.ones(63, dtype=torch.complex64)})
     frozen.load_state_dict(good)
     assert torch.equal(frozen(torch.ones(2, 1, 9))[0], before)
+
+
+@every_type
+def test_loading_a_part(weights: str) -> None:
+    """With strict=False what is there is loaded, and the rest is named and stays."""
+    one, other = nn.GRU(9, 21), nn.GRU(9, 21)
+    frozen, x = rnnfast.freeze(one, weights), torch.randn(4, 3, 9)
+    hooked = []
+    frozen.register_load_state_dict_pre_hook(lambda *_: hooked.append(True))
+    for name in ("weight_ih_l0", "bias_hh_l0"):
+        missing, unexpected = frozen.load_state_dict({name: getattr(other, name)}, strict=False)
+        assert name not in missing
+        assert len(missing) >= 3
+        assert not unexpected
+    mixed = copy.deepcopy(one)
+    mixed.load_state_dict(
+        {"weight_ih_l0": other.weight_ih_l0, "bias_hh_l0": other.bias_hh_l0}, strict=False
+    )
+    assert torch.equal(frozen(x)[0], rnnfast.freeze(mixed, weights)(x)[0])
+    assert hooked == [True, True]
+
+
+def test_loading_writes_into_shared_memory() -> None:
+    frozen, other = (rnnfast.freeze(nn.GRU(9, 21), "int8") for _ in range(2))
+    block = frozen.share_memory().packed_hh_l0
+    frozen.load_state_dict(other.state_dict())
+    assert frozen.packed_hh_l0 is block
+    assert torch.equal(block, other.packed_hh_l0)
 
 
 def test_memory() -> None:
@@ -466,6 +502,26 @@ def test_parametrized_and_accelerated_modules() -> None:
         assert_near(rnnfast.freeze(module)(x), module(x), 2e-6)
 
 
+def test_the_model_does_not_change() -> None:
+    """Parametrizations that change in training are read as in eval mode."""
+    module = nn.utils.parametrizations.spectral_norm(nn.LSTM(9, 21), "weight_hh_l0")
+    before, x = copy.deepcopy(module.state_dict()), torch.randn(4, 3, 9)
+    frozen = rnnfast.freeze(module)
+    assert module.training
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert_near(frozen(x), module.eval().requires_grad_(False)(x), 2e-6)
+
+
+def test_trace() -> None:
+    for module in (nn.LSTM(9, 21, proj_size=4), nn.GRUCell(9, 21)):
+        frozen = rnnfast.freeze(module, "int8")
+        x = torch.randn(3, 9) if isinstance(module, nn.GRUCell) else torch.randn(4, 3, 9)
+        with torch.no_grad():
+            traced = torch.jit.trace(frozen, x)
+            assert_near(traced(x), frozen(x), 1e-6)
+
+
 def test_backend_and_autocast() -> None:
     frozen, x = rnnfast.freeze(nn.LSTM(9, 21), "int8"), torch.randn(4, 3, 9)
     y = frozen(x)[0]
@@ -480,7 +536,7 @@ def test_backend_and_autocast() -> None:
 
 @every_type
 def test_compile_and_export(weights: str) -> None:
-    model = nn.LSTM(9, 21, num_layers=2, bidirectional=True)
+    model = nn.LSTM(9, 21, num_layers=2, bidirectional=True, proj_size=4)
     frozen, x = rnnfast.freeze(model, weights), torch.randn(4, 3, 9)
     with torch.no_grad():
         y, (h, c) = torch.compile(frozen, fullgraph=True, backend="aot_eager")(x)
@@ -512,6 +568,10 @@ def test_what_freeze_refuses() -> None:
         def forward(self, *args: Any) -> Any:
             return super().forward(*args)
 
+    class Called(nn.GRU):
+        def __call__(self, *args: Any) -> Any:
+            return super().__call__(*args)
+
     changed, hooked, dropped = nn.GRU(2, 3), nn.GRU(2, 3), nn.GRU(2, 3)
     changed.forward = lambda x: x  # type: ignore[method-assign]
     hooked.register_forward_hook(lambda *_: None)
@@ -519,6 +579,9 @@ def test_what_freeze_refuses() -> None:
     dropped.weight_hh_l0 = weight.detach()  # as a wrapper that drops weights does
     for module, weights, words in (
         (nn.Linear(2, 3), "int8", "Linear has no RNN, LSTM, GRU or cell to freeze"),
+        (Called(2, 3), "int8", "GRU cannot be frozen|Called cannot be frozen: .* its own __call__"),
+        (rnnfast.freeze(nn.GRU(2, 3)), "int8", "FrozenLayers is frozen already"),
+        (nn.GRU(2, 3), torch.int8, "expected weights float32.*got torch.int8"),
         (nn.GRU(2, 3), "int4", "expected weights float32, bfloat16, float16, int8, got 'int4'"),
         (
             nn.Sequential(nn.GRU(2, 3)),
@@ -570,6 +633,8 @@ def test_gradients_are_refused() -> None:
     ):
         with pytest.raises(RuntimeError, match="a frozen layer has no gradients"):
             call()
+    with pytest.raises(RuntimeError, match="a frozen layer has no derivatives"):
+        torch.func.jvp(lambda x: frozen(x)[0], (x.detach(),), (x.detach(),))
     with torch.no_grad():
         assert not frozen(x)[0].requires_grad
 
@@ -624,3 +689,26 @@ def test_quantize_error() -> None:
     assert lines[1].startswith("layers.0  int8")
     exact = rnnfast.quantize_error(model, tokens, weights="float32")
     assert all(row.relative < 1e-6 for row in exact)
+
+
+def test_quantize_error_of_other_results() -> None:
+    """A dict, nothing, and outputs that the model then changes in place."""
+
+    class Other(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.GRU(4, 8)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: Tensor, result: str) -> Any:
+            self.calls += 1
+            y, _ = self.layer(x)
+            y *= 0
+            return {"dict": {"y": y}, "none": None}[result]
+
+    model, x = Other(), torch.randn(5, 3, 4)
+    assert [row.name for row in rnnfast.quantize_error(model, x, "dict")] == ["layer", ""]
+    (row,) = rnnfast.quantize_error(model, x, "none")
+    assert row.relative > 1e-5
+    assert model.calls == 0
+    assert rnnfast.quantize_error(model, x[:, :0], "none") == []

@@ -3,7 +3,7 @@
 // the other, and the bias as MicroKernels::pack_bias makes it.
 //
 // The order within a block depends on the instruction set, so blocks are for memory: files should
-// hold what `unpack` returns.
+// hold what unpack_frozen returns.
 #pragma once
 
 #include <cstddef>
@@ -51,7 +51,7 @@ inline bool is_readable(const MicroKernels& kernels, const FrozenHeader& header)
   return kernels.frozen[int(header.type)] && header.lanes == kernels.lanes;
 }
 
-// The parts of a block.
+// The panels of a block.
 inline const char* frozen_panels(const void* block) {
   return static_cast<const char*>(block) + sizeof(FrozenHeader);
 }

@@ -46,7 +46,8 @@ cpu::WeightType type_of(const Tensor& weight, Optional scale) {
 }
 
 Tensor pack_weights(const Tensor& weight, Optional scale, Optional bias, int64_t gates) {
-  TORCH_CHECK(weight.dim() == 2 && gates > 0 && weight.size(0) > 0 && weight.size(0) % gates == 0,
+  TORCH_CHECK(weight.dim() == 2 && gates > 0 && gates <= 64 && weight.size(0) > 0 &&
+                  weight.size(0) % gates == 0,
               "rnnfast: expected weights of shape (G*H, K), got ", weight.sizes(),
               " with G = ", gates);
   std::vector<Tensor> kept;

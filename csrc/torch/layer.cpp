@@ -190,7 +190,7 @@ LayerInputs check_inputs(const CellInfo& cell, const at::Tensor& x, const at::Te
               ": expected x of shape (T, B, I), or packed (N, I) with lengths, got ", x.sizes());
   TORCH_CHECK(h0.dim() == 2, "rnnfast::", cell.name, ": expected h0 of shape (B, H), got ",
               h0.sizes());
-  TORCH_CHECK(!in.w_hr.defined() || in.w_hr.dim() == 2, "rnnfast::", cell.name,
+  TORCH_CHECK(!in.w_hr.defined() || in.frozen() || in.w_hr.dim() == 2, "rnnfast::", cell.name,
               ": expected w_hr of shape (P, H), got ", in.w_hr.sizes());
   TORCH_CHECK(!in.has_tokens() || (x.size(-1) == 1 && w_ih.dim() == 2), "rnnfast::", cell.name,
               ": expected tokens of shape (T, B, 1) and w_ih of shape (V, G*H), got ", x.sizes(),

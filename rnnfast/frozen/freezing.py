@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -60,8 +61,12 @@ def freeze(module: nn.Module, weights: str | Mapping[str, str] = "float32") -> n
     """
     found = {name: each for name, each in module.named_modules() if _is_recurrent(each)}
     if not found:
-        raise ValueError(f"{type(module).__name__} has no RNN, LSTM, GRU or cell to freeze")
-    chosen = dict.fromkeys(found, weights) if isinstance(weights, str) else dict(weights)
+        is_frozen = any(isinstance(each, Frozen) for each in module.modules())
+        words = "is frozen already" if is_frozen else "has no RNN, LSTM, GRU or cell to freeze"
+        raise ValueError(f"{type(module).__name__} {words}")
+    chosen: dict[str, Any] = dict.fromkeys(found, weights)
+    if isinstance(weights, Mapping):
+        chosen = dict(weights)
     for name, chosen_type in chosen.items():
         if name not in found:
             raise ValueError(f"no recurrent module is named {name!r}; there are {sorted(found)}")
@@ -69,8 +74,20 @@ def freeze(module: nn.Module, weights: str | Mapping[str, str] = "float32") -> n
             raise ValueError(f"expected weights {', '.join(TYPES)}, got {chosen_type!r}")
     memo: dict[int, Any] = {}
     for name, each in found.items():
-        memo[id(each)] = _freeze_one(name, each, chosen.get(name, "float32"))
+        with _in_eval_mode(each):  # some parametrizations are random, or change, in training
+            memo[id(each)] = _freeze_one(name, each, chosen.get(name, "float32"))
     return copy.deepcopy(module, memo).eval().requires_grad_(False)
+
+
+@contextmanager
+def _in_eval_mode(module: nn.Module) -> Iterator[None]:
+    before = {each: each.training for each in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for each, training in before.items():
+            each.training = training
 
 
 def _is_recurrent(module: nn.Module) -> bool:
@@ -87,9 +104,10 @@ def _freeze_one(name: str, module: nn.Module, weights: str) -> Frozen:
         raise ValueError(f"{where} cannot be frozen: {kind} is not of torch.nn or rnnfast")
     if issubclass(kind, Backed):
         ours: type[Backed] = Layers if issubclass(kind, Layers) else OneStep
-        changed = [] if kind.forward is ours.forward else ["forward"]
+        names = ["__call__", "forward"]
+        changed = [one for one in names if getattr(kind, one) is not getattr(ours, one)]
     else:
-        names = sorted({"forward", *CALLED_BY_FORWARD[torch_class]})
+        names = sorted({"__call__", "forward", *CALLED_BY_FORWARD[torch_class]})
         own = cast(type[nn.Module], kind)
         changed = [one for one in names if is_overridden(own, torch_class, one)]
     if changed:
@@ -142,9 +160,9 @@ def quantize_error(
 ) -> ErrorTable:
     """Compares a model with its frozen copy on data of yours.
 
-    Both run ``module(*data)`` in eval mode without gradients. A module that is called several times
-    is compared over all of its calls. What a module gets as input is rounded by those before it, so
-    its error has theirs in it.
+    Two copies run ``module(*data)`` in eval mode without gradients. A module that is called several
+    times is compared over all of its calls. What a module gets as input is rounded by those before
+    it, so its error has theirs in it.
 
     Args:
         module: A model, as for `freeze`.
@@ -153,8 +171,9 @@ def quantize_error(
 
     Returns:
         An entry for each recurrent module that was called, and one for the output of the whole
-        model if that is another module. Of a tuple, such as output and states, only the first
-        tensor counts.
+        model if that is another module. Of several results, such as output and states, only the
+        first tensor counts. A result without a tensor has no entry, and neither has a module whose
+        ``forward`` is called directly.
 
     Raises:
         ValueError: As `freeze`; or the copy was not called as often as the model.
@@ -171,19 +190,19 @@ def quantize_error(
     }
     if "" not in names:
         names[""] = ", ".join(sorted(set(names.values())))
-    exact, rounded = (_outputs(model, names, data) for model in (module, frozen))
+    exact, rounded = (_outputs(copy.deepcopy(model), names, data) for model in (module, frozen))
     table = ErrorTable()
     for name, weight_type in names.items():
         before, after = exact[name], rounded[name]
         if [t.shape for t in before] != [t.shape for t in after]:
             raise ValueError(f"{name or 'the frozen model'} had other outputs than the model")
-        if not before:
+        reference = torch.cat([torch.empty(0), *(t.flatten().double() for t in before)])
+        if not reference.numel():
             continue
-        reference = torch.cat([t.flatten().double() for t in before])
         difference = torch.cat([t.flatten().double() for t in after]) - reference
         rms = difference.square().mean().sqrt().item()
         size = reference.square().mean().sqrt().item()
-        largest = difference.abs().max().item() if difference.numel() else 0.0
+        largest = difference.abs().max().item()
         table.append(LayerError(name, weight_type, largest, rms, rms / size if size else 0.0))
     return table
 
@@ -193,28 +212,25 @@ def _outputs(
 ) -> dict[str, list[Tensor]]:
     """The first tensor of the result of every call of the modules of these names."""
     found: dict[str, list[Tensor]] = {name: [] for name in names}
-    was_training = {each: each.training for each in model.modules()}
-    hooks = []
-    try:
-        for name in names:
+    for name in names:
 
-            def keep(_: nn.Module, __: Any, result: Any, name: str = name) -> None:
-                found[name].append(_first_tensor(result).detach())
+        def keep(_: nn.Module, __: Any, result: Any, name: str = name) -> None:
+            tensor = _first_tensor(result)
+            if tensor is not None:
+                found[name].append(tensor.detach().clone())
 
-            hooks.append(model.get_submodule(name).register_forward_hook(keep))
-        with torch.no_grad():
-            model.eval()(*data)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for each, mode in was_training.items():
-            each.training = mode
+        model.get_submodule(name).register_forward_hook(keep)
+    with torch.no_grad():
+        model.eval()(*data)
     return found
 
 
-def _first_tensor(result: Any) -> Tensor:
-    if isinstance(result, PackedSequence):
-        return result.data
+def _first_tensor(result: Any) -> Tensor | None:
     if isinstance(result, Tensor):
         return result
-    return _first_tensor(result[0])
+    if isinstance(result, PackedSequence):
+        return result.data
+    parts = result.values() if isinstance(result, Mapping) else result
+    if isinstance(result, (Mapping, tuple, list)):
+        return next((t for t in map(_first_tensor, parts) if t is not None), None)
+    return None

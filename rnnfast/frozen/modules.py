@@ -38,7 +38,7 @@ class FrozenLayers(Frozen):
         super().__init__(source, matrices, weights)
         self.torch_class = torch_class
         self._cell_name = cell.name
-        self.mode, self.bias = source.mode, source.bias
+        self.mode, self.bias, self.dropout = source.mode, source.bias, 0.0
         self.input_size, self.hidden_size = source.input_size, source.hidden_size
         self.num_layers, self.proj_size = source.num_layers, source.proj_size
         self.batch_first, self.bidirectional = source.batch_first, source.bidirectional

@@ -108,14 +108,12 @@ class Frozen(nn.Module):
         self._block_names = [matrix.block for matrix in self._matrices]
         for matrix in self._matrices:
             # A plain attribute is what a wrapper sets before each call, as weight dropping does.
-            if not (
-                matrix.weight in source._parameters
-                or parametrize.is_parametrized(source, matrix.weight)
-            ):
-                raise ValueError(
-                    f"{matrix.weight} is no parameter of the module: something else computes it "
-                    "before each call, and a frozen module would not see that"
-                )
+            for name in filter(None, (matrix.weight, matrix.bias)):
+                if name not in source._parameters and not parametrize.is_parametrized(source, name):
+                    raise ValueError(
+                        f"{name} is no parameter of the module: something else computes it before "
+                        "each call, and a frozen module would not see that"
+                    )
             weight = getattr(source, matrix.weight).detach()
             bias = None if matrix.bias is None else getattr(source, matrix.bias).detach()
             if weight.dtype is not torch.float32 or weight.device.type not in ("cpu", "meta"):
@@ -168,7 +166,8 @@ class Frozen(nn.Module):
         if device.type != "cpu":
             raise RuntimeError(f"frozen layers run on the CPU, and this one was moved to {device}")
         readable = torch.ops.rnnfast.can_read_weights
-        if torch.compiler.is_compiling() or all(readable(block) for block in self._blocks()):
+        unknown = torch.compiler.is_compiling() or backend.is_tracing()
+        if unknown or all(readable(block) for block in self._blocks()):
             return
         unpacked = self.unpacked()
         for matrix in self._matrices:
@@ -197,33 +196,55 @@ class Frozen(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        for hook in self._load_state_dict_pre_hooks.values():
+            hook(
+                state_dict,
+                prefix,
+                local_metadata,
+                strict,
+                missing_keys,
+                unexpected_keys,
+                error_msgs,
+            )
         known: set[str] = set()
+        unpacked = self.unpacked()
         for matrix in self._matrices:
             names = [matrix.weight, matrix.scale, *([matrix.bias] if matrix.bias else [])]
             known.update(f"{prefix}{name}" for name in names)
-            weight, scale, *biases = (state_dict.get(f"{prefix}{name}") for name in names)
-            needed = {matrix.weight: weight, **dict(zip(names[2:], biases, strict=True))}
-            if isinstance(weight, Tensor) and weight.dtype is torch.int8:
-                needed[matrix.scale] = scale
-            missing = [f"{prefix}{name}" for name, value in needed.items() if value is None]
-            missing_keys.extend(missing)
-            if missing:
-                continue
-            assert weight is not None
-            given = Weights(weight, needed.get(matrix.scale), biases[0] if biases else None)
-            if problem := _problem_of_saved(matrix, given):
+            found = {name: state_dict.get(f"{prefix}{name}") for name in names}
+            weight: Any
+            weight, scale, bias = unpacked[matrix.weight]
+            if found[matrix.weight] is not None:
+                weight, scale = found[matrix.weight], found[matrix.scale]
+            if matrix.bias and found[matrix.bias] is not None:
+                bias = found[matrix.bias]
+            if problem := _problem_of_saved(matrix, weight, scale, bias):
                 error_msgs.append(f"{prefix}{problem}")
                 continue
+            if weight.dtype is not torch.int8:
+                names.remove(matrix.scale)
+                scale = None
+            missing_keys.extend(f"{prefix}{name}" for name in names if found[name] is None)
+            if weight.dtype is torch.int8 and scale is None:
+                continue
             with torch.no_grad():
-                self._buffers[matrix.block] = self._pack(matrix, given.on_cpu())
+                block = self._pack(matrix, Weights(weight, scale, bias).on_cpu())
+                current = self.get_buffer(matrix.block)
+                # into the same memory, which other processes may share
+                if current.shape == block.shape and current.device == block.device:
+                    current.copy_(block)
+                else:
+                    self._buffers[matrix.block] = block
         if strict:
             own = (key for key in state_dict if key.startswith(prefix))
-            unexpected_keys.extend(
-                key for key in own if key not in known and "." not in key[len(prefix) :]
-            )
+            unexpected_keys.extend(key for key in own if key not in known)
 
     def _refuse_gradients(self, input: Any, hx: Any) -> None:
-        """RuntimeError if autograd would have to pass through this module."""
+        """RuntimeError if derivatives would have to pass through this module."""
+        if backend.transforms_active():
+            raise RuntimeError(
+                "a frozen layer has no derivatives and runs under no transform of torch.func"
+            )
         given = [getattr(input, "data", None) if isinstance(input, tuple) else input]
         given += hx if isinstance(hx, (tuple, list)) else [hx]
         if torch.is_grad_enabled() and any(
@@ -236,7 +257,8 @@ class Frozen(nn.Module):
 
     def _stand_ins(self) -> list[Tensor]:
         """Tensors of the sizes and type of the matrices, without memory, for checks."""
-        return [torch.zeros(()).expand(matrix.shape) for matrix in self._matrices]
+        zero = torch.zeros((), device="cpu")
+        return [zero.expand(matrix.shape) for matrix in self._matrices]
 
     def _refuse(self, input: Any, hx: Any, problem: str) -> NoReturn:
         """Raises torch.nn's error for a malformed call, or ``problem`` if torch.nn raises none."""
@@ -256,27 +278,32 @@ class Frozen(nn.Module):
 def _unknown(like: Weights, dtype: torch.dtype) -> Weights:
     """Weights for a module without memory, until others are loaded: with them all gates are NaN."""
     rows = like.weight.shape[:1]
-    bias = None if like.bias is None else torch.full(rows, torch.nan)
+
+    def nan(shape: torch.Size, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.full(shape, torch.nan, dtype=dtype, device="cpu")
+
+    bias = None if like.bias is None else nan(rows)
     if dtype is torch.int8:
-        return Weights(
-            torch.zeros_like(like.weight, dtype=dtype, device="cpu"),
-            torch.full(rows, torch.nan),
-            bias,
-        )
-    return Weights(torch.full(like.weight.shape, torch.nan, dtype=dtype), None, bias)
+        zeros = torch.zeros_like(like.weight, dtype=dtype, device="cpu")
+        return Weights(zeros, nan(rows), bias)
+    return Weights(nan(like.weight.shape, dtype), None, bias)
 
 
-def _problem_of_saved(matrix: Matrix, given: Weights) -> str | None:
+def _problem_of_saved(matrix: Matrix, weight: Any, scale: Any, bias: Any) -> str | None:
     """What is wrong with a saved matrix; None if nothing is."""
-    weight, scale, bias = given
-    if weight.dtype is not torch.int8 and not weight.is_floating_point():
-        return f"{matrix.weight}: expected floating-point or int8 weights, got {weight.dtype}"
     rows = matrix.shape[:1]
     for name, value, shape in (
         (matrix.weight, weight, matrix.shape),
         (matrix.scale, scale, rows),
         (matrix.bias, bias, rows),
     ):
-        if value is not None and value.shape != shape:
+        if value is None:
+            continue
+        if not isinstance(value, Tensor) or value.is_meta:
+            return f"{name}: expected a tensor with memory, got {type(value).__name__}"
+        if not (value.is_floating_point() or (name == matrix.weight and value.dtype is torch.int8)):
+            more = " or int8" if name == matrix.weight else ""
+            return f"{name}: expected floating-point{more} numbers, got {value.dtype}"
+        if value.shape != shape:
             return f"{name}: expected size {tuple(shape)}, got {list(value.shape)}"
     return None
