@@ -7,33 +7,45 @@ are first used.
 __version__ = "0.1.0"  # pyproject.toml reads it here
 
 from importlib import import_module
-from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from . import backend, frozen, functional, reference
+from . import backend, functional, reference
 from .acceleration import accelerate, restore
 from .backend import doctor, release_memory, use_backend
-from .frozen import freeze, quantize_error
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from .patching import patch, unpatch
 
 if TYPE_CHECKING:
     from . import cli as cli
     from . import explain as explain
+    from . import frozen as frozen
     from . import generation as generation
     from . import models as models
     from . import onnx as onnx
     from . import text as text
+    from .frozen import freeze as freeze
+    from .frozen import quantize_error as quantize_error
 else:  # hidden from type checkers, which would take any name for a module
-    _IMPORTED_WHEN_USED = ("cli", "explain", "generation", "models", "onnx", "text")
+    _IMPORTED_WHEN_USED = (
+        "cli",
+        "explain",
+        "frozen",
+        "generation",
+        "models",
+        "onnx",
+        "text",
+    )
+    _IN_FROZEN = ("freeze", "quantize_error")
 
-    def __getattr__(name: str) -> ModuleType:
+    def __getattr__(name: str) -> Any:
         if name in _IMPORTED_WHEN_USED:
             return import_module(f"{__name__}.{name}")
+        if name in _IN_FROZEN:
+            return getattr(import_module(f"{__name__}.frozen"), name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
     def __dir__() -> list[str]:
-        return sorted({*globals(), *_IMPORTED_WHEN_USED})
+        return sorted({*globals(), *_IMPORTED_WHEN_USED, *_IN_FROZEN})
 
 
 __all__ = [

@@ -315,6 +315,24 @@ def _register_fakes(cell: Cell) -> None:
     torch.library.register_fake(f"rnnfast::{cell.name}_backward", backward)
 
 
+def _frozen_layer_shapes(
+    cell: str,
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    w_hr: Tensor | None,
+    reverse: bool,
+    lengths: Tensor | None = None,
+    reset: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The shapes that ``rnnfast::frozen_layer`` returns; see `rnnfast.frozen`."""
+    y = x.new_empty((*x.shape[:-1], h0.shape[-1]))
+    c_n = x.new_empty((0,)) if c0 is None else torch.empty_like(c0)
+    return y, torch.empty_like(h0), c_n
+
+
 def _register(cell: Cell) -> None:
     _register_fakes(cell)
     for name, call in (
@@ -333,3 +351,4 @@ if backend.EXTENSION is not None:
     for _cell in CELLS.values():
         _OPERATORS[_cell.name] = _find_operators(_cell.name)
         _register(_cell)
+    torch.library.register_fake("rnnfast::frozen_layer", _frozen_layer_shapes)

@@ -317,24 +317,3 @@ def _converted(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, Tensor) and sequences.is_castable(value):
         return value.to(dtype)
     return value
-
-
-def _fake_layer(
-    cell: str,
-    x: Tensor,
-    h0: Tensor,
-    c0: Tensor | None,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    w_hr: Tensor | None,
-    reverse: bool,
-    lengths: Tensor | None = None,
-    reset: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    y = x.new_empty((*x.shape[:-1], h0.shape[-1]))
-    c_n = x.new_empty((0,)) if c0 is None else torch.empty_like(c0)
-    return y, torch.empty_like(h0), c_n
-
-
-if backend.EXTENSION is not None:
-    torch.library.register_fake("rnnfast::frozen_layer", _fake_layer)
