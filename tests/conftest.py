@@ -12,6 +12,12 @@ from targets import TARGETS, running_on
 from rnnfast import backend
 
 
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Makes random numbers the same in every run of a test."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def ieee() -> Iterator[None]:
     """Computes float32 products on CUDA in float32; torch's default for layers is TF32."""

@@ -24,10 +24,13 @@ COMPILER = shlex.split(os.environ.get("CXX") or "c++")
 FLAGS = ["-O1", "-std=c++20", "-fPIC", "-shared", "-fvisibility=hidden"]
 FLAGS += ["-ffp-contract=off", "-fno-math-errno", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests'}"]
 
-COMPLETE_EMULATIONS = []
+CAPABILITIES = [] if backend.EXTENSION is None else backend.EXTENSION.cpu_capabilities()
+BASES = {"amx_emulation": "avx512_bf16", "avx2_vnni_emulation": "avx2"}
+"""Emulated instruction sets, and what else they need."""
+COMPLETE_EMULATIONS = [name for name in ["amx_emulation"] if BASES[name] in CAPABILITIES]
 """Emulated targets with kernels for every case; cuda_emulation has them only for plain cases."""
-if backend.EXTENSION is not None and "avx512_bf16" in backend.EXTENSION.cpu_capabilities():
-    COMPLETE_EMULATIONS.append("amx_emulation")
+VNNI_EMULATIONS = [name for name in ["avx2_vnni_emulation"] if BASES[name] in CAPABILITIES]
+"""Emulated targets with kernels of their own only for frozen weights of int8."""
 
 
 @cache
@@ -62,7 +65,7 @@ def plug_in(target: str) -> None:
         function = load(target).rnnfast_engine
         function.restype = ctypes.c_void_p
         backend.EXTENSION.add_engine(target, function())
-    if target == "amx_emulation":
+    if target in BASES:
         function = load(target).rnnfast_change
         address = ctypes.cast(function, ctypes.c_void_p).value
-        backend.EXTENSION.add_target(target, "avx512_bf16", address)
+        backend.EXTENSION.add_target(target, BASES[target], address)

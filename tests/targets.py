@@ -12,13 +12,17 @@ from contextlib import contextmanager
 import pytest
 import torch
 from cases import Case
-from native import COMPLETE_EMULATIONS, plug_in
+from native import CAPABILITIES, COMPLETE_EMULATIONS, VNNI_EMULATIONS, plug_in
 
 from rnnfast import backend
 
-COMPLETE = ["the extension"] if backend.EXTENSION is None else backend.EXTENSION.cpu_capabilities()
-COMPLETE += COMPLETE_EMULATIONS
+VNNI = ["avx2_vnni", "avx512_vnni"]
+"""The instruction sets whose kernels are those of a lesser one, but for frozen weights of int8."""
+COMPLETE = ["the extension"] if backend.EXTENSION is None else [*CAPABILITIES]
+COMPLETE = [name for name in COMPLETE if name not in VNNI] + COMPLETE_EMULATIONS
 """The targets with kernels for every case."""
+FROZEN = [*(CAPABILITIES or COMPLETE), *COMPLETE_EMULATIONS, *VNNI_EMULATIONS]
+"""The targets with kernels for frozen weights."""
 EMULATION = "cuda_emulation"
 PARTIAL = [] if backend.EXTENSION is None else [EMULATION]
 """The targets with kernels only for plain cases, see `Case.is_plain`."""

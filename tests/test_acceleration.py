@@ -50,11 +50,6 @@ dtypes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=st
 kinds = pytest.mark.parametrize("theirs", _OURS, ids=lambda kind: kind.__name__)
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 def tensors(result: Any) -> Iterator[Tensor]:
     """Returns the tensors in nested containers, in order."""
     if isinstance(result, Tensor):

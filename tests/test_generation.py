@@ -29,11 +29,6 @@ FIFTH = torch.tensor(4)
 choices = pytest.mark.parametrize("choice", CHOICES.values(), ids=CHOICES.keys())
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def fused_sample(scores, choice, uniforms):
     return backend.EXTENSION.sample(scores, uniforms, *choice)
 

@@ -22,11 +22,6 @@ from rnnfast.acceleration import _OURS
 kinds = pytest.mark.parametrize("theirs", _OURS, ids=lambda kind: kind.__name__)
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 def keep(module: nn.Module) -> nn.Module:
     report = rnnfast.accelerate(module, keep_class=True)
     assert report.left == {}

@@ -12,6 +12,7 @@ import native
 import pytest
 import torch
 from cases import DTYPES
+from targets import COMPLETE, FROZEN
 
 from rnnfast import backend
 
@@ -25,15 +26,16 @@ CHECKS = {
 """Loads the functions of tests/native/<name>.cpp."""
 INDEX = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 """The index of a dtype in a target's tables."""
-TARGETS = ["the extension"] if backend.EXTENSION is None else backend.EXTENSION.cpu_capabilities()
-TARGETS += native.COMPLETE_EMULATIONS
+CASES = [
+    (library, check, target)
+    for library, checks in CHECKS.items()
+    for check in checks
+    for target in (FROZEN if check == "frozen" else COMPLETE)
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize(
-    ("library", "check"), [(library, check) for library, all in CHECKS.items() for check in all]
-)
+@pytest.mark.parametrize(("library", "check", "target"), CASES)
 def test_micro_kernels(library: str, check: str, target: str, dtype: torch.dtype) -> None:
     if backend.EXTENSION is None:
         pytest.fail(f"rnnfast._C did not build or load: {backend.IMPORT_ERROR}")

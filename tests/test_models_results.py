@@ -29,11 +29,6 @@ LAYERED = [RNNModel, MultiLayerRNN, BidirectionalRNN, SequenceClassifier, Sequen
 TOKEN = torch.tensor([[3]])
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def result_of(kind):
     """The result of a model for a batch, and a target of the same shape as its output."""
     model = kind(3, 5, 2)

@@ -29,7 +29,6 @@ kinds = pytest.mark.parametrize("kind", LAYERS + CELLS)
 
 @pytest.fixture(autouse=True)
 def unpatched() -> Iterator[None]:
-    torch.manual_seed(0)
     with use_backend("auto" if EXTENSION else "reference"):
         yield
     rnnfast.unpatch()

@@ -48,11 +48,6 @@ calls = pytest.mark.parametrize(
 kinds = pytest.mark.parametrize("kind", KINDS)
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 @pytest.fixture
 def many(monkeypatch):
     """Makes tables pay for any number of tokens."""

@@ -29,11 +29,6 @@ modes = pytest.mark.parametrize("mode", LAYERS)
 suffixes = pytest.mark.parametrize("suffix", ["", "Cell"])
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 def sample(suffix: str, dtype: torch.dtype = DTYPE) -> Tensor:
     """Returns an input of a layer or cell: 5 steps or one, 2 sequences."""
     return torch.randn((2, 3) if suffix else (5, 2, 3), dtype=dtype)

@@ -46,6 +46,10 @@ bool may_use_amx() {
 #endif
 }
 
+Target with_int8(Target target, const WeightFormat& format) {
+  target.kernels[int(Dtype::kFloat32)].frozen[int(WeightType::kInt8)] = &format;
+  return target;
+}
 Target with_bf16(Target target) {
   target.kernels[int(Dtype::kBFloat16)] = kAvx512Bf16Kernels;
   return target;
@@ -70,14 +74,18 @@ const std::list<Capability>& usable() {
         !__builtin_cpu_supports("f16c"))
       return found;
     add("avx2", kAvx2);
+    if (__builtin_cpu_supports("avxvnni")) add("avx2_vnni", with_int8(kAvx2, kAvx2VnniInt8));
     if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
         !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
       return found;
     add("avx512", kAvx512);
+    if (!__builtin_cpu_supports("avx512vnni")) return found;
+    const Target vnni = with_int8(kAvx512, kAvx512VnniInt8);
+    add("avx512_vnni", vnni);
     if (!__builtin_cpu_supports("avx512bf16")) return found;
-    add("avx512_bf16", with_bf16(kAvx512));
+    add("avx512_bf16", with_bf16(vnni));
     if (!__builtin_cpu_supports("amx-bf16") || !may_use_amx()) return found;
-    add("avx512_amx", with_amx(with_bf16(kAvx512)));
+    add("avx512_amx", with_amx(with_bf16(vnni)));
 #endif
     return found;
   }();

@@ -47,20 +47,35 @@ struct Layout {
   }
 };
 
-Layout layout_of(WeightType type, int gates, int64_t H, int64_t K, int lanes) {
-  const bool integers = type == WeightType::kInt8;
-  return {.gates = gates,
-          .lanes = lanes,
-          .H = H,
-          .K = K,
-          .word = integers ? 2 : 1,
-          .element = integers                       ? 1
-                     : type == WeightType::kFloat32 ? 4
-                                                    : 2,
+Layout layout_of(const FrozenHeader& h) {
+  const bool integers = h.type == WeightType::kInt8;
+  return {.gates = h.gates,
+          .lanes = h.lanes,
+          .H = h.H,
+          .K = h.K,
+          .word = h.word,
+          .element = integers                         ? 1
+                     : h.type == WeightType::kFloat32 ? 4
+                                                      : 2,
           .extra = integers ? int(sizeof(float)) : 0};
 }
-Layout layout_of(const FrozenMatrix& m, int lanes) {
-  return layout_of(m.type, m.gates, m.H, m.K, lanes);
+
+FrozenHeader header_of(const MicroKernels& kernels, const FrozenMatrix& matrix) {
+  const WeightFormat& format = *kernels.frozen[int(matrix.type)];
+  FrozenHeader header{};
+  std::memcpy(header.magic, FrozenHeader::kMagic, sizeof(header.magic));
+  header.H = matrix.H, header.K = matrix.K;
+  header.gates = matrix.gates, header.lanes = kernels.lanes;
+  header.type = matrix.type, header.has_bias = matrix.bias != nullptr;
+  header.word = format.word, header.flipped_bits = format.flipped_bits;
+  header.bytes = layout_of(header).bytes();
+  return header;
+}
+
+// Copies an element. Those of one byte are integers, some of whose bits may be stored flipped.
+void copy(void* to, const void* from, int bytes, int flipped_bits) {
+  std::memcpy(to, from, size_t(bytes));
+  if (bytes == 1) *static_cast<uint8_t*>(to) ^= uint8_t(flipped_bits);
 }
 
 // Calls f(address in the matrix, offset in the block, bytes) for every number of a matrix.
@@ -82,21 +97,15 @@ void for_all(const Layout& layout, const FrozenMatrix& m, F&& f) {
 }  // namespace
 
 size_t frozen_bytes(const MicroKernels& kernels, const FrozenMatrix& matrix) {
-  return size_t(layout_of(matrix, kernels.lanes).bytes());
+  return size_t(header_of(kernels, matrix).bytes);
 }
 
 void pack_frozen(const MicroKernels& kernels, const FrozenMatrix& matrix, void* block) {
-  const Layout layout = layout_of(matrix, kernels.lanes);
-  std::memset(block, 0, size_t(layout.bytes()));
-  FrozenHeader header{};
-  std::memcpy(header.magic, FrozenHeader::kMagic, sizeof(header.magic));
-  header.bytes = layout.bytes();
-  header.H = matrix.H, header.K = matrix.K;
-  header.gates = matrix.gates, header.lanes = kernels.lanes;
-  header.type = matrix.type, header.has_bias = matrix.bias != nullptr;
+  const FrozenHeader header = header_of(kernels, matrix);
+  std::memset(block, 0, size_t(header.bytes));
   std::memcpy(block, &header, sizeof(header));
-  for_all(layout, matrix, [&](const void* from, int64_t to, int bytes) {
-    std::memcpy(static_cast<char*>(block) + to, from, size_t(bytes));
+  for_all(layout_of(header), matrix, [&](const void* from, int64_t to, int bytes) {
+    copy(static_cast<char*>(block) + to, from, bytes, header.flipped_bits);
   });
 }
 
@@ -108,9 +117,9 @@ FrozenHeader read_frozen(const void* block, size_t bytes) {
   constexpr int64_t kMost = int64_t(1) << 40;  // no product of these overflows
   const bool sound = h.H > 0 && h.K >= 0 && h.gates > 0 && h.gates <= 64 && h.lanes > 0 &&
                      h.lanes <= 64 && int(h.type) >= 0 && int(h.type) < kWeightTypes &&
+                     h.word > 0 && h.word <= 4 && (h.flipped_bits == 0 || h.flipped_bits == 0x80) &&
                      h.H < kMost / 4096 && h.K < kMost / 4096 && (h.K == 0 || h.H < kMost / h.K) &&
-                     h.bytes == int64_t(bytes) &&
-                     h.bytes == layout_of(h.type, h.gates, h.H, h.K, h.lanes).bytes();
+                     h.bytes == int64_t(bytes) && h.bytes == layout_of(h).bytes();
   if (!sound) throw std::invalid_argument("rnnfast: the packed weights are damaged");
   return h;
 }
@@ -118,8 +127,8 @@ FrozenHeader read_frozen(const void* block, size_t bytes) {
 void unpack_frozen(const void* block, const FrozenMatrix& matrix) {
   FrozenHeader header;
   std::memcpy(&header, block, sizeof(header));
-  for_all(layout_of(matrix, header.lanes), matrix, [&](void* to, int64_t from, int bytes) {
-    std::memcpy(to, static_cast<const char*>(block) + from, size_t(bytes));
+  for_all(layout_of(header), matrix, [&](void* to, int64_t from, int bytes) {
+    copy(to, static_cast<const char*>(block) + from, bytes, header.flipped_bits);
   });
 }
 

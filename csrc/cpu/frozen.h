@@ -23,7 +23,8 @@ struct FrozenHeader {
   int32_t gates, lanes;
   WeightType type;
   int32_t has_bias;
-  int64_t unused[2];
+  int32_t word, flipped_bits;  // see WeightFormat
+  int64_t unused;
 };
 static_assert(sizeof(FrozenHeader) == Arena::kAlignment);
 
@@ -48,7 +49,9 @@ FrozenHeader read_frozen(const void* block, size_t bytes);
 void unpack_frozen(const void* block, const FrozenMatrix& matrix);
 // Whether these kernels can read a block with this header.
 inline bool is_readable(const MicroKernels& kernels, const FrozenHeader& header) {
-  return kernels.frozen[int(header.type)] && header.lanes == kernels.lanes;
+  const WeightFormat* format = kernels.frozen[int(header.type)];
+  return format && header.lanes == kernels.lanes && header.word == format->word &&
+         header.flipped_bits == format->flipped_bits;
 }
 
 // The panels of a block.

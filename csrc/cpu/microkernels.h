@@ -77,6 +77,7 @@ struct WeightFormat {
   int row_extra_bytes;  // padding at the end of an lhs row
   int panel_step_bytes;  // bytes of a step in a panel, per vector of columns
   int panel_extra_bytes;  // bytes after the last step of a panel, per vector of columns
+  uint8_t flipped_bits;  // of a frozen weight of int8 in a panel: 0, or 0x80 where 128 is added
   bool converts_lhs;  // whether lhs rows must be made by load_lhs; else rows of E are lhs rows
   bool defers;  // whether products run deferred work
   int tile_rows[kMaxTileVectors];  // MR for 1, 2, ... vectors of columns

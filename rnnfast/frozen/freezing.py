@@ -26,8 +26,9 @@ def freeze(module: nn.Module, weights: str | Mapping[str, str] = "float32") -> n
 
     - ``"bfloat16"`` and ``"float16"``: products are those of floats with the rounded weights.
     - ``"int8"``: symmetric, with a scale for each row of a weight matrix. Inputs and states are
-      rounded to 13 bits in every step, with a scale for each row of the batch, and summed as
-      integers, without saturation. Gates and the state c are float32.
+      rounded in every step, with a scale for each row of the batch: to 8 bits on a processor with
+      VNNI, else to 13 bits. Products are summed as integers, without saturation. Gates and the
+      state c are float32.
 
     `quantize_error` says what the rounding costs on data of yours.
 

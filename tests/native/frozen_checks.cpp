@@ -32,7 +32,8 @@ struct Panel {
         char* step = memory.data() + k / format.step * step_bytes;
         const int64_t at = j * format.step + k % format.step;
         if (integers)
-          reinterpret_cast<int8_t*>(step)[at] = int8_t(value);
+          reinterpret_cast<uint8_t*>(step)[at] =
+              uint8_t(uint8_t(int8_t(value)) ^ format.flipped_bits);
         else
           put(kTypes[int(type)], step, at, value);
       }
@@ -49,11 +50,13 @@ struct Panel {
   static constexpr Dtype kTypes[] = {Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16};
 };
 
-// Rows of float whose numbers need not be rounded to be integers of 13 bits: the largest is 4095.
-std::vector<Numbers> whole_rows(Kit& kit, int count, int64_t K) {
+// Rows of float whose numbers need not be rounded to be the integers that int8 products take. The
+// largest is one of 13 bits, or of 8 bits where a word has four.
+std::vector<Numbers> whole_rows(Kit& kit, const WeightFormat& format, int count, int64_t K) {
+  const int64_t largest = format.word == 4 ? 127 : 4095;
   auto made = kit.rows(Dtype::kFloat32, count, K, true);
   for (Numbers& row : made)
-    for (int64_t k = 0; k < K; ++k) row.set(k, k == K / 2 ? 4095 : kit.random.whole(4095));
+    for (int64_t k = 0; k < K; ++k) row.set(k, k == K / 2 ? largest : kit.random.whole(largest));
   return made;
 }
 
@@ -63,7 +66,7 @@ void check_tile(Kit& kit, WeightType type, int vectors, int rows, int64_t K) {
   now("%s K=%lld, %d rows, %d vectors, add=%d bias=%d", format.name, (long long)K, rows, vectors,
       add, has_bias);
   const Panel panel(kit, format, type, vectors, K);
-  const auto sources = whole_rows(kit, rows, K);
+  const auto sources = whole_rows(kit, format, rows, K);
   std::vector<Buffer> lhs;
   std::vector<const void*> given;
   for (const Numbers& source : sources) {

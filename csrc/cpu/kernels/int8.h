@@ -1,13 +1,16 @@
 // Products with frozen weights of int8.
 //
 // Weights are integers from -127 to 127 with a scale per column of the panel. A row of the lhs is
-// quantised when it is loaded: to integers from -kMaxValue to kMaxValue with a scale of its own. An
-// instruction multiplies pairs of 16-bit integers and adds the two products to a 32-bit sum. So the
-// rows have 13 bits at the cost of 8, and no sum overflows: a chain has 4096 terms of at most
-// kMaxValue * 127. Integer sums are exact, and are scaled once at the end of a chain.
+// quantised when it is loaded: to integers from -kMaxValue to kMaxValue with a scale of its own.
+// Sums are integers of 32 bits, which cannot overflow within a chain. So they are exact, and are
+// scaled once at the end of a chain.
 //
-// An lhs row is [pair of k] of int16, then Trailer. A panel is [pair of k][vector][lane][2] of
-// int8, then [vector][lane] scales, float.
+// How rows are quantised depends on what the instruction set multiplies: pairs of 16-bit integers
+// (below), or four 8-bit integers at once (int8_quads.h). A word of k is what a lane of 32 bits
+// holds of a row.
+//
+// An lhs row is [word of k] of Op::Number, then Trailer. A panel is [word of k][vector][lane]
+// [element of the word] of int8, then [vector][lane] scales, float.
 #pragma once
 
 #include "cpu/kernels/product.h"
@@ -18,64 +21,75 @@ inline constexpr int lanes = kLanes<float>;
 using Sums = VectorOf<float>::integer;
 typedef int16_t Pairs __attribute__((vector_size(RNNFAST_VECTOR_BYTES)));
 
-inline constexpr int64_t kChainPairs = 2048;
-inline constexpr float kMaxValue = 4095;
-static_assert(2 * kChainPairs * int64_t(kMaxValue) * 127 < int64_t(1) << 31);
-
 // What follows the integers of an lhs row.
 struct Trailer {
   float scale;
+  int32_t sum;  // of the integers in the first chain
   // The row of floats if it has a NaN or an infinity, which integers cannot represent; else null.
   const float* not_finite;
 };
-RNNFAST_INLINE Trailer trailer_of(const void* row, int64_t pairs) {
+RNNFAST_INLINE Trailer trailer_of(const void* row, int64_t words) {
   Trailer trailer;
-  __builtin_memcpy(&trailer, static_cast<const char*>(row) + pairs * 4, sizeof(trailer));
+  __builtin_memcpy(&trailer, static_cast<const char*>(row) + words * 4, sizeof(trailer));
   return trailer;
 }
 
-// A vector of pairs of weights, converted to 16 bits.
-RNNFAST_INLINE Pairs load_weights(const int8_t* p) {
-#if RNNFAST_VECTOR_BYTES == 64
-  return Pairs(_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
-#elif RNNFAST_VECTOR_BYTES == 32
-  return Pairs(_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
-#elif defined(__x86_64__)
-  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
-  return Pairs(_mm_srai_epi16(_mm_unpacklo_epi8(bytes, bytes), 8));
-#else
-  typedef int8_t Bytes __attribute__((vector_size(8)));
-  Bytes bytes;
-  __builtin_memcpy(&bytes, p, sizeof(bytes));
-  return __builtin_convertvector(bytes, Pairs);
-#endif
-}
+// Rows of 16-bit integers, of which an instruction multiplies pairs and adds the two products to a
+// 32-bit sum. So rows have 13 bits at the cost of 8: a chain has 4096 terms of at most
+// kMaxValue * 127.
+struct Int16Pairs {
+  using Number = int16_t;
+  using Weights = Pairs;  // a vector of words
+  static constexpr int kPerWord = 2;
+  static constexpr float kMaxValue = 4095;
+  static constexpr int64_t kChainWords = 2048;
+  static constexpr uint8_t kFlippedBits = 0;
+  static_assert(2 * kChainWords * int64_t(kMaxValue) * 127 < int64_t(1) << 31);
 
-// sum[i] + a[2i] b[2i] + a[2i + 1] b[2i + 1]
-RNNFAST_INLINE Sums multiply_add(Sums sum, Pairs a, Pairs b) {
+  // Converts a vector of pairs of weights to 16 bits.
+  RNNFAST_INLINE static Pairs load_weights(const int8_t* p) {
 #if RNNFAST_VECTOR_BYTES == 64
-  return sum + Sums(_mm512_madd_epi16(__m512i(a), __m512i(b)));
+    return Pairs(_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
 #elif RNNFAST_VECTOR_BYTES == 32
-  return sum + Sums(_mm256_madd_epi16(__m256i(a), __m256i(b)));
+    return Pairs(_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 #elif defined(__x86_64__)
-  return sum + Sums(_mm_madd_epi16(__m128i(a), __m128i(b)));
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    return Pairs(_mm_srai_epi16(_mm_unpacklo_epi8(bytes, bytes), 8));
 #else
-  // In each lane of 32 bits: the low half, with its sign, and the high half.
-  const auto low = [](Pairs p) { return (Sums(p) << 16) >> 16; };
-  const auto high = [](Pairs p) { return Sums(p) >> 16; };
-  return sum + low(a) * low(b) + high(a) * high(b);
+    typedef int8_t Bytes __attribute__((vector_size(8)));
+    Bytes bytes;
+    __builtin_memcpy(&bytes, p, sizeof(bytes));
+    return __builtin_convertvector(bytes, Pairs);
 #endif
-}
-
-RNNFAST_INLINE Pairs broadcast_pair(const int16_t* p) {
-  int32_t pair;
-  __builtin_memcpy(&pair, p, sizeof(pair));
-  return Pairs(pair - Sums{});
-}
+  }
+  // What a sum starts from, in the words [begin, end) of a row.
+  RNNFAST_INLINE static int32_t first_sum(const Number*, const Trailer&, int64_t, int64_t) {
+    return 0;
+  }
+  // sum[i] + the sum of the products of the elements of `word` and of b[i]
+  RNNFAST_INLINE static Sums multiply_add(Sums sum, int32_t word, Pairs b) {
+    const Pairs a = Pairs(word - Sums{});
+#if RNNFAST_VECTOR_BYTES == 64
+    return sum + Sums(_mm512_madd_epi16(__m512i(a), __m512i(b)));
+#elif RNNFAST_VECTOR_BYTES == 32
+    return sum + Sums(_mm256_madd_epi16(__m256i(a), __m256i(b)));
+#elif defined(__x86_64__)
+    return sum + Sums(_mm_madd_epi16(__m128i(a), __m128i(b)));
+#else
+    // In each lane of 32 bits: the low half, with its sign, and the high half.
+    const auto low = [](Pairs p) { return (Sums(p) << 16) >> 16; };
+    const auto high = [](Pairs p) { return Sums(p) >> 16; };
+    return sum + low(a) * low(b) + high(a) * high(b);
+#endif
+  }
+};
 
 // Quantises a row of float.
-inline bool load_lhs(void* to, const void* from, int64_t K) {
+template <class Op>
+bool load_lhs(void* to, const void* from, int64_t K) {
   using V = Vec<float>;
+  using Number = typename Op::Number;
+  typedef Number Numbers __attribute__((vector_size(lanes * sizeof(Number))));
   const auto source = static_cast<const float*>(from);
   V largest{}, zero{};  // zero stays 0 in every lane that has met finite numbers only
   for (int64_t k = 0; k < K; k += lanes) {
@@ -90,75 +104,89 @@ inline bool load_lhs(void* to, const void* from, int64_t K) {
     finite = finite && zero[i] == 0;
   }
   constexpr float kSmallest = 0x1p-100f;  // rows of smaller numbers become zeros
-  const float factor = finite && max > kSmallest ? kMaxValue / max : 0;
-  const int64_t pairs = (K + 1) / 2;
-  auto result = static_cast<int16_t*>(to);
+  const float factor = finite && max > kSmallest ? Op::kMaxValue / max : 0;
+  const int64_t words = (K + Op::kPerWord - 1) / Op::kPerWord, count = words * Op::kPerWord;
+  auto result = static_cast<Number*>(to);
   // Adding kMagic rounds to the nearest integer, which is then in the low bits.
   constexpr float kMagic = 0x1.8p23f;
+  Sums sums{};
   const auto quantised = [&](int64_t k) __attribute__((always_inline)) {
     const V value = finite ? load(source + k, K - k) : V{};
     const Sums bits = Sums(fma(value, broadcast<V>(factor), broadcast<V>(kMagic)));
-    // The low 16 bits are all that there is of an integer and its sign.
-    return narrow(VecU32(bits - Sums(broadcast<V>(kMagic))) & 0xffff);
+    const Sums integers = bits - Sums(broadcast<V>(kMagic));
+    if (k < Op::kChainWords * Op::kPerWord) sums += integers;
+    return __builtin_convertvector(integers, Numbers);
   };
   int64_t k = 0;
   for (; k + lanes <= K; k += lanes) {
-    const HalfBits values = quantised(k);
+    const Numbers values = quantised(k);
     __builtin_memcpy(result + k, &values, sizeof(values));
   }
-  if (k < 2 * pairs) {
-    const HalfBits values = quantised(k);
-    __builtin_memcpy(result + k, &values, size_t(2 * pairs - k) * sizeof(int16_t));
+  if (k < count) {
+    const Numbers values = quantised(k);
+    __builtin_memcpy(result + k, &values, size_t(count - k) * sizeof(Number));
   }
-  const Trailer trailer{finite ? max / kMaxValue : 0, finite ? nullptr : source};
-  __builtin_memcpy(result + 2 * pairs, &trailer, sizeof(trailer));
+  Trailer trailer{finite ? max / Op::kMaxValue : 0, 0, finite ? nullptr : source};
+  for (int i = 0; i < lanes; ++i) trailer.sum += sums[i];
+  __builtin_memcpy(result + count, &trailer, sizeof(trailer));
   return true;
 }
 
 // Computes a row of a tile as products of floats are, for an lhs row with a NaN or an infinity.
-template <int NR>
+template <class Op, int NR>
 __attribute__((noinline)) void multiply_floats(const float* row, int64_t K, const int8_t* panel,
                                                const float* scales, const float* bias, float* out,
                                                bool add) {
+  constexpr int word = Op::kPerWord;
   for (int column = 0; column < NR * lanes; ++column) {
     float sum = 0;
-    for (int64_t k = 0; k < K; ++k)
-      sum += row[k] * float(panel[(k / 2 * NR * lanes + column) * 2 + k % 2]);
+    for (int64_t k = 0; k < K; ++k) {
+      const int8_t stored = panel[(k / word * NR * lanes + column) * word + k % word];
+      sum += row[k] * float(int8_t(stored ^ Op::kFlippedBits));
+    }
     const float rest = add ? out[column] : bias ? bias[column] : 0;
     out[column] = rest + sum * scales[column];
   }
 }
 
 // The TileFunction.
-template <int NR, int MR>
+template <class Op, int NR, int MR>
 void tile(int, int64_t K, const void* const* lhs, const void* packed, const void* bias, void* out,
           int64_t stride, const TileOptions& options) {
   using V = Vec<float>;
   using Shape = TileShape<NR, MR>;
+  using Number = typename Op::Number;
   constexpr int kVectors = Shape::kVectors, kUnrolled = RNNFAST_REGISTERS == 16 ? 4 : 1;
-  constexpr int kPitch = NR * lanes * 2;
-  const int64_t pairs = (K + 1) / 2;
+  constexpr int kPerWord = Op::kPerWord, kPitch = NR * lanes * kPerWord;
+  const int64_t words = (K + kPerWord - 1) / kPerWord;
   const auto weights = static_cast<const int8_t*>(packed);
-  const auto scales = reinterpret_cast<const float*>(weights + pairs * NR * lanes * 2);
-  Prefetcher prefetcher(options, pairs / kUnrolled, packed);
-  const int16_t* row[MR];
+  const auto scales = reinterpret_cast<const float*>(weights + words * kPitch);
+  Prefetcher prefetcher(options, words / kUnrolled, packed);
+  const Number* row[MR];
 #pragma GCC unroll 8
-  for (int i = 0; i < MR; ++i) row[i] = static_cast<const int16_t*>(lhs[i]);
+  for (int i = 0; i < MR; ++i) row[i] = static_cast<const Number*>(lhs[i]);
   for (int first = 0; first < NR; first += kVectors) {
-    const int8_t* panel = weights + first * lanes * 2;
-    for (int64_t begin = 0; begin == 0 || begin < pairs; begin += kChainPairs) {
-      const int64_t end = smaller(pairs, begin + kChainPairs);
-      Sums sum[MR][kVectors] = {};
-      const auto add_pair = [&](int64_t k, const int8_t* from) __attribute__((always_inline)) {
-        Pairs b[kVectors];
+    const int8_t* panel = weights + first * lanes * kPerWord;
+    for (int64_t begin = 0; begin == 0 || begin < words; begin += Op::kChainWords) {
+      const int64_t end = smaller(words, begin + Op::kChainWords);
+      Sums sum[MR][kVectors];
+#pragma GCC unroll 8
+      for (int i = 0; i < MR; ++i) {
+        const int32_t first_sum = Op::first_sum(row[i], trailer_of(row[i], words), begin, end);
 #pragma GCC unroll 4
-        for (int j = 0; j < kVectors; ++j) b[j] = load_weights(from + j * lanes * 2);
+        for (int j = 0; j < kVectors; ++j) sum[i][j] = first_sum - Sums{};
+      }
+      const auto add_word = [&](int64_t k, const int8_t* from) __attribute__((always_inline)) {
+        typename Op::Weights b[kVectors];
+#pragma GCC unroll 4
+        for (int j = 0; j < kVectors; ++j) b[j] = Op::load_weights(from + j * lanes * kPerWord);
 #pragma GCC unroll 8
         for (int i = 0; i < MR; ++i) {
-          const Pairs a = broadcast_pair(row[i] + 2 * k);
+          int32_t word;
+          __builtin_memcpy(&word, row[i] + kPerWord * k, sizeof(word));
 #pragma GCC unroll 4
           for (int j = 0; j < kVectors; ++j) {
-            sum[i][j] = multiply_add(sum[i][j], a, b[j]);
+            sum[i][j] = Op::multiply_add(sum[i][j], word, b[j]);
             // GCC would compute all products before the sums, which then do not fit the registers.
             keep_in_register(sum[i][j]);
           }
@@ -168,14 +196,14 @@ void tile(int, int64_t K, const void* const* lhs, const void* packed, const void
       for (; k + kUnrolled <= end; k += kUnrolled, panel += kUnrolled * kPitch) {
         if (Shape::kFetches) prefetcher.fetch();
 #pragma GCC unroll 4
-        for (int word = 0; word < kUnrolled; ++word) add_pair(k + word, panel + word * kPitch);
+        for (int word = 0; word < kUnrolled; ++word) add_word(k + word, panel + word * kPitch);
       }
-      for (; k < end; ++k, panel += kPitch) add_pair(k, panel);
+      for (; k < end; ++k, panel += kPitch) add_word(k, panel);
       const bool add = options.add || begin > 0;
       float* to = static_cast<float*>(out) + first * lanes;
 #pragma GCC unroll 8
       for (int i = 0; i < MR; ++i, to += stride) {
-        const V row_scale = broadcast<V>(trailer_of(row[i], pairs).scale);
+        const V row_scale = broadcast<V>(trailer_of(row[i], words).scale);
 #pragma GCC unroll 4
         for (int j = 0; j < kVectors; ++j) {
           const int at = j * lanes;
@@ -189,32 +217,35 @@ void tile(int, int64_t K, const void* const* lhs, const void* packed, const void
     }
   }
   for (int i = 0; i < MR; ++i)
-    if (const float* row_of_floats = trailer_of(lhs[i], pairs).not_finite)
-      multiply_floats<NR>(row_of_floats, K, weights, scales,
-                          static_cast<const float*>(options.add ? nullptr : bias),
-                          static_cast<float*>(out) + i * stride, options.add);
+    if (const float* row_of_floats = trailer_of(lhs[i], words).not_finite)
+      multiply_floats<Op, NR>(row_of_floats, K, weights, scales,
+                              static_cast<const float*>(options.add ? nullptr : bias),
+                              static_cast<float*>(out) + i * stride, options.add);
 }
 
+template <class Op>
 constexpr WeightFormat make_format() {
   WeightFormat format{};
-  format.name = "int8";
-  format.step = format.word = 2;
-  format.row_step_bytes = 2 * sizeof(int16_t);
+  format.name = Op::kPerWord == 2 ? "int8" : "int8 quads";
+  format.step = format.word = Op::kPerWord;
+  format.row_step_bytes = Op::kPerWord * int(sizeof(typename Op::Number));
   format.row_extra_bytes = sizeof(Trailer);
-  format.panel_step_bytes = 2 * lanes;
+  format.panel_step_bytes = Op::kPerWord * lanes;
   format.panel_extra_bytes = lanes * int(sizeof(float));
+  format.flipped_bits = Op::kFlippedBits;
   format.converts_lhs = true;
   format.row_cycles = 1;
   format.min_rows = 1;
-  format.weight_bytes = 2;
-  format.chain = kChainPairs;
+  format.weight_bytes = Op::kPerWord;
+  format.chain = Op::kChainWords;
   for_each_tile([&]<int NR, int MR>() {
     format.tile_rows[NR - 1] = kRegisterRows[NR - 1];
-    format.tiles[NR - 1][MR - 1] = tile<NR, MR>;
+    format.tiles[NR - 1][MR - 1] = tile<Op, NR, MR>;
   });
-  format.load_lhs = load_lhs;
+  format.load_lhs = load_lhs<Op>;
   return format;
 }
-inline constexpr WeightFormat kFormat = make_format();
+template <class Op>
+inline constexpr WeightFormat kFormat = make_format<Op>();
 
 }  // namespace rnnfast::cpu::RNNFAST_TARGET::int8

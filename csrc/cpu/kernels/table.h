@@ -81,7 +81,7 @@ constexpr MicroKernels make_kernels(Dtype dtype) {
     k.frozen[int(WeightType::kFloat32)] = k.dense;
     k.frozen[int(WeightType::kBFloat16)] = &kNarrowFormat<bf16>;
     k.frozen[int(WeightType::kFloat16)] = &kNarrowFormat<f16>;
-    k.frozen[int(WeightType::kInt8)] = &int8::kFormat;
+    k.frozen[int(WeightType::kInt8)] = &int8::kFormat<int8::Int16Pairs>;
   }
   k.load = convert_row<A, S>, k.store = convert_row<S, A>;
   k.load_state = convert_row<E, S>, k.store_state = convert_row<S, E>;
