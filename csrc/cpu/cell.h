@@ -49,6 +49,29 @@ struct ForwardTile {
   int64_t h_stride;  // elements between rows of from_h
 };
 
+// Consecutive steps of a single sequence. Strides are in elements, from one step to the next. Rows
+// of h and c have room for whole vectors.
+struct Steps {
+  int64_t count;
+  int64_t H;
+  const void* weights;  // packed panels of W_hh
+  int64_t panels, panel_bytes;
+  int last_vectors;  // vectors of columns in the last panel
+  int64_t chain;  // TileOptions::chain
+  const void* bias;  // A [panel][gate][unit]: b_hh
+  const void* from_x;  // A [step][panel][gate][unit]: W_ih x + b_ih
+  int64_t x_stride;
+  void* h[2];  // E: the state before even and odd steps; h[0] is the one before the first
+  void* lhs;  // room for h as an lhs row, if the weight format converts
+  void* c;  // A, if the cell has c
+  void* y;  // S (H)
+  int64_t y_stride;
+  void* saved;  // S [saved][H]; null if not wanted
+  int64_t saved_stride;
+  void* c_copy;  // A (H); null if not wanted
+  int64_t c_copy_stride;
+};
+
 // The gradient of h is the sum of grad_y, d_h_rest and, if takes_weights, the tile's from_weights.
 struct BackwardRow {
   const void* saved;  // S [saved][H]

@@ -46,8 +46,8 @@ bool may_use_amx() {
 #endif
 }
 
-Target with_int8(Target target, const WeightFormat& format) {
-  target.kernels[int(Dtype::kFloat32)].frozen[int(WeightType::kInt8)] = &format;
+Target with_int8(Target target, const Int8Kernels& kernels) {
+  set_int8(target, kernels);
   return target;
 }
 Target with_bf16(Target target) {
@@ -74,13 +74,13 @@ const std::list<Capability>& usable() {
         !__builtin_cpu_supports("f16c"))
       return found;
     add("avx2", kAvx2);
-    if (__builtin_cpu_supports("avxvnni")) add("avx2_vnni", with_int8(kAvx2, kAvx2VnniInt8));
+    if (__builtin_cpu_supports("avxvnni")) add("avx2_vnni", with_int8(kAvx2, kAvx2Vnni));
     if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
         !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
       return found;
     add("avx512", kAvx512);
     if (!__builtin_cpu_supports("avx512vnni")) return found;
-    const Target vnni = with_int8(kAvx512, kAvx512VnniInt8);
+    const Target vnni = with_int8(kAvx512, kAvx512Vnni);
     add("avx512_vnni", vnni);
     if (!__builtin_cpu_supports("avx512bf16")) return found;
     add("avx512_bf16", with_bf16(vnni));

@@ -29,9 +29,7 @@ class InProducts {
 class CpuEngine::Call {
  public:
   Call(const Target& target, LayerKind kind)
-      : target_(target),
-        context_{target.kernels[int(kind.dtype)],
-                 target.kernels[int(kind.dtype)].cells[int(kind.cell)]} {}
+      : target_(target), context_{target.kernels[int(kind.dtype)], kind.cell} {}
 
   const Context& context() const { return context_; }
 

@@ -121,6 +121,8 @@ struct WeightFormat {
   }
 };
 
+using StepsFunction = void (*)(const Steps&);
+
 // All kernels for one storage type.
 struct MicroKernels {
   Dtype dtype;
@@ -171,8 +173,18 @@ struct MicroKernels {
                     int64_t rows, int64_t columns, void* to, bool add);
 
   CellFunctions cells[kCells];
+  // Steps of a single sequence, with W_hh packed in the dense format (kFloat32) or in one of the
+  // frozen formats. Without calls between product and cell a short step takes half of the time.
+  // Null if there is none.
+  StepsFunction steps[kWeightTypes][kCells];
 
   bool converts() const { return storage_bytes != compute_bytes; }
+};
+
+// The kernels for frozen weights of int8, where an instruction set replaces those of a lesser one.
+struct Int8Kernels {
+  WeightFormat format;
+  StepsFunction steps[kCells];
 };
 
 // All micro-kernels of one instruction set.

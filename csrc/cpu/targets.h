@@ -1,6 +1,8 @@
 // The tables of micro-kernels in this build, one for each instruction set.
 #pragma once
 
+#include <algorithm>
+
 #include "cpu/microkernels.h"
 
 namespace rnnfast::cpu {
@@ -9,7 +11,14 @@ extern const Target kPortable;
 #if defined(__x86_64__)
 extern const Target kAvx2, kAvx512;
 extern const MicroKernels kAvx512Bf16Kernels;  // for bfloat16 tensors only
-extern const WeightFormat kAvx2VnniInt8, kAvx512VnniInt8;  // frozen weights of int8
+// The kernels for frozen weights of int8.
+extern const Int8Kernels kAvx2Vnni, kAvx512Vnni;
+// Replaces those of a target, which keeps a pointer to the format.
+inline void set_int8(Target& target, const Int8Kernels& kernels) {
+  MicroKernels& of_float = target.kernels[int(Dtype::kFloat32)];
+  of_float.frozen[int(WeightType::kInt8)] = &kernels.format;
+  std::copy_n(kernels.steps, kCells, of_float.steps[int(WeightType::kInt8)]);
+}
 // Replaces the products of an AVX512-BF16 target by AMX's. The target keeps a pointer to `pairs`.
 void add_amx(Target& target, WeightFormat& pairs);
 #endif

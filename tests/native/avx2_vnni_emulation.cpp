@@ -19,6 +19,5 @@ inline __attribute__((always_inline)) Sums multiply_quads(Sums sum, Unsigned a, 
 
 extern "C"
     __attribute__((visibility("default"))) void rnnfast_change(rnnfast::cpu::Target& target) {
-  using namespace rnnfast;
-  target.kernels[int(Dtype::kFloat32)].frozen[int(cpu::WeightType::kInt8)] = &cpu::kAvx2VnniInt8;
+  rnnfast::cpu::set_int8(target, rnnfast::cpu::kAvx2Vnni);
 }

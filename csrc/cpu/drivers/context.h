@@ -15,7 +15,8 @@ namespace rnnfast::cpu {
 // The micro-kernels and the cell of one call.
 struct Context {
   const MicroKernels& kernels;
-  const CellFunctions& functions;
+  const CellKind kind;
+  const CellFunctions& functions = kernels.cells[int(kind)];
   const Cell& cell = functions.cell;
 
   // The bytes of n elements of S, A and E.

@@ -83,10 +83,17 @@ bool Forward::run(const Team& team, const Progress* upstream, Progress& done) {
   load_c();
   if (zeros_ && team.index() == 0) std::memset(zeros_, 0, size_t(h_[0].pitch));
   team.barrier();
+  const StepsFunction run_at_once = steps_of_one_row();
   for (int64_t s = 0; s < T; s += plan_.block_steps) {
     const Span steps{s, std::min(T, s + plan_.block_steps)};
     if (upstream) upstream->wait_for(steps.end);
     input_.run(steps, rows_, panels_);
+    if (run_at_once) {
+      run_steps(run_at_once, steps);
+      team.barrier();
+      if (team.index() == 0) done.reach(steps.end);
+      continue;
+    }
     int64_t first = 0;  // index of the step's first row in the block
     Outputs before{steps.begin, {0, 0}};
     for (int64_t step = steps.begin; step < steps.end; ++step) {
@@ -299,6 +306,46 @@ void Forward::advance(int64_t step, Span rows, int64_t first_row, Outputs before
   }
   cell.finish();
   write(before);
+}
+
+// The function for many steps at once, if this thread has a single row and nothing that function
+// does not know; else null.
+StepsFunction Forward::steps_of_one_row() const {
+  const bool plain = !projection_ && !batch_.is_ragged() && !batch_.has_resets();
+  if (rows_.size() != 1 || plan_.by_units() || plan_.step_split_precision || !plain ||
+      !hidden_.has_all_panels() || !input_.is_by_units())
+    return nullptr;
+  const WeightType type =
+      plan_.hidden == Packing::kFrozen ? plan_.frozen : WeightType::kFloat32;  // the dense format
+  return context_.kernels.steps[int(type)][int(context_.kind)];
+}
+
+void Forward::run_steps(StepsFunction run, Span steps) {
+  const int64_t b = rows_.begin, H = args_.size.H;
+  const int64_t first = batch_.row(time(steps.begin), b);
+  const int64_t rows = args_.reverse ? -args_.size.B : args_.size.B;  // from one step to the next
+  const int64_t saved = context_.cell.saved * H;
+  const InputProjection::Projected from_x = input_.rows(0, 1, 0, nullptr);
+  const GateWeights::Panel weights = hidden_.panel(0, good_);
+  run({.count = steps.size(),
+       .H = H,
+       .weights = weights.packed,
+       .panels = hidden_.count(),
+       .panel_bytes = hidden_.panel_bytes(),
+       .last_vectors = hidden_.vectors(hidden_.count() - 1),
+       .chain = hidden_.format().chain,
+       .bias = weights.bias,
+       .from_x = from_x.first,
+       .x_stride = from_x.stride,
+       .h = {h_[steps.begin & 1][b], h_[(steps.begin + 1) & 1][b]},
+       .lhs = lhs_ ? lhs_[0] : nullptr,
+       .c = c_ ? c(b) : nullptr,
+       .y = at(args_.y, context_.storage(first * H)),
+       .y_stride = rows * H,
+       .saved = args_.gates ? at(args_.gates, context_.storage(first * saved)) : nullptr,
+       .saved_stride = rows * saved,
+       .c_copy = args_.cells ? at(args_.cells, context_.compute(first * H)) : nullptr,
+       .c_copy_stride = rows * H});
 }
 
 // h = W_hr times the h that the cells computed.

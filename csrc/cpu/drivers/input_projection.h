@@ -30,6 +30,9 @@ class InputProjection {
   // TileBuffer, if it is not already in this layout.
   Projected rows(int64_t first, int count, int64_t panel, void* to) const;
 
+  // Whether `rows` gives all steps of a row with one stride, and all panels side by side.
+  bool is_by_units() const { return !whole_rows_ && !args_.tokens; }
+
   // Whether the weight format could represent all numbers that this thread has met.
   bool good() const { return good_; }
 

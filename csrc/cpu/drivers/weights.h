@@ -89,6 +89,9 @@ class GateWeights {
     return good;
   }
 
+  // Whether the panels are in memory one after the other, from before the first step on.
+  bool has_all_panels() const { return packing_ == Packing::kOnce || packing_ == Packing::kFrozen; }
+
   // Returns a panel. Packs it first if panels are packed one at a time, and clears `good` if a
   // weight cannot be represented.
   Panel panel(int64_t p, bool& good) const {
@@ -137,8 +140,6 @@ class GateWeights {
   char* bias_at(int64_t panel) const { return bias_ + panel * width_ * kernels_.compute_bytes; }
 
  private:
-  bool has_all_panels() const { return packing_ == Packing::kOnce || packing_ == Packing::kFrozen; }
-
   const MicroKernels& kernels_;
   const WeightFormat& format_;
   const GateShape shape_;

@@ -12,7 +12,8 @@
 #define RNNFAST_VECTOR_BYTES 64
 #define RNNFAST_REGISTERS 32
 #include "cpu/kernels/int8_quads.h"
+#include "cpu/kernels/table.h"
 
-constinit const rnnfast::cpu::WeightFormat rnnfast::cpu::kAvx512VnniInt8 =
-    RNNFAST_TARGET::int8::make_format<RNNFAST_TARGET::int8::Int8Quads>();
+const rnnfast::cpu::Int8Kernels rnnfast::cpu::kAvx512Vnni =
+    RNNFAST_TARGET::make_int8_kernels<RNNFAST_TARGET::int8::Int8Quads>();
 #endif

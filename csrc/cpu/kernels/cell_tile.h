@@ -23,29 +23,31 @@ RNNFAST_INLINE T* in_row(void* row, int64_t at) {
 }
 
 // R rows by U vectors of units, with interleaved instructions. kWhole: the units fill the vectors.
-template <class Cell, class S, class E, int R, int U, bool kWhole>
-RNNFAST_INLINE void forward_rows(const ForwardTile& t, int first, int64_t unit_vectors) {
+// kPadded: rows of states are read and written in whole vectors.
+template <class Cell, class S, class E, int R, int U, bool kWhole, bool kPadded = false>
+RNNFAST_INLINE void forward_rows(const ForwardTile& t, int first) {
   using A = Compute<S>;
   using V = Vec<A>;
   constexpr int lanes = kLanes<A>, G = Cell::kGates, N = R * U;
   const auto left = [&](int i) { return kWhole ? lanes : t.units - i % U * lanes; };
+  const auto of_state = [&](int i) { return kPadded ? lanes : left(i); };
   Wide<V, N> from_x[G], from_h[G], h_prev{}, h, c{}, saved[Cell::kSaved + 1];
   unrolled<N>([&](auto i) __attribute__((always_inline)) {
     const ForwardRow& row = t.rows[first + i / U];
     const int64_t at = t.first_unit + i % U * lanes;
     unrolled<G>([&](auto g) __attribute__((always_inline)) {
-      const int64_t gate = (g * unit_vectors + i % U) * lanes;
+      const int64_t gate = (g * kUnitVectors<Cell> + i % U) * lanes;
       from_x[g].v[i] = load(in_row<A>(t.from_x, (first + i / U) * t.x_stride + gate));
       from_h[g].v[i] = load(in_row<A>(t.from_h, (first + i / U) * t.h_stride + gate));
     });
-    if (Cell::kDirect) h_prev.v[i] = load(in_row<E>(row.h_prev, at), left(i));
-    if (Cell::kHasCell && row.c_prev) c.v[i] = load(in_row<A>(row.c_prev, at), left(i));
+    if (Cell::kDirect) h_prev.v[i] = load(in_row<E>(row.h_prev, at), of_state(i));
+    if (Cell::kHasCell && row.c_prev) c.v[i] = load(in_row<A>(row.c_prev, at), of_state(i));
   });
   Cell::template forward<Math>(from_x, from_h, h_prev, c, h, saved);
   unrolled<N>([&](auto i) __attribute__((always_inline)) {
     const ForwardRow& row = t.rows[first + i / U];
     const int64_t at = t.first_unit + i % U * lanes;
-    if (row.h) store_state<S>(in_row<E>(row.h, at), h.v[i], left(i));
+    if (row.h) store_state<S>(in_row<E>(row.h, at), h.v[i], of_state(i));
     if (Cell::kHasCell && row.c) store(in_row<A>(row.c, at), c.v[i]);
     if (Cell::kHasCell && row.c_copy) store(in_row<A>(row.c_copy, at), c.v[i], left(i));
     if (row.saved)
@@ -62,14 +64,11 @@ void cell_forward(const ForwardTile& t) {
     constexpr int kRows = U == 1 ? 3 : U == 2 ? 2 : 1;  // rows computed together
     int i = 0;
     if (t.units >= U * lanes) {
-      for (; i + kRows <= t.count; i += kRows)
-        forward_rows<Cell, S, E, kRows, U, true>(t, i, kUnitVectors<Cell>);
-      if (kRows > 2 && i + 2 == t.count)
-        forward_rows<Cell, S, E, 2, U, true>(t, i, kUnitVectors<Cell>), i += 2;
-      if (kRows > 1 && i + 1 == t.count)
-        forward_rows<Cell, S, E, 1, U, true>(t, i, kUnitVectors<Cell>), i += 1;
+      for (; i + kRows <= t.count; i += kRows) forward_rows<Cell, S, E, kRows, U, true>(t, i);
+      if (kRows > 2 && i + 2 == t.count) forward_rows<Cell, S, E, 2, U, true>(t, i), i += 2;
+      if (kRows > 1 && i + 1 == t.count) forward_rows<Cell, S, E, 1, U, true>(t, i), i += 1;
     }
-    for (; i < t.count; ++i) forward_rows<Cell, S, E, 1, U, false>(t, i, kUnitVectors<Cell>);
+    for (; i < t.count; ++i) forward_rows<Cell, S, E, 1, U, false>(t, i);
   };
   if constexpr (kUnitVectors<Cell> == 1)
     all_rows.template operator()<1>();

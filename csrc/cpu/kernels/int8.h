@@ -94,7 +94,7 @@ bool load_lhs(void* to, const void* from, int64_t K) {
   V largest{}, zero{};  // zero stays 0 in every lane that has met finite numbers only
   for (int64_t k = 0; k < K; k += lanes) {
     const V value = load(source + k, K - k), size = value < 0 ? -value : value;
-    largest = size > largest ? size : largest;
+    largest = maximum(size, largest);
     zero = fma(value, V{}, zero);
   }
   float max = 0;
@@ -149,10 +149,11 @@ __attribute__((noinline)) void multiply_floats(const float* row, int64_t K, cons
   }
 }
 
-// The TileFunction.
+// The TileFunction. Not inlined into kernels/steps.h, where GCC would keep the sums in memory.
 template <class Op, int NR, int MR>
-void tile(int, int64_t K, const void* const* lhs, const void* packed, const void* bias, void* out,
-          int64_t stride, const TileOptions& options) {
+__attribute__((noinline)) void tile(int, int64_t K, const void* const* lhs, const void* packed,
+                                    const void* bias, void* out, int64_t stride,
+                                    const TileOptions& options) {
   using V = Vec<float>;
   using Shape = TileShape<NR, MR>;
   using Number = typename Op::Number;

@@ -52,7 +52,7 @@ constexpr std::array<A, sizeof...(K)> taylor_series(std::integer_sequence<int, K
   return {inverse_factorial<A>(K + 1)...};
 }
 
-// kSeries: coefficients of expm1(r) / r
+// kSeries: coefficients of expm1(r) / r, of which the first is 1
 template <class A>
 struct ExpConstants;
 template <>
@@ -108,10 +108,11 @@ struct Math {
   // -expm1(-2 |x|), for larger x the quotient as 1 - 2 e / (1 + e).
   template <class V, int N>
   RNNFAST_INLINE static Wide<V, N> tanh(const Wide<V, N>& x) {
-    const auto [scale, rest] = exp_parts(2 * minus_magnitude(x));
+    const auto y = 2 * minus_magnitude(x);
+    const auto [scale, rest] = exp_parts(y);
     const auto e = fma(scale, rest, scale);
     const auto minus_expm1 = fnma(scale, rest, 1 - scale);
-    const auto small = e > ElementOf<V>(0.25);
+    const auto small = y > ElementOf<V>(-1.386);  // e > 1/4, and known earlier than e
     const auto q = select(small, minus_expm1, 2 * e) / (1 + e);
     return each(
         [](V magnitude, V one) {
@@ -152,7 +153,7 @@ struct Math {
     using A = ElementOf<V>;
     using C = ExpConstants<A>;
     const V limit = V{} - C::kLimit;
-    x = each([limit](V one) { return limit > one ? limit : one; }, x);
+    x = each([limit](V one) { return maximum(limit, one); }, x);
     const auto constant = [](A value) { return Wide<V, N>{} + value; };
     const auto shifted = fma(x, constant(C::kLog2E), constant(C::kRound));
     const auto n = shifted - C::kRound;
@@ -161,11 +162,18 @@ struct Math {
     const auto scale = each(
         [](V one) { return bit_cast<V>((bit_cast<Integer<V>>(one) + C::kBias) << C::kMantissa); },
         shifted);
-    constexpr int terms = int(std::size(C::kSeries));
-    Wide<V, N> p = constant(C::kSeries[terms - 1]);
+    // r + r^2 q(r). The even and the odd terms of q are two polynomials in r^2, two shorter chains.
+    constexpr int last = int(std::size(C::kSeries)) - 1;
+    const auto r2 = r * r;
+    const auto sum_from = [&](int first) __attribute__((always_inline)) {
+      const int top = last - (last - first) % 2;
+      Wide<V, N> sum = constant(C::kSeries[top]);
 #pragma GCC unroll 16
-    for (int k = terms - 2; k >= 0; --k) p = fma(p, r, constant(C::kSeries[k]));
-    return {scale, p * r};
+      for (int k = top - 2; k >= first; k -= 2) sum = fma(sum, r2, constant(C::kSeries[k]));
+      return sum;
+    };
+    const auto q = fma(sum_from(2), r, sum_from(1));
+    return {scale, fma(r2, q, r)};
   }
 };
 

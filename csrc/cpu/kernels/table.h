@@ -4,6 +4,7 @@
 #include "cpu/kernels/cell_tile.h"
 #include "cpu/kernels/dots.h"
 #include "cpu/kernels/int8.h"
+#include "cpu/kernels/steps.h"
 #include "cpu/tuning.h"
 
 namespace rnnfast::cpu::RNNFAST_TARGET {
@@ -53,6 +54,20 @@ constexpr WeightFormat narrow_format() {
 template <class W>
 inline constexpr WeightFormat kNarrowFormat = narrow_format<W>();
 
+template <class S, class Product>
+constexpr void set_steps(StepsFunction (&all)[kCells]) {
+#define RNNFAST_CELL(C) all[int(CellKind::k##C)] = steps<C, S, Product>;
+  RNNFAST_FOR_EACH_CELL(RNNFAST_CELL)
+#undef RNNFAST_CELL
+}
+
+template <class Op>
+constexpr Int8Kernels make_int8_kernels() {
+  Int8Kernels k{.format = int8::make_format<Op>(), .steps = {}};
+  set_steps<float, Int8RowProduct<Op>>(k.steps);
+  return k;
+}
+
 template <class C>
 constexpr Cell cell_numbers() {
   Cell cell{.gates = C::kGates,
@@ -82,7 +97,12 @@ constexpr MicroKernels make_kernels(Dtype dtype) {
     k.frozen[int(WeightType::kBFloat16)] = &kNarrowFormat<bf16>;
     k.frozen[int(WeightType::kFloat16)] = &kNarrowFormat<f16>;
     k.frozen[int(WeightType::kInt8)] = &int8::kFormat<int8::Int16Pairs>;
+    set_steps<S, RowProduct<NarrowOperand<bf16>>>(k.steps[int(WeightType::kBFloat16)]);
+    set_steps<S, RowProduct<NarrowOperand<f16>>>(k.steps[int(WeightType::kFloat16)]);
+    set_steps<S, Int8RowProduct<int8::Int16Pairs>>(k.steps[int(WeightType::kInt8)]);
   }
+  if constexpr (std::is_same_v<S, A>)
+    set_steps<S, RowProduct<Op>>(k.steps[int(WeightType::kFloat32)]);
   k.load = convert_row<A, S>, k.store = convert_row<S, A>;
   k.load_state = convert_row<E, S>, k.store_state = convert_row<S, E>;
   k.round_state = round_row<E, S>;

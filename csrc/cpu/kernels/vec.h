@@ -64,6 +64,25 @@ RNNFAST_INLINE __m256i first_lanes(int64_t n) {
 }
 #endif
 
+// a > b ? a : b in each lane, so b where one of the two is NaN. GCC makes a comparison and a
+// selection of that expression.
+template <class V>
+RNNFAST_INLINE V maximum(V a, V b) {
+  constexpr bool is_float = sizeof(ElementOf<V>) == 4;
+#if RNNFAST_VECTOR_BYTES == 64
+  if constexpr (is_float) return V(_mm512_max_ps(__m512(a), __m512(b)));
+  if constexpr (!is_float) return V(_mm512_max_pd(__m512d(a), __m512d(b)));
+#elif RNNFAST_VECTOR_BYTES == 32
+  if constexpr (is_float) return V(_mm256_max_ps(__m256(a), __m256(b)));
+  if constexpr (!is_float) return V(_mm256_max_pd(__m256d(a), __m256d(b)));
+#elif defined(__x86_64__)
+  if constexpr (is_float) return V(_mm_max_ps(__m128(a), __m128(b)));
+  if constexpr (!is_float) return V(_mm_max_pd(__m128d(a), __m128d(b)));
+#else
+  return a > b ? a : b;
+#endif
+}
+
 // n must be less than the number of elements of type T in V. A negative n counts as 0.
 template <class V, class T>
 RNNFAST_INLINE V load_first(const T* p, int64_t n) {
