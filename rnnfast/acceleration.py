@@ -9,11 +9,15 @@ By default a torch.nn.LSTM becomes a `rnnfast.LSTM`. torch.compile can compile t
 ``isinstance(module, torch.nn.LSTM)`` is false. With ``keep_class`` its new class is derived from
 its former one, so that ``isinstance`` stays true. Subclasses of torch.nn's classes can then be
 replaced, too. `rnnfast.patching` speeds up modules without changing them.
+
+With ``weights`` modules are frozen, as by `rnnfast.freeze`. A frozen module has no parameters, so
+it is a new object in the place of the old one: `rnnfast.frozen.in_place` does that.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
@@ -45,7 +49,10 @@ class Report(NamedTuple):
     module: nn.Module
     """The tree, which was changed in place."""
     replaced: dict[str, str]
-    """Name of each module that was replaced -> name of its class, the same before and after."""
+    """Name of each module that was replaced -> name of its class, the same before and after.
+
+    If it was frozen, the type of its weights follows, as in "LSTM, int8".
+    """
     left: dict[str, str]
     """Name of each recurrent module that was left as it is -> why."""
 
@@ -59,7 +66,12 @@ class Report(NamedTuple):
 
 
 def accelerate(
-    module: nn.Module, *, backend: str | None = None, keep_class: bool = False
+    module: nn.Module,
+    *,
+    backend: str | None = None,
+    keep_class: bool = False,
+    weights: str | Mapping[str, str] | None = None,
+    keep_float: bool = False,
 ) -> Report:
     """Replaces every RNN, LSTM, GRU and cell of torch.nn in a module tree, in place.
 
@@ -77,10 +89,18 @@ def accelerate(
     ``super().forward``. torch.compile breaks the graph at such modules, as it does at torch.nn's
     RNN, LSTM and GRU.
 
+    With ``weights`` modules are frozen: they run inference only, with weights that are packed once,
+    and maybe rounded. `rnnfast.freeze` does the same to a copy, and explains the types. A frozen
+    module is a new object without parameters. It takes the place of the old one under all of its
+    names; a list or a closure that holds the old one still does. Modules that cannot be frozen are
+    left as they are. Everything else in the model stays as it is: its mode, its parameters, and
+    whether they need gradients. Call the model under ``torch.no_grad()``, for frozen modules have
+    no gradients.
+
     torch.jit.script has to run before this, or after `restore`.
 
     Calling it again is harmless: modules that it replaced before get the ``backend`` and
-    ``keep_class`` of this call and are reported again.
+    ``keep_class`` of this call and are reported again. Frozen modules are left as they are.
 
     **What undoes it silently.** Code that builds the model again, or puts new layers into it, makes
     layers of torch.nn, and nothing fails. Call ``print(rnnfast.accelerate(model))`` after such a
@@ -104,16 +124,27 @@ def accelerate(
     accelerated. With `rnnfast.patch` torch.nn's own modules are fast, however often they are built.
 
     Args:
-        module: The root, which may itself be replaced.
+        module: The root, which may itself be replaced, but not frozen.
         backend: For all modules replaced: None, or the backend to force; see `rnnfast.backend`.
         keep_class: Whether modules stay instances of their former classes.
+        weights: None, or the type of weights to freeze modules with, as for `rnnfast.freeze`:
+            "float32", "bfloat16", "float16" or "int8", or a dict from names of recurrent modules to
+            these. Those that it does not name get float32.
+        keep_float: Whether frozen modules keep the modules that they replace, so that `restore` can
+            put these back, as they were. They need their memory on, but are in neither
+            ``parameters()`` nor ``state_dict()``, and ``to()`` and ``load_state_dict()`` do not
+            reach them.
 
     Returns:
         The report: ``module`` is the argument, ``replaced`` and ``left`` name the recurrent modules
         that were and were not replaced. ``print`` shows a line for each of them.
 
     Raises:
-        ValueError: Unknown ``backend``.
+        ValueError: ``backend`` is unknown. A type of ``weights`` is unknown, or a name in them is
+            not that of a recurrent module. There are ``weights`` with ``backend`` or with
+            ``keep_class``, or for a root that is recurrent itself. There is ``keep_float`` without
+            ``weights``.
+        RuntimeError: Modules are to be frozen, and the compiled kernels are missing.
 
     Example:
         >>> model = torch.nn.ModuleDict({"rnn": torch.nn.LSTM(10, 20)})
@@ -121,11 +152,40 @@ def accelerate(
         replaced  rnn  LSTM
         >>> type(model["rnn"])
         <class 'rnnfast.modules.LSTM'>
+        >>> print(rnnfast.accelerate(model, weights="int8"))
+        replaced  rnn  LSTM, int8
+        >>> model["rnn"]
+        FrozenLayers(10, 20, weights='int8')
     """
+    from .frozen import Frozen
+    from .frozen.in_place import freeze_in_place
+
     backend = check_backend(backend)
+    if weights is not None:
+        if backend is not None:
+            raise ValueError(
+                f"weights and backend={backend!r} exclude each other: frozen modules run on the "
+                "compiled kernels of the CPU alone"
+            )
+        if keep_class:
+            raise ValueError(
+                "weights and keep_class=True exclude each other: a frozen module is no instance of "
+                "the class that it replaces"
+            )
+        frozen, left = freeze_in_place(module, weights, keep_float)
+        return Report(
+            module,
+            {n: f"{each.torch_class.__name__}, {each.weights}" for n, each in frozen.items()},
+            left,
+        )
+    if keep_float:
+        raise ValueError("keep_float=True needs weights: nothing else takes floats away")
     replaced: dict[str, str] = {}
-    left: dict[str, str] = {}
+    left = {}
     for name, each in module.named_modules():
+        if isinstance(each, Frozen):
+            left[name] = "is frozen already"
+            continue
         kind = parametrize.type_before_parametrizations(each)
         if _MARK in vars(each) and (_FORMER in vars(kind)) is not keep_class:
             _restore(each)
@@ -147,11 +207,15 @@ def accelerate(
 def restore(module: nn.Module) -> Report:
     """Undoes `accelerate`, in place: modules that it replaced get their former class back.
 
+    Frozen modules give their place back to the modules that they keep, if they were frozen with
+    ``keep_float``. Those have the parameters that they had then.
+
     Args:
         module: The root of a tree that was accelerated, or of a part or a copy of one.
 
     Returns:
-        The report. Modules that were built as rnnfast's are left as they are.
+        The report. Modules that were built as rnnfast's are left as they are, and so are frozen
+        ones that keep no other.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.GRU(10, 20))
@@ -161,14 +225,18 @@ def restore(module: nn.Module) -> Report:
         >>> type(model[0]) is torch.nn.GRU
         True
     """
+    from .frozen.in_place import put_back
+
+    put, left = put_back(module)
     replaced: dict[str, str] = {}
-    left: dict[str, str] = {}
     for name, each in module.named_modules():
         if _MARK in vars(each):
             if reason := _restore(each):
                 left[name] = reason
             else:
                 replaced[name] = _name(parametrize.type_before_parametrizations(each))
+        elif name in put:
+            replaced[name] = _name(parametrize.type_before_parametrizations(each))
         elif isinstance(each, Backed):
             left[name] = "was not torch.nn's before"
     return Report(module, replaced, left)
@@ -191,16 +259,11 @@ def _restore(module: nn.Module) -> str | None:
 
 def _reason_to_leave(module: nn.Module, kind: type[nn.Module], keep_class: bool) -> str | None:
     """Returns why ``module`` is not replaced; None if it can be, or if it is not recurrent."""
-    if isinstance(module, torch.jit.ScriptModule):
-        return "is compiled by TorchScript" if module.original_name in _NAMES else None
     if isinstance(module, Backed):
         return "is rnnfast's already"
     theirs = torch_class_of(kind)
     if theirs is None:
-        quantized = kind.__module__.startswith("torch.ao.") and kind.__name__ in _NAMES
-        if quantized or issubclass(kind, (nn.RNNBase, nn.RNNCellBase)):
-            return f"{_path(kind)} is not of torch.nn"
-        return None
+        return reason_if_foreign(module, kind)
     if kind is not theirs:
         if not keep_class:
             return f"{_path(kind)} is a subclass of torch.nn.{theirs.__name__}"
@@ -208,6 +271,16 @@ def _reason_to_leave(module: nn.Module, kind: type[nn.Module], keep_class: bool)
             return reason
     clashes = [name for name in ADDITIONS[theirs] if name in vars(module)]
     return f"has an attribute {clashes[0]}" if clashes else own_methods(module)
+
+
+def reason_if_foreign(module: nn.Module, kind: type[nn.Module]) -> str | None:
+    """Returns why a recurrent module of other classes is left; None if it is not recurrent."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "is compiled by TorchScript" if module.original_name in _NAMES else None
+    quantized = kind.__module__.startswith("torch.ao.") and kind.__name__ in _NAMES
+    if quantized or issubclass(kind, (nn.RNNBase, nn.RNNCellBase)):
+        return f"{_path(kind)} is not of torch.nn"
+    return None
 
 
 def _reason_to_leave_class(kind: type[nn.Module], theirs: type[nn.Module]) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
@@ -60,24 +60,74 @@ def freeze(module: nn.Module, weights: str | Mapping[str, str] = "float32") -> n
         >>> frozen[0]
         FrozenLayers(10, 20, weights='int8')
     """
-    found = {name: each for name, each in module.named_modules() if _is_recurrent(each)}
+    found = {name: each for name, each in module.named_modules() if is_recurrent(each)}
     if not found:
         is_frozen = any(isinstance(each, Frozen) for each in module.modules())
         words = "is frozen already" if is_frozen else "has no RNN, LSTM, GRU or cell to freeze"
         raise ValueError(f"{type(module).__name__} {words}")
-    chosen: dict[str, Any] = dict.fromkeys(found, weights)
-    if isinstance(weights, Mapping):
-        chosen = dict(weights)
-    for name, chosen_type in chosen.items():
-        if name not in found:
-            raise ValueError(f"no recurrent module is named {name!r}; there are {sorted(found)}")
-        if chosen_type not in TYPES:
-            raise ValueError(f"expected weights {', '.join(TYPES)}, got {chosen_type!r}")
+    types = types_of(found, weights)
     memo: dict[int, Any] = {}
     for name, each in found.items():
-        with _in_eval_mode(each):  # some parametrizations are random, or change, in training
-            memo[id(each)] = _freeze_one(name, each, chosen.get(name, "float32"))
+        try:
+            memo[id(each)] = freeze_one(each, types[name])
+        except ValueError as error:
+            raise ValueError(f"{name or type(module).__name__} cannot be frozen: {error}") from None
     return copy.deepcopy(module, memo).eval().requires_grad_(False)
+
+
+def is_recurrent(module: nn.Module) -> bool:
+    """Whether a module is an RNN, LSTM, GRU or cell, and not frozen."""
+    return isinstance(module, (nn.RNNBase, nn.RNNCellBase)) and not isinstance(module, Frozen)
+
+
+def types_of(names: Collection[str], weights: str | Mapping[str, str]) -> dict[str, str]:
+    """The type of weights for each of the recurrent modules with these names.
+
+    Raises:
+        ValueError: A type is unknown, or a name in ``weights`` is none of ``names``.
+    """
+    chosen = weights if isinstance(weights, Mapping) else dict.fromkeys(names, weights)
+    for name, chosen_type in chosen.items():
+        if name not in names:
+            raise ValueError(f"no recurrent module is named {name!r}; there are {sorted(names)}")
+        if chosen_type not in TYPES:
+            raise ValueError(f"expected weights {', '.join(TYPES)}, got {chosen_type!r}")
+    return {name: chosen.get(name, "float32") for name in names}
+
+
+def freeze_one(module: nn.Module, weights: str) -> Frozen:
+    """Makes a frozen module of a recurrent one, whose parameters are read as in eval mode.
+
+    Raises:
+        ValueError: The reason why the module cannot be frozen.
+    """
+    kind = parametrize.type_before_parametrizations(module)
+    torch_class: type[nn.Module] | None = (
+        kind.torch_class if issubclass(kind, Backed) else torch_class_of(kind)
+    )
+    if torch_class is None:
+        raise ValueError(f"{kind} is not of torch.nn or rnnfast")
+    if issubclass(kind, Backed):
+        ours: type[Backed] = Layers if issubclass(kind, Layers) else OneStep
+        names = ["__call__", "forward"]
+        changed = [one for one in names if getattr(kind, one) is not getattr(ours, one)]
+    else:
+        names = sorted({"__call__", "forward", *CALLED_BY_FORWARD[torch_class]})
+        own = cast(type[nn.Module], kind)
+        changed = [one for one in names if is_overridden(own, torch_class, one)]
+    if changed:
+        raise ValueError(f"{kind} has its own {', '.join(changed)}")
+    if reason := own_methods(module):
+        raise ValueError(f"it {reason}")
+    if module._forward_hooks or module._forward_pre_hooks:
+        raise ValueError("it has hooks, which a frozen module would not run")
+    if getattr(module, "tokens", False):
+        raise ValueError("layers with tokens=True have no frozen kernels")
+    with _in_eval_mode(module):  # some parametrizations are random, or change, in training
+        if isinstance(module, nn.RNNBase):
+            return FrozenLayers(module, torch_class, weights)
+        assert isinstance(module, nn.RNNCellBase)
+        return FrozenCell(module, torch_class, weights)
 
 
 @contextmanager
@@ -89,42 +139,6 @@ def _in_eval_mode(module: nn.Module) -> Iterator[None]:
     finally:
         for each, training in before.items():
             each.training = training
-
-
-def _is_recurrent(module: nn.Module) -> bool:
-    return isinstance(module, (nn.RNNBase, nn.RNNCellBase)) and not isinstance(module, Frozen)
-
-
-def _freeze_one(name: str, module: nn.Module, weights: str) -> Frozen:
-    kind = parametrize.type_before_parametrizations(module)
-    where = name or type(module).__name__
-    torch_class: type[nn.Module] | None = (
-        kind.torch_class if issubclass(kind, Backed) else torch_class_of(kind)
-    )
-    if torch_class is None:
-        raise ValueError(f"{where} cannot be frozen: {kind} is not of torch.nn or rnnfast")
-    if issubclass(kind, Backed):
-        ours: type[Backed] = Layers if issubclass(kind, Layers) else OneStep
-        names = ["__call__", "forward"]
-        changed = [one for one in names if getattr(kind, one) is not getattr(ours, one)]
-    else:
-        names = sorted({"__call__", "forward", *CALLED_BY_FORWARD[torch_class]})
-        own = cast(type[nn.Module], kind)
-        changed = [one for one in names if is_overridden(own, torch_class, one)]
-    if changed:
-        raise ValueError(f"{where} cannot be frozen: {kind} has its own {', '.join(changed)}")
-    if reason := own_methods(module):
-        raise ValueError(f"{where} cannot be frozen: it {reason}")
-    if module._forward_hooks or module._forward_pre_hooks:
-        raise ValueError(f"{where} cannot be frozen: it has hooks, which the copy would not run")
-    if getattr(module, "tokens", False):
-        raise ValueError(
-            f"{where} cannot be frozen: layers with tokens=True have no frozen kernels"
-        )
-    if isinstance(module, nn.RNNBase):
-        return FrozenLayers(module, torch_class, weights)
-    assert isinstance(module, nn.RNNCellBase)
-    return FrozenCell(module, torch_class, weights)
 
 
 class LayerError(NamedTuple):

@@ -96,6 +96,11 @@ class Frozen(nn.Module):
     """The class of torch.nn that does the same with its parameters."""
     weights: str
     """The type of the weights, one of the `TYPES`."""
+    replaced: tuple[nn.Module, ...] = ()
+    """The module that this one replaced in a model, if that is kept: see `rnnfast.accelerate`.
+
+    It is in a tuple, since it would be a submodule otherwise, and its parameters the model's.
+    """
 
     def __init__(self, source: nn.Module, matrices: Sequence[Matrix], weights: str) -> None:
         super().__init__()
