@@ -77,7 +77,8 @@ def accelerate(
 
     The results of the model stay the same, up to rounding. Quantized modules, ScriptModules and
     modules with methods set on the instance are left as they are, because they may behave
-    differently. Modules that are not registered as submodules are not found.
+    differently; ``weights`` freeze dynamically quantized ones. Modules that are not registered as
+    submodules are not found.
 
     By default only torch.nn's own classes are replaced, and ``isinstance(module, torch.nn.LSTM)``
     is false afterwards. Code that relies on it (weight initialisation, quantization, TorchRL's
@@ -118,7 +119,7 @@ def accelerate(
       layers of TorchRL there, which are left as they are.
     - ``torch.ao.quantization.quantize_dynamic`` goes the other way: it takes modules of exactly
       torch.nn's classes and leaves those here in full precision, with ``keep_class``, too. Call
-      `restore` first. Quantized modules run on torch's kernels.
+      `restore` first. Quantized modules run on torch's kernels, unless ``weights`` freeze them.
 
     A model that calls ``rnnfast.accelerate(self)`` at the end of its own ``__init__`` is built
     accelerated. With `rnnfast.patch` torch.nn's own modules are fast, however often they are built.

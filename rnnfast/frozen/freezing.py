@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ..acceleration import CALLED_BY_FORWARD, is_overridden, own_methods, torch_class_of
 from ..bases import Backed, Layers, OneStep
+from . import quantized
 from .modules import FrozenCell, FrozenLayers
 from .weights import TYPES, Frozen
 
@@ -36,10 +37,15 @@ def freeze(module: nn.Module, weights: str | Mapping[str, str] = "float32") -> n
     parameters need no gradients. Later changes of the model's parameters do not reach the copy.
     ``load_state_dict`` of the copy takes new weights, frozen or not.
 
+    Modules that ``torch.ao.quantization.quantize_dynamic`` has quantized are frozen, too. With
+    ``weights="int8"`` their integers are taken as they are, and with "float16" their float16
+    weights. With another type the numbers that these stand for are rounded to it.
+
     Args:
         module: A model, or a recurrent module. RNN, LSTM, GRU and cells of rnnfast and of torch.nn
-            are frozen wherever they are in it. They must be float32 and on the CPU. Those on the
-            device "meta" have no memory: the copy's weights are NaN until ``load_state_dict``.
+            are frozen wherever they are in it, and those of torch.ao.nn.quantized.dynamic. They
+            must be float32 and on the CPU, or quantized without zero points. Those on the device
+            "meta" have no memory: the copy's weights are NaN until ``load_state_dict``.
         weights: "float32", "bfloat16", "float16" or "int8". Or a dict from names of recurrent
             modules, as in ``module.named_modules()``, to these: others get float32.
 
@@ -76,8 +82,12 @@ def freeze(module: nn.Module, weights: str | Mapping[str, str] = "float32") -> n
 
 
 def is_recurrent(module: nn.Module) -> bool:
-    """Whether a module is an RNN, LSTM, GRU or cell, and not frozen."""
-    return isinstance(module, (nn.RNNBase, nn.RNNCellBase)) and not isinstance(module, Frozen)
+    """Whether a module is an RNN, LSTM, GRU or cell, maybe quantized, and not frozen."""
+    if isinstance(module, Frozen):
+        return False
+    return isinstance(module, (nn.RNNBase, nn.RNNCellBase)) or bool(
+        quantized.float_class_of(module)
+    )
 
 
 def types_of(names: Collection[str], weights: str | Mapping[str, str]) -> dict[str, str]:
@@ -101,6 +111,29 @@ def freeze_one(module: nn.Module, weights: str) -> Frozen:
     Raises:
         ValueError: The reason why the module cannot be frozen.
     """
+    if reason := own_methods(module):
+        raise ValueError(f"it {reason}")
+    if module._forward_hooks or module._forward_pre_hooks:
+        raise ValueError("it has hooks, which a frozen module would not run")
+    source, given = module, None
+    torch_class = quantized.float_class_of(module)
+    if torch_class is None:
+        torch_class = _class_to_freeze(module)
+    else:
+        source, given = quantized.read(module, torch_class)
+    with _in_eval_mode(source):  # some parametrizations are random, or change, in training
+        if isinstance(source, nn.RNNBase):
+            return FrozenLayers(source, torch_class, weights, given)
+        assert isinstance(source, nn.RNNCellBase)
+        return FrozenCell(source, torch_class, weights, given)
+
+
+def _class_to_freeze(module: nn.Module) -> type[nn.Module]:
+    """The class of torch.nn that computes what a module does.
+
+    Raises:
+        ValueError: The module may compute something else.
+    """
     kind = parametrize.type_before_parametrizations(module)
     torch_class: type[nn.Module] | None = (
         kind.torch_class if issubclass(kind, Backed) else torch_class_of(kind)
@@ -117,17 +150,9 @@ def freeze_one(module: nn.Module, weights: str) -> Frozen:
         changed = [one for one in names if is_overridden(own, torch_class, one)]
     if changed:
         raise ValueError(f"{kind} has its own {', '.join(changed)}")
-    if reason := own_methods(module):
-        raise ValueError(f"it {reason}")
-    if module._forward_hooks or module._forward_pre_hooks:
-        raise ValueError("it has hooks, which a frozen module would not run")
     if getattr(module, "tokens", False):
         raise ValueError("layers with tokens=True have no frozen kernels")
-    with _in_eval_mode(module):  # some parametrizations are random, or change, in training
-        if isinstance(module, nn.RNNBase):
-            return FrozenLayers(module, torch_class, weights)
-        assert isinstance(module, nn.RNNCellBase)
-        return FrozenCell(module, torch_class, weights)
+    return torch_class
 
 
 @contextmanager

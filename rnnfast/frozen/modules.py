@@ -6,7 +6,7 @@ gates, L layers, D directions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -18,7 +18,7 @@ from ..bases import CELL_OF_MODE, states_of, unsqueeze_states
 from ..functional import ELMAN
 from ..reference import CELLS, Cell, LayerInputs, LayerOutputs, autocast_enabled
 from ..sequences import Extras, Options
-from .weights import Frozen, Matrix
+from .weights import Frozen, Matrix, Weights
 
 
 class FrozenLayers(Frozen):
@@ -29,13 +29,19 @@ class FrozenLayers(Frozen):
     floating-point types are converted, and the results have the type of autocast.
     """
 
-    def __init__(self, source: nn.RNNBase, torch_class: type[nn.Module], weights: str) -> None:
+    def __init__(
+        self,
+        source: nn.RNNBase,
+        torch_class: type[nn.Module],
+        weights: str,
+        given: Mapping[str, Weights] | None = None,
+    ) -> None:
         sizes = source.input_size, source.hidden_size, source.proj_size or source.hidden_size
         cell = CELL_OF_MODE[source.mode]
         matrices = _matrices_of_layers(
             cell, sizes, source.num_layers, source.bias, source.bidirectional
         )
-        super().__init__(source, matrices, weights)
+        super().__init__(source, matrices, weights, given)
         self.torch_class = torch_class
         self._cell_name = cell.name
         self.mode, self.bias, self.dropout = source.mode, source.bias, 0.0
@@ -201,7 +207,13 @@ class FrozenCell(Frozen):
     `FrozenLayers`.
     """
 
-    def __init__(self, source: nn.RNNCellBase, torch_class: type[nn.Module], weights: str) -> None:
+    def __init__(
+        self,
+        source: nn.RNNCellBase,
+        torch_class: type[nn.Module],
+        weights: str,
+        given: Mapping[str, Weights] | None = None,
+    ) -> None:
         nonlinearity = getattr(source, "nonlinearity", None)
         others = {nn.LSTMCell: "lstm", nn.GRUCell: "gru"}
         cell = CELLS[others[torch_class]] if torch_class in others else ELMAN[str(nonlinearity)]
@@ -214,6 +226,7 @@ class FrozenCell(Frozen):
                 _matrix("hh", "", (rows, source.hidden_size), cell.gates, bias),
             ],
             weights,
+            given,
         )
         self.torch_class = torch_class
         self._cell_name = cell.name

@@ -102,7 +102,14 @@ class Frozen(nn.Module):
     It is in a tuple, since it would be a submodule otherwise, and its parameters the model's.
     """
 
-    def __init__(self, source: nn.Module, matrices: Sequence[Matrix], weights: str) -> None:
+    def __init__(
+        self,
+        source: nn.Module,
+        matrices: Sequence[Matrix],
+        weights: str,
+        given: Mapping[str, Weights] | None = None,
+    ) -> None:
+        """Packs ``given`` by the names of ``source``'s parameters, or else these parameters."""
         super().__init__()
         if backend.EXTENSION is None:
             raise RuntimeError(
@@ -112,28 +119,10 @@ class Frozen(nn.Module):
         self._matrices = list(matrices)
         self._block_names = [matrix.block for matrix in self._matrices]
         for matrix in self._matrices:
-            # A plain attribute is what a wrapper sets before each call, as weight dropping does.
-            for name in filter(None, (matrix.weight, matrix.bias)):
-                if name not in source._parameters and not parametrize.is_parametrized(source, name):
-                    raise ValueError(
-                        f"{name} is no parameter of the module: something else computes it before "
-                        "each call, and a frozen module would not see that"
-                    )
-            weight = getattr(source, matrix.weight).detach()
-            bias = None if matrix.bias is None else getattr(source, matrix.bias).detach()
-            if weight.dtype is not torch.float32 or weight.device.type not in ("cpu", "meta"):
-                raise ValueError(
-                    f"Expected float32 weights on the CPU, got {matrix.weight} with "
-                    f"{weight.dtype} on {weight.device}. Convert the module first: "
-                    "module.float().cpu()"
-                )
-            if weight.shape != matrix.shape:
-                shape = list(weight.shape)
-                raise ValueError(f"Expected {matrix.weight} size {matrix.shape}, got {shape}")
-            given = Weights(weight, None, bias)
-            if weight.is_meta:
-                given = _unknown(given, TYPES[weights])
-            self.register_buffer(matrix.block, self._pack(matrix, given), persistent=False)
+            one = _parameters(source, matrix) if given is None else given[matrix.weight]
+            if one.weight.is_meta:
+                one = _unknown(one, TYPES[weights])
+            self.register_buffer(matrix.block, self._pack(matrix, one), persistent=False)
         self.eval()
 
     def _pack(self, matrix: Matrix, given: Weights) -> Tensor:
@@ -278,6 +267,27 @@ class Frozen(nn.Module):
     def extra_repr(self) -> str:
         """The arguments that ``repr`` shows: those of torch.nn's module, and the type."""
         return f"{self._twin().extra_repr()}, weights={self.weights!r}"
+
+
+def _parameters(source: nn.Module, matrix: Matrix) -> Weights:
+    """A matrix and its bias, which are parameters of a module."""
+    # A plain attribute is what a wrapper sets before each call, as weight dropping does.
+    for name in filter(None, (matrix.weight, matrix.bias)):
+        if name not in source._parameters and not parametrize.is_parametrized(source, name):
+            raise ValueError(
+                f"{name} is no parameter of the module: something else computes it before each "
+                "call, and a frozen module would not see that"
+            )
+    weight = getattr(source, matrix.weight).detach()
+    bias = None if matrix.bias is None else getattr(source, matrix.bias).detach()
+    if weight.dtype is not torch.float32 or weight.device.type not in ("cpu", "meta"):
+        raise ValueError(
+            f"Expected float32 weights on the CPU, got {matrix.weight} with {weight.dtype} on "
+            f"{weight.device}. Convert the module first: module.float().cpu()"
+        )
+    if weight.shape != matrix.shape:
+        raise ValueError(f"Expected {matrix.weight} size {matrix.shape}, got {list(weight.shape)}")
+    return Weights(weight, None, bias)
 
 
 def _unknown(like: Weights, dtype: torch.dtype) -> Weights:
