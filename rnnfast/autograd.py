@@ -328,6 +328,7 @@ def _frozen_layer_shapes(
     reset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The shapes that ``rnnfast::frozen_layer`` returns; see `rnnfast.frozen`."""
+    onnx.refuse_unknown("rnnfast::frozen_layer")
     y = x.new_empty((*x.shape[:-1], h0.shape[-1]))
     c_n = x.new_empty((0,)) if c0 is None else torch.empty_like(c0)
     return y, torch.empty_like(h0), c_n

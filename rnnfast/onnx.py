@@ -1,5 +1,7 @@
 """Export to ONNX: every layer and direction becomes one LSTM, GRU or RNN node.
 
+`rnnfast.frozen.onnx` translates frozen layers.
+
 This is for the exporter that is torch.onnx.export's with ``dynamo=True``. It needs the packages
 onnx and onnxscript (the extra ``onnx``), which nothing else here does.
 """
@@ -7,7 +9,7 @@ onnx and onnxscript (the extra ``onnx``), which nothing else here does.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from os import PathLike
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram  # slow to import
 
 
-class _Node(NamedTuple):
+class Node(NamedTuple):
     """The ONNX operator of a cell."""
 
     operator: str
@@ -31,11 +33,11 @@ class _Node(NamedTuple):
     attributes: dict[str, Any]
 
 
-_NODES = {
-    "elman_tanh": _Node("RNN", (0,), {"activations": ["Tanh"]}),
-    "elman_relu": _Node("RNN", (0,), {"activations": ["Relu"]}),
-    "gru": _Node("GRU", (1, 0, 2), {"linear_before_reset": 1}),  # r, z, n -> z, r, h
-    "lstm": _Node("LSTM", (0, 3, 1, 2), {}),  # i, f, g, o -> i, o, f, c
+NODES = {
+    "elman_tanh": Node("RNN", (0,), {"activations": ["Tanh"]}),
+    "elman_relu": Node("RNN", (0,), {"activations": ["Relu"]}),
+    "gru": Node("GRU", (1, 0, 2), {"linear_before_reset": 1}),  # r, z, n -> z, r, h
+    "lstm": Node("LSTM", (0, 3, 1, 2), {}),  # i, f, g, o -> i, o, f, c
 }
 
 
@@ -51,8 +53,11 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """
     if backend.EXTENSION is None:
         return {}
+    from .frozen.onnx import translate
+
     operators = torch.ops.rnnfast
-    return {getattr(operators, cell.name).default: _translation(cell) for cell in CELLS.values()}
+    table = {getattr(operators, cell.name).default: _translation(cell) for cell in CELLS.values()}
+    return {**table, operators.frozen_layer.default: translate}
 
 
 def export(
@@ -73,12 +78,16 @@ def export(
     counterpart in ONNX and cannot be exported. ``lengths`` become the input ``sequence_lens`` of
     the nodes. There the final state of a sequence of length 0 is zeros, not its initial state.
 
+    The nodes of frozen layers have the rounded weights, as float32. A frozen LSTM of int8 becomes
+    com.microsoft.DynamicQuantizeLSTM, which only ONNX Runtime has. It takes the same integers and
+    scales, and rounds inputs and states to 8 bits. GRU and RNN of int8 cannot be exported.
+
     With ``optimize`` the weights are stored in ONNX's order. torch's own optimization leaves large
     weights in torch's order, and the nodes that reorder them run whenever the model is loaded.
 
     Args:
         module: The module to export. Its rnnfast modules become recurrent nodes if their backend is
-            the fused one.
+            the fused one, and its frozen modules always.
         args: Example inputs.
         f: The file to write, or None.
         custom_translation_table: Translations to add. They take precedence over this package's.
@@ -150,10 +159,9 @@ def refuse_unknown(operator: str) -> None:
 
 def _translation(cell: Cell) -> Callable[..., Any]:
     """Returns the function that translates a call of ``cell``'s operator to ONNX nodes."""
-    from onnxscript import INT32
     from onnxscript import opset18 as op
 
-    node = _NODES[cell.name]
+    node = NODES[cell.name]
     operator = getattr(op, node.operator)
 
     def translate(x: Any, *arguments: Any) -> Any:
@@ -168,29 +176,76 @@ def _translation(cell: Cell) -> Callable[..., Any]:
         def ordered(weight: Any) -> Any:
             """Reorders gate blocks (G*H, ...) from torch's order to ONNX's (1, G*H, ...)."""
             columns = weight.shape[1:]
-            blocks = op.Reshape(weight, ints(cell.gates, hidden, *columns))
-            blocks = op.Gather(blocks, ints(*node.order), axis=0)
-            return op.Reshape(blocks, ints(1, cell.gates * hidden, *columns))
+            blocks = op.Reshape(weight, _ints(cell.gates, hidden, *columns))
+            blocks = op.Gather(blocks, _ints(*node.order), axis=0)
+            return op.Reshape(blocks, _ints(1, cell.gates * hidden, *columns))
 
-        def ints(*values: int) -> Any:
-            return op.Constant(value_ints=values)
-
-        bias = None if b_ih is None else op.Concat(ordered(b_ih), ordered(b_hh), axis=1)
-        y, *finals = operator(
+        # Outputs saved for the backward are omitted, since no ONNX graph reads them.
+        return recurrent_node(
+            operator,
             x,
-            ordered(w_ih),
-            ordered(w_hh),
-            bias,
-            None if lengths is None else op.Cast(lengths, to=INT32.dtype),
-            *(op.Unsqueeze(state, ints(0)) for state in states),
+            [ordered(w_ih), ordered(w_hh)],
+            None if b_ih is None else op.Concat(ordered(b_ih), ordered(b_hh), axis=1),
+            lengths,
+            states,
             hidden_size=hidden,
-            direction="reverse" if reverse else "forward",
+            reverse=reverse,
             **node.attributes,
         )
-        # Outputs saved for the backward are omitted, since no ONNX graph reads them.
-        return [op.Squeeze(y, ints(1)), *(op.Squeeze(final, ints(0)) for final in finals)]
 
     return translate
+
+
+def recurrent_node(
+    operator: Callable[..., Any],
+    x: Any,
+    weights: Sequence[Any],
+    bias: Any,
+    lengths: Any,
+    states: Sequence[Any],
+    *more: Any,
+    hidden_size: int,
+    reverse: bool,
+    **attributes: Any,
+) -> list[Any]:
+    """Adds a node for a layer in one direction, with all but x and states in ONNX's order.
+
+    Args:
+        operator: Which node.
+        x: (T, B, I).
+        weights: Those of the input and of the state.
+        bias: Both biases in one, or None.
+        lengths: (B), or None.
+        states: The initial states, (B, H).
+        more: The inputs of the node that follow the states.
+        hidden_size: H.
+        reverse: Whether the layer reads x from its end.
+        attributes: The other attributes of the node.
+
+    Returns:
+        y (T, B, H) and the final states (B, H).
+    """
+    from onnxscript import INT32
+    from onnxscript import opset18 as op
+
+    y, *finals = operator(
+        x,
+        *weights,
+        bias,
+        None if lengths is None else op.Cast(lengths, to=INT32.dtype),
+        *(op.Unsqueeze(state, _ints(0)) for state in states),
+        *more,
+        hidden_size=hidden_size,
+        direction="reverse" if reverse else "forward",
+        **attributes,
+    )
+    return [op.Squeeze(y, _ints(1)), *(op.Squeeze(final, _ints(0)) for final in finals)]
+
+
+def _ints(*values: int) -> Any:
+    from onnxscript import opset18 as op
+
+    return op.Constant(value_ints=values)
 
 
 def _fold_weights(program: torch.onnx.ONNXProgram) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from .. import backend, checks, sequences
+from .. import backend, checks, onnx, sequences
 from ..bases import CELL_OF_MODE, states_of, unsqueeze_states
 from ..functional import ELMAN
 from ..reference import CELLS, Cell, LayerInputs, LayerOutputs, autocast_enabled
@@ -313,6 +313,8 @@ def _matrix(kind: str, end: str, shape: tuple[int, int], gates: int, bias: bool)
 
 def _layer(cell: Cell, inputs: LayerInputs) -> LayerOutputs:
     """`rnnfast.reference.layer` with blocks of frozen weights, which hold the biases."""
+    if backend.is_tracing():
+        onnx.refuse_unknown("rnnfast::frozen_layer")
     x, states, w_ih, w_hh, _, _, reverse, lengths, reset, w_hr = inputs
     c0 = states[1] if cell.states > 1 else None
     y, *finals = torch.ops.rnnfast.frozen_layer(

@@ -64,6 +64,13 @@ class Weights(NamedTuple):
         return Weights(integers.to(torch.int8), scale, self.bias)
 
 
+def unpack(block: Tensor) -> Weights:
+    """The weights in a block of bytes, in the order of torch."""
+    weight, *others = torch.ops.rnnfast.unpack_weights(block)
+    scale, bias = (part if part.numel() else None for part in others)
+    return Weights(weight, scale, bias)
+
+
 class Matrix(NamedTuple):
     """The names of a matrix, and its size."""
 
@@ -138,14 +145,7 @@ class Frozen(nn.Module):
             >>> weight.dtype, weight.shape, scale.shape, bias.shape
             (torch.int8, torch.Size([60, 10]), torch.Size([60]), torch.Size([60]))
         """
-        found = {}
-        for matrix in self._matrices:
-            weight, scale, bias = torch.ops.rnnfast.unpack_weights(self.get_buffer(matrix.block))
-            has_scale = weight.dtype is torch.int8
-            found[matrix.weight] = Weights(
-                weight, scale if has_scale else None, bias if matrix.bias else None
-            )
-        return found
+        return {each.weight: unpack(self.get_buffer(each.block)) for each in self._matrices}
 
     def _blocks(self) -> list[Tensor]:
         buffers: dict[str, Any] = self._buffers
