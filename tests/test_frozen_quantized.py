@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from frozen_cases import bound_of, row_steps
 from torch import Tensor, nn
 from torch.ao import quantization
 from torch.ao.nn.quantized import dynamic
@@ -70,7 +71,7 @@ def rms(values: Tensor) -> float:
 @every_config
 @every_kind
 def test_values(kind: type[nn.Module], options: dict[str, Any], config: str) -> None:
-    """torch rounds the input of a product to 7 bits, and frozen layers to 13: a 64th of the error.
+    """torch rounds the input of a product to 7 bits, and frozen layers to 8 or 13: less error.
 
     States are rounded again in every step, and torch takes one scale for the whole batch, so the
     ratio is not exact.
@@ -88,9 +89,9 @@ def test_values(kind: type[nn.Module], options: dict[str, Any], config: str) -> 
             assert ours.abs().max() < 2e-6
             assert theirs.abs().max() < 2e-6
         else:
-            assert ours.abs().max() < 1e-3
+            assert ours.abs().max() < bound_of("int8")
             assert 1e-3 < theirs.abs().max() < 0.04
-            assert rms(ours) < rms(theirs) / 40
+            assert rms(ours) < rms(theirs) * 1.6 * 63 / row_steps()
 
 
 @every_config

@@ -1,6 +1,6 @@
 // Products with frozen weights of int8.
 //
-// Weights are integers from -127 to 127 with a scale per column of the panel. A row of the lhs is
+// Weights are integers from -128 to 127 with a scale per column of the panel. A row of the lhs is
 // quantised when it is loaded: to integers from -kMaxValue to kMaxValue with a scale of its own.
 // Sums are integers of 32 bits, which cannot overflow within a chain. So they are exact, and are
 // scaled once at the end of a chain.
@@ -36,7 +36,7 @@ RNNFAST_INLINE Trailer trailer_of(const void* row, int64_t words) {
 
 // Rows of 16-bit integers, of which an instruction multiplies pairs and adds the two products to a
 // 32-bit sum. So rows have 13 bits at the cost of 8: a chain has 4096 terms of at most
-// kMaxValue * 127.
+// kMaxValue * 128.
 struct Int16Pairs {
   using Number = int16_t;
   using Weights = Pairs;  // a vector of words
@@ -44,7 +44,7 @@ struct Int16Pairs {
   static constexpr float kMaxValue = 4095;
   static constexpr int64_t kChainWords = 2048;
   static constexpr uint8_t kFlippedBits = 0;
-  static_assert(2 * kChainWords * int64_t(kMaxValue) * 127 < int64_t(1) << 31);
+  static_assert(2 * kChainWords * int64_t(kMaxValue) * 128 < int64_t(1) << 31);
 
   // Converts a vector of pairs of weights to 16 bits.
   RNNFAST_INLINE static Pairs load_weights(const int8_t* p) {

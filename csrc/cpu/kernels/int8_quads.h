@@ -28,7 +28,7 @@ struct Int8Quads {
   static constexpr float kMaxValue = 127;
   static constexpr int64_t kChainWords = 32768;
   static constexpr uint8_t kFlippedBits = 0x80;  // adds 128
-  static_assert(kPerWord * kChainWords * int64_t(kMaxValue) * 127 < int64_t(1) << 31);
+  static_assert(kPerWord * kChainWords * int64_t(kMaxValue) * 128 < int64_t(1) << 31);
 
   RNNFAST_INLINE static Bytes load_weights(const int8_t* p) {
     Bytes bytes;
