@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from . import models as models
     from . import onnx as onnx
     from . import text as text
+    from .frozen import Stream as Stream
     from .frozen import freeze as freeze
     from .frozen import quantize_error as quantize_error
 else:  # hidden from type checkers, which would take any name for a module
@@ -35,7 +36,7 @@ else:  # hidden from type checkers, which would take any name for a module
         "onnx",
         "text",
     )
-    _IN_FROZEN = ("freeze", "quantize_error")
+    _IN_FROZEN = ("Stream", "freeze", "quantize_error")
 
     def __getattr__(name: str) -> Any:
         if name in _IMPORTED_WHEN_USED:
@@ -55,6 +56,7 @@ __all__ = [
     "GRUCell",
     "LSTMCell",
     "RNNCell",
+    "Stream",
     "accelerate",
     "backend",
     "doctor",

@@ -129,7 +129,7 @@ runpy.run_path("setup.py")
 """
 
 
-@pytest.mark.parametrize(("targets", "kernels"), [("", 5), ("portable", 1)])
+@pytest.mark.parametrize(("targets", "kernels"), [("", 7), ("portable", 1)])
 def test_cpu_targets(targets, kernels):
     environment = {"RNNFAST_CUDA": "0", "RNNFAST_CPU_TARGETS": targets}
     done = run_python("-c", WHAT_IS_COMPILED, cwd=ROOT, **environment)
@@ -148,7 +148,7 @@ def test_unknown_cpu_targets_are_refused():
 
 
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
-@pytest.mark.parametrize(("macros", "targets"), [([], 5), (["-DRNNFAST_PORTABLE_ONLY"], 1)])
+@pytest.mark.parametrize(("macros", "targets"), [([], 7), (["-DRNNFAST_PORTABLE_ONLY"], 1)])
 def test_what_is_dispatched_to(tmp_path, macros, targets):
     """The available instruction sets are exactly those that were compiled."""
     if platform.machine() != "x86_64":

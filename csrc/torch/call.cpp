@@ -5,17 +5,11 @@
 // Only plain calls run here. For anything else (wrong shapes, other devices, tensor subclasses,
 // modes, autocast) the functions return None, and the caller takes the general path in Python,
 // which runs the call or raises the error.
-#include <ATen/PythonTorchFunctionTLS.h>
-#include <ATen/TracerMode.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/dropout.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/stack.h>
 #include <ATen/record_function.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
-#include <c10/core/impl/TorchDispatchModeTLS.h>
-#include <pybind11/gil_safe_call_once.h>
-#include <torch/csrc/PyInterpreter.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/python_variable.h>
 
@@ -24,6 +18,7 @@
 #include "cpu/frozen.h"
 #include "torch/layer.h"
 #include "torch/memory.h"
+#include "torch/plain.h"
 #include "torch/threads.h"
 
 namespace rnnfast {
@@ -41,51 +36,6 @@ Tensor zeros(at::IntArrayRef shape, const Tensor& like) {
   Tensor result = empty(shape, like);
   std::memset(result.data_ptr(), 0, result.nbytes());
   return result;
-}
-
-// Whether a tensor is an ordinary CPU tensor: no subclass, and no lazy operation such as a pending
-// conjugation.
-bool is_plain(const Tensor& t) {
-  static const uint64_t ordinary = [] {
-    const c10::InferenceMode off(false);
-    return at::empty({0}, at::TensorOptions().dtype(at::kFloat)).key_set().raw_repr();
-  }();
-  return (t.key_set().raw_repr() & ~ordinary) == 0 && t.device().is_cpu();
-}
-
-// Whether a torch-function mode is active that must see the call. DeviceContext, the mode of
-// torch.set_default_device and `with torch.device(...)`, need not see it: it only chooses the
-// device of new tensors without an explicit one, and tensors made here have one.
-bool function_mode_watches() {
-  using Modes = at::impl::PythonTorchFunctionTLS;
-  if (!at::impl::torch_function_mode_enabled()) return false;
-  if (Modes::stack_len() > 1) return true;  // at most one mode is a DeviceContext
-  PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<py::object> device_mode;
-  const py::object& type = device_mode
-                               .call_once_and_store_result([] {
-                                 return py::module_::import("torch.utils._device")
-                                     .attr("DeviceContext")
-                                     .cast<py::object>();
-                               })
-                               .get_stored();
-  const PyObject* mode = Modes::get_stack_at(0)->ptr(getPyInterpreter());
-  return reinterpret_cast<const PyObject*>(Py_TYPE(mode)) != type.ptr();
-}
-
-// Whether no mode, tracing or autocast is active. Tracing and autocast are found through their
-// dispatch keys, since the headers of torch's own functions for them include all operators.
-bool is_plain_context() {
-  return !c10::impl::dispatch_mode_enabled() && !function_mode_watches() &&
-         !at::tracer::impl::is_dispatch_enabled() &&
-         c10::impl::tls_is_dispatch_key_excluded(c10::DispatchKey::AutocastCPU);
-}
-
-// Unpacks a Python object into `tensor`. Returns false if its type is not exactly torch.Tensor or
-// Parameter (subclasses do not count), or if it is not plain (see is_plain).
-bool unpack(py::handle object, Tensor& tensor) {
-  if (!THPVariable_CheckExact(object.ptr())) return false;
-  tensor = THPVariable_Unpack(object.ptr());
-  return is_plain(tensor);
 }
 
 // A call of a module: L layers, D directions.

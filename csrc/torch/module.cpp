@@ -24,6 +24,7 @@ py::object run_step(int cell, py::handle input, py::handle hx, const py::list& w
                     bool biases);
 int64_t find_freed(const std::vector<std::optional<at::Tensor>>& tensors);
 void bind_generation(py::module_& m);  // in generation.cpp
+void bind_stream(py::module_& m);  // in stream.cpp
 void bind_threads(py::module_& m);  // in threads.cpp
 
 namespace {
@@ -161,6 +162,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("run_step", &run_step);
   m.def("find_freed", &find_freed, py::arg("tensors"));
   bind_generation(m);
+  bind_stream(m);
   bind_threads(m);
   bind_test_hooks(m);
   m.def("layers_at_once", &layers_at_once, py::arg("cell"), py::arg("T"), py::arg("B"),

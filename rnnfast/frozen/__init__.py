@@ -7,6 +7,7 @@ has packed its weights before. It may store them in a shorter type: bfloat16, fl
 
 from .freezing import ErrorTable, LayerError, freeze, quantize_error
 from .modules import FrozenCell, FrozenLayers
+from .stream import Stream
 from .weights import TYPES, Frozen, Weights
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "FrozenCell",
     "FrozenLayers",
     "LayerError",
+    "Stream",
     "Weights",
     "freeze",
     "quantize_error",

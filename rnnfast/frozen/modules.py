@@ -107,6 +107,11 @@ class FrozenLayers(Frozen):
             y, finals = y.squeeze(1 - time), tuple(final.squeeze(1) for final in finals)
         return y, finals if cell.states > 1 else finals[0]
 
+    def _sizes(self) -> dict[str, Any]:
+        sizes = {"input_size": self.input_size, "hidden_size": self.hidden_size}
+        more = {"num_layers": self.num_layers, "proj_size": self.proj_size, "bias": int(self.bias)}
+        return {"module": "layers", "cell": self._cell_name, **sizes, **more}
+
     def flatten_parameters(self) -> None:
         """Does nothing. Models call it, since torch.nn's layers have it."""
 
@@ -270,6 +275,11 @@ class FrozenCell(Frozen):
         if single:
             finals = tuple(final.squeeze(0) for final in finals)
         return finals if cell.states > 1 else finals[0]
+
+    def _sizes(self) -> dict[str, Any]:
+        sizes = {"input_size": self.input_size, "hidden_size": self.hidden_size}
+        more = {"num_layers": 1, "proj_size": 0, "bias": int(self.bias)}
+        return {"module": "cell", "cell": self._cell_name, **sizes, **more}
 
     def _run_short(self, x: Any, hx: Any) -> Any:
         extension = backend.short_path("fused")

@@ -5,6 +5,7 @@ Sizes: H hidden units, P the size of h (H unless projected), G gates, K the colu
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
@@ -109,6 +110,9 @@ class Frozen(nn.Module):
     It is in a tuple, since it would be a submodule otherwise, and its parameters the model's.
     """
 
+    _times_packed = 0
+    """How often a block was replaced by another one, which streams of this module do not read."""
+
     def __init__(
         self,
         source: nn.Module,
@@ -147,6 +151,35 @@ class Frozen(nn.Module):
         """
         return {each.weight: unpack(self.get_buffer(each.block)) for each in self._matrices}
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a file that the C library runs (csrc/c/rnnfast.h), of one direction.
+
+        The file is of the format safetensors: the tensors of ``state_dict()``, and in its metadata
+        ``format`` ("rnnfast"), ``version`` ("1"), ``module`` ("layers" or "cell"), ``cell``,
+        ``weights``, ``num_layers``, ``input_size``, ``hidden_size``, ``proj_size`` (0 without a
+        projection) and ``bias`` ("0" or "1"). ``safetensors.torch.load_file`` reads the tensors,
+        and ``load_state_dict`` takes them.
+
+        Args:
+            path: The file, which is overwritten.
+
+        Raises:
+            ImportError: The package safetensors is not installed.
+            ValueError: The module is bidirectional.
+        """
+        from safetensors.torch import save_file
+
+        sizes = self._sizes()
+        if getattr(self, "bidirectional", False):
+            raise ValueError("the C library runs one direction, and the module is bidirectional")
+        metadata = {"format": "rnnfast", "version": "1", "weights": self.weights, **sizes}
+        tensors = {name: value.contiguous() for name, value in self.state_dict().items()}
+        save_file(tensors, path, metadata={key: str(value) for key, value in metadata.items()})
+
+    def _sizes(self) -> dict[str, Any]:
+        """What the metadata of `save` say about a module."""
+        raise NotImplementedError
+
     def _blocks(self) -> list[Tensor]:
         buffers: dict[str, Any] = self._buffers
         return [buffers[name] for name in self._block_names]
@@ -166,6 +199,7 @@ class Frozen(nn.Module):
         unpacked = self.unpacked()
         for matrix in self._matrices:
             self._buffers[matrix.block] = self._pack(matrix, unpacked[matrix.weight])
+        self._times_packed += 1
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -229,6 +263,7 @@ class Frozen(nn.Module):
                     current.copy_(block)
                 else:
                     self._buffers[matrix.block] = block
+                    self._times_packed += 1
         if strict:
             own = (key for key in state_dict if key.startswith(prefix))
             unexpected_keys.extend(key for key in own if key not in known)

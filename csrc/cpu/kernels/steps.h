@@ -40,7 +40,7 @@ RNNFAST_INLINE void step_panel(const Steps& s, int64_t p, const ForwardRow& row,
                                const A* from_x) {
   constexpr int lanes = kLanes<A>, G = Cell::kGates;
   constexpr int64_t units = kUnitVectors<Cell> * lanes, width = G * units;
-  alignas(RNNFAST_VECTOR_BYTES) A from_h[G * V * lanes];
+  alignas(RNNFAST_VECTOR_BYTES) A from_h[G * V * lanes] = {};
   Product::template multiply<G * V>(s, lhs, in_row<char>(s.weights, p * s.panel_bytes),
                                     in_row<A>(s.bias, p * width), from_h);
   const ForwardTile t{.H = s.H,
