@@ -11,10 +11,16 @@ RESULTS ?= benchmarks/results/cpu
 # what holds rnnfast and torch back to AVX2
 AVX2 := RNNFAST_CPU_CAPABILITY=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 \
 	MKL_ENABLE_INSTRUCTIONS=AVX2
-FORMATTED := $(filter %.h %.cpp %.cu %.cuh,$(CSRC)) $(wildcard benchmarks/*.cu tests/native/*)
+FORMATTED := $(filter %.h %.c %.cpp %.cu %.cuh,$(CSRC)) $(wildcard benchmarks/*.cu tests/native/*)
+# the C library: everything without torch
+C_SOURCES := $(wildcard csrc/c/*.cpp csrc/cpu/*.cpp csrc/cpu/drivers/*.cpp csrc/cpu/kernels/*.cpp)
+C_OBJECTS := $(C_SOURCES:csrc/%.cpp=build/c/%.o)
+C_FLAGS := -O3 -fopenmp -fPIC -fno-math-errno -ffp-contract=off -fvisibility=hidden -Wall -Wextra -Icsrc
+C_LINK := -shared -fopenmp -static-libstdc++ -static-libgcc \
+	-Wl,-z,defs -Wl,--version-script=csrc/c/exports.map
 
 .PHONY: help build test test-full test-held-back wheel matrix demo lint format docs bench report \
-	cuda-build gpu-check clean
+	c-library cuda-build gpu-check clean
 .DELETE_ON_ERROR:
 
 help:
@@ -28,6 +34,7 @@ help:
 	@echo "make docs        the documentation as a site -> build/docs/index.html"
 	@echo "make bench       rnnfast beside its peers on this CPU -> benchmarks/results/"
 	@echo "make report      write the figures of benchmarks/results/ into the documents"
+	@echo "make c-library   frozen layers for C and C++, without Python -> build/c/librnnfast.so"
 	@echo "make cuda-build  compile and import the CUDA kernels (needs nvcc, no GPU)"
 	@echo "make gpu-check   on a GPU machine: PYTHON=<a Python with a CUDA torch>; no network;"
 	@echo "                 GPU_CHECK='--stage probe', or other options of benchmarks.gpu_check"
@@ -64,6 +71,21 @@ test-full: build
 # as machines with fewer instruction sets would run them
 test-held-back: build
 	$(BIN)/python -m tests.held_back
+
+build/c/%.o: csrc/%.cpp $(filter %.h,$(CSRC))
+	@mkdir -p $(@D)
+	$(CXX) -std=c++20 $(C_FLAGS) -c $< -o $@
+
+build/c/librnnfast.so: $(C_OBJECTS) csrc/c/exports.map
+	$(CXX) $(C_LINK) $(C_OBJECTS) -o $@
+
+build/c/%: csrc/c/examples/%.c build/c/librnnfast.so
+	$(CC) -O2 -Wall -Wextra -Icsrc $< -Lbuild/c -lrnnfast -lm -Wl,-rpath,'$$ORIGIN' -o $@
+build/c/%: csrc/c/examples/%.cpp build/c/librnnfast.so
+	$(CXX) -O2 -std=c++20 -Wall -Wextra -Icsrc $< -Lbuild/c -lrnnfast -Wl,-rpath,'$$ORIGIN' -o $@
+
+c-library:
+	@$(MAKE) --no-print-directory -j$$(nproc) build/c/librnnfast.so build/c/step build/c/audio
 
 wheel: build
 	$(BIN)/python .ci/wheel.py

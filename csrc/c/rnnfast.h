@@ -1,10 +1,10 @@
 /*
  * Runs frozen recurrent layers from C and C++, without Python and torch.
  *
- * A model is a file that `rnnfast.freeze(module).save(path)` wrote: RNN, LSTM or GRU, of one or more
- * layers and one direction. A stream runs it on data that arrive step by step, and keeps the states
- * in between. Models do not change, so any number of streams and threads can share one. A stream can
- * run in one thread at a time.
+ * A model is a file that `rnnfast.freeze(module).save(path)` wrote: RNN, LSTM or GRU, of one or
+ * more layers and one direction. A stream runs it on data that arrive step by step, and keeps the
+ * states in between. Models do not change, so any number of streams and threads can share one. A
+ * stream can run in one thread at a time.
  *
  * rnnfast_step, rnnfast_run and rnnfast_reset allocate no memory, take no lock and call no function
  * of the system. So an audio callback may call them. They treat denormal numbers as zeros, and put

@@ -22,6 +22,7 @@ PAGES = {
         "rnnfast/docs/layers",
         "rnnfast/docs/accelerate",
         "rnnfast/docs/frozen",
+        "rnnfast/docs/c-library",
         "rnnfast/docs/compile-export",
         "rnnfast/docs/backends",
         "rnnfast/docs/support",
