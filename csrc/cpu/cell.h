@@ -59,8 +59,12 @@ struct Steps {
   int last_vectors;  // vectors of columns in the last panel
   int64_t chain;  // TileOptions::chain
   const void* bias;  // A [panel][gate][unit]: b_hh
-  const void* from_x;  // A [step][panel][gate][unit]: W_ih x + b_ih
-  int64_t x_stride;
+  const void* from_x;  // A [step][panel][gate][unit]: W_ih x + b_ih; null if the steps compute it
+  int64_t from_x_stride;
+  const void* x;  // S (I); read only if from_x is null, as are the following
+  int64_t x_stride, I;
+  const void *w_ih, *b_ih;  // as weights and bias
+  int64_t w_ih_panel_bytes;
   void* h[2];  // E: the state before even and odd steps; h[0] is the one before the first
   void* lhs;  // room for h as an lhs row, if the weight format converts
   void* c;  // A, if the cell has c

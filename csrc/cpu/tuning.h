@@ -116,6 +116,10 @@ inline constexpr int64_t kPackedWords = 64;
 // saves are more than this many times the vectors that it costs to regroup the results by units.
 inline constexpr int64_t kWholeRowsGain = 4;
 
+// Where a thread has a single sequence, each step multiplies W_ih by its own x if x has at most
+// this many numbers. Results of a product over many steps would take longer to write and to read.
+inline constexpr int64_t kFewInputs = 8;
+
 // ---- split precision: floats as three bfloat16, on AMX tiles ----
 
 // For planning, in cycles: a row, a vector of columns and an element of the sum, on AMX in bfloat16

@@ -87,9 +87,10 @@ bool Forward::run(const Team& team, const Progress* upstream, Progress& done) {
   for (int64_t s = 0; s < T; s += plan_.block_steps) {
     const Span steps{s, std::min(T, s + plan_.block_steps)};
     if (upstream) upstream->wait_for(steps.end);
-    input_.run(steps, rows_, panels_);
+    const bool projects = run_at_once && input_.is_cheap();  // the steps do it
+    if (!projects) input_.run(steps, rows_, panels_);
     if (run_at_once) {
-      run_steps(run_at_once, steps);
+      run_steps(run_at_once, steps, projects);
       team.barrier();
       if (team.index() == 0) done.reach(steps.end);
       continue;
@@ -320,32 +321,48 @@ StepsFunction Forward::steps_of_one_row() const {
   return context_.kernels.steps[int(type)][int(context_.kind)];
 }
 
-void Forward::run_steps(StepsFunction run, Span steps) {
+void Forward::run_steps(StepsFunction run, Span steps, bool projects) {
   const int64_t b = rows_.begin, H = args_.size.H;
   const int64_t first = batch_.row(time(steps.begin), b);
   const int64_t rows = args_.reverse ? -args_.size.B : args_.size.B;  // from one step to the next
   const int64_t saved = context_.cell.saved * H;
-  const InputProjection::Projected from_x = input_.rows(0, 1, 0, nullptr);
   const GateWeights::Panel weights = hidden_.panel(0, good_);
-  run({.count = steps.size(),
-       .H = H,
-       .weights = weights.packed,
-       .panels = hidden_.count(),
-       .panel_bytes = hidden_.panel_bytes(),
-       .last_vectors = hidden_.vectors(hidden_.count() - 1),
-       .chain = hidden_.format().chain,
-       .bias = weights.bias,
-       .from_x = from_x.first,
-       .x_stride = from_x.stride,
-       .h = {h_[steps.begin & 1][b], h_[(steps.begin + 1) & 1][b]},
-       .lhs = lhs_ ? lhs_[0] : nullptr,
-       .c = c_ ? c(b) : nullptr,
-       .y = at(args_.y, context_.storage(first * H)),
-       .y_stride = rows * H,
-       .saved = args_.gates ? at(args_.gates, context_.storage(first * saved)) : nullptr,
-       .saved_stride = rows * saved,
-       .c_copy = args_.cells ? at(args_.cells, context_.compute(first * H)) : nullptr,
-       .c_copy_stride = rows * H});
+  Steps all{.count = steps.size(),
+            .H = H,
+            .weights = weights.packed,
+            .panels = hidden_.count(),
+            .panel_bytes = hidden_.panel_bytes(),
+            .last_vectors = hidden_.vectors(hidden_.count() - 1),
+            .chain = hidden_.format().chain,
+            .bias = weights.bias,
+            .from_x = nullptr,
+            .from_x_stride = 0,
+            .x = nullptr,
+            .x_stride = 0,
+            .I = args_.size.I,
+            .w_ih = nullptr,
+            .b_ih = nullptr,
+            .w_ih_panel_bytes = 0,
+            .h = {h_[steps.begin & 1][b], h_[(steps.begin + 1) & 1][b]},
+            .lhs = lhs_ ? lhs_[0] : nullptr,
+            .c = c_ ? c(b) : nullptr,
+            .y = at(args_.y, context_.storage(first * H)),
+            .y_stride = rows * H,
+            .saved = args_.gates ? at(args_.gates, context_.storage(first * saved)) : nullptr,
+            .saved_stride = rows * saved,
+            .c_copy = args_.cells ? at(args_.cells, context_.compute(first * H)) : nullptr,
+            .c_copy_stride = rows * H};
+  if (projects) {
+    const GateWeights::Panel input = input_.first_panel();
+    all.x = input_.input(time(steps.begin), b);
+    all.x_stride = args_.reverse ? -args_.x_stride_t : args_.x_stride_t;
+    all.w_ih = input.packed, all.b_ih = input.bias;
+    all.w_ih_panel_bytes = input_.panel_bytes();
+  } else {
+    const InputProjection::Projected from_x = input_.rows(0, 1, 0, nullptr);
+    all.from_x = from_x.first, all.from_x_stride = from_x.stride;
+  }
+  run(all);
 }
 
 // h = W_hr times the h that the cells computed.

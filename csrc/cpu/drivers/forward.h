@@ -41,7 +41,7 @@ class Forward {
   void advance(int64_t step, Span rows, int64_t first_row, Outputs before);
   void project_state(int64_t step, Span rows, Span panels);
   StepsFunction steps_of_one_row() const;
-  void run_steps(StepsFunction run, Span steps);
+  void run_steps(StepsFunction run, Span steps, bool projects);
 
   int64_t time(int64_t step) const { return args_.reverse ? args_.size.T - 1 - step : step; }
   char* h_after(int64_t step, int64_t b) const { return h_[(step + 1) & 1][b]; }

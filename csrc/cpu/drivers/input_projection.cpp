@@ -55,7 +55,6 @@ void InputProjection::pack(const Team& team) {
   good_ &= w.pack(args_.b_ih, team.share(w.count()));
 }
 
-// A row of x; for a token, its row [G][H] of the table w_ih.
 const char* InputProjection::input(int64_t t, int64_t b) const {
   const int64_t offset = batch_.offset(t, b, args_.x_stride_t, args_.x_stride_b);
   return args_.tokens

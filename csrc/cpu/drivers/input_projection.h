@@ -32,6 +32,15 @@ class InputProjection {
 
   // Whether `rows` gives all steps of a row with one stride, and all panels side by side.
   bool is_by_units() const { return !whole_rows_ && !args_.tokens; }
+  // Whether a step computes its own projection in less time than it takes to read it: x has few
+  // numbers, which are read in place, and all panels are packed.
+  bool is_cheap() const {
+    return args_.size.I <= kFewInputs && !x_ && is_by_units() && by_units_.has_all_panels();
+  }
+  GateWeights::Panel first_panel() { return by_units_.panel(0, good_); }
+  int64_t panel_bytes() const { return by_units_.panel_bytes(); }
+  // A row of x; for a token, its row [G][H] of the table w_ih.
+  const char* input(int64_t t, int64_t b) const;
 
   // Whether the weight format could represent all numbers that this thread has met.
   bool good() const { return good_; }
@@ -41,7 +50,6 @@ class InputProjection {
   int64_t row_stride() const {
     return whole_rows_ ? whole_rows_->width(Span{0, whole_rows_->count()}) : by_units_.width(own_);
   }
-  const char* input(int64_t t, int64_t b) const;
 
   const Context& context_;
   const ForwardArgs& args_;
