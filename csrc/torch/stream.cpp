@@ -78,7 +78,10 @@ class Stream {
     TORCH_CHECK(t.scalar_type() == at::kFloat, "Expected ", name, " of float32, got ",
                 t.scalar_type());
     TORCH_CHECK((batched || single) && t.size(-1) == n, "Expected ", name, " of shape (",
-                steps ? "T, " : "", B, ", ", n, ")", B > 1 ? "" : steps ? " or (T, " : " or (",
+                steps ? "T, " : "", B, ", ", n, ")",
+                B > 1   ? ""
+                : steps ? " or (T, "
+                        : " or (",
                 B > 1 ? "" : std::to_string(n) + ")", ", got ", t.sizes());
     TORCH_CHECK(has_memory(t), name, " has no memory");
     return steps ? t.size(0) : 1;

@@ -149,11 +149,10 @@ __attribute__((noinline)) void multiply_floats(const float* row, int64_t K, cons
   }
 }
 
-// The TileFunction. Not inlined into kernels/steps.h, where GCC would keep the sums in memory.
+// The TileFunction.
 template <class Op, int NR, int MR>
-__attribute__((noinline)) void tile(int, int64_t K, const void* const* lhs, const void* packed,
-                                    const void* bias, void* out, int64_t stride,
-                                    const TileOptions& options) {
+void tile(int, int64_t K, const void* const* lhs, const void* packed, const void* bias, void* out,
+          int64_t stride, const TileOptions& options) {
   using V = Vec<float>;
   using Shape = TileShape<NR, MR>;
   using Number = typename Op::Number;

@@ -9,6 +9,14 @@
 
 namespace rnnfast::cpu::RNNFAST_TARGET {
 
+// A product of one row that is called. Inlined, GCC 12 would keep the sums of tiles that convert
+// weights in memory.
+template <TileFunction kTile>
+__attribute__((noinline)) void call(int64_t K, const void* lhs, const void* panel, const void* bias,
+                                    void* out, int64_t chain) {
+  kTile(1, K, &lhs, panel, bias, out, 0, {.chain = chain});
+}
+
 // The product of one row of K elements with a panel of NR vectors, for weights that an Op of
 // product.h reads.
 template <class Op>
@@ -17,7 +25,10 @@ struct RowProduct {
   template <int NR, class A>
   RNNFAST_INLINE static void multiply(int64_t K, const void* lhs, const void* panel, const A* bias,
                                       A* out, int64_t chain) {
-    tile<Op, NR, 1>(1, K, &lhs, panel, bias, out, 0, {.chain = chain});
+    if constexpr (std::is_same_v<Op, DenseOperand<A>>)
+      tile<Op, NR, 1>(1, K, &lhs, panel, bias, out, 0, {.chain = chain});
+    else
+      call<tile<Op, NR, 1>>(K, lhs, panel, bias, out, chain);
   }
   RNNFAST_INLINE static void load(const Steps&, const void*) {}
 };
@@ -28,7 +39,7 @@ struct Int8RowProduct {
   template <int NR, class A>
   RNNFAST_INLINE static void multiply(int64_t K, const void* lhs, const void* panel, const A* bias,
                                       A* out, int64_t chain) {
-    int8::tile<Op, NR, 1>(1, K, &lhs, panel, bias, out, 0, {.chain = chain});
+    call<int8::tile<Op, NR, 1>>(K, lhs, panel, bias, out, chain);
   }
   RNNFAST_INLINE static void load(const Steps& s, const void* h) {
     int8::load_lhs<Op>(s.lhs, h, s.H);
