@@ -135,6 +135,8 @@ bench: build
 	$(BIN)/python -m benchmarks.cells --threads 1 2 --min-time 0.3 \
 		--json benchmarks/results/cells.json
 	$(BIN)/python -m benchmarks.frozen --threads 1 2 --json benchmarks/results/frozen.json
+	$(AVX2) $(BIN)/python -m benchmarks.frozen --weights int8 --peers unfrozen torch_int8 \
+		--threads 1 2 --json benchmarks/results/frozen-avx2.json
 	$(BIN)/python -m benchmarks.programs --threads 1 2 --json benchmarks/results/programs.json
 	$(BIN)/python -m benchmarks.sequences --json benchmarks/results/sequences.json
 	$(BIN)/python -m benchmarks.systems --json benchmarks/results/systems.json

@@ -1,10 +1,10 @@
 """Compares frozen layers with their peers: `python -m benchmarks.frozen --help`.
 
 Layers that `rnnfast.freeze` makes, by the type of their weights, run in inference beside the same
-layer of rnnfast that is not frozen, torch.nn, ONNX Runtime, and the int8 layers of torch and of
-ONNX Runtime. Results are checked, and then all implementations are timed in turn, in several new
-processes. A ratio is the peer's time divided by that of the frozen layer: above 1, the frozen layer
-is faster. The column "dtype" is the type of the frozen weights.
+layer of rnnfast that is not frozen, torch.nn, ONNX Runtime, OpenVINO, and the int8 layers of torch
+and of ONNX Runtime. Results are checked, and then all implementations are timed in turn, in several
+new processes. A ratio is the peer's time divided by that of the frozen layer: above 1, the frozen
+layer is faster. The column "dtype" is the type of the frozen weights.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         metavar="T,B,I,H",
     )
     add("--weights", nargs="+", choices=TYPES, default=[*TYPES])
-    peers = ["unfrozen", "torch", "onnxruntime", "torch_int8", "onnxruntime_int8"]
+    peers = ["unfrozen", "torch", "onnxruntime", "openvino", "torch_int8", "onnxruntime_int8"]
     suite.add_options(parser, ["inference"], peers=peers, processes=2)
     args = parser.parse_args(argv)
     suite.check_options(parser, args)

@@ -264,7 +264,7 @@ def cells(name: str = "cells") -> str:
 
 
 FROZEN_PEERS = {
-    "float32": ("unfrozen", "onnxruntime"),
+    "float32": ("unfrozen", "onnxruntime", "openvino"),
     "bfloat16": ("unfrozen",),
     "float16": ("unfrozen",),
     "int8": ("unfrozen", "torch_int8", "onnxruntime_int8"),
@@ -272,9 +272,10 @@ FROZEN_PEERS = {
 """The peers of each type of frozen weights that the table shows."""
 
 
-def frozen() -> str:
+def frozen(name: str = "frozen") -> str:
     """A table for each number of threads, with a column for each type of weights."""
-    report = load("frozen")
+    report = load(name)
+    types = [name for name in FROZEN_PEERS if name in {row["dtype"] for row in report["rows"]}]
     entries = {
         (row["threads"], row["cell"], str(case_of(row)), row["dtype"], row["peer"]): (
             ratio_and_verdict(row) if "ratio_min" in row else "-"
@@ -288,15 +289,17 @@ def frozen() -> str:
             [
                 *(cell, case.replace(",", ", ")),
                 *(
-                    " / ".join(entries[threads, cell, case, dtype, peer] for peer in peers)
-                    for dtype, peers in FROZEN_PEERS.items()
+                    " / ".join(
+                        entries[threads, cell, case, dtype, peer] for peer in FROZEN_PEERS[dtype]
+                    )
+                    for dtype in types
                 ),
             ]
             for of_case, cell, case in cases
             if of_case == threads
         ]
         parts.append(f"{threads} thread{'s'[: threads > 1]}:")
-        parts.append(table(["cell", "T, B, I, H", *FROZEN_PEERS], lines))
+        parts.append(table(["cell", "T, B, I, H", *types], lines))
     said = [
         f"- {s['dtype']}, {s['threads']} thread{'s'[: s['threads'] > 1]}, over "
         f"{STYLES[s['peer']][0]}: geometric mean {format_ratio(s['ratio_min'])}, least "
@@ -305,6 +308,23 @@ def frozen() -> str:
         if s["cell"] == "all" and s["peer"] in FROZEN_PEERS[s["dtype"]]
     ]
     return "\n\n".join([*parts, "\n".join(f"{line}." for line in said)])
+
+
+def rtneural() -> str:
+    """Times of a step, and RTNeural's over ours."""
+    report = load("rtneural")
+    lines = [
+        [
+            f"{row['I']}, {row['H']}",
+            row["weights"],
+            f"{row['rnnfast_min_us']:.3f}",
+            f"{row['rtneural_min_us']:.3f} ({row['variant']})",
+            format_ratio(row["ratio"]),
+        ]
+        for row in report["rows"]
+    ]
+    head = ["I, H", "weights", "rnnfast", "RTNeural", "RTNeural's time / rnnfast's"]
+    return f"{source(report)}\n\n{table(head, lines)}"
 
 
 def odd() -> str:
@@ -368,6 +388,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "cells": cells,
     "cells-avx2": lambda: cells("cells-avx2"),
     "frozen": frozen,
+    "frozen-avx2": lambda: frozen("frozen-avx2"),
+    "rtneural": rtneural,
     "odd": odd,
     "sequences": sequences,
     "systems": systems,

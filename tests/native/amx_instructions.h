@@ -86,19 +86,40 @@ __attribute__((noinline)) inline void tile_product(TileRegister& sums, const Til
   }
 }
 
-template <int kSums, int kLhs, int kRhs>
-void multiply_add() {
+// Calls multiply(sums, lhs, rhs) with the registers.
+template <int kSums, int kLhs, int kRhs, class F>
+void with_registers(F&& multiply) {
   static_assert(kSums != kLhs && kSums != kRhs && kLhs != kRhs, "AMX takes three registers");
   TileRegister& sums = tile_register(kSums);
   const TileRegister &lhs = tile_register(kLhs), &rhs = tile_register(kRhs);
   if (lhs.rows != sums.rows || rhs.row_bytes != sums.row_bytes || lhs.row_bytes != 4 * rhs.rows)
-    throw std::logic_error("tdpbf16ps: shapes that do not fit");
+    throw std::logic_error("a product of AMX: shapes that do not fit");
+  multiply(sums, lhs, rhs);
+}
+
+template <int kSums, int kLhs, int kRhs>
+void multiply_pairs() {
   // AMX rounds to nearest even and flushes subnormal numbers, whatever the thread has set.
   constexpr unsigned kMasked = 0x1f80, kFlushToZero = 0x8000, kSubnormalsAreZero = 0x40;
   const unsigned before = _mm_getcsr();
   _mm_setcsr(kMasked | kFlushToZero | kSubnormalsAreZero);
-  tile_product(sums, lhs, rhs);
+  with_registers<kSums, kLhs, kRhs>(tile_product);
   _mm_setcsr(before);
+}
+
+template <int kSums, int kLhs, int kRhs>
+void multiply_quads() {
+  with_registers<kSums, kLhs, kRhs>(
+      [](TileRegister& sums, const TileRegister& lhs, const TileRegister& rhs) {
+        for (int m = 0; m < sums.rows; ++m)
+          for (int n = 0; n < sums.row_bytes / 4; ++n) {
+            uint32_t sum;
+            std::memcpy(&sum, sums.data[m] + 4 * n, sizeof(sum));
+            for (int k = 0; k < lhs.row_bytes; ++k)
+              sum += uint32_t(int8_t(lhs.data[m][k])) * uint8_t(rhs.data[k / 4][4 * n + k % 4]);
+            std::memcpy(sums.data[m] + 4 * n, &sum, sizeof(sum));
+          }
+      });
 }
 
 }  // namespace rnnfast::cpu::RNNFAST_TARGET::amx

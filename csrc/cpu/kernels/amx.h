@@ -1,4 +1,4 @@
-// Products of bfloat16 pairs on Intel's AMX tiles.
+// Products of bfloat16 pairs on Intel's AMX tiles, and what they share with those of int8.
 //
 // Each of the eight tile registers holds up to 16 rows of 64 bytes: the sums of 16 rows times a
 // vector of columns; 16 words of k of 16 lhs rows; or 16 words of k of a vector of columns, in the
@@ -84,6 +84,14 @@ class Interleaved {
   int64_t pieces_;
 };
 
+// How the words of two registers are multiplied and added to the sums of a third.
+struct Pairs {
+  template <int kSums, int kLhs, int kRhs>
+  RNNFAST_INLINE static void multiply_add() {
+    multiply_pairs<kSums, kLhs, kRhs>();
+  }
+};
+
 // lhs rows, `stride` bytes apart.
 struct Lhs {
   const char* rows;
@@ -92,7 +100,8 @@ struct Lhs {
 
 // out (=, or += if add) bias + the sums over `steps` times kWords words of k. It computes R groups
 // of rows by C vectors of columns; the panel has NR vectors. If `add` is true, bias is ignored.
-template <int R, int C, int NR>
+// Sums and bias have 32 bits, whatever their type.
+template <class Op, int R, int C, int NR>
 RNNFAST_INLINE void block(int64_t steps, const Lhs& lhs, const float* panel, const float* bias,
                           float* out, int64_t stride, bool add, Prefetcher& prefetcher,
                           Interleaved& interleaved) {
@@ -123,7 +132,7 @@ RNNFAST_INLINE void block(int64_t steps, const Lhs& lhs, const float* panel, con
     unrolled<C>([&](auto c) __attribute__((always_inline)) {
       load_tile<In::rhs(c)>(panel + c * lanes, kPanelStride);
       unrolled<R>([&](auto r) __attribute__((always_inline)) {
-        multiply_add<In::sums(r, c), In::lhs(r), In::rhs(c)>();
+        Op::template multiply_add<In::sums(r, c), In::lhs(r), In::rhs(c)>();
       });
     });
     for (int i = 0; i < kWords * C / NR; ++i) prefetcher.fetch();
@@ -133,7 +142,7 @@ RNNFAST_INLINE void block(int64_t steps, const Lhs& lhs, const float* panel, con
            __attribute__((always_inline)) { store_tile<In::sums(r, c)>(at, out_stride); });
 }
 
-template <int R, int NR>
+template <class Op, int R, int NR>
 void columns(int64_t steps, const Lhs& lhs, const float* panel, const float* bias, float* out,
              int64_t stride, bool add, const TileOptions& options) {
   constexpr int kMax = Registers<R>::kMaxColumns;
@@ -143,19 +152,19 @@ void columns(int64_t steps, const Lhs& lhs, const float* panel, const float* bia
   unrolled<kBlocks>([&](auto i) __attribute__((always_inline)) {
     constexpr int first = i * kMax, count = NR - first < kMax ? NR - first : kMax;
     const int64_t at = first * kLanes<float>;
-    block<R, count, NR>(steps, lhs, panel + at, bias ? bias + at : nullptr, out + at, stride, add,
-                        prefetcher, interleaved);
+    block<Op, R, count, NR>(steps, lhs, panel + at, bias ? bias + at : nullptr, out + at, stride,
+                            add, prefetcher, interleaved);
   });
 }
 
 // The product over whole steps of kWords words of k, for up to kTileRows rows.
-template <int NR>
+template <class Op, int NR>
 RNNFAST_INLINE void whole_steps(int rows, int64_t steps, const Lhs& lhs, const float* panel,
                                 const float* bias, float* out, int64_t stride, bool add,
                                 const TileOptions& options) {
   use(kShapes[size_t(rows - 1)]);
-  rows > kRows ? columns<2, NR>(steps, lhs, panel, bias, out, stride, add, options)
-               : columns<1, NR>(steps, lhs, panel, bias, out, stride, add, options);
+  rows > kRows ? columns<Op, 2, NR>(steps, lhs, panel, bias, out, stride, add, options)
+               : columns<Op, 1, NR>(steps, lhs, panel, bias, out, stride, add, options);
 }
 
 RNNFAST_INLINE bool at_equal_distances(const void* const* rows, int count) {
@@ -167,8 +176,31 @@ RNNFAST_INLINE bool at_equal_distances(const void* const* rows, int count) {
   return true;
 }
 
-// A TileFunction. lhs rows at unequal distances are copied first. Words of k that do not fill a
-// step are multiplied by the vector kernels.
+// The same for rows at any distances: if these are unequal, the rows are copied first.
+template <class Op, int NR>
+RNNFAST_INLINE void multiply_steps(int rows, int64_t steps, const void* const* lhs,
+                                   const float* panel, const float* bias, float* out,
+                                   int64_t stride, bool add, const TileOptions& options) {
+  if (at_equal_distances(lhs, rows)) {
+    const int64_t distance =
+        rows > 1 ? static_cast<const char*>(lhs[1]) - static_cast<const char*>(lhs[0]) : 0;
+    return whole_steps<Op, NR>(rows, steps, {static_cast<const char*>(lhs[0]), distance}, panel,
+                               bias, out, stride, add, options);
+  }
+  constexpr int64_t kSteps = 16;  // steps copied at a time
+  alignas(64) char copy[kTileRows][kSteps * kLineBytes];
+  for (int64_t step = 0; step < steps; step += kSteps) {
+    const int64_t count = smaller(kSteps, steps - step);
+    for (int i = 0; i < rows; ++i)
+      __builtin_memcpy(copy[i], static_cast<const char*>(lhs[i]) + step * kLineBytes,
+                       size_t(count * kLineBytes));
+    whole_steps<Op, NR>(rows, count, {copy[0], kSteps * kLineBytes},
+                        panel + step * kWords * NR * kLanes<float>, step == 0 ? bias : nullptr, out,
+                        stride, add || step > 0, options);
+  }
+}
+
+// A TileFunction. Words of k that do not fill a step are multiplied by the vector kernels.
 template <int NR>
 void product(int rows, int64_t K, const void* const* lhs, const void* packed, const void* bias,
              void* out, int64_t stride, const TileOptions& options) {
@@ -177,24 +209,9 @@ void product(int rows, int64_t K, const void* const* lhs, const void* packed, co
   const auto sums = static_cast<float*>(out);
   const auto given_bias = static_cast<const float*>(bias);
   constexpr int64_t kWordFloats = NR * kLanes<float>;
-  if (steps > 0 && at_equal_distances(lhs, rows)) {
-    const int64_t distance =
-        rows > 1 ? static_cast<const char*>(lhs[1]) - static_cast<const char*>(lhs[0]) : 0;
-    whole_steps<NR>(rows, steps, {static_cast<const char*>(lhs[0]), distance}, panel, given_bias,
-                    sums, stride, options.add, options);
-  } else {
-    constexpr int64_t kSteps = 16;  // steps copied at a time
-    alignas(64) char copy[kTileRows][kSteps * kLineBytes];
-    for (int64_t step = 0; step < steps; step += kSteps) {
-      const int64_t count = smaller(kSteps, steps - step);
-      for (int i = 0; i < rows; ++i)
-        __builtin_memcpy(copy[i], static_cast<const char*>(lhs[i]) + step * kLineBytes,
-                         size_t(count * kLineBytes));
-      whole_steps<NR>(rows, count, {copy[0], kSteps * kLineBytes},
-                      panel + step * kWords * kWordFloats, step == 0 ? given_bias : nullptr, sums,
-                      stride, options.add || step > 0, options);
-    }
-  }
+  if (steps > 0)
+    multiply_steps<Pairs, NR>(rows, steps, lhs, panel, given_bias, sums, stride, options.add,
+                              options);
   if (rest == 0 && steps > 0) return;
   TileOptions of_rest{.chain = options.chain, .add = options.add || steps > 0};
   constexpr int kHeight = kRegisterRows[NR - 1];

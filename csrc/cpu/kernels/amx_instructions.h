@@ -25,8 +25,14 @@ RNNFAST_INLINE void clear_tile() {
 }
 // sums[m][n] += the sum over k of lhs[m][k] rhs[k][n], where k counts pairs of bfloat16
 template <int kSums, int kLhs, int kRhs>
-RNNFAST_INLINE void multiply_add() {
+RNNFAST_INLINE void multiply_pairs() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSums), "i"(kLhs), "i"(kRhs));
+}
+// The same for integers: k counts quads of 8-bit integers, signed ones in lhs and unsigned ones in
+// rhs. Sums have 32 bits and wrap around.
+template <int kSums, int kLhs, int kRhs>
+RNNFAST_INLINE void multiply_quads() {
+  asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSums), "i"(kLhs), "i"(kRhs));
 }
 // The 64 bytes of `shapes` are: palette, start row, 14 reserved bytes, bytes per row of each
 // register (16 bits each), rows of each register (8 bits each).

@@ -1,5 +1,5 @@
-// AVX-512 with AMX tiles (Intel's server processors): the products of bfloat16, and of floats in
-// split precision. All other kernels are those of AVX512-BF16.
+// AVX-512 with AMX tiles (Intel's server processors): the products of bfloat16, of floats in split
+// precision, and with frozen weights of int8. All other kernels are those of AVX512-BF16.
 #if defined(__x86_64__)
 #include "cpu/kernels/baseline.h"
 #include "cpu/targets.h"
@@ -8,11 +8,12 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 // The warning about the ABI of returned vectors does not apply: all such functions are inlined.
 #pragma GCC diagnostic ignored "-Wpsabi"
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,avx2,fma,f16c")
 #define RNNFAST_TARGET avx512_amx
 #define RNNFAST_VECTOR_BYTES 64
 #define RNNFAST_REGISTERS 32
 #define RNNFAST_HAS_BF16
+#include "cpu/kernels/amx_int8.h"
 #include "cpu/kernels/bf16x3.h"
 #include "cpu/tuning.h"
 
@@ -67,15 +68,34 @@ constexpr WeightFormat with_amx_pairs(WeightFormat format) {
   return format;
 }
 
+// A single row stays with VNNI: there tiles would be nearly empty.
+constexpr WeightFormat make_int8() {
+  WeightFormat format = int8::make_format<int8::Int8Quads>();
+  TileFunction of_one_row[kMaxTileVectors];
+  for (int i = 0; i < kMaxTileVectors; ++i) of_one_row[i] = format.tiles[i][0];
+  format.name = "int8 in AMX";
+  format.defers = true;
+  format.row_cycles = kAmxRowCycles;
+  set_tiles(format, [](int vectors) {
+    constexpr TileFunction kByVectors[] = {amx::int8_product<1>, amx::int8_product<2>,
+                                           amx::int8_product<3>, amx::int8_product<4>};
+    return kByVectors[vectors - 1];
+  });
+  for (int i = 0; i < kMaxTileVectors; ++i) format.tiles[i][0] = of_one_row[i];
+  return format;
+}
+
 }  // namespace
 }  // namespace rnnfast::cpu::avx512_amx
 
 void rnnfast::cpu::add_amx(Target& target, WeightFormat& pairs) {
   static constexpr WeightFormat split = avx512_amx::make_bf16x3();
+  static constexpr WeightFormat int8 = avx512_amx::make_int8();
   MicroKernels& of_bf16 = target.kernels[int(Dtype::kBFloat16)];
   pairs = avx512_amx::with_amx_pairs(*of_bf16.dense);
   of_bf16.dense = &pairs;
   target.kernels[int(Dtype::kFloat32)].split = &split;
+  target.kernels[int(Dtype::kFloat32)].frozen[int(WeightType::kInt8)] = &int8;
   target.enter = avx512_amx::amx::enter;
   target.leave = avx512_amx::amx::leave;
 }

@@ -235,7 +235,7 @@ RNNFAST_INLINE void block(int rows, int64_t steps, const amx::Lhs& lhs, const fl
           load_right(c, kTerms - 1 - round);
           unrolled<round + 1>([&](auto i) __attribute__((always_inline)) {
             constexpr int term = round < 2 ? i : (i + 1) % kTerms;
-            amx::multiply_add<In::sums(0, c), In::lhs(term), In::rhs(c)>();
+            amx::multiply_pairs<In::sums(0, c), In::lhs(term), In::rhs(c)>();
           });
         });
         between.round();
@@ -251,7 +251,7 @@ RNNFAST_INLINE void block(int rows, int64_t steps, const amx::Lhs& lhs, const fl
         unrolled<C>([&](auto c) __attribute__((always_inline)) {
           if (kFirst || kRhs[round] != kRhs[kBefore]) load_right(c, kRhs[round]);
           unrolled<R>([&](auto r) __attribute__((always_inline)) {
-            amx::multiply_add<In::sums(r, c), In::lhs(r), In::rhs(c)>();
+            amx::multiply_pairs<In::sums(r, c), In::lhs(r), In::rhs(c)>();
           });
         });
         between.round();
