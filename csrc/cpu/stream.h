@@ -28,8 +28,8 @@ class Stream {
 
   // Sets where the blocks are, if they have moved.
   void move(size_t layer, const Layer& blocks);
-  // Runs T steps: x (T, B, I) -> y (T, B, P), contiguous. h (L, B, P) and c (L, B, H) are the states
-  // before and after; c is null for cells without one.
+  // Runs T steps: x (T, B, I) -> y (T, B, P), contiguous. h (L, B, P) and c (L, B, H) are the
+  // states before and after; c is null for cells without one.
   void run(int64_t T, const float* x, float* y, float* h, float* c);
 
  private:
