@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from . import onnx as onnx
     from . import text as text
     from .frozen import Stream as Stream
+    from .frozen import StreamBatch as StreamBatch
     from .frozen import freeze as freeze
     from .frozen import quantize_error as quantize_error
 else:  # hidden from type checkers, which would take any name for a module
@@ -36,7 +37,7 @@ else:  # hidden from type checkers, which would take any name for a module
         "onnx",
         "text",
     )
-    _IN_FROZEN = ("Stream", "freeze", "quantize_error")
+    _IN_FROZEN = ("Stream", "StreamBatch", "freeze", "quantize_error")
 
     def __getattr__(name: str) -> Any:
         if name in _IMPORTED_WHEN_USED:
@@ -57,6 +58,7 @@ __all__ = [
     "LSTMCell",
     "RNNCell",
     "Stream",
+    "StreamBatch",
     "accelerate",
     "backend",
     "doctor",

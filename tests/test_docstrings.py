@@ -30,6 +30,8 @@ TOOLS = [
     rnnfast.release_memory,
     rnnfast.freeze,
     rnnfast.quantize_error,
+    rnnfast.Stream,
+    rnnfast.StreamBatch,
 ]
 PUBLIC = [*LAYERS, *CELLS, *FUNCTIONS, *TOOLS, rnnfast.onnx.export]
 

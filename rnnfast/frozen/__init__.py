@@ -8,6 +8,7 @@ has packed its weights before. It may store them in a shorter type: bfloat16, fl
 from .freezing import ErrorTable, LayerError, freeze, quantize_error
 from .modules import FrozenCell, FrozenLayers
 from .stream import Stream
+from .stream_batch import StreamBatch
 from .weights import TYPES, Frozen, Weights
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "FrozenLayers",
     "LayerError",
     "Stream",
+    "StreamBatch",
     "Weights",
     "freeze",
     "quantize_error",

@@ -6,6 +6,7 @@ layers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,48 @@ from torch import Tensor
 from .. import backend
 from ..reference import CELLS
 from .modules import FrozenCell, FrozenLayers
+
+
+def zero_states(module: FrozenLayers | FrozenCell, batch: int) -> tuple[Tensor, ...]:
+    """The first states of ``batch`` sequences: h (L, B, P), and for an LSTM c (L, B, H).
+
+    Raises:
+        TypeError: ``module`` is not frozen.
+        ValueError: ``module`` is bidirectional, or ``batch`` is not positive.
+    """
+    if not isinstance(module, (FrozenLayers, FrozenCell)):
+        raise TypeError(
+            f"expected a frozen RNN, LSTM, GRU or cell, got {type(module).__name__}: "
+            "rnnfast.freeze(module) makes one"
+        )
+    if getattr(module, "bidirectional", False):
+        raise ValueError("a stream cannot run backwards in time: the module is bidirectional")
+    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
+        raise ValueError(f"expected a positive number of sequences, got {batch!r}")
+    layers, hidden = getattr(module, "num_layers", 1), module.hidden_size
+    sizes = (getattr(module, "proj_size", 0) or hidden, hidden)[: CELLS[module._cell_name].states]
+    with torch.inference_mode(False):  # else they could not be changed outside of it
+        return tuple(
+            torch.zeros(layers, batch, size, device="cpu", dtype=torch.float32) for size in sizes
+        )
+
+
+def copy_states(value: Any, states: Sequence[Tensor]) -> None:
+    """Copies h, or (h, c), to ``states``.
+
+    Raises:
+        RuntimeError: Their number or shapes do not fit.
+    """
+    given = value if isinstance(value, (tuple, list)) else (value,)
+    if len(given) != len(states):
+        raise RuntimeError(f"expected {len(states)} states, got {len(given)}")
+    for name, new, state in zip("hc", given, states, strict=False):
+        if not isinstance(new, Tensor) or new.shape != state.shape:
+            got = list(new.shape) if isinstance(new, Tensor) else type(new).__name__
+            raise RuntimeError(f"Expected {name} of shape {tuple(state.shape)}, got {got}")
+    with torch.no_grad():
+        for new, state in zip(given, states, strict=True):
+            state.copy_(new)
 
 
 class Stream:
@@ -46,21 +89,9 @@ class Stream:
     """
 
     def __init__(self, module: FrozenLayers | FrozenCell, batch: int = 1) -> None:
-        if not isinstance(module, (FrozenLayers, FrozenCell)):
-            raise TypeError(
-                f"expected a frozen RNN, LSTM, GRU or cell, got {type(module).__name__}: "
-                "rnnfast.freeze(module) makes one"
-            )
-        if getattr(module, "bidirectional", False):
-            raise ValueError("a stream cannot run backwards in time: the module is bidirectional")
-        if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
-            raise ValueError(f"expected a positive number of sequences, got {batch!r}")
+        self._states = zero_states(module, batch)
         self.module, self.batch = module, batch
-        cell, layers = CELLS[module._cell_name], getattr(module, "num_layers", 1)
-        outputs = self._outputs = getattr(module, "proj_size", 0) or module.hidden_size
-        h = torch.zeros(layers, batch, outputs, device="cpu", dtype=torch.float32)
-        c = torch.zeros(layers, batch, module.hidden_size, device="cpu", dtype=torch.float32)
-        self._states = (h, c)[: cell.states]
+        outputs = self._outputs = self._states[0].shape[-1]
         self._output = torch.zeros(batch, outputs, device="cpu", dtype=torch.float32)
         self._output_of_one = self._output[0]
         module._make_readable()
@@ -68,7 +99,7 @@ class Stream:
         extension: Any = backend.EXTENSION  # is there, since the module is frozen
         projects = outputs != module.hidden_size
         self._stream = extension.Stream(
-            backend.CELL_KINDS[cell.name], module._blocks(), projects, [*self._states]
+            backend.CELL_KINDS[module._cell_name], module._blocks(), projects, [*self._states]
         )
 
     def step(self, input: Tensor, out: Tensor | None = None) -> Tensor:
@@ -141,17 +172,7 @@ class Stream:
 
     @state.setter
     def state(self, value: Any) -> None:
-        given = value if isinstance(value, (tuple, list)) else (value,)
-        if len(given) != len(self._states):
-            raise RuntimeError(f"expected {len(self._states)} states, got {len(given)}")
-        for name, new, state in zip("hc", given, self._states, strict=False):
-            expected = self._shaped(state).shape
-            if not isinstance(new, Tensor) or new.shape != expected:
-                got = list(new.shape) if isinstance(new, Tensor) else type(new).__name__
-                raise RuntimeError(f"Expected {name} of shape {tuple(expected)}, got {got}")
-        with torch.no_grad():
-            for new, state in zip(given, self._states, strict=True):
-                self._shaped(state).copy_(new)
+        copy_states(value, [self._shaped(state) for state in self._states])
 
     def clone(self) -> Stream:
         """A stream of the same module with a copy of the states."""
