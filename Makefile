@@ -139,6 +139,7 @@ bench: build
 		--threads 1 2 --json benchmarks/results/frozen-avx2.json
 	$(BIN)/python -m benchmarks.programs --threads 1 2 --json benchmarks/results/programs.json
 	$(BIN)/python -m benchmarks.sequences --json benchmarks/results/sequences.json
+	$(BIN)/python -m benchmarks.streams --json benchmarks/results/streams.json
 	$(BIN)/python -m benchmarks.systems --json benchmarks/results/systems.json
 	$(BIN)/python -m benchmarks.memory --size 100,64,512 200,64,512 --json benchmarks/results/memory.json
 	$(BIN)/python -m benchmarks.plot $(RESULTS).json --markdown --png $(RESULTS).png

@@ -5,7 +5,7 @@ import gc
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,6 +41,18 @@ def pause() -> None:
     time.sleep(PAUSE_SECONDS)
     while others_run() and time.perf_counter() < end:
         time.sleep(PAUSE_SECONDS)
+
+
+@contextlib.contextmanager
+def gc_disabled() -> Iterator[None]:
+    """Keeps Python's collection of garbage out of what is timed."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 class Timing(NamedTuple):
@@ -86,9 +98,7 @@ def time_in_turn(
             long.add(name)
 
     samples: dict[str, list[float]] = {name: [] for name in functions}
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
+    with gc_disabled():
         end = time.perf_counter() + min_time * len(functions)
         rounds = 0
         while rounds < min_rounds or time.perf_counter() < end:
@@ -98,9 +108,6 @@ def time_in_turn(
                     settle(function)
                 samples[name].append(seconds(function, calls[name]))
             rounds += 1
-    finally:
-        if collecting:
-            gc.enable()
     return {
         name: Timing(min(times), statistics.median(times), rounds, calls[name])
         for name, times in samples.items()
