@@ -1,8 +1,9 @@
-"""benchmarks/streams.py: voice activity on single streams and on many."""
+"""benchmarks/streams.py: voice activity on single streams and on many, and what is made of it."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -99,3 +100,17 @@ def test_sizes_that_do_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit):
             streams.main(["--streams", "9", "--batch", *sizes])
         assert "from 1 to the number of streams" in capsys.readouterr().err
+
+
+def test_the_page_on_serving_has_what_its_code_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    page = Path(__file__).parents[1] / "rnnfast/docs/serving.md"
+    (code,) = re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.M | re.S)
+    text, names = page.read_text().replace(code, ""), dict[str, Any]()
+    exec(compile(code, page, "exec"), names)
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 11
+    assert all(line in text for line in printed)
+    assert names["cores"] == 103
+    for batch, name in ((8, "8"), (64, "64"), (256, "256"), (1000, "1,000")):
+        rates = " | ".join(f"{names['RATES'][weights][batch]:,.0f}" for weights in voice.WEIGHTS)
+        assert f"| `StreamBatch.step`, {name} streams | {rates} |" in text

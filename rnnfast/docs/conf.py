@@ -23,6 +23,7 @@ PAGES = {
         "rnnfast/docs/accelerate",
         "rnnfast/docs/frozen",
         "rnnfast/docs/c-library",
+        "rnnfast/docs/serving",
         "rnnfast/docs/compile-export",
         "rnnfast/docs/backends",
         "rnnfast/docs/support",
