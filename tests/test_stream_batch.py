@@ -42,12 +42,13 @@ def joined(frozen: Any, capacity: int) -> StreamBatch:
 
 
 @every_type
+@pytest.mark.parametrize("inputs", [1, 9])
 @pytest.mark.parametrize(("kind", "options"), MODULES, ids=str)
 def test_the_bits_are_those_of_single_streams(
-    kind: type[nn.Module], options: dict[str, Any], weights: str
+    kind: type[nn.Module], options: dict[str, Any], inputs: int, weights: str
 ) -> None:
     """Streams join and leave at random, and random ones of them have input."""
-    frozen = rnnfast.freeze(kind(9, 20, **options), weights)
+    frozen = rnnfast.freeze(kind(inputs, 20, **options), weights)
 
     def check(_: str) -> None:
         chance = random.Random(0)
@@ -66,7 +67,7 @@ def test_the_bits_are_those_of_single_streams(
             if turn % 3 == 0:  # consecutive slots, where none of these is free
                 first = chance.randrange(70)
                 slots = [slot for slot in range(first, first + len(slots)) if slot in single]
-            x = torch.randn(len(slots), 9)
+            x = torch.randn(len(slots), inputs)
             y = batch.step(torch.tensor(slots, dtype=torch.long) if turn % 2 else slots, x)
             assert y.shape == (len(slots), options.get("proj_size", 20))
             for slot, x_t, y_t in zip(slots, x, y, strict=True):
