@@ -264,7 +264,7 @@ def cells(name: str = "cells") -> str:
 
 
 FROZEN_PEERS = {
-    "float32": ("unfrozen", "onnxruntime", "openvino"),
+    "float32": ("unfrozen", "onnxruntime"),
     "bfloat16": ("unfrozen",),
     "float16": ("unfrozen",),
     "int8": ("unfrozen", "torch_int8", "onnxruntime_int8"),
@@ -276,6 +276,7 @@ def frozen(name: str = "frozen") -> str:
     """A table for each number of threads, with a column for each type of weights."""
     report = load(name)
     types = [name for name in FROZEN_PEERS if name in {row["dtype"] for row in report["rows"]}]
+    report_peers = {row["peer"] for row in report["rows"]}
     entries = {
         (row["threads"], row["cell"], str(case_of(row)), row["dtype"], row["peer"]): (
             ratio_and_verdict(row) if "ratio_min" in row else "-"
@@ -290,7 +291,9 @@ def frozen(name: str = "frozen") -> str:
                 *(cell, case.replace(",", ", ")),
                 *(
                     " / ".join(
-                        entries[threads, cell, case, dtype, peer] for peer in FROZEN_PEERS[dtype]
+                        entries[threads, cell, case, dtype, peer]
+                        for peer in FROZEN_PEERS[dtype]
+                        if peer in report_peers
                     )
                     for dtype in types
                 ),

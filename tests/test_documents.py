@@ -10,6 +10,7 @@ import re
 import runpy
 import shlex
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
@@ -35,7 +36,7 @@ BUILT = EXTENSION is not None or os.environ.get("RNNFAST_EXPECT_EXTENSION") != "
 FENCE = re.compile(r"^```(?P<language>\S*)\n(?P<code>.*?)^```$", re.M | re.S)
 HEADING = re.compile(r"^#+ (.+)$", re.M)
 LINK = re.compile(r"\]\(([^()\s]+)\)")
-LANGUAGES = {"python", "sh", "diff", "text", "{eval-rst}"}
+LANGUAGES = {"python", "sh", "c", "diff", "text", "{eval-rst}"}
 
 
 class Block(NamedTuple):
@@ -92,6 +93,22 @@ def test_no_code_is_overlooked():
 def test_python_runs_as_printed(document, line, code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # some write files
     exec(compile("\n" * line + code, ROOT / document, "exec"), {"__name__": "__main__"})
+
+
+@pytest.mark.skipif(not COMPILER, reason="needs a compiler")
+@pytest.mark.parametrize(
+    ("language", "code"),
+    [
+        pytest.param(block.language, block.code, id=f"{block.document}-{block.line + 1}")
+        for block in blocks()
+        if block.language == "c"
+    ],
+)
+def test_c_compiles_as_printed(language: str, code: str) -> None:
+    flags = ["-fsyntax-only", "-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'csrc/c'}"]
+    command = [COMPILER, *flags, "-x", language, "-"]
+    done = subprocess.run(command, input=code, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 # Commands
