@@ -329,9 +329,15 @@ def _frozen_layer_shapes(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The shapes that ``rnnfast::frozen_layer`` returns; see `rnnfast.frozen`."""
     onnx.refuse_unknown("rnnfast::frozen_layer")
-    y = x.new_empty((*x.shape[:-1], h0.shape[-1]))
-    c_n = x.new_empty((0,)) if c0 is None else torch.empty_like(c0)
+    y = h0.new_empty((*x.shape[:-1], h0.shape[-1]))  # x may be tokens
+    c_n = h0.new_empty((0,)) if c0 is None else torch.empty_like(c0)
     return y, torch.empty_like(h0), c_n
+
+
+def _frozen_table_shape(cell: str, x: Tensor, w_ih: Tensor, hidden: int) -> Tensor:
+    """The shape that ``rnnfast::frozen_table`` returns: the bytes of csrc/cpu/frozen.h."""
+    header, element = 64, 4
+    return w_ih.new_empty((header + x.shape[0] * CELLS[cell].gates * hidden * element,))
 
 
 def _register(cell: Cell) -> None:
@@ -353,3 +359,4 @@ if backend.EXTENSION is not None:
         _OPERATORS[_cell.name] = _find_operators(_cell.name)
         _register(_cell)
     torch.library.register_fake("rnnfast::frozen_layer", _frozen_layer_shapes)
+    torch.library.register_fake("rnnfast::frozen_table", _frozen_table_shape)

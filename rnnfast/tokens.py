@@ -63,23 +63,43 @@ def read(
         ValueError: A length is out of range.
         IndexError: A token is out of range. The kernels find that out later where they run.
     """
+    checks.refuse_freed(parameter=weights)
+    tokens = checked(tokens, lengths, options.batch_first, packed=packed)
+    if embedding is None:
+        return one_hot_input(tokens, weights, options, requested)
+    check_embedding(embedding, weights[0].shape[-1])
+    return embedded_input(tokens, embedding, weights, options, requested)
+
+
+def checked(
+    tokens: Any,
+    lengths: Tensor | Sequence[int] | None,
+    batch_first: bool,
+    *,
+    packed: bool = False,
+) -> Tensor:
+    """The tokens of a call as int64, with 0 beyond the end of each sequence.
+
+    The arguments and errors are those of `read`.
+    """
     if not isinstance(tokens, Tensor) or not 1 <= tokens.dim() <= (1 if packed else 2):
         found = list(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
         raise RuntimeError(f"expected tokens of 1 or 2 dimensions, time and batch, got {found}")
-    checks.refuse_freed(tokens=tokens, parameter=weights)
+    checks.refuse_freed(tokens=tokens)
     tokens = check(tokens)
     if lengths is not None and tokens.dim() == 2:
-        tokens = _without_padding(tokens, lengths, options.batch_first)
-    if embedding is None:
-        return one_hot_input(tokens, weights, options, requested)
+        tokens = _without_padding(tokens, lengths, batch_first)
+    return tokens
+
+
+def check_embedding(embedding: nn.Embedding | Tensor, inputs: int) -> None:
+    """RuntimeError unless the vectors of an embedding have I = ``inputs`` elements."""
     weight = embedding if isinstance(embedding, Tensor) else embedding.weight
     checks.refuse_freed(embedding=weight)
-    if weight.shape[-1] != weights[0].shape[-1]:
+    if weight.shape[-1] != inputs:
         raise RuntimeError(
-            f"input.size(-1) must be equal to input_size. Expected {weights[0].shape[-1]}, "
-            f"got {weight.shape[-1]}"
+            f"input.size(-1) must be equal to input_size. Expected {inputs}, got {weight.shape[-1]}"
         )
-    return embedded_input(tokens, embedding, weights, options, requested)
 
 
 def check(tokens: Tensor) -> Tensor:
@@ -123,32 +143,42 @@ def embedded_input(
     requested: str | None,
 ) -> tuple[Tensor, list[Tensor]]:
     """What `read` returns for an embedding. The table is E W_ih^T, of the rows of E that occur."""
+    # before the sizes are looked at, because torch.export may leave them open
+    found = occurring(tokens, embedding) if _runs_here(weights[0], requested) else None
+    if found is None:
+        return look_up(tokens, embedding), list(weights)
+    vectors, places = found
+    tables = [F.linear(vectors, weights[i]) for i in _first(options)]
+    return _with_tables(places, tables, weights, options)
+
+
+def occurring(tokens: Tensor, embedding: nn.Embedding | Tensor) -> tuple[Tensor, Tensor] | None:
+    """The vectors of the tokens that occur, and for each of ``tokens`` the place of its vector.
+
+    Returns:
+        None where the embedding does more than to look into its weight, or where so many tokens
+        occur that a product with each of their vectors would not pay.
+    """
     if isinstance(embedding, Tensor):
         weight, padding, plain = embedding, None, True
     else:
         weight, padding, plain = embedding.weight, embedding.padding_idx, is_plain(embedding)
-
-    # before the sizes are looked at, because torch.export may leave them open
-    if not plain or not _runs_here(weights[0], requested):
-        return _look_up(tokens, embedding), list(weights)
-    count = tokens.numel()
+    count = tokens.numel() if plain else 0
     if count < _LEAST_TOKENS:
-        return _look_up(tokens, embedding), list(weights)
+        return None
     if weight.shape[0] <= count // 2:
         rows = torch.arange(weight.shape[0], device=weight.device)
     elif _hides_values() or not _repeats(tokens):
-        return _look_up(tokens, embedding), list(weights)
+        return None
     else:
         rows, places = torch.unique(tokens, return_inverse=True)
         if len(rows) > count // 2:
-            return _look_up(tokens, embedding), list(weights)
+            return None
         tokens = places
-    occurring = F.embedding(rows, weight, padding)
-    tables = [F.linear(occurring, weights[i]) for i in _first(options)]
-    return _with_tables(tokens, tables, weights, options)
+    return F.embedding(rows, weight, padding), tokens
 
 
-def _look_up(tokens: Tensor, embedding: nn.Embedding | Tensor) -> Tensor:
+def look_up(tokens: Tensor, embedding: nn.Embedding | Tensor) -> Tensor:
     """The vectors of the tokens."""
     if isinstance(embedding, Tensor):
         return F.embedding(tokens, embedding)

@@ -108,7 +108,7 @@ FAULTS = [
           "history_.batch.place(b) * H + first", "history_.batch.place(b)", "b",
           "gradient of c0, lengths"),
     Fault("gates of tokens computed again without b_ih", "cpu/drivers/recompute.cpp",
-          "pack_bias(input_.shape(), args_.b_ih,", "args_.b_ih",
+          "table_.set(args.w_ih, args.b_ih);", "args.b_ih",
           "static_cast<const void*>(nullptr)", "tokens, recompute"),
     Fault("a token's second gradient in place of the sum", PRODUCTS,
           "end - begin, true);", "true", "!block.is_first()", "tokens that come twice"),

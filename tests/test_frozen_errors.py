@@ -37,7 +37,6 @@ def test_what_freeze_refuses() -> None:
             r"no recurrent module is named '1'; .*\['0'\]",
         ),
         (nn.GRU(2, 3).double(), "int8", "Expected float32 weights on the CPU.*torch.float64"),
-        (rnnfast.GRU(2, 3, tokens=True), "int8", "GRU cannot be frozen: .*tokens=True"),
         (nn.Sequential(Own(2, 3)), "int8", "0 cannot be frozen: .*Own.* has its own forward"),
         (changed, "int8", "GRU cannot be frozen: it has its own forward, set on the instance"),
         (hooked, "int8", "GRU cannot be frozen: it has hooks"),

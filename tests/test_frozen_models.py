@@ -137,7 +137,6 @@ def test_what_cannot_be_frozen_is_left() -> None:
             "own": Own(2, 3),
             "hooked": nn.GRU(2, 3),
             "doubles": nn.GRU(2, 3).double(),
-            "tokens": rnnfast.GRU(2, 3, tokens=True),
             "foreign": Foreign("GRU", 2, 3),
             "scripted": torch.jit.script(nn.GRU(2, 3)),
             "frozen": rnnfast.freeze(nn.GRU(2, 3), "float16"),
@@ -153,7 +152,6 @@ def test_what_cannot_be_frozen_is_left() -> None:
         "hooked": "cannot be frozen: it has hooks, which a frozen module would not run",
         "doubles": "cannot be frozen: Expected float32 weights on the CPU, got weight_ih_l0 with "
         "torch.float64 on cpu. Convert the module first: module.float().cpu()",
-        "tokens": "cannot be frozen: layers with tokens=True have no frozen kernels",
         "foreign": f"cannot be frozen: {Foreign} is not of torch.nn or rnnfast",
         "scripted": "is compiled by TorchScript",
         "frozen": "is frozen already, with weights='float16'",

@@ -129,6 +129,39 @@ def test_float_weights(weights: str, kind: type[nn.Module], options: dict[str, A
         torch.testing.assert_close(run(runner, *args), flat(frozen(*args)), rtol=1e-5, atol=1e-6)
 
 
+class Reader(nn.Module):
+    """Layers that read one-hot tokens, or those of an embedding."""
+
+    def __init__(self, layers: nn.Module, table: nn.Embedding | None) -> None:
+        super().__init__()
+        self.layers, self.table = layers, table
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        more = {} if self.table is None else {"embedding": self.table}
+        return self.layers(tokens, **more)[0]
+
+
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "float16", "int8"])
+@pytest.mark.parametrize("embeds", [False, True])
+def test_tokens(weights: str, embeds: bool) -> None:
+    """The nodes read vectors."""
+    table = nn.Embedding(20, 9) if embeds else None
+    layers = rnnfast.LSTM(9 if embeds else 20, 5, bidirectional=True, tokens=not embeds)
+    model = Reader(layers, table).requires_grad_(False)
+    if weights == "int8":
+        model.layers = int8(layers)
+    frozen = model if weights == "int8" else rnnfast.freeze(model, weights)
+    tokens = torch.randint(20, (100, 3))
+    program = rnnfast.onnx.export(frozen, (tokens,), dynamic_shapes=({0: TIME, 1: BATCH},))
+    kind = QUANTIZED if weights == "int8" else "LSTM"
+    assert recurrent(program.model_proto) == [kind] * 2
+    runner = session(program.model_proto)
+    bound = 0.03 if weights == "int8" else 1e-6
+    for T, B in [*SIZES, (100, 3)]:
+        tokens = torch.randint(20, (T, B))
+        torch.testing.assert_close(run(runner, tokens), [frozen(tokens)], rtol=1e-5, atol=bound)
+
+
 @pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
 def test_float_cells(kind: type[nn.Module]) -> None:
     frozen = rnnfast.freeze(kind(4, 5), "bfloat16")

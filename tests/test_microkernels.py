@@ -19,7 +19,7 @@ from rnnfast import backend
 PRODUCTS = ["products", "chains", "representations", "gates", "biases", "gathers"]
 CHECKS = {
     "product_checks": [*PRODUCTS, "dots", "outer_few", "transposed"],
-    "frozen_checks": ["frozen"],
+    "frozen_checks": ["frozen", "frozen_tokens"],
     "row_checks": ["conversions", "halves", "sums", "gathered_gradients"],
     "cell_checks": ["activations", "forward", "backward"],
 }
@@ -30,7 +30,7 @@ CASES = [
     (library, check, target)
     for library, checks in CHECKS.items()
     for check in checks
-    for target in (FROZEN if check == "frozen" else COMPLETE)
+    for target in (FROZEN if library == "frozen_checks" else COMPLETE)
 ]
 
 

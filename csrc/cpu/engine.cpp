@@ -3,6 +3,7 @@
 #include "cpu/drivers/backward.h"
 #include "cpu/drivers/forward.h"
 #include "cpu/drivers/generate.h"
+#include "cpu/drivers/tabulate.h"
 
 namespace rnnfast::cpu {
 namespace {
@@ -132,24 +133,34 @@ void CpuEngine::backward(LayerKind kind, std::span<BackwardJob> jobs) const {
           jobs, [](Backward& driver, BackwardJob&, const Team& team) { driver.run(team); });
 }
 
-size_t CpuEngine::generate_workspace(LayerKind kind, const GenerateArgs& args) const {
-  return Call(target_, kind).workspace<Generate>(args);
+size_t CpuEngine::generate_workspace(LayerKind kind, const GenerateArgs& args,
+                                     const Plan& plan) const {
+  return Call(target_, kind).workspace<Generate>(args, plan);
 }
 
 void CpuEngine::start_generating(LayerKind kind, GenerateJob& job) const {
-  const Call call(target_, kind);
-  call.run(std::span(&job, 1), [&](GenerateJob& one, const Team& team) {
-    Arena arena(one.workspace);
-    Generate(call.context(), one.args, arena).start(team);
-  });
+  Call(target_, kind)
+      .run_driver<Generate>(std::span(&job, 1), [](Generate& driver, GenerateJob&,
+                                                   const Team& team) { driver.start(team); });
 }
 
 void CpuEngine::generate(LayerKind kind, GenerateJob& job) const {
-  const Call call(target_, kind);
-  call.run(std::span(&job, 1), [&](GenerateJob& one, const Team& team) {
-    Arena arena(one.workspace);
-    Generate(call.context(), one.args, arena).run(one.steps, one.samplers.data(), team);
-  });
+  Call(target_, kind)
+      .run_driver<Generate>(std::span(&job, 1),
+                            [](Generate& driver, GenerateJob& one, const Team& team) {
+                              driver.run(one.steps, one.samplers.data(), team);
+                            });
+}
+
+size_t CpuEngine::tabulate_workspace(LayerKind kind, const TabulateArgs& args,
+                                     const Plan& plan) const {
+  return Call(target_, kind).workspace<Tabulate>(args, plan);
+}
+
+void CpuEngine::tabulate(LayerKind kind, TabulateJob& job) const {
+  Call(target_, kind)
+      .run_driver<Tabulate>(std::span(&job, 1), [](Tabulate& driver, TabulateJob&,
+                                                   const Team& team) { driver.run(team); });
 }
 
 }  // namespace rnnfast::cpu

@@ -18,9 +18,11 @@ class CpuEngine final : public Engine {
   size_t backward_workspace(LayerKind, const BackwardArgs&, const Plan&) const override;
   void forward(LayerKind, std::span<ForwardJob>) const override;
   void backward(LayerKind, std::span<BackwardJob>) const override;
-  size_t generate_workspace(LayerKind, const GenerateArgs&) const override;
+  size_t generate_workspace(LayerKind, const GenerateArgs&, const Plan&) const override;
   void start_generating(LayerKind, GenerateJob&) const override;
   void generate(LayerKind, GenerateJob&) const override;
+  size_t tabulate_workspace(LayerKind, const TabulateArgs&, const Plan&) const override;
+  void tabulate(LayerKind, TabulateJob&) const override;
   const MicroKernels* kernels(Dtype dtype) const override { return &target_.kernels[int(dtype)]; }
 
  private:

@@ -13,6 +13,7 @@ namespace rnnfast::cpu {
 
 // S is the storage type, G the gate blocks of the cell, V the number of tokens.
 struct GenerateArgs {
+  // If the plan says that they are frozen, weights are blocks with the biases within (frozen.h).
   struct Layer {
     const void* w_ih;  // S (G*H, H); for the first layer a table (V, G*H): W_ih x of each token
     const void* w_hh;  // S (G*H, H)

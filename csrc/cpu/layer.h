@@ -10,6 +10,7 @@
 #include "cpu/generation.h"
 #include "cpu/parallel.h"
 #include "cpu/plan.h"
+#include "cpu/tabulation.h"
 
 namespace rnnfast::cpu {
 
@@ -61,9 +62,11 @@ class Engine {
   virtual bool is_complete() const { return true; }
   // The micro-kernels for tensors of a dtype; null if the engine uses none.
   virtual const MicroKernels* kernels(Dtype) const { return nullptr; }
-  virtual size_t generate_workspace(LayerKind, const GenerateArgs&) const { return 0; }
+  virtual size_t generate_workspace(LayerKind, const GenerateArgs&, const Plan&) const { return 0; }
   virtual void start_generating(LayerKind, GenerateJob&) const {}
   virtual void generate(LayerKind, GenerateJob&) const {}
+  virtual size_t tabulate_workspace(LayerKind, const TabulateArgs&, const Plan&) const { return 0; }
+  virtual void tabulate(LayerKind, TabulateJob&) const {}
 };
 
 // The instruction sets usable on this machine, worst first; the last is the default.

@@ -123,6 +123,13 @@ struct WeightFormat {
 
 using StepsFunction = void (*)(const Steps&);
 
+// Copies the part of rows [G][H] of a table of tokens that belongs to a panel into the layout of a
+// tile's from_x, A [row][gate][unit], with the bias added.
+//   scales     float (G*H), the factors of elements of int8; null for all other types
+//   bias       S (G*H), or null for zeros
+using GatherFunction = void (*)(const GateShape&, const void* const* rows, int count,
+                                const float* scales, const void* bias, int64_t panel, void* to);
+
 // All kernels for one storage type.
 struct MicroKernels {
   Dtype dtype;
@@ -155,11 +162,10 @@ struct MicroKernels {
   // Packs a bias, S (G*H) or null for zeros, for panels [begin, end): A [gate][unit] per panel,
   // with zeros beyond H.
   void (*pack_bias)(const GateShape&, const void* bias, int64_t begin, int64_t end, void* to);
-  // Copies the part of rows [G][H] that belongs to a panel into the layout of a tile's from_x, A
-  // [row][gate][unit]. gather_tokens takes rows of S (of the table of tokens) and adds the panel's
-  // packed bias (A); gather_gates takes rows of A.
-  void (*gather_tokens)(const GateShape&, const void* const* rows, int count, const void* bias,
-                        int64_t panel, void* to);
+  GatherFunction gather_tokens;  // of rows of S
+  // Of rows of frozen weights, by WeightType; null if S is not float.
+  GatherFunction gather_frozen_tokens[kWeightTypes];
+  // The same as gather_tokens for rows of A, without a bias.
   void (*gather_gates)(const GateShape&, const void* const* rows, int count, int64_t panel,
                        void* to);
   // The product of a TileFunction with unpacked weights w, S (G*H, K), for up to dot_rows rows of

@@ -6,7 +6,6 @@
 
 #include "cpu/cache.h"
 #include "cpu/columns.h"
-#include "cpu/frozen.h"
 #include "cpu/layer.h"
 #include "torch/layer.h"
 #include "torch/memory.h"
@@ -64,18 +63,13 @@ at::Tensor gather_rows(const at::Tensor& transposed, const std::vector<int64_t>&
   return rows;
 }
 
-std::optional<cpu::WeightType> frozen_type(const LayerInputs& in) {
-  if (!in.frozen()) return {};
-  return cpu::read_frozen(in.w_hh.const_data_ptr(), in.w_hh.nbytes()).type;
-}
-
 // Plans layers of one kind on this machine. Making a plan takes as long as a step of a small layer,
 // and plans depend on a few numbers alone, so they are cached.
 class Planner {
  public:
   Planner(const CellInfo& cell, const LayerInputs& in)
       : engine(cpu::engine()),
-        kind{cell.kind, dtype_of(in.h0), frozen_type(in)},
+        kind{cell.kind, dtype_of(in.h0), frozen_type(in.w_hh)},
         machine(this_machine()),
         barriers(machine.barrier_cycles.key()) {}
 

@@ -1,5 +1,5 @@
-// Frozen weights as tensors: the ops that pack and unpack blocks (cpu/frozen.h), and the op that
-// runs a layer with them.
+// Frozen weights as tensors: the ops that pack and unpack blocks (cpu/frozen.h), the op that runs a
+// layer with them, and the one that makes a table of tokens of an embedding.
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -9,6 +9,9 @@
 #include "torch/memory.h"
 
 namespace rnnfast {
+
+cpu::Machine this_machine();
+
 namespace {
 
 using at::Tensor;
@@ -25,7 +28,7 @@ const cpu::MicroKernels& kernels_of(at::ScalarType dtype) {
   return *kernels;
 }
 
-cpu::FrozenHeader header_of(const Tensor& block) {
+cpu::FrozenHeader read_header(const Tensor& block) {
   TORCH_CHECK(block.scalar_type() == at::kByte && block.dim() == 1 && block.is_contiguous() &&
                   block.device().is_cpu() && has_memory(block),
               "rnnfast: expected packed weights, contiguous bytes on the CPU, got ",
@@ -45,7 +48,8 @@ cpu::WeightType type_of(const Tensor& weight, Optional scale) {
               weight.scalar_type());
 }
 
-Tensor pack_weights(const Tensor& weight, Optional scale, Optional bias, int64_t gates) {
+Tensor pack_weights(const Tensor& weight, Optional scale, Optional bias, int64_t gates,
+                    bool is_table) {
   TORCH_CHECK(weight.dim() == 2 && gates > 0 && gates <= 64 && weight.size(0) > 0 &&
                   weight.size(0) % gates == 0,
               "rnnfast: expected weights of shape (G*H, K), got ", weight.sizes(),
@@ -68,7 +72,8 @@ Tensor pack_weights(const Tensor& weight, Optional scale, Optional bias, int64_t
                                  .K = weight.size(1),
                                  .weights = values.data_ptr(),
                                  .scales = row(scale, "scale"),
-                                 .bias = row(bias, "bias")};
+                                 .bias = row(bias, "bias"),
+                                 .is_table = is_table};
   const cpu::MicroKernels& kernels = kernels_of(at::kFloat);
   Tensor block = at::empty({int64_t(cpu::frozen_bytes(kernels, matrix))}, at::kByte);
   cpu::pack_frozen(kernels, matrix, block.mutable_data_ptr());
@@ -77,7 +82,7 @@ Tensor pack_weights(const Tensor& weight, Optional scale, Optional bias, int64_t
 
 // Parts that a block lacks are empty.
 std::tuple<Tensor, Tensor, Tensor> unpack_weights(const Tensor& block) {
-  const cpu::FrozenHeader header = header_of(block);
+  const cpu::FrozenHeader header = read_header(block);
   const int64_t rows = header.gates * header.H;
   const bool scaled = header.type == cpu::WeightType::kInt8;
   Tensor weight = at::empty({rows, header.K}, kTypes[int(header.type)]);
@@ -99,7 +104,48 @@ std::tuple<Tensor, Tensor, Tensor> unpack_weights(const Tensor& block) {
 // Whether a block can be read with the instruction set in use.
 bool can_read_weights(const Tensor& block) {
   const cpu::MicroKernels* kernels = cpu::engine().kernels(Dtype::kFloat32);
-  return kernels && cpu::is_readable(*kernels, header_of(block));
+  return kernels && cpu::is_readable(*kernels, read_header(block));
+}
+
+// The table of tokens whose vectors are the rows of x (V, I): W_ih x + b_ih of each, as a block.
+Tensor frozen_table(c10::string_view name, const Tensor& x, const Tensor& w_ih, int64_t hidden) {
+  const CellInfo& cell = cell_info(std::string(name));
+  TORCH_CHECK(x.dim() == 2 && x.scalar_type() == at::kFloat && x.device().is_cpu(),
+              "rnnfast::frozen_table: expected x of shape (V, I), float32 and on the CPU, got ",
+              x.sizes(), " of ", x.scalar_type());
+  const int64_t V = x.size(0), I = x.size(1);
+  const at::ScalarType type = frozen_format(w_ih).type;
+  check_block("frozen_table", "w_ih", w_ih, {cell.gates, hidden, I, type});
+  check_memory("frozen_table", "x", x);
+  const Tensor vectors = x.contiguous();
+  const cpu::MicroKernels& kernels = kernels_of(at::kFloat);
+  const cpu::FrozenMatrix matrix{.type = cpu::WeightType::kFloat32,
+                                 .gates = cell.gates,
+                                 .H = hidden,
+                                 .K = V,
+                                 .weights = nullptr,
+                                 .scales = nullptr,
+                                 .bias = nullptr,
+                                 .is_table = true};
+  Tensor block = at::empty({int64_t(cpu::frozen_bytes(kernels, matrix))}, at::kByte);
+  cpu::write_frozen_header(kernels, matrix, block.mutable_data_ptr());
+  if (V == 0) return block;
+  const cpu::Engine& engine = cpu::engine();
+  const cpu::LayerKind kind{cell.kind, Dtype::kFloat32, read_header(w_ih).type};
+  cpu::TabulateJob job;
+  job.args = {.w_ih = w_ih.const_data_ptr(),
+              .H = hidden,
+              .I = I,
+              .tokens = V,
+              .x = vectors.const_data_ptr<float>(),
+              .table = reinterpret_cast<float*>(static_cast<char*>(block.mutable_data_ptr()) +
+                                                sizeof(cpu::FrozenHeader))};
+  // The product has as much work as one step of so many sequences.
+  job.plan = engine.plan_forward(kind, {1, V, I, hidden}, this_machine(), 1);
+  const c10::DataPtr workspace = new_workspace(engine.tabulate_workspace(kind, job.args, job.plan));
+  job.workspace = workspace.get();
+  engine.tabulate(kind, job);
+  return block;
 }
 
 // c_n is empty for cells without c.
@@ -126,38 +172,54 @@ std::tuple<Tensor, Tensor, Tensor> frozen_layer(c10::string_view name, const Ten
 
 }  // namespace
 
+std::optional<cpu::WeightType> frozen_type(const Tensor& w_hh) {
+  if (w_hh.scalar_type() != at::kByte) return {};
+  return read_header(w_hh).type;
+}
+
+FrozenFormat frozen_format(const Tensor& t) {
+  const cpu::FrozenHeader header = read_header(t);
+  return {header.gates, header.H, header.K, kTypes[int(header.type)], header.is_table != 0};
+}
+
 bool is_frozen(const Tensor& t, const Tensor& like, at::ScalarType dtype, int gates, int64_t H,
                int64_t K) {
-  if (dtype != at::kFloat || t.scalar_type() != at::kByte) return false;
-  const cpu::MicroKernels* kernels = cpu::engine().kernels(Dtype::kFloat32);
-  const cpu::FrozenHeader header = header_of(t);
-  return kernels && cpu::is_readable(*kernels, header) && header.type == header_of(like).type &&
-         header.gates == gates && header.H == H && header.K == K;
+  return dtype == at::kFloat && t.scalar_type() == at::kByte && can_read_weights(t) &&
+         frozen_format(t) == FrozenFormat{gates, H, K, frozen_format(like).type};
+}
+
+void check_block(const char* op, const char* name, const Tensor& t, const FrozenFormat& expected) {
+  const auto words = [](const FrozenFormat& format) {
+    return c10::str("(", format.gates, "*", format.H, ", ", format.K, ") in ", format.type,
+                    format.is_table ? " as a table of tokens" : "");
+  };
+  const FrozenFormat found = frozen_format(t);
+  TORCH_CHECK(can_read_weights(t), "rnnfast::", op, ": ", name,
+              " was packed for another instruction set than '", cpu::capability(), "'");
+  TORCH_CHECK(found == expected, "rnnfast::", op, ": expected ", name, " of shape ",
+              words(expected), ", got ", words(found));
 }
 
 void check_frozen(const CellInfo& cell, const LayerFormat& format, const LayerInputs& in) {
-  TORCH_CHECK(!in.has_tokens() && !in.b_ih.defined(), "rnnfast::", cell.name,
-              ": packed weights have the biases within, and no kernels for tokens");
-  const cpu::MicroKernels& kernels = kernels_of(format.dtype);
-  const cpu::WeightType type = header_of(in.w_hh).type;
-  const auto check = [&](const Tensor& block, const char* what, int gates, int64_t H, int64_t K) {
-    const cpu::FrozenHeader header = header_of(block);
-    TORCH_CHECK(cpu::is_readable(kernels, header), "rnnfast::", cell.name, ": ", what,
-                " was packed for another instruction set than '", cpu::capability(), "'");
-    TORCH_CHECK(header.gates == gates && header.H == H && header.K == K && header.type == type,
-                "rnnfast::", cell.name, ": expected ", what, " of shape (", gates, "*", H, ", ", K,
-                ") in ", kTypes[int(type)], ", got (", header.gates, "*", header.H, ", ", header.K,
-                ") in ", kTypes[int(header.type)]);
-  };
-  check(in.w_ih, "w_ih", cell.gates, format.H, format.I);
-  check(in.w_hh, "w_hh", cell.gates, format.H, format.P);
-  if (in.w_hr.defined()) check(in.w_hr, "w_hr", 1, format.P, format.H);
+  TORCH_CHECK(!in.b_ih.defined(), "rnnfast::", cell.name,
+              ": packed weights have the biases within");
+  kernels_of(format.dtype);  // refuses other types
+  const at::ScalarType type = frozen_format(in.w_hh).type;
+  const bool tokens = in.has_tokens();
+  check_block(cell.name, "w_ih", in.w_ih,
+              {cell.gates, format.H, tokens ? format.V : format.I,
+               tokens ? frozen_format(in.w_ih).type : type, tokens});
+  check_block(cell.name, "w_hh", in.w_hh, {cell.gates, format.H, format.P, type});
+  if (in.w_hr.defined()) check_block(cell.name, "w_hr", in.w_hr, {1, format.P, format.H, type});
 }
 
 TORCH_LIBRARY_FRAGMENT(rnnfast, library) {
-  library.def("pack_weights(Tensor weight, Tensor? scale, Tensor? bias, int gates) -> Tensor");
+  library.def(
+      "pack_weights(Tensor weight, Tensor? scale, Tensor? bias, int gates, "
+      "bool is_table=False) -> Tensor");
   library.def("unpack_weights(Tensor block) -> (Tensor weight, Tensor scale, Tensor bias)");
   library.def("can_read_weights(Tensor block) -> bool");
+  library.def("frozen_table(str cell, Tensor x, Tensor w_ih, int hidden) -> Tensor");
   library.def(
       "frozen_layer(str cell, Tensor x, Tensor h0, Tensor? c0, Tensor w_ih, Tensor w_hh, "
       "Tensor? w_hr, bool reverse, Tensor? lengths=None, Tensor? reset=None) -> "
@@ -168,6 +230,7 @@ TORCH_LIBRARY_IMPL(rnnfast, CPU, library) {
   library.impl("pack_weights", TORCH_FN(pack_weights));
   library.impl("unpack_weights", TORCH_FN(unpack_weights));
   library.impl("can_read_weights", TORCH_FN(can_read_weights));
+  library.impl("frozen_table", TORCH_FN(frozen_table));
   library.impl("frozen_layer", TORCH_FN(frozen_layer));
 }
 

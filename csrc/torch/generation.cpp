@@ -19,17 +19,19 @@ cpu::Machine this_machine();
 // A generation: packs the weights once, keeps the states, and samples tokens on each `run`.
 class Generation {
  public:
-  // `weights` are w_ih, w_hh[, b_ih, b_hh] of each layer, where the first w_ih is a table (V, G*H).
-  // `states` are (L, B, H) each.
+  // `weights` are w_ih, w_hh[, b_ih, b_hh] of each layer, where the first w_ih is a table (V, G*H);
+  // or blocks of frozen weights (cpu/frozen.h), with the biases within. `states` are (L, B, H)
+  // each.
   Generation(int kind, const std::vector<Tensor>& weights, bool biases,
              const std::vector<Tensor>& states, const Tensor& head_weight,
              const std::optional<Tensor>& head_bias, double temperature, int64_t top_k,
              double top_p)
-      : engine_(complete_engine()), kind_(layer_kind(kind, states.at(0))) {
+      : engine_(complete_engine()), kind_(layer_kind(kind, weights, states)) {
     const CellInfo& cell = cell_info(CellKind(kind));
     const size_t per_layer = biases ? 4 : 2;
     TORCH_CHECK(!weights.empty() && weights.size() % per_layer == 0, "expected ", per_layer,
                 " tensors per layer, got ", weights.size(), " in total");
+    TORCH_CHECK(!(biases && kind_.frozen), "expected no biases beside packed weights");
     TORCH_CHECK(states[0].dim() == 3 && head_weight.dim() == 2,
                 "expected states (L, B, H) and a head (V, H), got ", states[0].sizes(), " and ",
                 head_weight.sizes());
@@ -40,8 +42,16 @@ class Generation {
     for (size_t i = 0; i < size_t(layers); ++i) {
       cpu::GenerateArgs::Layer layer{};
       const Tensor* own = &weights[i * per_layer];
-      layer.w_ih = keep(own[0], i == 0 ? at::IntArrayRef{V, rows} : at::IntArrayRef{rows, H});
-      layer.w_hh = keep(own[1], {rows, H});
+      if (kind_.frozen) {
+        const at::ScalarType type = frozen_format(own[1]).type;
+        layer.w_ih = keep_block(
+            own[0], i == 0 ? FrozenFormat{cell.gates, H, V, frozen_format(own[0]).type, true}
+                           : FrozenFormat{cell.gates, H, H, type});
+        layer.w_hh = keep_block(own[1], {cell.gates, H, H, type});
+      } else {
+        layer.w_ih = keep(own[0], i == 0 ? at::IntArrayRef{V, rows} : at::IntArrayRef{rows, H});
+        layer.w_hh = keep(own[1], {rows, H});
+      }
       if (biases) layer.b_ih = keep(own[2], {rows}), layer.b_hh = keep(own[3], {rows});
       layers_.push_back(layer);
     }
@@ -60,7 +70,8 @@ class Generation {
     const int64_t many = 1000;  // the number of steps is not known yet: plan a long sequence
     job_.plan = engine_.plan_forward(kind_, {many, B, H, H}, this_machine(), many);
     job_.samplers.resize(size_t(job_.plan.threads));
-    workspace_ = new_on_cpu({int64_t(engine_.generate_workspace(kind_, job_.args))}, at::kByte);
+    const size_t bytes = engine_.generate_workspace(kind_, job_.args, job_.plan);
+    workspace_ = new_on_cpu({int64_t(bytes)}, at::kByte);
     job_.workspace = workspace_.data_ptr();
     const py::gil_scoped_release release;
     engine_.start_generating(kind_, job_);
@@ -104,9 +115,10 @@ class Generation {
     TORCH_CHECK(cpu::engine().is_complete(), "rnnfast: the kernels in use cannot generate");
     return cpu::engine();
   }
-  static cpu::LayerKind layer_kind(int kind, const Tensor& like) {
+  static cpu::LayerKind layer_kind(int kind, const std::vector<Tensor>& weights,
+                                   const std::vector<Tensor>& states) {
     TORCH_CHECK(0 <= kind && kind < kCells, "rnnfast: there is no cell ", kind);
-    return {CellKind(kind), dtype_of(like)};
+    return {CellKind(kind), dtype_of(states.at(0)), frozen_type(weights.at(1))};
   }
 
   const void* keep(const Tensor& t, at::IntArrayRef shape) {
@@ -116,6 +128,12 @@ class Generation {
     check_memory("generation", "a tensor", t);
     kept_.push_back(t.detach().contiguous());
     return kept_.back().const_data_ptr();
+  }
+  const void* keep_block(const Tensor& t, const FrozenFormat& format) {
+    TORCH_CHECK(dtype_ == at::kFloat, "expected float32 states with packed weights, got ", dtype_);
+    check_block("generation", "weights", t, format);
+    kept_.push_back(t);
+    return t.const_data_ptr();
   }
 
   const cpu::Engine& engine_;

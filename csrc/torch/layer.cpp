@@ -57,10 +57,10 @@ void check_lengths(const CellInfo& cell, const at::Tensor& x, at::Tensor& length
       x.size(0));
 }
 
-void check_tokens(const CellInfo& cell, const LayerInputs& in) {
-  if (in.x.numel() == 0) return;
-  const auto [low, high] = at::aminmax(in.x);
-  const int64_t least = low.item<int64_t>(), most = high.item<int64_t>(), V = in.w_ih.size(0);
+void check_tokens(const CellInfo& cell, const at::Tensor& tokens, int64_t V) {
+  if (tokens.numel() == 0) return;
+  const auto [low, high] = at::aminmax(tokens);
+  const int64_t least = low.item<int64_t>(), most = high.item<int64_t>();
   TORCH_CHECK_INDEX(least >= 0 && most < V, "rnnfast::", cell.name,
                     ": index out of range: expected tokens from 0 to ", V - 1, ", got ",
                     least < 0 ? least : most);
@@ -154,16 +154,19 @@ void check_inputs(const CellInfo& cell, const LayerFormat& format, LayerInputs& 
   Checker{cell, at::kBool, device}(in.reset, "reset", rows);
   check(in.h0, "h0", format.state_shape(P));
   check(in.c0, "c0", format.state_shape(H));
-  if (frozen) return check_frozen(cell, format, in);
-  if (in.has_transposed_table())
-    check.check(in.w_ih, "w_ih", {V, gates});
-  else
-    check(in.w_ih, "w_ih", tokens ? at::IntArrayRef{V, gates} : at::IntArrayRef{gates, I});
-  check(in.w_hh, "w_hh", {gates, P});
-  check(in.b_ih, "b_ih", {gates});
-  check(in.b_hh, "b_hh", {gates});
-  check(in.w_hr, "w_hr", {P, H});
-  if (tokens) check_tokens(cell, in);
+  if (frozen) {
+    check_frozen(cell, format, in);
+  } else {
+    if (in.has_transposed_table())
+      check.check(in.w_ih, "w_ih", {V, gates});
+    else
+      check(in.w_ih, "w_ih", tokens ? at::IntArrayRef{V, gates} : at::IntArrayRef{gates, I});
+    check(in.w_hh, "w_hh", {gates, P});
+    check(in.b_ih, "b_ih", {gates});
+    check(in.b_hh, "b_hh", {gates});
+    check(in.w_hr, "w_hr", {P, H});
+  }
+  if (tokens) check_tokens(cell, in.x, V);
 }
 
 LayerInputs check_inputs(const CellInfo& cell, const at::Tensor& x, const at::Tensor& h0,
@@ -192,7 +195,8 @@ LayerInputs check_inputs(const CellInfo& cell, const at::Tensor& x, const at::Te
               h0.sizes());
   TORCH_CHECK(!in.w_hr.defined() || in.frozen() || in.w_hr.dim() == 2, "rnnfast::", cell.name,
               ": expected w_hr of shape (P, H), got ", in.w_hr.sizes());
-  TORCH_CHECK(!in.has_tokens() || (x.size(-1) == 1 && w_ih.dim() == 2), "rnnfast::", cell.name,
+  TORCH_CHECK(!in.has_tokens() || (x.size(-1) == 1 && (in.frozen() || w_ih.dim() == 2)),
+              "rnnfast::", cell.name,
               ": expected tokens of shape (T, B, 1) and w_ih of shape (V, G*H), got ", x.sizes(),
               " and ", w_ih.sizes());
   TORCH_CHECK(!packed || !in.reset.defined(), "rnnfast::", cell.name,
@@ -215,7 +219,7 @@ LayerFormat format_of(const LayerInputs& in) {
                      .I = in.x.size(-1),
                      .H = in.hidden(),
                      .P = P};
-  if (in.has_tokens()) format.V = in.w_ih.size(0);
+  if (in.has_tokens()) format.V = in.frozen() ? frozen_format(in.w_ih).K : in.w_ih.size(0);
   format.one_layer = h0.dim() == 3;
   format.frozen = in.frozen();
   return format;

@@ -13,6 +13,7 @@
 
 #include "arguments.h"
 #include "cells/common.h"
+#include "cpu/microkernels.h"
 
 namespace rnnfast {
 
@@ -51,7 +52,7 @@ struct LayerInputs {
   at::Tensor x;
   at::Tensor h0, c0;  // (B, P), (B, H); c0 is undefined if the cell has no c
   // Frozen weights are blocks of bytes (cpu/frozen.h) with the bias within, of all matrices or
-  // none.
+  // none. That of w_ih holds a table if x is tokens.
   at::Tensor w_ih;  // (G*H, I); for tokens a table (V, G*H), which may be transposed
   at::Tensor w_hh;  // (G*H, P)
   at::Tensor b_ih, b_hh;  // (G*H), or both undefined
@@ -181,11 +182,27 @@ std::vector<at::Tensor> call_backward(const CellInfo& cell, const LayerGradOutpu
 // The name of the op that does in plain PyTorch what the op of this name does.
 std::string reference_name(const std::string& op);
 
-// Whether t is a block of frozen weights (gates * H, K) of the same type as `like`, for tensors of
-// this dtype, that the instruction set in use can read.
+// What a block of frozen weights holds.
+struct FrozenFormat {
+  int gates;
+  int64_t H, K;  // of a matrix (gates * H, K)
+  at::ScalarType type;
+  bool is_table = false;  // of K tokens
+
+  bool operator==(const FrozenFormat&) const = default;
+};
+// The type of the weights of a layer, if its w_hh is a block.
+std::optional<cpu::WeightType> frozen_type(const at::Tensor& w_hh);
+// Throws an error if t is no block, or a damaged one.
+FrozenFormat frozen_format(const at::Tensor& t);
+// Whether t is a block with a matrix (gates * H, K) of the same type as `like`, for tensors of this
+// dtype, that the instruction set in use can read.
 bool is_frozen(const at::Tensor& t, const at::Tensor& like, at::ScalarType dtype, int gates,
                int64_t H, int64_t K);
-// Throws an error unless the blocks of frozen weights fit the layer and the instruction set in use.
+// Throws an error unless t is a block of this format that the instruction set in use can read.
+void check_block(const char* op, const char* name, const at::Tensor& t,
+                 const FrozenFormat& expected);
+// The same for all blocks of a layer. A table may be of any type, all matrices must be of one.
 void check_frozen(const CellInfo& cell, const LayerFormat& format, const LayerInputs& in);
 
 // A device's kernels. Sizes are positive; every output is written in full, but for gates beyond a

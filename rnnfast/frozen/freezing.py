@@ -150,8 +150,6 @@ def _class_to_freeze(module: nn.Module) -> type[nn.Module]:
         changed = [one for one in names if is_overridden(own, torch_class, one)]
     if changed:
         raise ValueError(f"{kind} has its own {', '.join(changed)}")
-    if getattr(module, "tokens", False):
-        raise ValueError("layers with tokens=True have no frozen kernels")
     return torch_class
 
 

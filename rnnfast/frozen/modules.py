@@ -7,13 +7,15 @@ gates, L layers, D directions.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from .. import backend, checks, onnx, sequences
+from .. import tokens as _tokens
 from ..bases import CELL_OF_MODE, states_of, unsqueeze_states
 from ..functional import ELMAN
 from ..reference import CELLS, Cell, LayerInputs, LayerOutputs, autocast_enabled
@@ -29,6 +31,9 @@ class FrozenLayers(Frozen):
     floating-point types are converted, and the results have the type of autocast.
     """
 
+    tokens: bool = False
+    """Whether inputs are integer tokens, each of which stands for a one-hot vector."""
+
     def __init__(
         self,
         source: nn.RNNBase,
@@ -37,13 +42,13 @@ class FrozenLayers(Frozen):
         given: Mapping[str, Weights] | None = None,
     ) -> None:
         sizes = source.input_size, source.hidden_size, source.proj_size or source.hidden_size
-        cell = CELL_OF_MODE[source.mode]
+        cell, tokens = CELL_OF_MODE[source.mode], getattr(source, "tokens", False)
         matrices = _matrices_of_layers(
-            cell, sizes, source.num_layers, source.bias, source.bidirectional
+            cell, sizes, source.num_layers, source.bias, source.bidirectional, tokens
         )
         super().__init__(source, matrices, weights, given)
         self.torch_class = torch_class
-        self._cell_name = cell.name
+        self._cell_name, self.tokens = cell.name, tokens
         self.mode, self.bias, self.dropout = source.mode, source.bias, 0.0
         self.input_size, self.hidden_size = source.input_size, source.hidden_size
         self.num_layers, self.proj_size = source.num_layers, source.proj_size
@@ -62,24 +67,91 @@ class FrozenLayers(Frozen):
         Raises:
             RuntimeError: Shapes, dtypes or devices do not fit, in torch.nn's words, or an argument
                 needs a gradient.
+            ValueError: The layers read one-hot tokens, and an embedding is given.
+            TypeError: Tokens are no integers.
+            IndexError: A token is out of range.
         """
         if lengths is None and reset is None and embedding is None:
             result = self._run_short(input, hx, None, None)
             if result is not None:
                 return result
-        packed = isinstance(input, PackedSequence)
-        if embedding is not None:
-            tokens = cast(Any, input)
-            input = tokens._replace(data=embedding(tokens.data)) if packed else embedding(tokens)
+        tables: list[Tensor] = []
+        if self.tokens or embedding is not None:
+            input, tables = self._take_tokens(input, hx, lengths, embedding)
         self._refuse_gradients(input, hx)
-        if packed and not (lengths is None and reset is None):
+        if isinstance(input, PackedSequence) and not (lengths is None and reset is None):
             raise RuntimeError("lengths and reset need a tensor as input, got a PackedSequence")
         if lengths is not None and isinstance(input, Tensor) and input.dim() == 2:
             raise RuntimeError("lengths need a batch of sequences, got a single one")
-        if autocast_enabled("cpu"):
-            return self._forward_in_autocast(input, hx, lengths, reset)
+        if not autocast_enabled("cpu"):
+            return self._forward(input, hx, lengths, reset, tables)
+        dtype = torch.get_autocast_dtype("cpu")
+        with torch.autocast("cpu", enabled=False):
+            input, hx = (_converted(value, torch.float32) for value in (input, hx))
+            return _converted(self._forward(input, hx, lengths, reset, tables), dtype)
+
+    def _take_tokens(
+        self, input: Any, hx: Any, lengths: Any, embedding: nn.Embedding | None
+    ) -> tuple[Any, list[Tensor]]:
+        """What runs in place of tokens: these and their tables, one a direction; or vectors.
+
+        Raises:
+            ValueError, RuntimeError, TypeError: As `forward`.
+        """
+        if self.tokens and embedding is not None:
+            raise ValueError("tokens=True stands for one-hot vectors: no embedding can be given")
+        data, *rest = input if isinstance(input, PackedSequence) else (input,)
+        tokens = _tokens.checked(data, lengths, self.batch_first, packed=bool(rest))
+        if embedding is None:
+            x, tables = tokens.unsqueeze(-1), self._first_blocks()
+        else:
+            x, tables = self._take_embedding(tokens, hx, embedding)
+        return PackedSequence(x, *rest) if rest else x, tables
+
+    def _take_embedding(
+        self, tokens: Tensor, hx: Any, embedding: nn.Embedding
+    ) -> tuple[Tensor, list[Tensor]]:
+        """As `_take_tokens`. A table has W_ih x + b_ih of all tokens, or of those that occur."""
+        _tokens.check_embedding(embedding, self.input_size)
+        found = None
+        # ONNX has no tables, and torch.export may leave open how many tokens there are.
+        if not (torch.compiler.is_exporting() or backend.is_tracing()):
+            found = _tokens.occurring(tokens, embedding)
+        if found is None or found[0].dtype is not torch.float32:
+            return _tokens.look_up(tokens, embedding), []
+        vectors, places = found
+        self._refuse_gradients(vectors, hx)
+        return places.unsqueeze(-1), self._tables_of(vectors)
+
+    def _first_blocks(self) -> list[Tensor]:
+        """The blocks of the first layer's W_ih, one for each direction."""
+        per_layer = self._options().tensors_per_layer
+        return self._blocks()[: self._options().directions * per_layer : per_layer]
+
+    def _tables_of(self, vectors: Tensor) -> list[Tensor]:
+        """The tables of tokens with these vectors (V, I), one for each direction, as blocks."""
+        self._make_readable()
+        return [
+            torch.ops.rnnfast.frozen_table(self._cell_name, vectors, block, self.hidden_size)
+            for block in self._first_blocks()
+        ]
+
+    def _blocks_for(self, embedding: nn.Embedding | None) -> list[Tensor]:
+        """All blocks, with those of tables for tokens of an embedding, or for one-hot tokens."""
+        self._make_readable()
+        return self._with_tables([] if embedding is None else self._tables_of(embedding.weight))
+
+    def _with_tables(self, tables: list[Tensor]) -> list[Tensor]:
+        """All blocks, with tables in place of the first layer's W_ih."""
+        blocks, per_layer = self._blocks(), self._options().tensors_per_layer
+        for direction, table in enumerate(tables):
+            blocks[direction * per_layer] = table
+        return blocks
+
+    def _forward(self, input: Any, hx: Any, lengths: Any, reset: Any, tables: list[Tensor]) -> Any:
+        """`forward` after gradients and autocast. The input is tokens if there are ``tables``."""
         if isinstance(input, PackedSequence):
-            return self._forward_packed(input, hx)
+            return self._forward_packed(input, hx, tables)
         if not isinstance(input, Tensor):
             self._refuse(input, hx, "input is no tensor")
         cell, states, single = self._cell, states_of(self._cell, hx), input.dim() == 2
@@ -88,24 +160,35 @@ class FrozenLayers(Frozen):
         if input.dim() == 3:
             if not (lengths is None and reset is None):
                 extras = checks.check_extras(input, lengths, reset, False, self.batch_first)
-            result = self._run_short(input, hx, extras.lengths, extras.reset)
-            if result is not None:
-                return result
+            if not tables:
+                result = self._run_short(input, hx, extras.lengths, extras.reset)
+                if result is not None:
+                    return result
         x, time = input, 1 if self.batch_first else 0
         if single:
             checks.refuse_freed(input=x, hidden=states)
             x, states = x.unsqueeze(1 - time), unsqueeze_states(states, 1)
         options = self._options(self.batch_first)
-        if problem := checks.sequence_problem(cell, x, states, self._stand_ins(), options):
-            self._refuse(input, hx, problem)
+        problem = checks.sequence_problem(
+            cell, x, states, self._stand_ins(), options, tokens=bool(tables)
+        )
+        self._refuse_problem(input, hx, problem, tables)
         if single and reset is not None:
             reset = checks.as_reset(reset, x).unsqueeze(1 - time)
             extras = checks.check_extras(x, None, reset, False, self.batch_first)
-        y, finals = self._run(x.transpose(0, 1) if time else x, states, extras)
+        y, finals = self._run(x.transpose(0, 1) if time else x, states, extras, tables)
         y = y.transpose(0, 1) if time else y
         if single:
             y, finals = y.squeeze(1 - time), tuple(final.squeeze(1) for final in finals)
         return y, finals if cell.states > 1 else finals[0]
+
+    def _refuse_problem(
+        self, input: Any, hx: Any, problem: str | None, tables: list[Tensor]
+    ) -> None:
+        if problem and tables:  # torch.nn has no words for tokens
+            raise RuntimeError(problem)
+        if problem:
+            self._refuse(input, hx, problem)
 
     def _sizes(self) -> dict[str, Any]:
         sizes = {"input_size": self.input_size, "hidden_size": self.hidden_size}
@@ -115,32 +198,24 @@ class FrozenLayers(Frozen):
     def flatten_parameters(self) -> None:
         """Does nothing. Models call it, since torch.nn's layers have it."""
 
-    def _forward_packed(self, input: PackedSequence, hx: Any) -> Any:
+    def _forward_packed(self, input: PackedSequence, hx: Any, tables: list[Tensor]) -> Any:
         data, batch_sizes, order, inverse = input
         if problem := checks.packed_problem(input):
             raise RuntimeError(problem)
         cell, states, batch = self._cell, states_of(self._cell, hx), int(batch_sizes[0])
-        if problem := checks.sequence_problem(
-            cell, data, states, self._stand_ins(), self._options(), batch
-        ):
-            self._refuse(input, hx, problem)
+        problem = checks.sequence_problem(
+            cell, data, states, self._stand_ins(), self._options(), batch, bool(tables)
+        )
+        self._refuse_problem(input, hx, problem, tables)
         if order is not None and states is not None:
             states = tuple(state.index_select(1, order) for state in states)
         lengths = (batch_sizes.unsqueeze(1) > torch.arange(batch, device="cpu")).sum(0)
         self._make_readable()
-        y, finals = self._run(data, states, Extras(lengths))
+        y, finals = self._run(data, states, Extras(lengths), tables)
         if inverse is not None:
             finals = tuple(final.index_select(1, inverse) for final in finals)
         output = PackedSequence(y, batch_sizes, order, inverse)
         return output, finals if cell.states > 1 else finals[0]
-
-    def _forward_in_autocast(self, input: Any, hx: Any, lengths: Any, reset: Any) -> Any:
-        dtype = torch.get_autocast_dtype("cpu")
-        with torch.autocast("cpu", enabled=False):
-            results = self(
-                _converted(input, torch.float32), _converted(hx, torch.float32), lengths, reset
-            )
-        return _converted(results, dtype)
 
     def _run_short(self, x: Any, hx: Any, lengths: Tensor | None, reset: Tensor | None) -> Any:
         """The results of a plain call, from C++ alone; None if anything about it is unusual."""
@@ -163,17 +238,18 @@ class FrozenLayers(Frozen):
             reset,
         )
 
-    def _run(self, x: Tensor, states: Any, extras: Extras) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Runs all layers. x is (T, B, I), or packed (N, I) with lengths."""
-        options = self._options()
+    def _run(
+        self, x: Tensor, states: Any, extras: Extras, tables: list[Tensor]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Runs all layers. x is (T, B, I), or packed (N, I) with lengths; I is 1 for tokens."""
+        options, blocks = self._options(), self._with_tables(tables)
         if states is None:
             batch = x.shape[1] if extras.lengths is None else extras.lengths.shape[0]
             sizes = sequences.state_sizes(self._cell, self._stand_ins(), options)
             rows = options.num_layers * options.directions
-            states = tuple(x.new_zeros(rows, batch, size) for size in sizes)
-        y, finals, _ = sequences.stack(
-            _layer, self._cell, x, states, self._blocks(), options, extras
-        )
+            zeros = partial(torch.zeros, dtype=torch.float32, device=x.device)
+            states = tuple(zeros(rows, batch, size) for size in sizes)
+        y, finals, _ = sequences.stack(_layer, self._cell, x, states, blocks, options, extras)
         return y, finals
 
     @property
@@ -296,7 +372,12 @@ class FrozenCell(Frozen):
 
 
 def _matrices_of_layers(
-    cell: Cell, sizes: tuple[int, int, int], layers: int, bias: bool, bidirectional: bool
+    cell: Cell,
+    sizes: tuple[int, int, int],
+    layers: int,
+    bias: bool,
+    bidirectional: bool,
+    tokens: bool,
 ) -> list[Matrix]:
     """The matrices of a stack of layers with the sizes I, H and P, in torch.nn's order."""
     inputs, hidden, h_size = sizes
@@ -306,7 +387,8 @@ def _matrices_of_layers(
         columns = inputs if k == 0 else h_size * (2 if bidirectional else 1)
         for direction in ("", "_reverse")[: 1 + bidirectional]:
             end = f"_l{k}{direction}"
-            found.append(_matrix("ih", end, (rows, columns), cell.gates, bias))
+            first = _matrix("ih", end, (rows, columns), cell.gates, bias)
+            found.append(first._replace(is_table=tokens and k == 0))
             found.append(_matrix("hh", end, (rows, h_size), cell.gates, bias))
             if h_size != hidden:
                 found.append(_matrix("hr", end, (h_size, hidden), 1, False))

@@ -36,13 +36,15 @@ def translate(
     Raises:
         NotImplementedError: There are no nodes for it.
     """
-    from onnxscript import opset18
+    from onnxscript import ir, opset18
 
     if reset is not None or w_hr is not None:
         raise NotImplementedError("ONNX's recurrent nodes have no reset and no projection")
     node = NODES[cell]
     matrices = [unpack(_data_of(value)) for value in (w_ih, w_hh)]
     gates, hidden = len(node.order), matrices[1].weight.shape[1]
+    if x.dtype == ir.DataType.INT64:  # tokens: no node reads a table
+        x = _one_hot(x, matrices[0].weight.shape[1])
 
     def ordered(rows: Tensor) -> Tensor:
         """Reorders gate blocks (G*H, ...) from torch's order to ONNX's (1, G*H, ...)."""
@@ -79,6 +81,17 @@ def translate(
         **attributes,
     )
     return [y, *finals, *([_constant(torch.empty(0))] if c0 is None else [])]
+
+
+def _one_hot(tokens: Any, count: int) -> Any:
+    """Vectors (T, B, V) of float32 in place of tokens (T, B, 1)."""
+    from onnxscript import opset18
+
+    zero_and_one = _constant(torch.tensor([0.0, 1.0]))
+    last: Any = opset18.Constant(value_ints=[-1])
+    return opset18.OneHot(
+        opset18.Squeeze(tokens, last), _constant(torch.tensor(count)), zero_and_one, axis=-1
+    )
 
 
 def _constant(values: Tensor) -> Any:

@@ -22,7 +22,7 @@ def zero_states(module: FrozenLayers | FrozenCell, batch: int) -> tuple[Tensor, 
 
     Raises:
         TypeError: ``module`` is not frozen.
-        ValueError: ``module`` is bidirectional, or ``batch`` is not positive.
+        ValueError: ``module`` is bidirectional or reads tokens, or ``batch`` is not positive.
     """
     if not isinstance(module, (FrozenLayers, FrozenCell)):
         raise TypeError(
@@ -31,6 +31,8 @@ def zero_states(module: FrozenLayers | FrozenCell, batch: int) -> tuple[Tensor, 
         )
     if getattr(module, "bidirectional", False):
         raise ValueError("a stream cannot run backwards in time: the module is bidirectional")
+    if getattr(module, "tokens", False):
+        raise ValueError("a stream reads vectors, and the module reads tokens")
     if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
         raise ValueError(f"expected a positive number of sequences, got {batch!r}")
     layers, hidden = getattr(module, "num_layers", 1), module.hidden_size
@@ -76,7 +78,8 @@ class Stream:
 
     Raises:
         TypeError: ``module`` is not frozen.
-        ValueError: ``module`` is bidirectional, or ``batch`` is not positive.
+        ValueError: ``module`` is bidirectional or reads tokens (``tokens=True``), or ``batch`` is
+            not positive.
 
     Example:
         >>> frozen = rnnfast.freeze(torch.nn.LSTM(3, 8))

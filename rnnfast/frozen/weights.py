@@ -83,6 +83,8 @@ class Matrix(NamedTuple):
     shape: tuple[int, int]
     gates: int
     """G, or 1 for the projection of h."""
+    is_table: bool = False
+    """Whether the block has a row for each column: W_ih of a layer that reads one-hot tokens."""
 
     @property
     def scale(self) -> str:
@@ -138,7 +140,7 @@ class Frozen(nn.Module):
 
     def _pack(self, matrix: Matrix, given: Weights) -> Tensor:
         weights = given.to(TYPES[self.weights])
-        return torch.ops.rnnfast.pack_weights(*weights, matrix.gates)
+        return torch.ops.rnnfast.pack_weights(*weights, matrix.gates, matrix.is_table)
 
     def unpacked(self) -> dict[str, Weights]:
         """The weights in the order of torch.nn, by the names of their parameters there.
@@ -165,13 +167,15 @@ class Frozen(nn.Module):
 
         Raises:
             ImportError: The package safetensors is not installed.
-            ValueError: The module is bidirectional.
+            ValueError: The module is bidirectional, or reads tokens (``tokens=True``).
         """
         from safetensors.torch import save_file
 
         sizes = self._sizes()
         if getattr(self, "bidirectional", False):
             raise ValueError("the C library runs one direction, and the module is bidirectional")
+        if any(matrix.is_table for matrix in self._matrices):
+            raise ValueError("the C library reads vectors, and the module reads tokens")
         metadata = {"format": "rnnfast", "version": "1", "weights": self.weights, **sizes}
         tensors = {name: value.contiguous() for name, value in self.state_dict().items()}
         save_file(tensors, path, metadata={key: str(value) for key, value in metadata.items()})

@@ -120,3 +120,66 @@ RNNFAST_CHECK(frozen) {
         }
   }
 }
+
+// Checks the look-up of tokens in tables of every type.
+RNNFAST_CHECK(frozen_tokens) {
+  constexpr Dtype kTypes[] = {Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16};
+  const auto check = [&](WeightType type, const GateShape& shape, int64_t panel) {
+    const int64_t columns = shape.gates * shape.H, units = shape.unit_vectors * kit.lanes;
+    const int64_t left = (shape.H - panel * units + kit.lanes - 1) / kit.lanes;
+    const int64_t vectors = std::min<int64_t>(shape.unit_vectors, left);
+    const int64_t width = shape.gates * units,
+                  used = (shape.gates - 1) * units + vectors * kit.lanes;
+    const int count = int(kit.random.below(4)) + 1;
+    const bool integers = type == WeightType::kInt8, has_bias = kit.random.coin();
+    now("type %d, H=%lld, %d gates, panel %lld, %d rows", int(type), (long long)shape.H,
+        shape.gates, (long long)panel, count);
+    std::vector<std::vector<double>> values;
+    std::vector<Buffer> rows;
+    std::vector<const void*> given;
+    for (int i = 0; i < count; ++i) {
+      Buffer row(columns * (integers ? 1 : size_of(kTypes[int(type)])), kit.random.below(3));
+      std::vector<double> of_row;
+      for (int64_t j = 0; j < columns; ++j) {
+        of_row.push_back(kit.random.whole(integers ? 127 : 8));
+        if (integers)
+          row.data()[j] = char(int8_t(of_row.back()));
+        else
+          put(kTypes[int(type)], row.data(), j, of_row.back());
+      }
+      values.push_back(of_row);
+      rows.push_back(std::move(row));
+      given.push_back(rows.back().data());
+    }
+    const Numbers scales = kit.numbers(Dtype::kFloat32, columns, false, kit.random.below(2));
+    const Numbers bias = kit.numbers(Dtype::kFloat32, columns, false, kit.random.below(2));
+    Numbers to(Dtype::kFloat32, (count - 1) * width + used, kit.random.below(2));
+    kit.k.gather_frozen_tokens[int(type)](
+        shape, given.data(), count,
+        integers ? reinterpret_cast<const float*>(scales.data()) : nullptr,
+        has_bias ? bias.data() : nullptr, panel, to.data());
+    to.check_border("to");
+    for (int i = 0; i < count; ++i)
+      for (int64_t j = 0; j < used; ++j) {
+        const int64_t unit = panel * units + j % units, column = j / units * shape.H + unit;
+        Sum sum;
+        if (unit < shape.H) {
+          sum.add((long double)values[size_t(i)][size_t(column)] * (integers ? scales[column] : 1));
+          if (has_bias) sum.add(bias[column]);
+        }
+        expect("to", i, j, to[i * width + j], sum, 2 * epsilon(Dtype::kFloat32));
+      }
+  };
+  for (int type = 0; type < kWeightTypes; ++type) {
+    if (!kit.k.gather_frozen_tokens[type]) {
+      if (kit.S == Dtype::kFloat32) fail("float has no tables of frozen weights");
+      continue;
+    }
+    for (int gates = 1; gates <= 4; ++gates)
+      for (const int64_t H : {1, kit.lanes - 1, kit.lanes, kit.lanes + 1, 9 * kit.lanes - 1}) {
+        const GateShape shape{H, gates, gates == 1 ? 4 : 1};
+        const int64_t units = shape.unit_vectors * kit.lanes;
+        for (int64_t panel = 0; panel * units < H; ++panel) check(WeightType(type), shape, panel);
+      }
+  }
+}

@@ -327,13 +327,14 @@ RNNFAST_CHECK(gathers) {
       const int64_t width = of.full_width(), used = int64_t(of.vectors()) * kit.lanes;
       now("H=%lld, %d gates, panel %lld, %d rows", (long long)shape.H, shape.gates,
           (long long)panel, count);
-      Numbers bias(kit.A, used, 1);
-      for (int64_t j = 0; j < used; ++j) bias.set(j, of.row(j) < 0 ? 0 : kit.random.real());
+      const bool has_bias = kit.random.coin();
+      const Numbers bias = kit.numbers(kit.S, shape.gates * shape.H, false, kit.random.below(2));
       for (const bool from_tokens : {true, false}) {
         const auto& rows = from_tokens ? tokens : projected;
         Numbers to(kit.A, (count - 1) * width + used, kit.random.below(2));
         if (from_tokens)
-          kit.k.gather_tokens(shape, pointers(rows).data(), count, bias.data(), panel, to.data());
+          kit.k.gather_tokens(shape, pointers(rows).data(), count, nullptr,
+                              has_bias ? bias.data() : nullptr, panel, to.data());
         else
           kit.k.gather_gates(shape, pointers(rows).data(), count, panel, to.data());
         to.check_border("to");
@@ -342,7 +343,7 @@ RNNFAST_CHECK(gathers) {
           for (int64_t j = 0; j < used; ++j) {
             Sum sum;
             if (of.row(j) >= 0) sum.add(rows[size_t(i)][of.row(j)]);
-            if (from_tokens) sum.add(bias[j]);
+            if (from_tokens && has_bias && of.row(j) >= 0) sum.add(bias[of.row(j)]);
             expect("to", i, j, to[i * width + j], sum, epsilon(kit.A));
           }
         }

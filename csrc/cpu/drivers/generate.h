@@ -12,7 +12,7 @@ namespace rnnfast::cpu {
 
 class Generate {
  public:
-  Generate(const Context& context, const GenerateArgs& args, Arena& arena);
+  Generate(const Context& context, const GenerateArgs& args, const Plan& plan, Arena& arena);
 
   // Packs the weights and loads the states.
   void start(const Team& team);
@@ -23,7 +23,8 @@ class Generate {
   char* h(int64_t layer, int64_t parity, int64_t b) const {
     return h_[parity][layer * args_.B + b];
   }
-  void advance(int64_t layer, int64_t parity, const int64_t* tokens, Span panels);
+  void load_lhs(int64_t layer, int64_t parity, const Team& team);
+  void advance(int64_t layer, int64_t parity, const int64_t* tokens, const Team& team);
   void score(int64_t parity, Span panels);
 
   const Context& context_;
@@ -31,9 +32,11 @@ class Generate {
   struct Layer {
     GateWeights input, hidden;
   };
+  TokenTable table_;  // W_ih of the first layer
   std::vector<Layer> layers_;
   GateWeights head_;
   Rows h_[2];  // E [layer][B], the state before even and odd steps
+  Rows lhs_;  // per thread [layer][B]: the latest h as lhs rows, if the layers' format converts
   Rows c_;  // A [layer][B]
   Rows scores_;  // A [B]
 };

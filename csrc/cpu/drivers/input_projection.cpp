@@ -25,16 +25,23 @@ InputProjection::InputProjection(const Context& context, const ForwardArgs& args
       !args.tokens && whole_rows_pay(context, args.size))
     whole_rows_.emplace(context, by_units_.format(), 1, context.cell.gates * args.size.H,
                         args.size.I, plan.input);
-  GateWeights& own = whole_rows_ ? *whole_rows_ : by_units_;
-  own.set(args.w_ih);
-  own.take(arena, plan.threads);
+  if (args.tokens) {
+    table_.emplace(context, args.size.H, plan.input);
+    table_->set(args.w_ih, args.b_ih);
+  } else {
+    GateWeights& own = whole_rows_ ? *whole_rows_ : by_units_;
+    own.set(args.w_ih);
+    own.take(arena, plan.threads);
+  }
   projected_ = arena.take<char>(plan.threads * block_rows * context.compute(max_width_));
   inputs_ = arena.take<const void*>(plan.threads * block_rows);
   const WeightFormat& format = by_units_.format();
   const int64_t bytes = format.row_bytes(args.size.I);
   // x can be read in place if S is E and its rows need no zeros to fill the last word.
-  if (format.converts_lhs || context.kernels.storage_bytes != context.kernels.element_bytes ||
-      bytes != context.storage(args.size.I))
+  const bool as_it_lies = !format.converts_lhs &&
+                          context.kernels.storage_bytes == context.kernels.element_bytes &&
+                          bytes == context.storage(args.size.I);
+  if (!args.tokens && !as_it_lies)
     x_ = {arena.take<char>(plan.threads * block_rows * bytes), bytes};
 }
 
@@ -46,21 +53,14 @@ void InputProjection::take_own(int thread) {
 }
 
 void InputProjection::pack(const Team& team) {
+  if (table_) return;  // it is not multiplied
   GateWeights& w = whole_rows_ ? *whole_rows_ : by_units_;
-  if (args_.tokens) {  // w_ih is a table, which is not multiplied
-    const Span own = team.share(w.count());
-    return context_.kernels.pack_bias(w.shape(), args_.b_ih, own.begin, own.end,
-                                      w.bias_at(own.begin));
-  }
   good_ &= w.pack(args_.b_ih, team.share(w.count()));
 }
 
 const char* InputProjection::input(int64_t t, int64_t b) const {
   const int64_t offset = batch_.offset(t, b, args_.x_stride_t, args_.x_stride_b);
-  return args_.tokens
-             ? at(args_.w_ih,
-                  context_.storage(args_.tokens[offset] * context_.cell.gates * args_.size.H))
-             : at(args_.x, context_.storage(offset));
+  return table_ ? table_->row(args_.tokens[offset]) : at(args_.x, context_.storage(offset));
 }
 
 void InputProjection::run(Span steps, Span rows, Span panels) {
@@ -71,7 +71,7 @@ void InputProjection::run(Span steps, Span rows, Span panels) {
     const Span active = batch_.active(t, rows);
     for (int64_t b = active.begin; b < active.end; ++b) inputs_[count++] = input(t, b);
   }
-  if (args_.tokens) return;
+  if (table_) return;
   const WeightFormat& format = by_units_.format();
   for (int64_t r = 0; x_ && r < count; ++r)
     good_ &= format.load_lhs(x_[r], inputs_[r], args_.size.I);
@@ -97,9 +97,8 @@ void InputProjection::run(Span steps, Span rows, Span panels) {
 InputProjection::Projected InputProjection::rows(int64_t first, int count, int64_t panel,
                                                  void* to) const {
   const int64_t stride = row_stride(), width = by_units_.width();
-  if (args_.tokens) {
-    context_.kernels.gather_tokens(by_units_.shape(), inputs_ + first, count,
-                                   by_units_.bias_at(panel), panel, to);
+  if (table_) {
+    table_->gather(inputs_ + first, count, panel, to);
     return {to, width};
   }
   if (whole_rows_) {

@@ -31,7 +31,7 @@ class InputProjection {
   Projected rows(int64_t first, int count, int64_t panel, void* to) const;
 
   // Whether `rows` gives all steps of a row with one stride, and all panels side by side.
-  bool is_by_units() const { return !whole_rows_ && !args_.tokens; }
+  bool is_by_units() const { return !whole_rows_ && !table_; }
   // Whether a step computes its own projection in less time than it takes to read it: x has few
   // numbers, which are read in place, and all panels are packed.
   bool is_cheap() const {
@@ -39,7 +39,7 @@ class InputProjection {
   }
   GateWeights::Panel first_panel() { return by_units_.panel(0, good_); }
   int64_t panel_bytes() const { return by_units_.panel_bytes(); }
-  // A row of x; for a token, its row [G][H] of the table w_ih.
+  // A row of x; for a token, its row [G][H] of the table.
   const char* input(int64_t t, int64_t b) const;
 
   // Whether the weight format could represent all numbers that this thread has met.
@@ -59,6 +59,7 @@ class InputProjection {
   // lanes unused if the units do not fill their last vector. The results must then be regrouped by
   // units, for each panel.
   std::optional<GateWeights> whole_rows_;
+  std::optional<TokenTable> table_;  // of an input of tokens, used instead of both
   const int64_t block_rows_, max_width_;
   bool good_ = true;
   Span own_{0, 0};  // panels of units

@@ -13,14 +13,19 @@ Recompute::Recompute(const Context& context, const BackwardArgs& args, const Pla
              args.size.I, formats_.pack ? Packing::kOnce : Packing::kNone),
       hidden_(context, context.format(formats_.h_split), context.cell.gates, args.size.H,
               args.h_size, formats_.pack ? Packing::kOnce : Packing::kNone),
+      table_(context, args.size.H, Packing::kNone),
       block_steps_(plan.block_steps) {
   if (!wanted(context, args)) return;
   const int64_t block_rows = plan.block_steps * args.size.B;
   const int64_t gate_bytes = context.storage(context.cell.saved * args.size.H);
   gates_ = {arena.take<char>(block_rows * gate_bytes), gate_bytes};
-  input_.set(args.w_ih);
+  if (args.tokens) {
+    table_.set(args.w_ih, args.b_ih);
+  } else {
+    input_.set(args.w_ih);
+    input_.take(arena, plan.threads);
+  }
   hidden_.set(args.w_hh);
-  input_.take(arena, plan.threads);
   hidden_.take(arena, plan.threads);
   good_ = arena.take<bool>(plan.threads);
   const auto copies = [&](const GateWeights& w) {
@@ -29,7 +34,7 @@ Recompute::Recompute(const Context& context, const BackwardArgs& args, const Pla
                              bytes == context.storage(w.K());
     return as_they_lie ? Rows{} : Rows{arena.take<char>(block_rows * bytes), bytes};
   };
-  x_ = copies(input_);
+  if (!args.tokens) x_ = copies(input_);
   h_ = copies(hidden_);
 }
 
@@ -37,24 +42,20 @@ void Recompute::pack(const Team& team) {
   if (!wanted(context_, args_)) return;
   const Span panels = team.share(hidden_.count());
   bool good = true;
-  if (args_.tokens)
-    context_.kernels.pack_bias(input_.shape(), args_.b_ih, panels.begin, panels.end,
-                               input_.bias_at(panels.begin));
-  else
-    good &= input_.pack(args_.b_ih, panels);
+  if (!args_.tokens) good &= input_.pack(args_.b_ih, panels);
   good &= hidden_.pack(args_.b_hh, panels);
   good_[team.index()] = good;
 }
 
 void Recompute::run(const BlockRow* rows, int64_t count, const Team& team) const {
-  const int64_t I = args_.size.I, P = args_.h_size, G = context_.cell.gates;
+  const int64_t I = args_.size.I, P = args_.h_size;
   const Span own = team.share(count);
   const auto x = [&](int64_t i) { return history_.x(rows[i].step, rows[i].b); };
   const auto h = [&](int64_t i) { return history_.h_before(rows[i].step, rows[i].b); };
   bool good = true;
   for (int i = 0; i < team.size(); ++i) good &= good_[i];
   for (int64_t i = own.begin; i < own.end; ++i) {
-    if (x_ && !args_.tokens) good &= input_.format().load_lhs(x_[i], x(i), I);
+    if (x_) good &= input_.format().load_lhs(x_[i], x(i), I);
     if (h_) good &= hidden_.format().load_lhs(h_[i], h(i), P);
   }
   // An lhs row. The row is read in place if there are no copies, or if a number cannot be
@@ -81,10 +82,8 @@ void Recompute::run(const BlockRow* rows, int64_t count, const Team& team) const
       for (int i = 0; i < n; ++i) {
         const int64_t index = own.begin + r + i;
         const BlockRow row = rows[index];
-        from[i] = args_.tokens
-                      ? at(args_.w_ih,
-                           context_.storage(history_.token(row.step, row.b) * G * args_.size.H))
-                      : lhs(x_, index, x(index));
+        from[i] =
+            args_.tokens ? table_.row(history_.token(row.step, row.b)) : lhs(x_, index, x(index));
         before[i] = lhs(h_, index, h(index));
         tile[i] = {.h_prev = lhs(states, index, h(index)),
                    .c_prev = context_.cell.has_c ? history_.c_before(row.step, row.b) : nullptr,
@@ -94,7 +93,7 @@ void Recompute::run(const BlockRow* rows, int64_t count, const Team& team) const
                    .c_copy = nullptr};
       }
       if (args_.tokens)
-        context_.kernels.gather_tokens(input_.shape(), from, n, input_.bias_at(p), p, from_x.data);
+        table_.gather(from, n, p, from_x.data);
       else
         multiply(input_, p, from, n, from_x.data);
       multiply(hidden_, p, before, n, from_h.data);

@@ -32,6 +32,7 @@ class Recompute {
   const History& history_;
   const ForwardFormats formats_;
   GateWeights input_, hidden_;  // W_ih and W_hh, packed if the forward packs them
+  TokenTable table_;  // W_ih of an input of tokens
   const int64_t block_steps_;
   Rows gates_;            // S [step of a block][B]
   bool* good_ = nullptr;  // per thread: whether the formats can represent the weights it packed

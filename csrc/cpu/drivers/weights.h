@@ -1,5 +1,5 @@
 // The rhs of products: GateWeights for a weight matrix in panels of units, Columns for any other
-// matrix.
+// matrix. TokenTable is what is looked up in place of a product.
 #pragma once
 
 #include "cpu/drivers/context.h"
@@ -151,6 +151,43 @@ class GateWeights {
   const void* w_ = nullptr;
   char* packed_ = nullptr;  // all panels or one; null if weights are read in place
   char* bias_ = nullptr;    // A [panel][width]
+};
+
+// A table (V, G*H) with W_ih x for every token, and the bias of W_ih.
+class TokenTable {
+ public:
+  TokenTable(const Context& context, int64_t H, Packing packing)
+      : kernels_(context.kernels),
+        shape_{H, context.cell.gates, context.cell.gates == 1 ? kMaxTileVectors : 1},
+        packing_(packing),
+        pitch_(context.storage(context.cell.gates * H)) {}
+
+  // Sets the table, S (V, G*H), and its bias, S (G*H) or null; or a block of frozen weights, which
+  // has the bias within.
+  void set(const void* table, const void* bias) {
+    rows_ = table, bias_ = bias;
+    if (packing_ != Packing::kFrozen || !table) return;  // null while the workspace is measured
+    const FrozenTable frozen = frozen_table(table);
+    rows_ = frozen.rows, pitch_ = frozen.pitch;
+    scales_ = frozen.scales, bias_ = frozen.bias;
+    gather_ = kernels_.gather_frozen_tokens[int(frozen.type)];
+  }
+
+  const char* row(int64_t token) const { return at(rows_, token * pitch_); }
+  // The part of some rows that belongs to a panel; see GatherFunction.
+  void gather(const void* const* rows, int count, int64_t panel, void* to) const {
+    gather_(shape_, rows, count, scales_, bias_, panel, to);
+  }
+
+ private:
+  const MicroKernels& kernels_;
+  const GateShape shape_;
+  const Packing packing_;
+  GatherFunction gather_ = kernels_.gather_tokens;
+  int64_t pitch_;  // bytes from one row to the next
+  const void* rows_ = nullptr;
+  const float* scales_ = nullptr;
+  const void* bias_ = nullptr;
 };
 
 // A general rhs (K, N) in panels of kMaxTileVectors vectors of columns. The last panel has only the

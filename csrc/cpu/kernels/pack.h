@@ -175,33 +175,51 @@ void pack_bias(const GateShape& shape, const void* bias, int64_t begin, int64_t 
   }
 }
 
-// Gathers a panel's part of rows of T, and adds the bias unless it is null.
-template <class T>
+// Loads weights of int8 as floats.
+RNNFAST_INLINE Vec<float> load(const int8_t* p, int64_t n) {
+  constexpr int lanes = kLanes<float>;
+  typedef int8_t Bytes __attribute__((vector_size(lanes)));
+  Bytes bytes{};
+  if (n >= lanes)
+    __builtin_memcpy(&bytes, p, sizeof(bytes));
+  else
+    for (int64_t i = 0; i < n; ++i) bytes[i] = p[i];
+  return __builtin_convertvector(__builtin_convertvector(bytes, VectorOf<float>::integer),
+                                 Vec<float>);
+}
+
+// Gathers a panel's part of rows of W as vectors of A. What is stored is adjust(vector, its place
+// in a row, the elements of its gate from there on).
+template <class W, class A, class F>
 RNNFAST_INLINE void gather(const GateShape& shape, const void* const* rows, int count,
-                           const void* bias, int64_t panel, void* to) {
-  using A = Compute<T>;
+                           int64_t panel, void* to, F&& adjust) {
   constexpr int lanes = kLanes<A>;
   const GateColumns columns{shape, panel, lanes};
   const int vectors = columns.vectors();
   A* out = static_cast<A*>(to);
   for (int i = 0; i < count; ++i, out += shape.gates * shape.unit_vectors * lanes) {
-    const T* row = static_cast<const T*>(rows[i]);
+    const W* row = static_cast<const W*>(rows[i]);
     for (int j = 0; j < vectors; ++j) {
-      Vec<A> value = load(row + columns.row(j), columns.units(j));
-      if (bias) value += load(static_cast<const A*>(bias) + j * lanes);
-      store(out + j * lanes, value);
+      const int64_t place = columns.row(j), left = columns.units(j);
+      store(out + j * lanes, adjust(load(row + place, left), place, left));
     }
   }
 }
-template <class S>
-void gather_tokens(const GateShape& shape, const void* const* rows, int count, const void* bias,
-                   int64_t panel, void* to) {
-  gather<S>(shape, rows, count, bias, panel, to);
+template <class W, class S>
+void gather_tokens(const GateShape& shape, const void* const* rows, int count, const float* scales,
+                   const void* bias, int64_t panel, void* to) {
+  using A = Compute<S>;
+  gather<W, A>(shape, rows, count, panel, to,
+               [&](Vec<A> value, int64_t place, int64_t left) __attribute__((always_inline)) {
+                 if constexpr (std::is_same_v<W, int8_t>) value *= load(scales + place, left);
+                 if (bias) value += load(static_cast<const S*>(bias) + place, left);
+                 return value;
+               });
 }
 template <class A>
 void gather_gates(const GateShape& shape, const void* const* rows, int count, int64_t panel,
                   void* to) {
-  gather<A>(shape, rows, count, nullptr, panel, to);
+  gather<A, A>(shape, rows, count, panel, to, [](Vec<A> value, int64_t, int64_t) { return value; });
 }
 
 }  // namespace rnnfast::cpu::RNNFAST_TARGET

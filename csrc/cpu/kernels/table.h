@@ -100,6 +100,10 @@ constexpr MicroKernels make_kernels(Dtype dtype) {
     set_steps<S, RowProduct<NarrowOperand<bf16>>>(k.steps[int(WeightType::kBFloat16)]);
     set_steps<S, RowProduct<NarrowOperand<f16>>>(k.steps[int(WeightType::kFloat16)]);
     set_steps<S, Int8RowProduct<int8::Int16Pairs>>(k.steps[int(WeightType::kInt8)]);
+    k.gather_frozen_tokens[int(WeightType::kFloat32)] = gather_tokens<float, S>;
+    k.gather_frozen_tokens[int(WeightType::kBFloat16)] = gather_tokens<bf16, S>;
+    k.gather_frozen_tokens[int(WeightType::kFloat16)] = gather_tokens<f16, S>;
+    k.gather_frozen_tokens[int(WeightType::kInt8)] = gather_tokens<int8_t, S>;
   }
   if constexpr (std::is_same_v<S, A>)
     set_steps<S, RowProduct<Op>>(k.steps[int(WeightType::kFloat32)]);
@@ -109,7 +113,7 @@ constexpr MicroKernels make_kernels(Dtype dtype) {
   k.add = add_row<A>, k.add_elements = add_elements<E>;
   k.store_sum = store_sum<S>, k.gather_grad = gather_grad<E, S>;
   k.pack_bias = pack_bias<S>;
-  k.gather_tokens = gather_tokens<S>, k.gather_gates = gather_gates<A>;
+  k.gather_tokens = gather_tokens<S, S>, k.gather_gates = gather_gates<A>;
   k.dots = dots<S, E>, k.outer_few = outer_few<S, E>;
 #define RNNFAST_CELL(C) \
   k.cells[int(CellKind::k##C)] = {cell_numbers<C>(), cell_forward<C, S, E>, cell_backward<C, S, E>};
