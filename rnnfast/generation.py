@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from . import backend as _backend
 from .bases import CELL_OF_MODE, Layers
+from .frozen import FrozenLayers
 from .tokens import has_hooks, is_plain
 
 # Setting up a fused generation takes about one step of the loop per this many vocabulary tokens.
@@ -112,7 +113,7 @@ def sample(scores: Tensor, sampling: Sampling, uniforms: Tensor) -> Tensor:
 
 
 def continue_tokens(
-    layers: nn.RNNBase,
+    layers: nn.RNNBase | FrozenLayers,
     head: nn.Linear,
     embedding: nn.Embedding | None,
     prompts: list[Tensor],
@@ -123,7 +124,7 @@ def continue_tokens(
     """Samples what follows the prompts.
 
     Args:
-        layers: Recurrent layers in one direction, without projection.
+        layers: Recurrent layers in one direction, without projection. They may be frozen.
         head: (H -> V).
         embedding: (V, I), or None where the layers read tokens.
         prompts: B of them, int64 (T) on the model's device, T >= 1, which may differ.
@@ -142,7 +143,7 @@ def continue_tokens(
     latest = torch.stack([prompt[-1] for prompt in prompts])
     run: _Loop | _Fused
     few = sum(chunks) * len(prompts) * _SETTING_UP < head.out_features
-    if isinstance(layers, Layers) and not few and _fuses(layers, head, embedding):
+    if not few and isinstance(layers, (Layers, FrozenLayers)) and _fuses(layers, head, embedding):
         run = _Fused(layers, head, embedding, states, sampling)
     else:
         run = _Loop(layers, head, embedding, states, sampling)
@@ -157,12 +158,14 @@ def continue_tokens(
 
 
 def _read_prompts(
-    layers: nn.RNNBase, embedding: nn.Embedding | None, prompts: list[Tensor]
+    layers: nn.RNNBase | FrozenLayers, embedding: nn.Embedding | None, prompts: list[Tensor]
 ) -> tuple[Tensor, ...]:
     """Returns the states (L, B, H) after all tokens of each prompt except the last."""
     shape = (layers.num_layers, len(prompts), layers.hidden_size)
-    like = layers._flat_weights[0]
-    assert isinstance(like, Tensor)
+    if isinstance(layers, FrozenLayers):
+        like = torch.empty(0, dtype=torch.float32, device="cpu")
+    else:
+        like = cast(Tensor, layers._flat_weights[0])
     states = tuple(like.new_zeros(shape) for _ in range(2 if layers.mode == "LSTM" else 1))
     for length in {len(prompt) for prompt in prompts} - {1}:
         rows = [row for row, prompt in enumerate(prompts) if len(prompt) == length]
@@ -174,7 +177,10 @@ def _read_prompts(
 
 
 def _step(
-    layers: nn.RNNBase, embedding: nn.Embedding | None, tokens: Tensor, states: tuple[Tensor, ...]
+    layers: nn.RNNBase | FrozenLayers,
+    embedding: nn.Embedding | None,
+    tokens: Tensor,
+    states: tuple[Tensor, ...],
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Returns the outputs (B, T, H) for tokens (B, T), and the states after them."""
     tokens = tokens if layers.batch_first else tokens.t()
@@ -189,7 +195,7 @@ class _Loop:
 
     def __init__(
         self,
-        layers: nn.RNNBase,
+        layers: nn.RNNBase | FrozenLayers,
         head: nn.Linear,
         embedding: nn.Embedding | None,
         states: tuple[Tensor, ...],
@@ -213,19 +219,23 @@ class _Fused:
 
     def __init__(
         self,
-        layers: Layers,
+        layers: Layers | FrozenLayers,
         head: nn.Linear,
         embedding: nn.Embedding | None,
         states: tuple[Tensor, ...],
         sampling: Sampling,
     ) -> None:
-        weights = list(layers._read(layers._flat_weights_names))
-        weights[0] = weights[0].t() if embedding is None else F.linear(embedding.weight, weights[0])
+        if isinstance(layers, FrozenLayers):
+            weights = layers._blocks_for(embedding)
+        else:
+            weights = layers._read(layers._flat_weights_names)
+            table = weights[0].t() if embedding is None else F.linear(embedding.weight, weights[0])
+            weights = [table, *weights[1:]]
         extension: Any = _backend.EXTENSION
         self.run = extension.Generation(
             _backend.CELL_KINDS[CELL_OF_MODE[layers.mode].name],
             weights,
-            layers.bias,
+            layers.bias and isinstance(layers, Layers),  # frozen weights have them within
             list(states),
             head.weight,
             head.bias,
@@ -237,10 +247,15 @@ class _Fused:
         return tokens.t()
 
 
-def _fuses(layers: Layers, head: nn.Linear, embedding: nn.Embedding | None) -> bool:
+def _fuses(layers: Layers | FrozenLayers, head: nn.Linear, embedding: nn.Embedding | None) -> bool:
     """Whether the extension can run the whole model."""
+    if isinstance(layers, FrozenLayers):
+        served = head.weight.dtype is torch.float32
+        served = served and (embedding is None or embedding.weight.dtype is torch.float32)
+    else:
+        served = _backend.choose(layers.backend, head.weight) == "fused"
     return (
-        _backend.choose(layers.backend, head.weight) == "fused"
+        served
         and head.weight.device.type == "cpu"
         and _backend.EXTENSION is not None
         and _backend.EXTENSION.get_cpu_capability() in _backend.EXTENSION.cpu_capabilities()

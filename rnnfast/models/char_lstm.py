@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rnnfast import tokens
+from rnnfast.frozen import FrozenLayers
 from rnnfast.generation import Sampling, continue_tokens
 from rnnfast.models.results import as_step, pair
 from rnnfast.modules import LSTM
@@ -136,7 +137,7 @@ class CharLSTM(nn.Module):
                 f"CharLSTM: expected tokens of shape (batch, time), got {tuple(tokens.shape)}; "
                 f"{_REMEDIES.get(tokens.dim(), 'the numbers of the symbols, one row per sequence')}"
             )
-        if isinstance(self.lstm, LSTM):
+        if isinstance(self.lstm, (LSTM, FrozenLayers)):
             y, state = self.lstm(tokens, hidden, embedding=self.embedding)
         else:
             y, state = self.lstm(self.embedding(tokens), hidden)
