@@ -17,7 +17,7 @@ C_SOURCES := $(wildcard csrc/c/*.cpp csrc/cpu/*.cpp csrc/cpu/drivers/*.cpp csrc/
 C_OBJECTS := $(C_SOURCES:csrc/%.cpp=build/c/%.o)
 C_FLAGS := -O3 -fopenmp -fPIC -fno-math-errno -ffp-contract=off -fvisibility=hidden -Wall -Wextra -Icsrc
 C_LINK := -shared -fopenmp -static-libstdc++ -static-libgcc \
-	-Wl,-z,defs -Wl,--version-script=csrc/c/exports.map
+	-Wl,-z,defs -Wl,-z,now -Wl,--version-script=csrc/c/exports.map
 
 .PHONY: help build test test-full test-held-back wheel matrix demo lint format docs bench report \
 	c-library cuda-build gpu-check clean

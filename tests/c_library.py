@@ -14,7 +14,7 @@ from test_symbols import objects
 
 FOLDER = ROOT / "build" / "tests" / "c"
 FLAGS = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", f"-I{ROOT / 'csrc'}"]
-LINK = ["-shared", "-fopenmp", "-static-libstdc++", "-static-libgcc", "-Wl,-z,defs"]
+LINK = ["-shared", "-fopenmp", "-static-libstdc++", "-static-libgcc", "-Wl,-z,defs", "-Wl,-z,now"]
 LINK += [f"-Wl,--version-script={ROOT / 'csrc/c/exports.map'}"]
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -30,6 +30,19 @@ KINDS: list[tuple[type[nn.Module], dict[str, Any]]] = [
 ]
 SIZES = [(4, 3, 9, 20), (7, 1, 1, 6), (3, 20, 33, 70), (1, 2, 64, 16), (5, 40, 2, 129)]
 """(T, B, I, H): below, at and beyond whole vectors, tiles and pairs."""
+
+
+class Sizes(NamedTuple):
+    """Of V tokens that are read as one-hot vectors, or as vectors of I elements."""
+
+    V: int
+    T: int
+    B: int
+    I: int
+    H: int
+
+
+TOKENS = Sizes(23, 9, 4, 6, 21)
 every_type = pytest.mark.parametrize("weights", TYPES)
 
 
@@ -94,6 +107,21 @@ def calls_of(options: dict[str, Any]) -> list[Callable[[nn.Module], Any]]:
         lambda module: module(x[:, :0] if time_first else x[:0]),
         lambda module: module(x.transpose(0, 2).contiguous().transpose(0, 2)),
     ]
+
+
+def reader(kind: type[Any], hidden: int = TOKENS.H, count: int = TOKENS.V, **options: Any) -> Any:
+    """A layer that reads one-hot tokens."""
+    return kind(count, hidden, tokens=True, **options).requires_grad_(False)
+
+
+def embedded(kind: type[Any], count: int = TOKENS.V, **options: Any) -> tuple[Any, nn.Embedding]:
+    """A layer that reads vectors, and an embedding."""
+    table = nn.Embedding(count, TOKENS.I, padding_idx=2).requires_grad_(False)
+    return kind(TOKENS.I, TOKENS.H, **options).requires_grad_(False), table
+
+
+def drawn(module: Any, count: int = TOKENS.V, steps: int = TOKENS.T) -> Tensor:
+    return torch.randint(count, (TOKENS.B, steps) if module.batch_first else (steps, TOKENS.B))
 
 
 class Model(nn.Module):

@@ -143,7 +143,7 @@ def test_files_that_are_refused(tmp_path: Path) -> None:
         tensor = {**header["weight_hh_l1"], **changes}
         return file_of({**header, "weight_hh_l1": tensor}, data)
 
-    without = {name: value for name, value in header.items() if name != "weight_ih_l1_scale"}
+    without = {name.replace("l1_scale", "l1_other"): value for name, value in header.items()}
     plain = {name: value for name, value in header.items() if name != "__metadata__"}
     for bad, words in [
         (b"", "too short"),
@@ -165,11 +165,18 @@ def test_files_that_are_refused(tmp_path: Path) -> None:
         (with_metadata(input_size="99999999999999999999"), "input_size is 9999"),
         (with_metadata(cell="gru"), "has another shape"),
         (with_metadata(cell="gru", proj_size="2"), "do not fit each other"),
+        (with_metadata(bias="2"), "do not fit each other"),
+        (with_metadata(bias="0"), "more tensors than the metadata say"),
+        (with_metadata(module="cell"), "do not fit each other"),
+        (with_metadata(module="model"), "module is model"),
+        (with_metadata(num_layers="1"), "more tensors than the metadata say"),
         (with_metadata(weights="float32"), "weight_ih_l0 is I8, expected F32"),
         (with_tensor(data_offsets=[0, 10**9]), "not in the file"),
         (with_tensor(data_offsets=[64, 0]), "not in the file"),
         (with_tensor(data_offsets=[0, 63]), "another size than its shape"),
         (with_tensor(shape=[2**40, 2**40]), "too large"),
+        (with_tensor(data_offsets=header["weight_hh_l0"]["data_offsets"]), "the same bytes"),
+        (file + b"x", "bytes after the last tensor"),
         (with_tensor(shape=[-16, -4]), "expected a number"),
         (with_tensor(dtype="I4"), "unknown dtype I4"),
         (with_tensor(more=1), "unknown key more"),
@@ -211,6 +218,19 @@ def test_damaged_files_do_not_crash(tmp_path: Path) -> None:
         cwd=ROOT / "tests",
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_an_unknown_instruction_set(tmp_path: Path) -> None:
+    rnnfast.freeze(nn.GRU(2, 3)).save(tmp_path / "model")
+    done = subprocess.run(
+        [c_library.program(), tmp_path / "model", "1", "1"],
+        capture_output=True,
+        text=True,
+        env={"RNNFAST_CPU_CAPABILITY": "none"},
+    )
+    assert done.returncode == 1
+    assert "capability 'none' is not available" in done.stderr
+    assert "capability []" in done.stderr
 
 
 def test_streams_that_are_refused(tmp_path: Path) -> None:

@@ -9,10 +9,7 @@ from itertools import product
 
 import pytest
 import torch
-from frozen_cases import (
-    assert_near,
-    every_type,
-)
+from frozen_cases import TOKENS, assert_near, drawn, every_type, reader
 from targets import FROZEN, running_on
 from torch import nn
 
@@ -171,4 +168,67 @@ def test_memory() -> None:
     ):
         frozen = rnnfast.freeze(module, weights)
         assert not list(frozen.parameters())
+        assert sum(b.nbytes for b in frozen.buffers()) < share * floats
+
+
+# ---- layers that read tokens ----
+
+
+@every_type
+def test_state_dict_is_that_of_a_layer_that_reads_vectors(weights: str) -> None:
+    options = {"num_layers": 2, "bidirectional": True, "proj_size": 4}
+    module, vectors = reader(rnnfast.LSTM, **options), nn.LSTM(TOKENS.V, TOKENS.H, **options)
+    vectors.load_state_dict(module.state_dict())
+    tokens, saved, outputs = drawn(module), {}, {}
+    for name in FROZEN:
+        with running_on(name):
+            frozen = rnnfast.freeze(module, weights)
+            saved[name], outputs[name] = frozen.state_dict(), frozen(tokens)[0]
+            expected = rnnfast.freeze(vectors, weights).state_dict()
+            assert list(saved[name]) == list(expected)
+            assert all(torch.equal(value, expected[n]) for n, value in saved[name].items())
+    assert saved[FROZEN[0]]["weight_ih_l0"].dtype is TYPES[weights]
+    for one, other in product(FROZEN, FROZEN):
+        with running_on(other):
+            frozen = rnnfast.freeze(reader(rnnfast.LSTM, **options), weights)
+            assert not torch.equal(frozen(tokens)[0], outputs[other])
+            frozen.load_state_dict(saved[one])
+            assert torch.equal(frozen(tokens)[0], outputs[other])
+    other = rnnfast.freeze(reader(rnnfast.LSTM, **options), weights)
+    other.load_state_dict(module.state_dict())
+    assert torch.equal(other(tokens)[0], rnnfast.freeze(module, weights)(tokens)[0])
+
+
+@every_type
+def test_copies_of_tables(weights: str) -> None:
+    module = reader(rnnfast.GRU)
+    tokens = drawn(module)
+    for one, other in product(FROZEN, FROZEN):
+        with running_on(one):
+            frozen = rnnfast.freeze(module, weights)
+            stored, block = pickle.dumps(frozen), frozen.packed_ih_l0
+        with running_on(other):
+            fresh = rnnfast.freeze(module, weights)
+            assert torch.equal(frozen(tokens)[0], fresh(tokens)[0])
+            assert torch.equal(pickle.loads(stored)(tokens)[0], fresh(tokens)[0])
+            assert torch.equal(copy.deepcopy(frozen)(tokens)[0], fresh(tokens)[0])
+            assert torch.equal(fresh.packed_ih_l0, block)  # a table is the same everywhere
+
+
+@every_type
+def test_loading_tables_needs_no_float32_weights(weights: str) -> None:
+    module = reader(rnnfast.LSTM)
+    tokens = drawn(module)
+    frozen = rnnfast.freeze(reader(rnnfast.LSTM, device="meta"), weights)
+    assert frozen(tokens)[0].isnan().all()
+    frozen.load_state_dict(rnnfast.freeze(module, weights).state_dict())
+    assert_near(frozen(tokens), rnnfast.freeze(module, weights)(tokens), 0)
+
+
+def test_memory_of_tables() -> None:
+    module = reader(rnnfast.LSTM, 256, 5000)
+    floats = sum(p.nbytes for p in module.parameters())
+    shares = {"float32": 1.01, "bfloat16": 0.51, "float16": 0.51, "int8": 0.27}
+    for weights, share in shares.items():
+        frozen = rnnfast.freeze(module, weights)
         assert sum(b.nbytes for b in frozen.buffers()) < share * floats

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import copy
 import io
-import pickle
-from itertools import product
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from frozen_cases import assert_near, bound_of, every_type, tensors_of
+from frozen_cases import (
+    TOKENS,
+    assert_near,
+    bound_of,
+    drawn,
+    embedded,
+    every_type,
+    reader,
+    tensors_of,
+)
 from targets import FROZEN, check_on, running_on
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
@@ -20,7 +27,7 @@ import rnnfast
 from rnnfast import tokens as tokens_module
 from rnnfast.frozen import TYPES, FrozenLayers
 
-V, T, B, I, H = 23, 9, 4, 6, 21
+V, T, B, I, H = TOKENS
 LENGTHS = torch.tensor([9, 0, 4, 7])
 KINDS: list[tuple[type[Any], dict[str, Any]]] = [
     (rnnfast.LSTM, {}),
@@ -36,21 +43,6 @@ kinds = pytest.mark.parametrize(("kind", "options"), KINDS, ids=lambda v: getatt
 def many(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes tables pay for any number of tokens."""
     monkeypatch.setattr(tokens_module, "_LEAST_TOKENS", 1)
-
-
-def reader(kind: type[Any], hidden: int = H, count: int = V, **options: Any) -> Any:
-    """A layer that reads one-hot tokens."""
-    return kind(count, hidden, tokens=True, **options).requires_grad_(False)
-
-
-def embedded(kind: type[Any], count: int = V, **options: Any) -> tuple[Any, nn.Embedding]:
-    """A layer that reads vectors, and an embedding."""
-    table = nn.Embedding(count, I, padding_idx=2).requires_grad_(False)
-    return kind(I, H, **options).requires_grad_(False), table
-
-
-def drawn(module: Any, count: int = V, steps: int = T) -> Tensor:
-    return torch.randint(count, (B, steps) if module.batch_first else (steps, B))
 
 
 def torchs(module: Any, frozen: Any) -> nn.Module:
@@ -189,7 +181,7 @@ def test_lengths_resets_packed_and_single_sequences(
 
 @every_type
 def test_bits_do_not_depend_on_threads_or_the_batch(weights: str, threads: None) -> None:
-    module, tokens = reader(rnnfast.LSTM, 72), torch.randint(V, (6, 23))
+    module, tokens = reader(rnnfast.LSTM, 72, num_layers=3), torch.randint(V, (6, 23))
     for name in FROZEN:
         with running_on(name):
             frozen = rnnfast.freeze(module, weights)
@@ -201,6 +193,22 @@ def test_bits_do_not_depend_on_threads_or_the_batch(weights: str, threads: None)
             for count in (2, 3):
                 torch.set_num_threads(count)
                 assert torch.equal(frozen(tokens)[0], y)
+
+
+@every_type
+@kinds
+def test_a_plain_call_runs_in_the_extension_alone(
+    kind: type[Any], options: dict[str, Any], weights: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And has the bits of the operators, which run all other calls."""
+    module = reader(kind, **options)
+    frozen, tokens, state = rnnfast.freeze(module, weights), drawn(module), states_for(module)
+    with monkeypatch.context() as changed:
+        changed.setattr(FrozenLayers, "_forward", None)
+        found = [frozen(tokens), frozen(tokens, state), frozen(tokens.t().contiguous().t())]
+    monkeypatch.setattr(FrozenLayers, "_run_short", lambda *_: None)
+    for result, expected in zip(found, [frozen(tokens), frozen(tokens, state)] * 2, strict=False):
+        assert_near(result, expected, 0)
 
 
 # ---- embeddings ----
@@ -293,69 +301,6 @@ def test_int8_embedding_that_is_not_finite(value: float, many: None) -> None:
     found, expected = frozen(tokens, embedding=table)[0], frozen(table(tokens))[0]
     assert torch.equal(found.isfinite(), expected.isfinite())
     assert torch.equal(found.nan_to_num(), expected.nan_to_num())
-
-
-# ---- saving ----
-
-
-@every_type
-def test_state_dict_is_that_of_a_layer_that_reads_vectors(weights: str) -> None:
-    options = {"num_layers": 2, "bidirectional": True, "proj_size": 4}
-    module, vectors = reader(rnnfast.LSTM, **options), nn.LSTM(V, H, **options)
-    vectors.load_state_dict(module.state_dict())
-    tokens, saved, outputs = drawn(module), {}, {}
-    for name in FROZEN:
-        with running_on(name):
-            frozen = rnnfast.freeze(module, weights)
-            saved[name], outputs[name] = frozen.state_dict(), frozen(tokens)[0]
-            expected = rnnfast.freeze(vectors, weights).state_dict()
-            assert list(saved[name]) == list(expected)
-            assert all(torch.equal(value, expected[n]) for n, value in saved[name].items())
-    assert saved[FROZEN[0]]["weight_ih_l0"].dtype is TYPES[weights]
-    for one, other in product(FROZEN, FROZEN):
-        with running_on(other):
-            frozen = rnnfast.freeze(reader(rnnfast.LSTM, **options), weights)
-            assert not torch.equal(frozen(tokens)[0], outputs[other])
-            frozen.load_state_dict(saved[one])
-            assert torch.equal(frozen(tokens)[0], outputs[other])
-    other = rnnfast.freeze(reader(rnnfast.LSTM, **options), weights)
-    other.load_state_dict(module.state_dict())
-    assert torch.equal(other(tokens)[0], rnnfast.freeze(module, weights)(tokens)[0])
-
-
-@every_type
-def test_copies_and_other_instruction_sets(weights: str) -> None:
-    module = reader(rnnfast.GRU)
-    tokens = drawn(module)
-    for one, other in product(FROZEN, FROZEN):
-        with running_on(one):
-            frozen = rnnfast.freeze(module, weights)
-            stored, block = pickle.dumps(frozen), frozen.packed_ih_l0
-        with running_on(other):
-            fresh = rnnfast.freeze(module, weights)
-            assert torch.equal(frozen(tokens)[0], fresh(tokens)[0])
-            assert torch.equal(pickle.loads(stored)(tokens)[0], fresh(tokens)[0])
-            assert torch.equal(copy.deepcopy(frozen)(tokens)[0], fresh(tokens)[0])
-            assert torch.equal(fresh.packed_ih_l0, block)  # a table is the same everywhere
-
-
-@every_type
-def test_loading_needs_no_float32_weights(weights: str) -> None:
-    module = reader(rnnfast.LSTM)
-    tokens = drawn(module)
-    frozen = rnnfast.freeze(reader(rnnfast.LSTM, device="meta"), weights)
-    assert frozen(tokens)[0].isnan().all()
-    frozen.load_state_dict(rnnfast.freeze(module, weights).state_dict())
-    assert_near(frozen(tokens), rnnfast.freeze(module, weights)(tokens), 0)
-
-
-def test_memory() -> None:
-    module = reader(rnnfast.LSTM, 256, 5000)
-    floats = sum(p.nbytes for p in module.parameters())
-    shares = {"float32": 1.01, "bfloat16": 0.51, "float16": 0.51, "int8": 0.27}
-    for weights, share in shares.items():
-        frozen = rnnfast.freeze(module, weights)
-        assert sum(b.nbytes for b in frozen.buffers()) < share * floats
 
 
 # ---- what they refuse ----

@@ -14,6 +14,7 @@ import torch
 from frozen_cases import every_type
 from targets import FROZEN, check_on, running_on
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 import rnnfast
 from rnnfast import Stream
@@ -61,6 +62,7 @@ def test_cells(kind: type[nn.Module]) -> None:
     for x_t in x:
         states = frozen(x_t, states)
         h = states[0] if isinstance(states, tuple) else states
+        assert h.abs().max() > 1e-3
         assert torch.equal(stream.step(x_t), h)
     assert torch.equal(joined(stream.state), joined(states))
 
@@ -68,6 +70,7 @@ def test_cells(kind: type[nn.Module]) -> None:
 def test_many_steps() -> None:
     frozen, x = rnnfast.freeze(nn.LSTM(3, 8)), torch.randn(100_000, 3)
     expected, _ = frozen(x)
+    assert expected[-1].abs().max() > 1e-3
     stream, out = Stream(frozen), torch.empty(100_000, 8)
     for x_t, y_t in zip(x, out, strict=True):
         assert stream.step(x_t, y_t) is y_t
@@ -186,6 +189,45 @@ def test_one_thread_at_a_time_and_without_the_gil() -> None:
     stream.step(x[0])
 
 
+def test_autograd_notices_that_outputs_are_overwritten() -> None:
+    stream, head = Stream(rnnfast.freeze(nn.LSTM(3, 4))), nn.Linear(4, 1)
+    x = torch.randn(2, 3)
+    loss = sum(head(stream.step(x_t)) for x_t in x)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    stream.reset()
+    sum(head(stream.step(x_t).clone()) for x_t in x).backward()
+    out = torch.empty(2, 4)
+    stream.run(x, out)
+    assert out._version == 1
+
+
+def test_outputs_in_the_place_of_inputs() -> None:
+    frozen, x = rnnfast.freeze(nn.GRU(5, 5, num_layers=2)), torch.randn(130, 5)
+    expected = Stream(frozen).run(x)
+    buffer = x.clone()
+    assert torch.equal(Stream(frozen).run(buffer, buffer), expected)
+    with pytest.raises(RuntimeError, match="memory location"):
+        Stream(frozen).run(buffer[:100], buffer[1:101])
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_damaged_weights(index: int) -> None:
+    def damaged(change: Any) -> Stream:
+        frozen = rnnfast.freeze(nn.LSTM(3, 4))
+        stream = Stream(frozen)
+        change(frozen._blocks()[index])
+        return stream
+
+    for change in (
+        lambda block: block.untyped_storage().resize_(0),
+        lambda block: block.zero_(),
+        lambda block: setattr(block, "data", block[:64].clone()),
+    ):
+        with pytest.raises(RuntimeError, match="freed or damaged"):
+            damaged(change).step(torch.zeros(3))
+
+
 def test_errors() -> None:
     with pytest.raises(TypeError, match=r"rnnfast.freeze\(module\) makes one"):
         Stream(nn.LSTM(3, 4))  # type: ignore[arg-type]
@@ -198,6 +240,7 @@ def test_errors() -> None:
     one, two = Stream(frozen), Stream(frozen, 2)
     x = torch.randn(3)
     grad = torch.randn(3, requires_grad=True)
+    meta = torch.zeros(1, 1, 4, device="meta")
     for call, words in [
         (lambda: one.step(torch.randn(2)), r"input of shape \(1, 3\) or \(3\), got \[2\]"),
         (lambda: one.step(torch.randn(2, 3)), r"got \[2, 3\]"),
@@ -211,13 +254,18 @@ def test_errors() -> None:
         (lambda: one.step(x, torch.empty(8)[::2]), "out to be contiguous"),
         (lambda: one.step(grad), "no gradients"),
         (lambda: one.step(x.to("meta")), "plain tensors on the CPU"),
+        (lambda: one.step(None), "plain tensors on the CPU"),  # type: ignore[arg-type]
+        (lambda: setattr(one, "state", (torch.ones(1, 1, 4), meta)), "without memory"),
         (lambda: setattr(one, "state", torch.zeros(1, 1, 4)), "expected 2 states, got 1"),
         (lambda: setattr(one, "state", (torch.zeros(1, 4), 0)), r"Expected h of shape \(1, 1, 4\)"),
     ]:
         with pytest.raises(RuntimeError, match=words):
             call()
+    assert one.state[0].eq(0).all()
     with torch.no_grad():
         one.step(grad)
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="no derivatives"):
+        one.step(forward_ad.make_dual(x, x))
     with pytest.raises(RuntimeError, match="plain tensors"), torch.autocast("cpu"):
         one.step(x)
     assert repr(two) == f"Stream({frozen!r}, batch=2)"

@@ -7,8 +7,8 @@
  * stream can run in one thread at a time.
  *
  * rnnfast_step, rnnfast_run and rnnfast_reset allocate no memory, take no lock and call no function
- * of the system. So an audio callback may call them. They treat denormal numbers as zeros, and put
- * the processor's settings back when they return.
+ * of the system. So an audio callback may call them. They treat denormal numbers as zeros, round
+ * to nearest, and put the processor's settings back when they return.
  */
 #ifndef RNNFAST_H
 #define RNNFAST_H
@@ -49,14 +49,20 @@ rnnfast_stream* rnnfast_stream_new(const rnnfast_model* model, size_t batch, cha
 /* Null is allowed. */
 void rnnfast_stream_free(rnnfast_stream* stream);
 
-/* One step: input (batch, input_size) -> output (batch, output_size). */
+/*
+ * One step: input (batch, input_size) -> output (batch, output_size). The output may be at the
+ * input's address, if both have the same size, but may not overlap it in part.
+ */
 void rnnfast_step(rnnfast_stream* stream, const float* input, float* output);
-/* Many steps: input (steps, batch, input_size) -> output (steps, batch, output_size). */
+/* Many steps: input (steps, batch, input_size) -> output (steps, batch, output_size), likewise. */
 void rnnfast_run(rnnfast_stream* stream, size_t steps, const float* input, float* output);
 /* Sets all states to zero. */
 void rnnfast_reset(rnnfast_stream* stream);
 
-/* The instruction set in use, such as "avx2". RNNFAST_CPU_CAPABILITY chooses a lesser one. */
+/*
+ * The instruction set in use, such as "avx2". The environment variable RNNFAST_CPU_CAPABILITY
+ * chooses a lesser one. If it names one that is not there, this is "" and loading fails.
+ */
 const char* rnnfast_capability(void);
 
 #ifdef __cplusplus

@@ -129,6 +129,21 @@ SavedTensor read_tensor(Reader& reader, std::span<const std::byte> data) {
   return tensor;
 }
 
+// The tensors have to fill the data, one after the other.
+void check_order(const SavedTensors& saved, std::span<const std::byte> data) {
+  std::map<const std::byte*, const std::byte*> parts;
+  for (const auto& [name, tensor] : saved.tensors)
+    if (const auto& part = tensor.data; !part.empty())
+      if (!parts.emplace(part.data(), part.data() + part.size()).second)
+        refuse("two tensors have the same bytes");
+  const std::byte* at = data.data();
+  for (const auto& [begin, end] : parts) {
+    if (begin != at) refuse("tensors overlap, or leave bytes out");
+    at = end;
+  }
+  if (at != data.data() + data.size()) refuse("there are bytes after the last tensor");
+}
+
 }  // namespace
 
 SavedTensors read_safetensors(std::span<const std::byte> file) {
@@ -148,6 +163,7 @@ SavedTensors read_safetensors(std::span<const std::byte> file) {
     }
   });
   reader.end();
+  check_order(result, data);
   return result;
 }
 

@@ -28,12 +28,8 @@ namespace py = pybind11;
 using at::Tensor;
 using Tensors = c10::SmallVector<Tensor, 8>;  // allocates no memory for a layer
 
-at::Tensor empty(at::IntArrayRef shape, const Tensor& like) {
-  return new_on_cpu(shape, like.scalar_type());
-}
-
-Tensor zeros(at::IntArrayRef shape, const Tensor& like) {
-  Tensor result = empty(shape, like);
+Tensor zeros(at::IntArrayRef shape, at::ScalarType type) {
+  Tensor result = new_on_cpu(shape, type);
   std::memset(result.data_ptr(), 0, result.nbytes());
   return result;
 }
@@ -41,7 +37,7 @@ Tensor zeros(at::IntArrayRef shape, const Tensor& like) {
 // A call of a module: L layers, D directions.
 struct Call {
   const CellInfo& cell;
-  Tensor x;  // (T, B, I), or packed (N, I)
+  Tensor x;  // (T, B, I), or packed (N, I); I is 1 for tokens, which frozen layers read
   Tensors states;   // (L*D, B, H) each; (B, H) for a cell module
   // Per layer and direction: w_ih, w_hh[, b_ih, b_hh][, w_hr]. Frozen ones have no biases here.
   Tensors weights;
@@ -54,6 +50,8 @@ struct Call {
   int64_t H = 0, P = 0;  // sizes of the states c and h, which are those of the weights
 
   bool packed() const { return x.dim() == 2; }
+  bool has_tokens() const { return x.scalar_type() == at::kLong; }
+  at::ScalarType type() const { return has_tokens() ? at::kFloat : x.scalar_type(); }
   int64_t batch() const { return packed() ? lengths.size(0) : x.size(1); }
   bool frozen() const { return weights[1].scalar_type() == at::kByte; }
   int64_t count() const { return layers * directions; }
@@ -82,11 +80,12 @@ bool needs_grad(const Call& call) {
 
 bool fits(const Call& call) {
   const Tensor& x = call.x;
-  const auto type = x.scalar_type();
+  const auto type = call.type();
   if (type != at::kFloat && type != at::kDouble && type != at::kBFloat16 && type != at::kHalf)
     return false;
   if (x.size(0) == 0 || call.batch() == 0) return false;
-  const bool frozen = call.frozen();
+  const bool frozen = call.frozen(), tokens = call.has_tokens();
+  if (frozen ? type != at::kFloat : tokens) return false;
   if ((call.lengths.defined() || call.reset.defined() || call.projects || frozen) &&
       !CpuDevice::complete())
     return false;
@@ -108,9 +107,11 @@ bool fits(const Call& call) {
     const bool projection = call.projects && kind == call.per_layer() - 1;
     if (!w.is_contiguous() || !has_memory(w)) return false;
     if (frozen) {
-      if (!is_frozen(w, call.weights[1], type, projection ? 1 : call.cell.gates, projection ? P : H,
-                     projection ? H : columns))
-        return false;
+      const bool good = kind == 0 && layer == 0 && tokens
+                            ? is_frozen_table(w, call.cell.gates, H, x)
+                            : is_frozen(w, call.weights[1], projection ? 1 : call.cell.gates,
+                                        projection ? P : H, projection ? H : columns);
+      if (!good) return false;
       continue;
     }
     const bool shaped = projection ? w.sizes() == at::IntArrayRef({P, H})
@@ -124,16 +125,16 @@ bool fits(const Call& call) {
 LayerOutputs allocate(const Call& call, const LayerInputs& in, bool save) {
   const CellInfo& cell = call.cell;
   const int64_t hidden = call.H;
+  const auto type = call.type();
   LayerOutputs out;
-  out.y = empty(in.shape(call.P), in.x);
-  out.h_n = empty(call.layer_state_shape(0), in.x);
-  if (cell.has_cell) out.c_n = empty(call.layer_state_shape(1), in.x);
+  out.y = new_on_cpu(in.shape(call.P), type);
+  out.h_n = new_on_cpu(call.layer_state_shape(0), type);
+  if (cell.has_cell) out.c_n = new_on_cpu(call.layer_state_shape(1), type);
   if (save)
     out.gates = call.recompute && CpuDevice::complete()
-                    ? empty({0}, in.x)
-                    : empty(in.shape(cell.saved * hidden), in.x);
-  if (save && cell.has_cell)
-    out.cells = new_on_cpu(in.shape(hidden), compute_type(in.x.scalar_type()));
+                    ? new_on_cpu({0}, type)
+                    : new_on_cpu(in.shape(cell.saved * hidden), type);
+  if (save && cell.has_cell) out.cells = new_on_cpu(in.shape(hidden), compute_type(type));
   return out;
 }
 
@@ -296,8 +297,9 @@ Tensor run(const Call& call, Tensors& finals) {
   const bool record = needs_grad(call);
   const int64_t count = call.count();
   const bool given = !call.states.empty();
-  const Tensor no_h = given ? Tensor() : zeros(call.layer_state_shape(0), call.x);
-  const Tensor no_c = given || !call.projects ? no_h : zeros(call.layer_state_shape(1), call.x);
+  const Tensor no_h = given ? Tensor() : zeros(call.layer_state_shape(0), call.type());
+  const Tensor no_c =
+      given || !call.projects ? no_h : zeros(call.layer_state_shape(1), call.type());
   const auto state = [&](size_t k, int64_t i) {
     if (!given) return k == 0 ? no_h : no_c;
     return (count == 1 ? call.states[k] : call.states[k].select(0, i)).contiguous();

@@ -182,10 +182,19 @@ FrozenFormat frozen_format(const Tensor& t) {
   return {header.gates, header.H, header.K, kTypes[int(header.type)], header.is_table != 0};
 }
 
-bool is_frozen(const Tensor& t, const Tensor& like, at::ScalarType dtype, int gates, int64_t H,
-               int64_t K) {
-  return dtype == at::kFloat && t.scalar_type() == at::kByte && can_read_weights(t) &&
+bool is_frozen(const Tensor& t, const Tensor& like, int gates, int64_t H, int64_t K) {
+  return t.scalar_type() == at::kByte && can_read_weights(t) &&
          frozen_format(t) == FrozenFormat{gates, H, K, frozen_format(like).type};
+}
+
+bool is_frozen_table(const Tensor& t, int gates, int64_t H, const Tensor& tokens) {
+  if (t.scalar_type() != at::kByte || !can_read_weights(t)) return false;
+  const FrozenFormat found = frozen_format(t);
+  const Tensor all = tokens.contiguous();
+  const int64_t* token = all.const_data_ptr<int64_t>();
+  bool good = found == FrozenFormat{gates, H, found.K, found.type, true};
+  for (int64_t i = 0; i < all.numel(); ++i) good &= token[i] >= 0 && token[i] < found.K;
+  return good;
 }
 
 void check_block(const char* op, const char* name, const Tensor& t, const FrozenFormat& expected) {

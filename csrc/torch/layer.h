@@ -195,10 +195,11 @@ struct FrozenFormat {
 std::optional<cpu::WeightType> frozen_type(const at::Tensor& w_hh);
 // Throws an error if t is no block, or a damaged one.
 FrozenFormat frozen_format(const at::Tensor& t);
-// Whether t is a block with a matrix (gates * H, K) of the same type as `like`, for tensors of this
-// dtype, that the instruction set in use can read.
-bool is_frozen(const at::Tensor& t, const at::Tensor& like, at::ScalarType dtype, int gates,
-               int64_t H, int64_t K);
+// Whether t is a block with a matrix (gates * H, K) of the same type as `like`, which the
+// instruction set in use can read.
+bool is_frozen(const at::Tensor& t, const at::Tensor& like, int gates, int64_t H, int64_t K);
+// Whether t is a block with a table of rows (gates * H) that has all of these tokens.
+bool is_frozen_table(const at::Tensor& t, int gates, int64_t H, const at::Tensor& tokens);
 // Throws an error unless t is a block of this format that the instruction set in use can read.
 void check_block(const char* op, const char* name, const at::Tensor& t,
                  const FrozenFormat& expected);

@@ -1,8 +1,10 @@
 // rnnfast._C.Stream: a stack of frozen layers that keeps its states (cpu/stream.h), for tensors.
+#include <ATen/MemoryOverlap.h>
 #include <c10/core/GradMode.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <atomic>
+#include <cstring>
 #include <optional>
 
 #include "cpu/frozen.h"
@@ -21,6 +23,12 @@ class Stream {
   // `blocks` are w_ih, w_hh[, w_hr] of each layer, `states` h (L, B, P) and maybe c (L, B, H).
   Stream(int kind, std::vector<Tensor> blocks, bool projects, std::vector<Tensor> states)
       : blocks_(std::move(blocks)), states_(std::move(states)), per_layer_(projects ? 3 : 2) {
+    const cpu::MicroKernels* kernels = cpu::engine().kernels(Dtype::kFloat32);
+    for (const Tensor& block : blocks_) {
+      headers_.push_back(cpu::read_frozen(block.const_data_ptr(), block.nbytes()));
+      TORCH_CHECK(kernels && cpu::is_readable(*kernels, headers_.back()),
+                  "a block is packed for another instruction set");
+    }
     stream_.emplace(cpu::engine(), CellKind(kind), layers(), states_.at(0).size(1));
   }
 
@@ -37,7 +45,14 @@ class Stream {
     TORCH_CHECK(y.is_contiguous(), "Expected out to be contiguous, got strides ", y.strides());
     TORCH_CHECK(!c10::GradMode::is_enabled() || !(x.requires_grad() || y.requires_grad()),
                 "a stream has no gradients: detach its input");
+    TORCH_CHECK(!is_dual(x), "a stream has no derivatives, in forward mode either");
     x = x.contiguous();
+    at::assert_no_partial_overlap(x, y);
+    for (size_t i = 0; i < blocks_.size(); ++i)
+      TORCH_CHECK(
+          has_memory(blocks_[i]) && int64_t(blocks_[i].nbytes()) == headers_[i].bytes &&
+              std::memcmp(blocks_[i].const_data_ptr(), &headers_[i], sizeof(headers_[i])) == 0,
+          "the module's packed weights were freed or damaged");
     TORCH_CHECK(!busy_.exchange(true), "another thread is running this stream");
     {
       const Release release(busy_);
@@ -45,9 +60,14 @@ class Stream {
       for (size_t i = 0; i < size_t(stream_->layers()); ++i) stream_->move(i, layer(i));
       stream_->run(T, x.const_data_ptr<float>(), y.mutable_data_ptr<float>(), state(0), state(1));
     }
+    if (!y.is_inference()) y.unsafeGetTensorImpl()->bump_version();  // autograd may have saved it
   }
 
  private:
+  static bool is_dual(const Tensor& t) {
+    return t.unsafeGetTensorImpl()->autograd_meta() && t._fw_grad(0).defined();
+  }
+
   struct Release {
     explicit Release(std::atomic<bool>& flag) : flag_(flag) {}
     ~Release() { flag_.store(false); }
@@ -88,6 +108,7 @@ class Stream {
   }
 
   const std::vector<Tensor> blocks_;
+  std::vector<cpu::FrozenHeader> headers_;  // of the blocks
   std::vector<Tensor> states_;
   const size_t per_layer_;
   std::optional<cpu::Stream> stream_;

@@ -72,7 +72,8 @@ class FrozenLayers(Frozen):
             IndexError: A token is out of range.
         """
         if lengths is None and reset is None and embedding is None:
-            result = self._run_short(input, hx, None, None)
+            x = input.unsqueeze(-1) if self.tokens and isinstance(input, Tensor) else input
+            result = self._run_short(x, hx, None, None, self._blocks())
             if result is not None:
                 return result
         tables: list[Tensor] = []
@@ -160,10 +161,10 @@ class FrozenLayers(Frozen):
         if input.dim() == 3:
             if not (lengths is None and reset is None):
                 extras = checks.check_extras(input, lengths, reset, False, self.batch_first)
-            if not tables:
-                result = self._run_short(input, hx, extras.lengths, extras.reset)
-                if result is not None:
-                    return result
+            blocks = self._with_tables(tables)
+            result = self._run_short(input, hx, extras.lengths, extras.reset, blocks)
+            if result is not None:
+                return result
         x, time = input, 1 if self.batch_first else 0
         if single:
             checks.refuse_freed(input=x, hidden=states)
@@ -217,7 +218,14 @@ class FrozenLayers(Frozen):
         output = PackedSequence(y, batch_sizes, order, inverse)
         return output, finals if cell.states > 1 else finals[0]
 
-    def _run_short(self, x: Any, hx: Any, lengths: Tensor | None, reset: Tensor | None) -> Any:
+    def _run_short(
+        self,
+        x: Any,
+        hx: Any,
+        lengths: Tensor | None,
+        reset: Tensor | None,
+        blocks: list[Tensor],
+    ) -> Any:
         """The results of a plain call, from C++ alone; None if anything about it is unusual."""
         extension = backend.short_path("fused")
         if extension is None:
@@ -226,7 +234,7 @@ class FrozenLayers(Frozen):
             backend.CELL_KINDS[self._cell_name],
             x,
             hx,
-            self._blocks(),
+            blocks,
             self.num_layers,
             False,  # the biases are in the blocks
             self.proj_size,

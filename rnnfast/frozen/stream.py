@@ -53,8 +53,9 @@ def copy_states(value: Any, states: Sequence[Tensor]) -> None:
     if len(given) != len(states):
         raise RuntimeError(f"expected {len(states)} states, got {len(given)}")
     for name, new, state in zip("hc", given, states, strict=False):
-        if not isinstance(new, Tensor) or new.shape != state.shape:
+        if not isinstance(new, Tensor) or new.shape != state.shape or new.is_meta:
             got = list(new.shape) if isinstance(new, Tensor) else type(new).__name__
+            got = "a tensor without memory" if getattr(new, "is_meta", False) else got
             raise RuntimeError(f"Expected {name} of shape {tuple(state.shape)}, got {got}")
     with torch.no_grad():
         for new, state in zip(given, states, strict=True):
@@ -67,7 +68,8 @@ class Stream:
     A call of the module itself takes states and returns new ones, and makes new tensors for them
     and for its output. That takes longer than a step of a small layer. A stream has allocated all
     that before. It runs in the calling thread alone and releases the GIL meanwhile, so several
-    streams run side by side in several threads. One stream can run in one thread at a time.
+    streams run side by side in several threads. The methods of one stream are for one thread at a
+    time.
 
     The outputs are those of the module, with the same bits. There are no gradients. A stream sees
     weights that are loaded into the module later.
@@ -110,8 +112,8 @@ class Stream:
 
         Args:
             input: (B, I), or (I) for a single sequence. float32.
-            out: Where to write the output, (B, P) or (P). Default: memory of the stream, which the
-                next step overwrites.
+            out: Where to write the output, (B, P) or (P). It may be ``input`` itself. Default:
+                memory of the stream, which the next step overwrites: clone the output to keep it.
 
         Returns:
             The output h: ``out``, or the memory of the stream.
@@ -121,7 +123,8 @@ class Stream:
                 running the stream, or the module's weights were packed for another instruction set.
         """
         if out is None:
-            out = self._output_of_one if input.dim() == 1 else self._output
+            single = isinstance(input, Tensor) and input.dim() == 1
+            out = self._output_of_one if single else self._output
         if self._packed != self.module._times_packed:
             self._refuse_other_weights()
         self._stream.run(input, out, False)
@@ -133,7 +136,8 @@ class Stream:
         Args:
             input: (T, B, I), or (T, I) for a single sequence. Time comes first, also for a module
                 with ``batch_first``. float32.
-            out: Where to write the outputs, (T, B, P) or (T, P), contiguous. Default: new memory.
+            out: Where to write the outputs, (T, B, P) or (T, P), contiguous. It may be ``input``
+                itself, but not overlap it in part. Default: new memory.
 
         Returns:
             The outputs h of all steps.

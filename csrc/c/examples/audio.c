@@ -1,10 +1,10 @@
 /*
  * A recurrent effect in an audio callback, as amplifier models are: audio <model> [seconds]
  *
- * The model takes and gives one number for each sample (input_size 1, and h of one unit). An audio
- * host calls `process` from its real-time thread: it allocates nothing and takes no lock, since
- * everything is made before. Here the host is a loop over a sine wave, which tells how much of the
- * time that the samples last was used.
+ * The model takes and gives one number for each sample, such as torch.nn.LSTM(1, 16, proj_size=1).
+ * An audio host calls `process` from its real-time thread: it allocates nothing and takes no lock,
+ * since everything is made before. Here the host is a loop over a sine wave, which tells how much
+ * of the time that the samples last was used.
  */
 #define _POSIX_C_SOURCE 199309L
 #include <math.h>
