@@ -330,6 +330,38 @@ def rtneural() -> str:
     return f"{source(report)}\n\n{table(head, lines)}"
 
 
+def streams() -> str:
+    """Latencies of a step of one stream, and steps a second of many."""
+    report = load("streams")
+    latencies = [
+        [
+            row["name"],
+            row["weights"],
+            *(f"{1e6 * row[part]:.2f}" for part in ("median", "99%", "99.9%")),
+        ]
+        for row in report["latency"]
+    ]
+    speeds = [
+        [
+            row["name"],
+            row["weights"],
+            str(row["batch"]),
+            f"{row['batch'] / row['min']:,.0f}",
+            *(format_ratio(row[f"over {peer}"]) for peer in ("Stream.step", "frozen module")),
+        ]
+        for row in report["throughput"]
+    ]
+    head = ["one stream", "weights", "median, us", "99 %", "99.9 %"]
+    others = ["over Stream.step", "over the module"]
+    return "\n\n".join(
+        [
+            source(report),
+            table(head, latencies),
+            table(["many streams", "weights", "batch", "steps a second", *others], speeds),
+        ]
+    )
+
+
 def odd() -> str:
     def describe(row: Row) -> tuple[str, ...]:
         return row["cell"], str(case_of(row)).replace(",", ", ")
@@ -393,6 +425,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "frozen": frozen,
     "frozen-avx2": lambda: frozen("frozen-avx2"),
     "rtneural": rtneural,
+    "streams": streams,
     "odd": odd,
     "sequences": sequences,
     "systems": systems,
