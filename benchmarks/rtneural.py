@@ -9,7 +9,6 @@ compared first. A ratio is the time of RTNeural's fastest variant divided by tha
 import argparse
 import itertools
 import json
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -106,7 +105,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{'I':>4} {'H':>4} weights   rnnfast  RTNeural  ratio  (us a step, minimum)")
         rows = measure(programs, Path(folder))
     if args.json:
-        command = shlex.join(["python", "-m", "benchmarks.rtneural", *(argv or sys.argv[1:])])
+        folders = "--rtneural RTNeural --xsimd xsimd --eigen eigen"  # not where they were here
+        command = f"python -m benchmarks.rtneural {folders} --json {args.json}"
         result = {"machine": machine.describe("cpu"), "command": command, "rows": rows}
         args.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0

@@ -33,11 +33,12 @@ import torch
 from torch import Tensor, nn
 
 import rnnfast
+from rnnfast.cli.timing import gc_disabled
 
 from . import machine
 from .peers import onnx_model
 from .steps import Problem
-from .timing import gc_disabled, pause
+from .timing import pause
 from .voice import BANDS, HIDDEN, WEIGHTS, accuracies, synthetic, trained
 
 Row = dict[str, Any]

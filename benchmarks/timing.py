@@ -1,13 +1,14 @@
 """Times several functions in turn, so that all of them meet the same state of the machine."""
 
 import contextlib
-import gc
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
+
+from rnnfast.cli.timing import gc_disabled
 
 BLOCK_SECONDS = 0.5e-3  # one measurement: as many calls as fill this time
 WARM_UP_SECONDS = 0.02
@@ -41,18 +42,6 @@ def pause() -> None:
     time.sleep(PAUSE_SECONDS)
     while others_run() and time.perf_counter() < end:
         time.sleep(PAUSE_SECONDS)
-
-
-@contextlib.contextmanager
-def gc_disabled() -> Iterator[None]:
-    """Keeps Python's collection of garbage out of what is timed."""
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collecting:
-            gc.enable()
 
 
 class Timing(NamedTuple):

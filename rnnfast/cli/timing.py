@@ -90,7 +90,7 @@ def time_in_turn(
     }
     samples: dict[str, list[float]] = {name: [] for name in functions}
     end = time.perf_counter() + seconds * len(functions)
-    with _no_garbage_collection():
+    with gc_disabled():
         while time.perf_counter() < end or len(samples[next(iter(samples))]) < RUNS:
             for name, function in functions.items():
                 calls = max(1, round(_BLOCK_SECONDS / once[name]))
@@ -102,7 +102,8 @@ def time_in_turn(
 
 
 @contextmanager
-def _no_garbage_collection() -> Iterator[None]:
+def gc_disabled() -> Iterator[None]:
+    """Keeps Python's collection of garbage out of what is timed."""
     collecting = gc.isenabled()
     gc.disable()
     try:
