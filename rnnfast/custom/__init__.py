@@ -1,0 +1,1 @@
+"""Recurrent cells that users write in PyTorch, turned into fused kernels."""
