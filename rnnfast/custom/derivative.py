@@ -153,7 +153,7 @@ def _materialised(joint: Builder, tensor: Traced) -> Ref:
     return value
 
 
-def _gradient(joint: Builder, tensor: Traced | None) -> Ref | None:
+def _gradient(joint: Builder, tensor: Any) -> Ref | None:
     if tensor is None or tensor.value == 0:
         return None
     return _materialised(joint, tensor)
@@ -281,10 +281,10 @@ def _cheapest(joint: Builder, total: int, wanted: set[Ref], free: dict[Ref, int]
         is_mask = operation is not None and operation.operator in MASKS
         edge(has, computes, free.get(value, _NEVER if is_mask else _SAVE))
         edge(computes, sink, _NEVER if operation is None else _cost(operation.operator))
-        for argument in operation.arguments if operation is not None else ():
-            if isinstance(argument, Ref) and operation is not None:
-                if operation.operator != "full_like":
-                    edge(computes, 2 * argument.index, _NEVER)
+        sizes = operation is not None and operation.operator == "full_like"
+        for argument in () if operation is None or sizes else operation.arguments:
+            if isinstance(argument, Ref):
+                edge(computes, 2 * argument.index, _NEVER)
         if value in wanted:
             edge(source, has, _NEVER)
     reached = _source_side(capacity, source, sink)

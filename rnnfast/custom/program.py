@@ -16,7 +16,7 @@ from torch import Tensor
 class Ref(NamedTuple):
     """A value of a program: an input, or after the inputs the result of an operation."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # a tuple's method has this name too
 
 
 Argument = Ref | float | str | None
@@ -171,6 +171,8 @@ class Builder:
                 raise AssertionError("full_like takes a tensor")
             one = self._append("full_like", (Ref(0), arguments[first]))
             arguments = (*arguments[:first], one, *arguments[first + 1 :])
+        if operator in ("mul", "div") and arguments[1] == 1:
+            return arguments[0]  # type: ignore[return-value]
         if self._simplify:
             simple = self._simplified(operator, arguments)
             if simple is not None:
@@ -209,8 +211,6 @@ class Builder:
             return a  # type: ignore[return-value]
         if operator == "rsub" and b == 0:
             return self.add("neg", a)
-        if operator in ("mul", "div") and b == 1:
-            return a  # type: ignore[return-value]
         if operator in ("mul", "div") and b == -1:
             return self.add("neg", a)
         if operator in ("mul", "div"):
@@ -243,7 +243,7 @@ class Builder:
                 arguments = self.operations[index].arguments
                 needed.update(argument for argument in arguments if isinstance(argument, Ref))
         new = {Ref(index): Ref(index) for index in range(count)}
-        operations = []
+        operations: list[Operation] = []
         for index, operation in enumerate(self.operations):
             old = Ref(count + index)
             if old in needed:
@@ -321,6 +321,9 @@ def infix(operator: str, a: Text, b: Text) -> Text:
 class Syntax:
     """How a language writes numbers and operations."""
 
+    repeating: frozenset[str] = frozenset()
+    """Operators whose text has their first argument more than once."""
+
     def number(self, value: float) -> Text:
         """A constant."""
         raise NotImplementedError
@@ -352,6 +355,7 @@ def written(
     texts = [Text(text, ATOM) for text in inputs]
     statements: list[tuple[str, str]] = []
     temporaries = 0
+    repeated = {o.arguments[0] for o in program.operations if o.operator in syntax.repeating}
     for index, operation in enumerate(program.operations):
         arguments, numbers = [], []
         for argument in operation.arguments:
@@ -364,7 +368,8 @@ def written(
             numbers.append(isinstance(argument, float))
         text = syntax.operation(operation.operator, arguments, numbers)
         name = syntax.identifier(operation.name) if operation.name else ""
-        once = counts[Ref(len(program.inputs) + index)] == 1
+        value = Ref(len(program.inputs) + index)
+        once = counts[value] == 1 and value not in repeated
         if not name and once and len(text.text) <= 60:
             texts.append(text)
             continue
@@ -400,6 +405,8 @@ class _PythonSyntax(Syntax):
         if operator == "gelu":
             plain[1] = f"approximate={plain[1]}"
         if operator == "elu":
+            if plain[2:] == ["1", "1"]:
+                return Text(f"F.elu({plain[0]}, {plain[1]})", ATOM)
             return Text(f"torch.ops.aten.elu({', '.join(plain)})", ATOM)
         if operator in ("log_sigmoid", "softplus") or operator in self._FUNCTIONAL:
             return Text(f"F.{operator.replace('log_', 'log')}({', '.join(plain)})", ATOM)

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rnnfast.custom.program import CALLS, MASKS, Argument, Builder, Program, Ref, Value
+from rnnfast.custom.program import CALLS, COMPARISONS, MASKS, Argument, Builder, Program, Ref, Value
 
 _SIZE = (2, 3)  # of the tensors in a trace, which have no memory
-_TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
+_NOT_USERS = tuple(
+    os.path.dirname(os.path.abspath(file)) + os.sep for file in (torch.__file__, __file__)
+)
 
 ALLOWED = (
     "+ - * /, neg, reciprocal, square, pow with a constant multiple of 0.5 from -4 to 4, "
@@ -40,24 +42,24 @@ class Traced(Tensor):
 
     value: Value
     recorder: Recorder
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(
+    def __new__(  # noqa: D102
         cls, recorder: Recorder, value: Value, mask: bool, requires_grad: bool = False
     ) -> Traced:
         tensor: Traced = torch.Tensor._make_wrapper_subclass(
             cls,
             _SIZE,
             dtype=torch.bool if mask else torch.float64,
-            device="cpu",
+            device=torch.device("cpu"),
             requires_grad=requires_grad,
         )
         tensor.value, tensor.recorder = value, recorder
         return tensor
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         raise CellError("A tensor of the step is used after the step has returned.")
@@ -83,8 +85,8 @@ class Traced(Tensor):
         """The number of elements; refused in a user's step."""
         return self._refuse_size().numel()
 
-    size = __len__ = _refuse_size
-    shape = property(_refuse_size)  # type: ignore[assignment]
+    size = __len__ = _refuse_size  # type: ignore[assignment]
+    shape = property(_refuse_size)
 
     def _refuse_part(self, *args: Any) -> Any:
         self.recorder.fail(
@@ -102,16 +104,11 @@ _IN_PLACE = "The step writes to a tensor in place. Make a new tensor: z = z * 2,
 
 # operators by the number of their leading arguments that are kept
 _KEPT = {
-    **dict.fromkeys(
-        "abs cos erf exp expm1 hardsigmoid hardswish log log1p logical_not mish neg reciprocal "
-        "relu rsqrt sigmoid sign silu sin sqrt tanh detach".split(),
-        1,
-    ),
-    **dict.fromkeys(
-        "eq ne lt le gt ge logical_and logical_or logical_xor maximum minimum logaddexp mul "
-        "clamp_min clamp_max leaky_relu gelu".split(),
-        2,
-    ),
+    **dict.fromkeys(CALLS, 1),
+    **dict.fromkeys(COMPARISONS, 2),
+    **dict.fromkeys(("logical_and", "logical_or", "logical_xor"), 2),
+    **dict.fromkeys(("maximum", "minimum", "clamp_min", "clamp_max", "logaddexp", "mul"), 2),
+    **dict.fromkeys(("leaky_relu", "gelu"), 2),
     **dict.fromkeys(("where", "hardtanh", "softplus"), 3),
     "elu": 4,
 }
@@ -166,12 +163,9 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         name = func._schema.name.split("::")[1]
         if not any(isinstance(value, Traced) for value in _flat((*args, *kwargs.values()))):
-            if torch.Tag.nondeterministic_seeded in func.tags:
-                self.fail(
-                    f"The step draws random numbers ({name}). A step must be a function of its "
-                    "arguments: put noise into the input or into a state."
-                )
+            self._check_random(func, name)
             return func(*args, **kwargs)
+        self._check_random(func, name)
         if self.of_user and not torch.is_grad_enabled():
             self.fail("The step turns gradients off. Use detach() on the values it is meant for.")
         bound = _bound(func, args, kwargs)
@@ -195,6 +189,14 @@ class Recorder(TorchDispatchMode):
         if name == "log_sigmoid_forward":
             return result, Traced(self, 0.0, False)
         return result
+
+    def _check_random(self, func: Any, name: str) -> None:
+        # torch's dropout fills an empty tensor
+        if torch.Tag.nondeterministic_seeded in func.tags or name == "empty_like":
+            self.fail(
+                f"The step draws random numbers ({name}). A step must be a function of its "
+                "arguments: put noise into the input or into a state."
+            )
 
     def _record(self, func: Any, name: str, bound: dict[str, Any]) -> Traced:
         name = _SAME.get(name, name)
@@ -252,7 +254,7 @@ class Recorder(TorchDispatchMode):
     def _times(self, other: Any, bound: dict[str, Any]) -> Any:
         if isinstance(other, Traced):
             return self._of("mul", other, bound["alpha"])
-        return self._argument(other) * bound["alpha"]  # type: ignore[operator]
+        return self._argument(other) * bound["alpha"]
 
     def _lerp_change(self, start: Any, end: Any, weight: Any) -> Any:
         return self._of("mul", self._of("sub", end, start), weight)
@@ -303,8 +305,9 @@ class Recorder(TorchDispatchMode):
         advice = "Make it a parameter of the cell, and read it from `parameters`."
         if tensor.dim() > 0:
             self.fail(
-                f"The step uses a tensor of size {tuple(tensor.shape)} from outside. Only numbers "
-                f"and tensors without dimensions may come from there. {advice}"
+                f"The step uses a tensor of size {tuple(tensor.shape)} that does not come from its "
+                "arguments. Only numbers and tensors without dimensions may come from elsewhere. "
+                f"{advice}"
             )
         if tensor.requires_grad:
             self.fail(f"The step uses a tensor from outside that requires a gradient. {advice}")
@@ -329,8 +332,9 @@ class Recorder(TorchDispatchMode):
                 if isinstance(chosen, Traced):
                     return chosen
                 return Traced(self, self.builder.add("full_like", Ref(0), arguments[1]), False)
-        elif sum(masks) and all(m or not isinstance(g, Traced) for m, g in zip(masks, given)):  # noqa: B905
-            if operator not in ("mul", "div"):
+        elif any(masks) and operator not in ("mul", "div"):
+            tensors = [isinstance(value, Traced) for value in given]
+            if masks == tensors:
                 self.fail(f"The step calls {operator} on comparisons alone, which are booleans.")
         for index, value in enumerate(given):
             if masks[index] and not logical and not (operator == "where" and index == 0):
@@ -364,8 +368,7 @@ def _bound(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str
 
 def _in_user_code(code: CodeType) -> bool:
     name = code.co_filename
-    ours = name == __file__ or name == Builder.build.__code__.co_filename
-    return not ours and not os.path.abspath(name).startswith(_TORCH) and name[:1] != "<frozen"
+    return not name.startswith("<frozen") and not os.path.abspath(name).startswith(_NOT_USERS)
 
 
 def _user_frame(frame: FrameType | None, code: CodeType | None) -> tuple[CodeType, int] | None:
@@ -463,9 +466,9 @@ def trace(
     x.recorder = h.recorder = recorder
     x.name, h.name = "x", "h"
     end = 2 * gates + len(states)
-    arguments: list[Any] = [x, h, namedtuple("State", states)(*tensors[2 * gates : end])]  # type: ignore[misc]
+    arguments: list[Any] = [x, h, namedtuple("State", states)(*tensors[2 * gates : end])]
     if parameters:
-        arguments.append(namedtuple("Parameters", parameters)(*tensors[end:]))  # type: ignore[misc]
+        arguments.append(namedtuple("Parameters", parameters)(*tensors[end:]))
     start = None if code is None else (code, code.co_firstlineno)
     _check_signature(function, arguments, start)
 
