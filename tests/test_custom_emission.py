@@ -5,13 +5,13 @@ from __future__ import annotations
 import ctypes
 import math
 import re
-import subprocess
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from custom_native import CELLS, FUNCTIONS, TARGETS, compiled, targets
 from custom_steps import CASES, Case
 from torch import Tensor
 
@@ -21,97 +21,6 @@ from rnnfast.custom.tracing import trace
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = {torch.float32: ("float", ctypes.c_float), torch.float64: ("double", ctypes.c_double)}
 LANES = 16  # a multiple of those of every vector
-
-# Runs a function on arrays [block][n], one vector of units at a time.
-SOURCE = """
-#include "cpu/kernels/baseline.h"
-#define RNNFAST_TARGET portable
-#define RNNFAST_VECTOR_BYTES 16
-#define RNNFAST_REGISTERS 16
-#include "cpu/kernels/math.h"
-@includes@
-using namespace rnnfast::cpu::RNNFAST_TARGET;
-
-template <class A, int Blocks>
-struct Array {
-  Wide<Vec<A>, 1> of[Blocks + 1] = {};
-  void read(const A*& from, long i, long n) {
-    for (int k = 0; k < Blocks; ++k, from += n) of[k].v[0] = load(from + i);
-  }
-  void write(A*& to, long i, long n, int count = Blocks) {
-    for (int k = 0; k < count; ++k, to += n) store(to + i, of[k].v[0]);
-  }
-};
-
-template <class Cell, class A>
-void forward(long n, const A* in, A* out) {
-  constexpr int G = Cell::kGates, C = Cell::kCells;
-  for (long i = 0; i < n; i += kLanes<A>) {
-    const A* from = in;
-    A* to = out;
-    Array<A, G> x, h;
-    Array<A, 1> h_prev, new_h;
-    Array<A, C> c;
-    Array<A, Cell::kParameters> p;
-    Array<A, Cell::kSaved> saved;
-    x.read(from, i, n), h.read(from, i, n), h_prev.read(from, i, n), c.read(from, i, n);
-    p.read(from, i, n);
-    if (!Cell::kDirect) h_prev.of[0].v[0] += A(__builtin_nan(""));
-    Cell::template forward<Math>(x.of, h.of, h_prev.of[0], p.of, c.of, new_h.of[0], saved.of);
-    new_h.write(to, i, n), c.write(to, i, n), saved.write(to, i, n);
-  }
-}
-
-template <class Cell, class A>
-void backward(long n, const A* in, A* out) {
-  constexpr int C = Cell::kCells, P = Cell::kParameters;
-  for (long i = 0; i < n; i += kLanes<A>) {
-    const A* from = in;
-    A* to = out;
-    Array<A, Cell::kSaved> saved;
-    Array<A, 1> h_prev, h, d_h, d_h_direct;
-    Array<A, C> c_prev, c, d_c;
-    Array<A, P> p;
-    Array<A, Cell::kGradBlocks + P> d_gates;
-    saved.read(from, i, n), h_prev.read(from, i, n), c_prev.read(from, i, n), h.read(from, i, n);
-    c.read(from, i, n), p.read(from, i, n), d_h.read(from, i, n), d_c.read(from, i, n);
-    if (!Cell::kDirect) h_prev.of[0].v[0] += A(__builtin_nan(""));
-    if (!Cell::kReadsH) h.of[0].v[0] += A(__builtin_nan(""));
-    Cell::template backward<Math>(saved.of, h.of[0], h_prev.of[0], c.of, c_prev.of, p.of,
-                                  d_h.of[0], d_c.of, d_h_direct.of[0], d_gates.of);
-    d_h_direct.write(to, i, n), d_c.write(to, i, n), d_gates.write(to, i, n);
-  }
-}
-
-#define CELL(Cell)                                                                     \\
-  extern "C" void Cell##_forward_float(long n, const float* in, float* out) {          \\
-    forward<rnnfast::Cell>(n, in, out);                                                \\
-  }                                                                                    \\
-  extern "C" void Cell##_forward_double(long n, const double* in, double* out) {       \\
-    forward<rnnfast::Cell>(n, in, out);                                                \\
-  }                                                                                    \\
-  extern "C" void Cell##_backward_float(long n, const float* in, float* out) {         \\
-    backward<rnnfast::Cell>(n, in, out);                                               \\
-  }                                                                                    \\
-  extern "C" void Cell##_backward_double(long n, const double* in, double* out) {      \\
-    backward<rnnfast::Cell>(n, in, out);                                               \\
-  }                                                                                    \\
-  extern "C" int Cell##_input_gate(int j) { return rnnfast::Cell::input_gate(j); }
-@cells@
-
-#define FUNCTION(name, arguments)                                                      \\
-  template <class A>                                                                   \\
-  void name##_of(long n, const A* in, A* out) {                                        \\
-    for (long i = 0; i < n; i += kLanes<A>) {                                          \\
-      const Wide<Vec<A>, 1> a{load(in + i)};                                           \\
-      [[maybe_unused]] const Wide<Vec<A>, 1> b{load(in + n + i)};                      \\
-      store(out + i, Math::name arguments.v[0]);                                       \\
-    }                                                                                  \\
-  }                                                                                    \\
-  extern "C" void name##_float(long n, const float* in, float* out) { name##_of(n, in, out); } \\
-  extern "C" void name##_double(long n, const double* in, double* out) { name##_of(n, in, out); }
-@functions@
-"""
 
 ONE = ("exp", "expm1", "log", "log1p", "sqrt", "rsqrt", "abs", "sign", "sin", "cos", "erf")
 TWO = ("maximum", "minimum")
@@ -125,23 +34,24 @@ def emitted(name: str) -> Emission:
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+def cells(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     folder = tmp_path_factory.mktemp("cells")
     emissions = [emitted(name) for name in CASES]
     for emission in emissions:
         (folder / f"{emission.struct}.h").write_text(emission.header)
-    text = SOURCE.replace("@includes@", "\n".join(f'#include "{e.struct}.h"' for e in emissions))
+    text = CELLS.replace("@includes@", "\n".join(f'#include "{e.struct}.h"' for e in emissions))
     text = text.replace("@cells@", "\n".join(f"CELL({e.struct})" for e in emissions))
+    return compiled(folder, TARGETS[targets()[-1]] + text)
+
+
+@pytest.fixture(scope="module", params=targets())
+def functions(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> ctypes.CDLL:
     functions = [f"FUNCTION({name}, (a))" for name in ONE]
     functions += [f"FUNCTION({name}, (a, b))" for name in TWO]
-    text = text.replace("@functions@", "\n".join(functions))
-    (folder / "cells.cpp").write_text(text)
-    command = ["g++", "-std=c++20", "-O1", "-ffp-contract=off", "-fno-math-errno", "-shared"]
-    command += ["-fPIC", "-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'csrc'}", f"-I{folder}"]
-    command += [str(folder / "cells.cpp"), "-o", str(folder / "cells.so")]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return ctypes.CDLL(str(folder / "cells.so"))
+    text = FUNCTIONS.replace("@functions@", "\n".join(functions))
+    return compiled(tmp_path_factory.mktemp("functions"), TARGETS[request.param] + text)
 
 
 @pytest.fixture(params=list(CASES), ids=lambda name: name.replace(" ", "_"))
@@ -166,12 +76,12 @@ def close(got: Tensor, want: Tensor | None) -> None:
 
 
 @pytest.mark.parametrize("dtype", KINDS, ids=str)
-def test_cell_computes_its_programs(library: ctypes.CDLL, case: Case, dtype: torch.dtype) -> None:
+def test_cell_computes_its_programs(cells: ctypes.CDLL, case: Case, dtype: torch.dtype) -> None:
     emission = emitted(case.name)
     facts, (forward, backward, _) = emission.facts, emission.derivative
     n, states = 4 * LANES, facts.cells + 1
     tensors = [torch.randn(n, dtype=dtype) for _ in forward.inputs]
-    got = run(library, f"{emission.struct}_forward", tensors, states + facts.saved)
+    got = run(cells, f"{emission.struct}_forward", tensors, states + facts.saved)
     results = forward.run(*tensors)
     for one, want in zip(got, results, strict=True):
         close(one, want)
@@ -182,7 +92,7 @@ def test_cell_computes_its_programs(library: ctypes.CDLL, case: Case, dtype: tor
     arriving = [torch.randn(n, dtype=dtype) for _ in new]
     arguments = [t.expand(n) for t in (*saved, *before, *new, *parameters, *arriving)]
     count = states + facts.grad_blocks + facts.parameters
-    got = run(library, f"{emission.struct}_backward", arguments, count)
+    got = run(cells, f"{emission.struct}_backward", arguments, count)
     want = backward.run(*arguments)
     of_states = want[2 * facts.gates : end]
     for k in range(0 if facts.direct else 1, states):
@@ -192,7 +102,7 @@ def test_cell_computes_its_programs(library: ctypes.CDLL, case: Case, dtype: tor
         close(blocks[j], want[emission.input_gate[j]])
         of_h = blocks[facts.grad_blocks - facts.gates + j]
         close(of_h, want[facts.gates + j])
-        assert getattr(library, f"{emission.struct}_input_gate")(j) == emission.input_gate[j]
+        assert getattr(cells, f"{emission.struct}_input_gate")(j) == emission.input_gate[j]
     for one, gradient in zip(blocks[facts.grad_blocks :], want[end:], strict=True):
         close(one, gradient)
 
@@ -264,12 +174,12 @@ def everywhere(dtype: torch.dtype) -> Tensor:
 
 @pytest.mark.parametrize("dtype", KINDS, ids=str)
 @pytest.mark.parametrize("name", ONE + TWO)
-def test_errors_of_math(library: ctypes.CDLL, name: str, dtype: torch.dtype) -> None:
+def test_errors_of_math(functions: ctypes.CDLL, name: str, dtype: torch.dtype) -> None:
     a = everywhere(dtype)
     b = a.roll(7)
     function: Callable[..., Tensor] = getattr(torch, name)
     arguments = (a, b) if name in TWO else (a,)
-    got = run(library, name, [a, b], 1)[0].double()
+    got = run(functions, name, [a, b], 1)[0].double()
     exact = function(*(argument.double() for argument in arguments))
     want = exact.to(dtype).double()
     finite = want.isfinite()

@@ -209,8 +209,9 @@ def _divided(
     backward_builder = _Copy(joint, inputs)
     known = backward_builder.known
     k = len(saved)
-    # a value has several places where a state is returned unchanged: the state before comes first
-    known.update({value: Ref(k + states + index) for index, value in reversed([*enumerate(after)])})
+    # Where a value has several places, the last one counts: a state before the step is better than
+    # the same after it, and another state is better than h, which is rounded.
+    known.update({value: Ref(k + states + index) for index, value in enumerate(after)})
     known.update({value: Ref(index) for index, value in enumerate(saved)})
     known.update({Ref(first_state + index): Ref(k + index) for index in range(states)})
     for index in range(len(parameters)):

@@ -24,9 +24,9 @@ _NOT_USERS = tuple(
 
 ALLOWED = (
     "+ - * /, neg, reciprocal, square, pow with a constant multiple of 0.5 from -4 to 4, "
-    "comparisons, logical_and, logical_or, logical_xor, logical_not, where, masked_fill, exp, "
-    "expm1, log, log1p, logaddexp, sqrt, rsqrt, abs, sign, sin, cos, erf, tanh, sigmoid, relu, "
-    "relu6, leaky_relu, elu, celu, selu, silu, gelu, mish, softplus, logsigmoid, hardtanh, "
+    "comparisons, isnan, logical_and, logical_or, logical_xor, logical_not, where, masked_fill, "
+    "exp, expm1, log, log1p, logaddexp, sqrt, rsqrt, abs, sign, sin, cos, erf, tanh, sigmoid, "
+    "relu, relu6, leaky_relu, elu, celu, selu, silu, gelu, mish, softplus, logsigmoid, hardtanh, "
     "hardsigmoid, hardswish, minimum, maximum, clamp, lerp, addcmul, addcdiv, zeros_like, "
     "ones_like, full_like, detach"
 )
@@ -88,6 +88,9 @@ class Traced(Tensor):
     size = __len__ = _refuse_size  # type: ignore[assignment]
     shape = property(_refuse_size)
 
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"<tensor of a cell's step: {self.value}>"
+
     def _refuse_part(self, *args: Any) -> Any:
         self.recorder.fail(
             "The step indexes or iterates over the units of a gate, a state or a parameter. "
@@ -148,6 +151,10 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.builder, self.of_user, self.code = builder, of_user, code
         self.decompositions = decompositions or {}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else torch imports its compiler, which takes seconds
 
     def input(self, index: int, requires_grad: bool = False) -> Traced:
         """The tensor that stands for an input of the program."""
@@ -232,6 +239,8 @@ class Recorder(TorchDispatchMode):
             if bound["value"] != 1:
                 change = self._of("mul", change, bound["value"])
             return self._of("add", given[0], change)
+        if name == "isnan":
+            return self._of("ne", given[0], given[0])
         if name == "celu":
             alpha = float(given[1])
             return self._of("elu", given[0], alpha, 1.0, 1 / alpha)
@@ -263,7 +272,7 @@ class Recorder(TorchDispatchMode):
         power = self._argument(exponent)
         if not isinstance(base, Traced) or not isinstance(power, float):
             self._not_allowed("pow with a tensor as its exponent")
-        if not (abs(power) <= 4 and 2 * power == int(2 * power)):
+        if self.of_user and not (abs(power) <= 4 and 2 * power == int(2 * power)):
             self._not_allowed(f"pow with the exponent {power:g}")
         return self._of("pow", base, power)
 
@@ -273,6 +282,8 @@ class Recorder(TorchDispatchMode):
             self._not_allowed(f"{name} with dtype={dtype}")
         fill = _FILLED[name] if name in _FILLED else self._argument(bound["fill_value"])
         assert isinstance(fill, float)
+        if self.of_user and tuple(bound.get("size", ())) != ():
+            self._not_allowed(f"{name} with a size")
         if self.of_user:
             return Traced(self, self.builder.add("full_like", Ref(0), fill), False)
         return Traced(self, fill, False)
@@ -280,6 +291,8 @@ class Recorder(TorchDispatchMode):
     def _converted(self, tensor: Traced, dtype: torch.dtype | None) -> Traced:
         if dtype is None or tensor.dtype is dtype:
             return tensor
+        if dtype is torch.float32 and tensor.dtype is torch.float64:
+            return tensor  # kernels compute in float32 or float64 in any case
         if dtype.is_floating_point and tensor.dtype is torch.bool:
             return Traced(self, self._number_of(tensor), False)
         self.fail(
