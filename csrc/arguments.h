@@ -3,7 +3,9 @@
 //
 // Sizes: T time steps, B sequences, I input features, H hidden units. P is the size of h, which is
 // H unless an LSTM projects h (proj_size). A cell has G gates, `saved` blocks of H columns that the
-// forward keeps for the backward, and D blocks of gate gradients. V is the number of tokens.
+// forward keeps for the backward, and D blocks of gate gradients. It has C states beside h, which
+// together are called c (C = 1 for the LSTM), and N learnable vectors of H elements, its
+// parameters. V is the number of tokens.
 //
 // Types: S is the storage type (Dtype) and A = Compute<S> the type of arithmetic.
 //
@@ -43,18 +45,19 @@ struct ForwardArgs {
   const void* x;  // S (T, B, I), last stride 1; null if the input is tokens
   const int64_t* tokens;  // (T, B) indices of rows of w_ih, with I = 0; or null
   int64_t x_stride_t, x_stride_b;  // of x or tokens
-  const void *h0, *c0;  // S (B, P), (B, H); c0 only if the cell has a state c
+  const void *h0, *c0;  // S (B, P), (B, C*H); c0 only if the cell has a state c
   // Weights. If the plan says that they are frozen (CPU only), each is a block with its bias
   // (cpu/frozen.h), and b_ih and b_hh are null.
   const void* w_ih;  // S (G*H, I); for tokens a table (V, G*H)
   const void* w_hh;  // S (G*H, P)
   const void *b_ih, *b_hh;  // S (G*H) or null
   const void* w_hr;  // S (P, H), the projection of h, or null
+  const void* parameters;  // S (N, H), or null if the cell has none
   void* y;  // S (T, B, P)
-  void *h_n, *c_n;  // S (B, P), (B, H)
+  void *h_n, *c_n;  // S (B, P), (B, C*H)
   // Saved for the backward; each is null if not wanted.
   void* gates;  // S (T, B, saved*H)
-  void* cells;  // A (T, B, H)
+  void* cells;  // A (T, B, C*H)
 };
 
 struct BackwardArgs {
@@ -65,26 +68,28 @@ struct BackwardArgs {
   int64_t h_size;  // P
   const void* grad_y;  // S (T, B, P), last stride 1, or null for zeros
   int64_t grad_y_stride_t, grad_y_stride_b;
-  const void *grad_h_n, *grad_c_n;  // S (B, P), (B, H) or null
-  const void* grad_cells;  // A (T, B, H) or null
+  const void *grad_h_n, *grad_c_n;  // S (B, P), (B, C*H) or null
+  const void* grad_cells;  // A (T, B, C*H) or null
   const void* x;  // S (T, B, I), last stride 1; null if the input is tokens
   const int64_t* tokens;  // (T, B) indices of rows of w_ih, with I = 0; or null
   int64_t x_stride_t, x_stride_b;  // of x or tokens
-  const void *h0, *c0;  // S (B, P), (B, H)
+  const void *h0, *c0;  // S (B, P), (B, C*H)
   const void* w_ih;  // S (G*H, I); for tokens a table (V, G*H)
   const void* w_hh;  // S (G*H, P)
   const void *b_ih, *b_hh;  // S (G*H) or null; read only if gates is null
   const void* w_hr;  // S (P, H) or null
+  const void* parameters;  // S (N, H) or null
   const void* y;  // S (T, B, P)
   const void* gates;  // S (T, B, saved*H); null (CPU only) to recompute them
-  const void* cells;  // A (T, B, H)
+  const void* cells;  // A (T, B, C*H)
   // Results; each is null if not wanted. Gradients of parameters are A; the caller rounds them.
   void* grad_x;  // S (T, B, I)
-  void *grad_h0, *grad_c0;  // S (B, P), (B, H)
+  void *grad_h0, *grad_c0;  // S (B, P), (B, C*H)
   void* grad_w_ih;  // A (G*H, I); for tokens (V, G*H), zeros on entry
   void* grad_w_hh;  // A (G*H, P)
   void *grad_b_ih, *grad_b_hh;  // A (G*H)
   void* grad_w_hr;  // A (P, H)
+  void* grad_parameters;  // A (N, H)
 };
 
 inline constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -17,12 +17,16 @@ from .patching import patch, unpatch
 
 if TYPE_CHECKING:
     from . import cli as cli
+    from . import custom as custom
     from . import explain as explain
     from . import frozen as frozen
     from . import generation as generation
     from . import models as models
     from . import onnx as onnx
     from . import text as text
+    from .custom import Layer as Layer
+    from .custom import LayerCell as LayerCell
+    from .custom import cell as cell
     from .frozen import Stream as Stream
     from .frozen import StreamBatch as StreamBatch
     from .frozen import freeze as freeze
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
 else:  # hidden from type checkers, which would take any name for a module
     _IMPORTED_WHEN_USED = (
         "cli",
+        "custom",
         "explain",
         "frozen",
         "generation",
@@ -37,17 +42,20 @@ else:  # hidden from type checkers, which would take any name for a module
         "onnx",
         "text",
     )
-    _IN_FROZEN = ("Stream", "StreamBatch", "freeze", "quantize_error")
+    _MODULE_OF = {
+        **dict.fromkeys(("Stream", "StreamBatch", "freeze", "quantize_error"), "frozen"),
+        **dict.fromkeys(("Layer", "LayerCell", "cell"), "custom"),
+    }
 
     def __getattr__(name: str) -> Any:
         if name in _IMPORTED_WHEN_USED:
             return import_module(f"{__name__}.{name}")
-        if name in _IN_FROZEN:
-            return getattr(import_module(f"{__name__}.frozen"), name)
+        if name in _MODULE_OF:
+            return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
     def __dir__() -> list[str]:
-        return sorted({*globals(), *_IMPORTED_WHEN_USED, *_IN_FROZEN})
+        return sorted({*globals(), *_IMPORTED_WHEN_USED, *_MODULE_OF})
 
 
 __all__ = [
@@ -56,11 +64,15 @@ __all__ = [
     "RNN",
     "GRUCell",
     "LSTMCell",
+    "Layer",
+    "LayerCell",
     "RNNCell",
     "Stream",
     "StreamBatch",
     "accelerate",
     "backend",
+    "cell",
+    "custom",
     "doctor",
     "freeze",
     "frozen",

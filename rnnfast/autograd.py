@@ -4,15 +4,17 @@ Every cell has the operators ``rnnfast::<cell>`` and ``rnnfast::<cell>_backward`
 direction, a whole sequence per call. They differ only in the number of states:
 
     forward    (x, *states, w_ih, w_hh, b_ih, b_hh, reverse, save, recompute, lengths, reset
-               [, w_hr]) -> (y, *final states, gates[, cells])
+               [, w_hr][, parameters]) -> (y, *final states, gates[, cells])
     backward   (*gradients of y and the final states, x, *states, w_ih, w_hh, b_ih, b_hh, y, gates
-               [, cells], reverse, mask, lengths, reset[, w_hr, gradient of cells])
-               -> gradients of (x, *states, w_ih, w_hh, b_ih, b_hh[, w_hr])
+               [, cells], reverse, mask, lengths, reset[, w_hr][, parameters]
+               [, gradient of cells])
+               -> gradients of (x, *states, w_ih, w_hh, b_ih, b_hh[, w_hr][, parameters])
 
-What is in brackets is there for cells with two states; ``cells`` is the c of every step. With
+What is in brackets is there for cells that have it: ``w_hr`` if h may be projected, ``parameters``
+if a user's cell has learnable vectors. ``cells`` is the c of every step. With
 ``save`` the caller gets ``gates`` and ``cells``, else they are empty. ``gates`` is also empty with
 ``recompute``, where the device's backward can do without, and where plain PyTorch runs. Below, the
-tensors of a layer are (x, *states, w_ih, w_hh, b_ih, b_hh[, w_hr]).
+tensors of a layer are (x, *states, w_ih, w_hh, b_ih, b_hh[, w_hr][, parameters]).
 
 The extension has the kernels, and those for autograd and autocast (csrc/torch/autograd.cpp). Here
 are the shapes of results, the rules for vmap, and what the extension calls where the kernels cannot
@@ -57,13 +59,13 @@ def layer(
         recompute: Whether to save no gates for the backward, which then computes them again from
             the states.
     """
-    x, states, w_ih, w_hh, b_ih, b_hh, reverse, lengths, reset, w_hr = inputs
+    x, states, w_ih, w_hh, b_ih, b_hh, reverse, lengths, reset, w_hr, parameters = inputs
     tensors = (x, *states, w_ih, w_hh, b_ih, b_hh)
-    if save_cells and x.device.type == "cpu" and not _records(*tensors, w_hr):
+    more = ((w_hr,) if cell.projects else ()) + ((parameters,) if cell.parameters else ())
+    if save_cells and x.device.type == "cpu" and not _records(*tensors, *more):
         recompute = True  # the operator need not save gates beside the cells
-    projection = (w_hr,) if cell.states > 1 else ()
     operator = _OPERATORS[cell.name].forward
-    y, *others = operator(*tensors, reverse, save_cells, recompute, lengths, reset, *projection)
+    y, *others = operator(*tensors, reverse, save_cells, recompute, lengths, reset, *more)
     return LayerOutputs(y, tuple(others[: cell.states]), others[-1] if save_cells else None)
 
 
@@ -72,13 +74,26 @@ def _records(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def _last_arguments(cell: Cell, given: Sequence[Any]) -> dict[str, Any]:
+    """The arguments from ``lengths`` on by their names.
+
+    torch leaves out trailing arguments that have their default values.
+    """
+    names = ["lengths", "reset"]
+    names += ["w_hr"] if cell.projects else []
+    names += ["parameters"] if cell.parameters else []
+    names += ["grad_cells"] if cell.states > 1 else []
+    found = dict.fromkeys(("lengths", "reset", "w_hr", "parameters", "grad_cells"))
+    return found | dict(zip(names, given, strict=False))
+
+
 def _reference_forward(cell: Cell, x: Tensor, *arguments: Any) -> States:
     """``rnnfast::_<cell>_reference``. It has no gates to save."""
     states, rest = arguments[: cell.states], arguments[cell.states :]
     w_ih, w_hh, b_ih, b_hh, reverse, save, *given = rest
-    # torch leaves out trailing arguments that have their default values
-    lengths, reset, w_hr = (*given[1:], None, None, None)[:3]
-    inputs = LayerInputs(x, states, w_ih, w_hh, b_ih, b_hh, reverse, lengths, reset, w_hr)
+    last = _last_arguments(cell, given[1:])
+    del last["grad_cells"]
+    inputs = LayerInputs(x, states, w_ih, w_hh, b_ih, b_hh, reverse, **last)
     y, finals, cells = reference.layer(cell, inputs)
     outputs = (y, *finals, y.new_empty((0,)))
     if cells is None:
@@ -104,12 +119,17 @@ def _parse_backward(cell: Cell, arguments: Sequence[Any]) -> _BackwardCall:
     outputs, options = 1 + cell.states, _place_of_options(cell)
     grads, tensors = arguments[:outputs], arguments[outputs : outputs + 5 + cell.states]
     reverse, mask, *given = arguments[options:]
-    # torch leaves out trailing arguments that have their default values
-    lengths, reset, w_hr, grad_cells = (*given, None, None, None, None)[:4]
+    last = _last_arguments(cell, given)
     if cell.states > 1:
-        grads, tensors = (*grads, grad_cells), (*tensors, w_hr)
+        grads = (*grads, last["grad_cells"])
+    if cell.projects:
+        tensors = (*tensors, last["w_hr"])
         mask = (*mask, False)[: len(tensors)]  # it has no entry for a w_hr of None
-    return _BackwardCall(tuple(grads), tuple(tensors), tuple(mask), reverse, lengths, reset)
+    if cell.parameters:
+        tensors = (*tensors, last["parameters"])
+    return _BackwardCall(
+        tuple(grads), tuple(tensors), tuple(mask), reverse, last["lengths"], last["reset"]
+    )
 
 
 def _place_of_options(cell: Cell) -> int:
@@ -126,7 +146,8 @@ def _reference_backward(cell: Cell, *arguments: Any) -> States:
     call = _parse_backward(cell, arguments)
     freed = backend.find_freed(call.tensors)
     if freed is not None:
-        names = ("x", *("h0", "c0")[: cell.states], "w_ih", "w_hh", "b_ih", "b_hh", "w_hr")
+        names = ("x", *("h0", "c0")[: cell.states], "w_ih", "w_hh", "b_ih", "b_hh")
+        names += ("w_hr",) if cell.projects else ("parameters",)
         raise RuntimeError(
             f"rnnfast::{cell.name}: the storage of {names[freed]} has been freed or resized"
         )
@@ -142,11 +163,12 @@ def _reference_backward(cell: Cell, *arguments: Any) -> States:
             if not tensors[i].requires_grad:
                 tensors[i] = tensors[i].detach().requires_grad_()
         states = tuple(tensors[1 : 1 + cell.states])
-        w_ih, w_hh, b_ih, b_hh, w_hr = (*tensors[1 + cell.states :], None)[:5]
+        w_ih, w_hh, b_ih, b_hh, *more = tensors[1 + cell.states :]
+        w_hr = more[0] if cell.projects else None
+        parameters = more[-1] if cell.parameters else None
         options = call.reverse, call.lengths, call.reset
-        y, finals, cells = reference.layer(
-            cell, LayerInputs(tensors[0], states, w_ih, w_hh, b_ih, b_hh, *options, w_hr)
-        )
+        inputs = LayerInputs(tensors[0], states, w_ih, w_hh, b_ih, b_hh, *options, w_hr, parameters)
+        y, finals, cells = reference.layer(cell, inputs)
         outputs = (y, *finals) if cells is None else (y, *finals, cells)
         pairs = zip(outputs, call.grads, strict=True)
         found = [(output, grad) for output, grad in pairs if grad is not None]
@@ -277,7 +299,7 @@ def _register_fakes(cell: Cell) -> None:
         # torch leaves out trailing arguments that have their default values
         _, save, recompute, *_ = (*arguments[cell.states + 4 :], False)
         _check_devices(x, arguments[: cell.states + 4])
-        hidden = states[-1].shape[1]
+        hidden = states[-1].shape[1] // max(cell.cells, 1)
         rows = x.shape[:-1]  # (T, B), or (N) of packed x
         like = states[0]  # x may be tokens
         y = like.new_empty((*rows, like.shape[1]))
@@ -287,7 +309,8 @@ def _register_fakes(cell: Cell) -> None:
         if cell.states == 1:
             return y, *finals, gates
         dtype = reference.compute_dtype(like.dtype)
-        return y, *finals, gates, like.new_empty((*rows, hidden) if save else (0,), dtype=dtype)
+        columns = cell.cells * hidden
+        return y, *finals, gates, like.new_empty((*rows, columns) if save else (0,), dtype=dtype)
 
     def backward(*arguments: Any) -> States:
         call = _parse_backward(cell, arguments)
@@ -340,7 +363,9 @@ def _frozen_table_shape(cell: str, x: Tensor, w_ih: Tensor, hidden: int) -> Tens
     return w_ih.new_empty((header + x.shape[0] * CELLS[cell].gates * hidden * element,))
 
 
-def _register(cell: Cell) -> None:
+def register(cell: Cell) -> None:
+    """Tells torch all about the operators of a cell, which the extension has."""
+    _OPERATORS[cell.name] = _find_operators(cell.name)
     _register_fakes(cell)
     for name, call in (
         (f"_{cell.name}_reference", _reference_forward),
@@ -356,7 +381,6 @@ _LIBRARY = torch.library.Library("rnnfast", "FRAGMENT")
 _OPERATORS: dict[str, _Operators] = {}
 if backend.EXTENSION is not None:
     for _cell in CELLS.values():
-        _OPERATORS[_cell.name] = _find_operators(_cell.name)
-        _register(_cell)
+        register(_cell)
     torch.library.register_fake("rnnfast::frozen_layer", _frozen_layer_shapes)
     torch.library.register_fake("rnnfast::frozen_table", _frozen_table_shape)

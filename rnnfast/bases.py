@@ -124,7 +124,7 @@ class Layers(Backed, nn.RNNBase):
 
         The arguments and results are those under "Inputs" and "Outputs" in the class.
         """
-        cell, weights = CELL_OF_MODE[self.mode], self._read(self._flat_weights_names)
+        cell, weights = self._cell, self._read(self._flat_weights_names)
         tokens = self.tokens or embedding is not None
         if tokens:
             input, weights, tokens = self._take_tokens(input, weights, lengths, embedding)
@@ -181,6 +181,11 @@ class Layers(Backed, nn.RNNBase):
             cells = None if cells is None else cells.squeeze(1 - time)
         results = y, finals if cell.states > 1 else finals[0]
         return results if cells is None else (*results, cells)
+
+    @property
+    def _cell(self) -> Cell:
+        """The row of the table of cells."""
+        return CELL_OF_MODE[self.mode]
 
     def _take_tokens(
         self, input: Any, weights: list[Tensor], lengths: Any, embedding: nn.Embedding | None
@@ -289,6 +294,7 @@ class Layers(Backed, nn.RNNBase):
             self.batch_first,
             self.recompute,
             self.proj_size,
+            self._cell.parameters > 0,
         )
 
     def _layout(self) -> tuple[Any, ...]:
@@ -420,6 +426,10 @@ class OneStep(Backed, nn.RNNCellBase):
         """The row of the table of cells, or None if the nonlinearity is unknown."""
         raise NotImplementedError
 
+    def _read_parameters(self) -> Tensor:
+        """The learnable vectors of a user's cell (N, H)."""
+        raise NotImplementedError
+
     def forward(self, input: Tensor, hx: Any = None) -> Any:
         """Computes the next state.
 
@@ -431,10 +441,13 @@ class OneStep(Backed, nn.RNNCellBase):
         if cell is None or not isinstance(input, Tensor):
             return self._forward_in_torch(input, hx, "the module or its input is malformed")
         weights: Any = self._read(CELL_WEIGHTS)
+        parameters = self._read_parameters() if cell.parameters else None
         if extension := _backend.short_path(self.backend):
             kind = _backend.CELL_KINDS[cell.name]
             biases = weights[2] is not None or weights[3] is not None
-            result = extension.run_step(kind, input, hx, weights if biases else weights[:2], biases)
+            given = weights if biases else weights[:2]
+            given = given if parameters is None else [*given, parameters]
+            result = extension.run_step(kind, input, hx, given, biases)
             if result is not None:
                 return result
         x, states, single = input, states_of(cell, hx), input.dim() == 1
@@ -444,7 +457,7 @@ class OneStep(Backed, nn.RNNCellBase):
         problem = checks.step_problem(cell, x, states, weights)
         if problem:
             return self._forward_in_torch(input, hx, problem)
-        finals = sequences.run_step(cell, x, states, weights, self.backend)
+        finals = sequences.run_step(cell, x, states, weights, self.backend, parameters)
         if single:
             finals = tuple(final.squeeze(0) for final in finals)
         return finals if cell.states > 1 else finals[0]

@@ -200,7 +200,7 @@ def _problem(
         refuse_freed(input=x, parameter=weights)
         return _mismatch(x, weights, "parameter")
     if not isinstance(states, (tuple, list)) or len(states) != cell.states:
-        return "lstm expects two hidden states"
+        return "lstm expects two hidden states" if cell.aten else f"expected {cell.states} states"
     for k, (state, shape) in enumerate(zip(states, shapes, strict=True)):
         name = "hidden" if cell.states == 1 else f"hidden[{k}]"
         if not isinstance(state, Tensor):

@@ -253,7 +253,8 @@ def _fuses(layers: Layers | FrozenLayers, head: nn.Linear, embedding: nn.Embeddi
         served = head.weight.dtype is torch.float32
         served = served and (embedding is None or embedding.weight.dtype is torch.float32)
     else:
-        served = _backend.choose(layers.backend, head.weight) == "fused"
+        served = layers.mode in CELL_OF_MODE
+        served = served and _backend.choose(layers.backend, head.weight) == "fused"
     return (
         served
         and head.weight.device.type == "cpu"

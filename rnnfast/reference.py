@@ -29,14 +29,24 @@ class Cell(NamedTuple):
     gates: int
     """G, the number of H-sized blocks in the weights."""
     states: int
-    """How many states pass from step to step: 1 for (h), 2 for (h, c)."""
+    """How many tensors of states pass from step to step: 1 for (h), 2 for (h, c)."""
     saved: int
     """K, the number of H-sized blocks the fused forward keeps for its backward."""
     aten: str
-    """torch's own sequence operator; its single step is called ``<aten>_cell``."""
+    """torch's own sequence operator; its single step is called ``<aten>_cell``. Empty if there is
+    none."""
     step: Callable[..., States]
-    """``step(gates_x, gates_h, *states) -> states``: one time step. ``gates_x`` = W_ih x + b_ih and
-    ``gates_h`` = W_hh h + b_hh are (B, G*H), each state is (B, H)."""
+    """``step(gates_x, gates_h, *states[, parameters]) -> states``: one time step. ``gates_x`` =
+    W_ih x + b_ih and ``gates_h`` = W_hh h + b_hh are (B, G*H), h is (B, H) and c (B, C*H)."""
+    cells: int = 0
+    """C: how many states c has, side by side. 1 for an LSTM."""
+    parameters: int = 0
+    """N: how many learnable vectors (H) the step takes, as a tensor (N, H)."""
+    projects: bool = False
+    """Whether h may be projected."""
+    compile: Callable[[torch.dtype], str | None] | None = None
+    """Of a user's cell: compiles the kernels for tensors of a dtype, unless that has been done, and
+    returns None, or why there are none."""
 
 
 def elman_tanh(gates_x: Tensor, gates_h: Tensor, h: Tensor) -> States:
@@ -97,7 +107,7 @@ CELLS: dict[str, Cell] = {
         Cell("elman_tanh", gates=1, states=1, saved=0, aten="rnn_tanh", step=elman_tanh),
         Cell("elman_relu", gates=1, states=1, saved=0, aten="rnn_relu", step=elman_relu),
         Cell("gru", gates=3, states=1, saved=4, aten="gru", step=gru),
-        Cell("lstm", gates=4, states=2, saved=4, aten="lstm", step=lstm),
+        Cell("lstm", gates=4, states=2, saved=4, aten="lstm", step=lstm, cells=1, projects=True),
     )
 }
 
@@ -120,7 +130,7 @@ class LayerInputs(NamedTuple):
     one after the other, of each step only the sequences that are so long. Or tokens: int64 with
     I = 1, each the number of a row of ``w_ih``."""
     states: States
-    """Initial states, each (B, H); with ``w_hr`` h is (B, P)."""
+    """Initial states: h (B, H), or (B, P) with ``w_hr``, and c (B, C*H)."""
     w_ih: Tensor
     """(G*H, I); of tokens a table (V, G*H), whose rows stand for W_ih x."""
     w_hh: Tensor
@@ -140,6 +150,8 @@ class LayerInputs(NamedTuple):
     w_hr: Tensor | None = None
     """(P, H), or None: what projects the h that an LSTM puts out, h = W_hr (o * tanh(c)); Sak,
     Senior, Beaufays, arXiv:1402.1128; ``proj_size`` of torch.nn.LSTM."""
+    parameters: Tensor | None = None
+    """(N, H), or None: the learnable vectors of a user's cell."""
 
 
 class LayerOutputs(NamedTuple):
@@ -151,8 +163,8 @@ class LayerOutputs(NamedTuple):
     states: States
     """The final states, shaped like the initial ones."""
     cells: Tensor | None
-    """The c of every step (T, B, H), laid out like ``y``, in the dtype of sums. None where the cell
-    has no c."""
+    """The c of every step (T, B, C*H), laid out like ``y``, in the dtype of sums. None where the
+    cell has no c."""
 
 
 def layer(cell: Cell, inputs: LayerInputs) -> LayerOutputs:
@@ -167,7 +179,7 @@ def layer(cell: Cell, inputs: LayerInputs) -> LayerOutputs:
     Returns:
         The output, the final states and, if the cell has a c, the c of every step.
     """
-    x, states, w_ih, w_hh, b_ih, b_hh, reverse, lengths, reset, w_hr = inputs
+    x, states, w_ih, w_hh, b_ih, b_hh, reverse, lengths, reset, w_hr, parameters = inputs
     if autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
             return layer(cell, inputs)
@@ -187,6 +199,7 @@ def layer(cell: Cell, inputs: LayerInputs) -> LayerOutputs:
     # converted once: the gradient of a conversion is rounded, and so would be the sum of all steps'
     w_hh, b_hh = w_hh.to(wide), None if b_hh is None else b_hh.to(wide)
     w_hr = None if w_hr is None else w_hr.to(wide)
+    more = () if parameters is None else (parameters.to(wide),)
     current = tuple(state.to(wide) for state in states)
     y, cells = [], []
     times = range(x.shape[0])
@@ -195,7 +208,7 @@ def layer(cell: Cell, inputs: LayerInputs) -> LayerOutputs:
         if reset is not None and (border := t + 1 if reverse else t) < x.shape[0]:
             cut = reset[border] if lengths is None else reset[border] & (border < lengths)
             before = tuple(state.masked_fill(cut.unsqueeze(1), 0) for state in current)
-        h, *others = cell.step(gates_x[t], F.linear(before[0], w_hh, b_hh), *before)
+        h, *others = cell.step(gates_x[t], F.linear(before[0], w_hh, b_hh), *before, *more)
         h = h if w_hr is None else F.linear(h, w_hr)
         following = (_rounded(h, dtype), *others)
         if lengths is None:
@@ -232,7 +245,7 @@ def _rounded(h: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _packed_layer(cell: Cell, inputs: LayerInputs) -> LayerOutputs:
     """`layer` on packed x, by way of padding."""
-    x, states, w_ih, w_hh, b_ih, b_hh, reverse, lengths, _, w_hr = inputs
+    x, lengths = inputs.x, inputs.lengths
     assert lengths is not None
     lengths = lengths.to(x.device)
     steps, batch = int(lengths[0]), lengths.shape[0]
@@ -240,9 +253,6 @@ def _packed_layer(cell: Cell, inputs: LayerInputs) -> LayerOutputs:
     rows = running.flatten().nonzero().squeeze(1)
     padded = x.new_zeros((steps * batch, x.shape[1])).index_copy(0, rows, x)
     padded = padded.unflatten(0, (steps, batch))
-    y, finals, cells = layer(
-        cell,
-        LayerInputs(padded, states, w_ih, w_hh, b_ih, b_hh, reverse, lengths, None, w_hr),
-    )
+    y, finals, cells = layer(cell, inputs._replace(x=padded, lengths=lengths, reset=None))
     cells = None if cells is None else cells.flatten(0, 1).index_select(0, rows)
     return LayerOutputs(y.flatten(0, 1).index_select(0, rows), finals, cells)

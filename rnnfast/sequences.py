@@ -40,6 +40,8 @@ class Options(NamedTuple):
     recompute: bool = False
     """Save no gates for the backward; not torch.nn's."""
     proj_size: int = 0
+    has_parameters: bool = False
+    """Whether the cell has learnable vectors: a tensor (N, H) beside the weights of each layer."""
 
     @property
     def directions(self) -> int:
@@ -49,7 +51,7 @@ class Options(NamedTuple):
     @property
     def tensors_per_layer(self) -> int:
         """How many weights and biases a layer has in one direction."""
-        return (4 if self.has_biases else 2) + (self.proj_size > 0)
+        return (4 if self.has_biases else 2) + (self.proj_size > 0) + self.has_parameters
 
 
 class Extras(NamedTuple):
@@ -84,6 +86,7 @@ def run_sequence(
     given = x, states, weights
     x, states, weights = autocast(*given)
     name = _choose_sequence(x, weights[1], requested, extras, options.proj_size > 0)
+    name = _of_cell(cell, name, weights[1], requested)
     packed = x.dim() == 2
     if name == "aten":
         # Under autocast torch's CPU operators cast by themselves, or raise if oneDNN cannot run it.
@@ -122,22 +125,53 @@ def _choose_sequence(
     return name
 
 
+def _of_cell(cell: Cell, name: str, like: Tensor, requested: str | None) -> str:
+    """The backend ``name``, or "reference" if it has no kernels for a user's cell.
+
+    Raises:
+        RuntimeError: The backend is forced and cannot run.
+    """
+    if cell.compile is None:
+        return name
+    problem = None
+    if name == "aten":
+        problem = "torch has no kernels for cells of users"
+    elif name == "fused":
+        on_cpu = like.device.type == "cpu"
+        problem = (
+            cell.compile(like.dtype)
+            if on_cpu
+            else f"cells of users have no kernels on {like.device.type}"
+        )
+    if problem and in_force(requested) == name:
+        refuse(name, problem, "Leave it to 'auto'")
+    return "reference" if problem else name
+
+
 def run_step(
-    cell: Cell, x: Tensor, states: States | None, weights: StepWeights, requested: str | None
+    cell: Cell,
+    x: Tensor,
+    states: States | None,
+    weights: StepWeights,
+    requested: str | None,
+    parameters: Tensor | None = None,
 ) -> States:
     """Runs one step on the chosen backend, on arguments that have been checked.
 
     Returns:
         The next states, each (B, H).
     """
-    x, states, weights = autocast(x, states, weights)
+    x, states, (*weights, parameters) = autocast(x, states, (*weights, parameters))
     if states is None:
-        states = (x.new_zeros(x.shape[0], weights[1].shape[1]),) * cell.states
-    name = choose(requested, x)
+        hidden = weights[1].shape[1]
+        sizes = (hidden, cell.cells * hidden)[: cell.states]
+        states = tuple(x.new_zeros(x.shape[0], size) for size in sizes)
+    name = _of_cell(cell, choose(requested, x), x, requested)
     if name == "aten":
         result = getattr(_VF, f"{cell.aten}_cell")(x, _unwrap(states), *weights)
         return result if cell.states > 1 else (result,)
-    return _layer_of(name)(cell, LayerInputs(x.unsqueeze(0), states, *weights, False)).states
+    inputs = LayerInputs(x.unsqueeze(0), states, *weights, False, parameters=parameters)
+    return _layer_of(name)(cell, inputs).states
 
 
 def _layer_of(name: str) -> _Layer:
@@ -178,11 +212,18 @@ def stack(
             i = k * directions + direction
             w = weights[i * per_layer : (i + 1) * per_layer]
             w_hr = w[-1] if options.proj_size else None
+            parameters = w[-1] if options.has_parameters else None
             b_ih, b_hh = w[2:4] if options.has_biases else (None, None)
             y, final, c = layer(
                 cell,
                 LayerInputs(
-                    x, initial[i], w[0], w[1], b_ih, b_hh, direction == 1, *extras[:2], w_hr
+                    x,
+                    initial[i],
+                    *(w[0], w[1], b_ih, b_hh),
+                    direction == 1,
+                    *extras[:2],
+                    w_hr,
+                    parameters,
                 ),
             )
             outputs.append(y)
@@ -194,9 +235,10 @@ def stack(
 
 
 def state_sizes(cell: Cell, weights: Sequence[Tensor], options: Options) -> list[int]:
-    """The features of each state: P, which is H unless h is projected, and, of c, H."""
+    """The features of each state: P, which is H unless h is projected, and, of c, C*H."""
     rows, h_size = weights[1].shape
-    return [h_size, rows // cell.gates if options.proj_size else h_size][: cell.states]
+    hidden = rows // cell.gates if options.proj_size else h_size
+    return [h_size, cell.cells * hidden][: cell.states]
 
 
 def _given(tensor: Tensor | None) -> Tensor:
@@ -227,7 +269,7 @@ def _aten_sequence(
     lengths: Tensor | None,
 ) -> tuple[Tensor, States]:
     options = _for_cudnn(options) if x.is_cuda and _wants_gradient(x, states, weights) else options
-    layers, biases, *others, batch_first, _, _ = options
+    layers, biases, *others, batch_first, _, _, _ = options
     if states is None:
         rows, batch = options.directions * layers, x.shape[0 if batch_first else 1]
         states = tuple(x.new_zeros(rows, batch, n) for n in state_sizes(cell, weights, options))

@@ -34,7 +34,9 @@ def traced_layer(
         RuntimeError: It is torch.onnx.export that traces.
     """
     onnx.refuse_unknown(f"rnnfast::{cell.name}")
-    x, states, w_ih, w_hh, b_ih, b_hh, *options = inputs
+    if cell.compile is not None:
+        raise RuntimeError("torch.jit.trace cannot record a cell of a user's: use torch.compile")
+    x, states, w_ih, w_hh, b_ih, b_hh, *options, _ = inputs
     weights = [w_ih, w_hh, *(bias for bias in (b_ih, b_hh) if bias is not None)]
     y, *others = torch.ops.rnnfast.layer.default(
         backend_name, cell.name, x, list(states), weights, *options, save_cells, recompute

@@ -63,7 +63,7 @@ struct CellName {
   int gates;
   bool has_c;
 };
-#define RNNFAST_NAME(C) {C::kName, CellKind::k##C, C::kGates, C::kHasCell},
+#define RNNFAST_NAME(C) {C::kName, CellKind::k##C, C::kGates, (C::kCells > 0)},
 constexpr CellName kCellNames[] = {RNNFAST_FOR_EACH_CELL(RNNFAST_NAME)};
 #undef RNNFAST_NAME
 

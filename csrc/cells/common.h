@@ -25,7 +25,7 @@ namespace rnnfast {
 #define RNNFAST_COUNT(Cell) k##Cell,
 enum class CellKind : int { RNNFAST_FOR_EACH_CELL(RNNFAST_COUNT) kCount };
 #undef RNNFAST_COUNT
-inline constexpr int kCells = int(CellKind::kCount);
+inline constexpr int kCellKinds = int(CellKind::kCount);
 
 // Storage types of half precision. They only hold bits; arithmetic is always in float (see
 // Compute).

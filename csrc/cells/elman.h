@@ -9,7 +9,8 @@ struct ElmanTraits {
   static constexpr int kGates = 1;         // row blocks of w_ih and w_hh
   static constexpr int kSaved = 0;         // blocks of H columns kept per step for the backward
   static constexpr int kGradBlocks = 1;    // blocks of H columns of gate gradients per step
-  static constexpr bool kHasCell = false;  // whether there is a second state c
+  static constexpr int kCells = 0;         // states beside h, which are called c
+  static constexpr int kParameters = 0;    // learnable vectors with one number for each unit
   static constexpr bool kDirect = false;   // whether h' depends on h other than through W_hh
   static constexpr bool kReadsH = true;    // whether the backward reads h'
   // The gate block of w_ih that gradient block j belongs to. The last kGates gradient blocks belong
@@ -47,18 +48,22 @@ struct ReluActivation {
 
 template <template <class> class Activation>
 struct Elman : ElmanTraits {
-  // from_x = W_ih x + b_ih and from_h = W_hh h + b_hh have one entry per gate.
+  // from_x = W_ih x + b_ih and from_h = W_hh h + b_hh have one entry per gate, c has kCells: the
+  // states before the step on entry, and those after it on return.
   template <class M, class V>
-  RNNFAST_HD static void forward(const V* from_x, const V* from_h, V /*h_prev*/, V& /*c*/, V& h,
-                                 V* /*saved*/) {
+  RNNFAST_HD static void forward(const V* from_x, const V* from_h, V /*h_prev*/,
+                                 const V* /*parameters*/, V* /*c*/, V& h, V* /*saved*/) {
     h = Activation<M>::forward(from_x[0] + from_h[0]);
   }
 
   // d_h is the whole gradient of h', from the output and from the next step. d_gates receives the
-  // kGradBlocks gradient blocks.
+  // kGradBlocks gradient blocks, then the gradients of the kParameters parameters. c has the states
+  // after the step. d_c has their gradients on entry, and those of the states before the step on
+  // return. d_h_direct is the part of the gradient of h_prev that does not pass through W_hh.
   template <class M, class V>
-  RNNFAST_HD static void backward(const V* /*saved*/, V h, V /*h_prev*/, V /*c*/, V /*c_prev*/,
-                                  V d_h, V& /*d_c*/, V& /*d_h_direct*/, V* d_gates) {
+  RNNFAST_HD static void backward(const V* /*saved*/, V h, V /*h_prev*/, const V* /*c*/,
+                                  const V* /*c_prev*/, const V* /*parameters*/, V d_h, V* /*d_c*/,
+                                  V& /*d_h_direct*/, V* d_gates) {
     d_gates[0] = Activation<M>::backward(h, d_h);
   }
 };

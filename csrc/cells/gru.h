@@ -13,14 +13,14 @@ struct Gru {
   static constexpr int kSaved = 4;       // n, r, z, hn with hn = W_hn h + b_hn
   static constexpr int kGradBlocks = 4;  // gradients of n, r, z before activation, and of hn: w_ih
                                          // takes the first three blocks, w_hh the last three
-  static constexpr bool kHasCell = false;
+  static constexpr int kCells = 0, kParameters = 0;
   static constexpr bool kDirect = true;
   static constexpr bool kReadsH = false;
   RNNFAST_HD static constexpr int input_gate(int j) { return j == 0 ? 2 : j - 1; }
 
   template <class M, class V>
-  RNNFAST_HD static void forward(const V* from_x, const V* from_h, V h_prev, V& /*c*/, V& h,
-                                 V* saved) {
+  RNNFAST_HD static void forward(const V* from_x, const V* from_h, V h_prev,
+                                 const V* /*parameters*/, V* /*c*/, V& h, V* saved) {
     const V r = M::sigmoid(from_x[0] + from_h[0]);
     const V z = M::sigmoid(from_x[1] + from_h[1]);
     const V hn = from_h[2];
@@ -32,10 +32,10 @@ struct Gru {
     saved[3] = hn;
   }
 
-  // d_h_direct: the part of d loss / d h_prev that does not pass through W_hh
   template <class M, class V>
-  RNNFAST_HD static void backward(const V* saved, V /*h*/, V h_prev, V /*c*/, V /*c_prev*/, V d_h,
-                                  V& /*d_c*/, V& d_h_direct, V* d_gates) {
+  RNNFAST_HD static void backward(const V* saved, V /*h*/, V h_prev, const V* /*c*/,
+                                  const V* /*c_prev*/, const V* /*parameters*/, V d_h, V* /*d_c*/,
+                                  V& d_h_direct, V* d_gates) {
     const V n = saved[0], r = saved[1], z = saved[2], hn = saved[3];
     const V d_n = d_h * (1 - z) * M::one_minus_square(n);
     d_gates[0] = d_n;

@@ -14,20 +14,20 @@ struct Lstm {
   static constexpr int kGates = 4;
   static constexpr int kSaved = 4;  // i, f, g, o after activation
   static constexpr int kGradBlocks = 4;
-  static constexpr bool kHasCell = true;
+  static constexpr int kCells = 1, kParameters = 0;
   static constexpr bool kDirect = false;
   static constexpr bool kReadsH = false;
   RNNFAST_HD static constexpr int input_gate(int j) { return j; }
 
   template <class M, class V>
-  RNNFAST_HD static void forward(const V* from_x, const V* from_h, V /*h_prev*/, V& c, V& h,
-                                 V* saved) {
+  RNNFAST_HD static void forward(const V* from_x, const V* from_h, V /*h_prev*/,
+                                 const V* /*parameters*/, V* c, V& h, V* saved) {
     const V i = M::sigmoid(from_x[0] + from_h[0]);
     const V f = M::sigmoid(from_x[1] + from_h[1]);
     const V g = M::tanh(from_x[2] + from_h[2]);
     const V o = M::sigmoid(from_x[3] + from_h[3]);
-    c = M::fma(f, c, i * g);
-    h = o * M::tanh(c);
+    c[0] = M::fma(f, c[0], i * g);
+    h = o * M::tanh(c[0]);
     saved[0] = i;
     saved[1] = f;
     saved[2] = g;
@@ -40,18 +40,18 @@ struct Lstm {
     return saved[3] * M::tanh(c);
   }
 
-  // c is the state after the step; d_c is d loss / d c on entry and d loss / d c_prev on return.
   template <class M, class V>
-  RNNFAST_HD static void backward(const V* saved, V /*h*/, V /*h_prev*/, V c, V c_prev, V d_h,
-                                  V& d_c, V& /*d_h_direct*/, V* d_gates) {
+  RNNFAST_HD static void backward(const V* saved, V /*h*/, V /*h_prev*/, const V* c,
+                                  const V* c_prev, const V* /*parameters*/, V d_h, V* d_c,
+                                  V& /*d_h_direct*/, V* d_gates) {
     const V i = saved[0], f = saved[1], g = saved[2], o = saved[3];
-    const V tanh_c = M::tanh(c);
-    const V d_c_total = M::fma(d_h * o, M::one_minus_square(tanh_c), d_c);
+    const V tanh_c = M::tanh(c[0]);
+    const V d_c_total = M::fma(d_h * o, M::one_minus_square(tanh_c), d_c[0]);
     d_gates[0] = d_c_total * g * i * (1 - i);
-    d_gates[1] = d_c_total * c_prev * f * (1 - f);
+    d_gates[1] = d_c_total * c_prev[0] * f * (1 - f);
     d_gates[2] = d_c_total * i * M::one_minus_square(g);
     d_gates[3] = d_h * tanh_c * o * (1 - o);
-    d_c = d_c_total * f;
+    d_c[0] = d_c_total * f;
   }
 };
 

@@ -64,10 +64,6 @@ struct GateShape {
   int unit_vectors;  // 4 if there is one gate, else 1; with one gate the last panel may be narrower
 };
 
-// The types in which the weights of a frozen layer of float are stored (see frozen.h).
-enum class WeightType { kFloat32, kBFloat16, kFloat16, kInt8 };
-inline constexpr int kWeightTypes = 4;
-
 // How a product takes weights: the layouts of a packed panel and of a row of the lhs, and the
 // functions that pack and multiply them. Products advance over k in steps of `step` elements.
 struct WeightFormat {
@@ -121,8 +117,6 @@ struct WeightFormat {
   }
 };
 
-using StepsFunction = void (*)(const Steps&);
-
 // Copies the part of rows [G][H] of a table of tokens that belongs to a panel into the layout of a
 // tile's from_x, A [row][gate][unit], with the bias added.
 //   scales     float (G*H), the factors of elements of int8; null for all other types
@@ -132,6 +126,7 @@ using GatherFunction = void (*)(const GateShape&, const void* const* rows, int c
 
 // All kernels for one storage type.
 struct MicroKernels {
+  const char* target;  // the namespace that these were compiled in
   Dtype dtype;
   int lanes;  // elements of A in a vector
   int storage_bytes, compute_bytes, element_bytes;  // sizes of S, A and E
@@ -178,11 +173,7 @@ struct MicroKernels {
   void (*outer_few)(const void* const* lhs, const void* const* rhs, int count, int64_t begin,
                     int64_t rows, int64_t columns, void* to, bool add);
 
-  CellFunctions cells[kCells];
-  // Steps of a single sequence, with W_hh packed in the dense format (kFloat32) or in one of the
-  // frozen formats. Without calls between product and cell a short step takes half of the time.
-  // Null if there is none.
-  StepsFunction steps[kWeightTypes][kCells];
+  CellFunctions cells[kCellKinds];  // the built-in ones; for all see user_cells.h
 
   bool converts() const { return storage_bytes != compute_bytes; }
 };
@@ -190,7 +181,7 @@ struct MicroKernels {
 // The kernels for frozen weights of int8, where an instruction set replaces those of a lesser one.
 struct Int8Kernels {
   WeightFormat format;
-  StepsFunction steps[kCells];
+  StepsFunction steps[kCellKinds];
 };
 
 // All micro-kernels of one instruction set.

@@ -1,8 +1,6 @@
 // The tables of micro-kernels in this build, one for each instruction set.
 #pragma once
 
-#include <algorithm>
-
 #include "cpu/microkernels.h"
 
 namespace rnnfast::cpu {
@@ -17,7 +15,8 @@ extern const Int8Kernels kAvx2Vnni, kAvx512Vnni;
 inline void set_int8(Target& target, const Int8Kernels& kernels) {
   MicroKernels& of_float = target.kernels[int(Dtype::kFloat32)];
   of_float.frozen[int(WeightType::kInt8)] = &kernels.format;
-  std::copy_n(kernels.steps, kCells, of_float.steps[int(WeightType::kInt8)]);
+  for (int i = 0; i < kCellKinds; ++i)
+    of_float.cells[i].steps[int(WeightType::kInt8)] = kernels.steps[i];
 }
 // Replaces the products of an AVX512-BF16 target by AMX's. The target keeps a pointer to `pairs`.
 void add_amx(Target& target, WeightFormat& pairs);

@@ -47,14 +47,14 @@ class Forward {
     const auto [T, B, I, H] = args.size;
     from_x_ = arena.take<A>(steps_ * B * G * H);
     from_h_ = arena.take<A>(B * G * H);
-    c_ = arena.take<A>(Cell::kHasCell ? B * H : 0);
+    c_ = arena.take<A>(kHasC<Cell> ? B * H : 0);
   }
 
   template <class Device>
   void run(Device& device) const {
     const auto [T, B, I, H] = args_.size;
     const int64_t state = B * H;
-    if (Cell::kHasCell) device.for_each(state, Convert<A, S>{c_, static_cast<const S*>(args_.c0)});
+    if (kHasC<Cell>) device.for_each(state, Convert<A, S>{c_, static_cast<const S*>(args_.c0)});
     for (int64_t begin = 0; begin < T; begin += steps_) {
       const int64_t count = std::min(steps_, T - begin);
       // A block is a contiguous range of times. With `reverse` its first step has the last time.
@@ -66,7 +66,7 @@ class Forward {
         advance(device, step, from_x_ + (time(step) - first_time) * B * G * H);
     }
     device.copy(args_.h_n, y(time(T - 1)), size_t(state) * sizeof(S));
-    if (Cell::kHasCell) device.for_each(state, Convert<S, A>{static_cast<S*>(args_.c_n), c_});
+    if (kHasC<Cell>) device.for_each(state, Convert<S, A>{static_cast<S*>(args_.c_n), c_});
   }
 
  private:
@@ -117,8 +117,8 @@ class Backward {
     w_ih_ = arena.take<S>(kReordered ? G * H * I : 0);
     through_weights_ = arena.take<A>(B * H);
     d_h_ = arena.take<A>(B * H);
-    d_c_ = arena.take<A>(Cell::kHasCell ? B * H : 0);
-    c0_ = arena.take<A>(Cell::kHasCell ? B * H : 0);
+    d_c_ = arena.take<A>(kHasC<Cell> ? B * H : 0);
+    c0_ = arena.take<A>(kHasC<Cell> ? B * H : 0);
     ones_ = arena.take<S>(steps_ * B);
     bias_ = arena.take<A>(D * H);
   }
@@ -129,7 +129,7 @@ class Backward {
     const int64_t state = B * H;
     const auto in = [](const void* p) { return static_cast<const S*>(p); };
     device.for_each(state, Convert<A, S>{d_h_, in(args_.grad_h_n)});
-    if (Cell::kHasCell) {
+    if (kHasC<Cell>) {
       device.for_each(state, Convert<A, S>{d_c_, in(args_.grad_c_n)});
       device.for_each(state, Convert<A, S>{c0_, in(args_.c0)});
     }
@@ -195,7 +195,7 @@ class Backward {
         .d_gates = d_gates,
         .add_d_h = step == 0 || Cell::kDirect,
     };
-    if (Cell::kHasCell) {
+    if (kHasC<Cell>) {
       work.c = cells + t * state;
       work.c_prev = is_first_in_time(step) ? c0_ : cells + time(step + 1) * state;
     }

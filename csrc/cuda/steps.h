@@ -77,6 +77,13 @@ struct Fill {
   RNNFAST_HD void operator()(int64_t i) const { store(to + i, value); }
 };
 
+// Whether there is a state c. The kernels know one such state at most, and no parameters.
+template <class Cell>
+constexpr bool kHasC = [] {
+  static_assert(Cell::kCells <= 1 && Cell::kParameters == 0);
+  return Cell::kCells > 0;
+}();
+
 // The gate maths of one step of the forward; i = b * H + unit. K is the number of saved blocks.
 template <class Cell, class S>
 struct ForwardStep {
@@ -94,7 +101,7 @@ struct ForwardStep {
   RNNFAST_HD void operator()(int64_t i) const {
     constexpr int G = Cell::kGates, K = Cell::kSaved;
     const int64_t b = i / H, unit = i % H;
-    A px[G], ph[G], saved[K + 1], h, c_value = Cell::kHasCell ? c[i] : A(0);
+    A px[G], ph[G], saved[K + 1], h, c_value = kHasC<Cell> ? c[i] : A(0);
     for (int g = 0; g < G; ++g) {
       px[g] = from_x[(b * G + g) * H + unit];
       ph[g] = from_h[(b * G + g) * H + unit];
@@ -103,12 +110,13 @@ struct ForwardStep {
         ph[g] += load(b_hh + g * H + unit);
       }
     }
-    Cell::template forward<ScalarMath>(px, ph, A(load(h_prev + i)), c_value, h, saved);
+    Cell::template forward<ScalarMath>(px, ph, A(load(h_prev + i)), static_cast<const A*>(nullptr),
+                                       &c_value, h, saved);
     store(y + i, h);
-    if (Cell::kHasCell) c[i] = c_value;
+    if (kHasC<Cell>) c[i] = c_value;
     if (!gates) return;
     for (int k = 0; k < K; ++k) store(gates + (b * K + k) * H + unit, saved[k]);
-    if (Cell::kHasCell) cells[i] = c_value;
+    if (kHasC<Cell>) cells[i] = c_value;
   }
 };
 
@@ -138,13 +146,14 @@ struct BackwardStep {
     A total = grad_y ? A(load(grad_y + i)) : A(0);
     if (through_weights) total += through_weights[i];
     if (add_d_h) total += d_h[i];
-    A d_c_value = Cell::kHasCell ? d_c[i] : A(0), direct = 0;
-    if (Cell::kHasCell && grad_c) d_c_value += grad_c[i];
-    Cell::template backward<ScalarMath>(
-        saved, A(load(h + i)), A(load(h_prev + i)), Cell::kHasCell ? c[i] : A(0),
-        Cell::kHasCell ? c_prev[i] : A(0), total, d_c_value, direct, d);
+    A d_c_value = kHasC<Cell> ? d_c[i] : A(0), direct = 0;
+    if (kHasC<Cell> && grad_c) d_c_value += grad_c[i];
+    const A c_value = kHasC<Cell> ? c[i] : A(0), c_before = kHasC<Cell> ? c_prev[i] : A(0);
+    Cell::template backward<ScalarMath>(saved, A(load(h + i)), A(load(h_prev + i)), &c_value,
+                                        &c_before, static_cast<const A*>(nullptr), total,
+                                        &d_c_value, direct, d);
     for (int k = 0; k < D; ++k) store(d_gates + (b * D + k) * H + unit, d[k]);
-    if (Cell::kHasCell) d_c[i] = d_c_value;
+    if (kHasC<Cell>) d_c[i] = d_c_value;
     if (Cell::kDirect) d_h[i] = direct;
   }
 };

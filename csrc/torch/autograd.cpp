@@ -7,8 +7,8 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include "cells/all.h"
-#include "torch/layer.h"
+#include "torch/op_arguments.h"
+#include "torch/user_cells.h"
 
 namespace rnnfast {
 namespace {
@@ -31,7 +31,6 @@ at::ArrayRef<IValue> arguments_of(const OperatorHandle& op, const Stack& stack) 
 Tensor tensor_or_none(const IValue& value) {
   return value.isTensor() ? value.toTensor() : Tensor();
 }
-IValue value_or_none(const Tensor& t) { return t.defined() ? IValue(t) : IValue(); }
 std::optional<Tensor> optional(const Tensor& t) {
   return t.defined() ? std::optional<Tensor>(t) : std::nullopt;
 }
@@ -70,21 +69,8 @@ struct Call {
   Stack arguments;
   Tensor gates{}, no_cells{};  // results that have no gradient
 
-  size_t after_tensors() const { return cell.has_cell ? 7 : 6; }
-  IValue& save() { return arguments[after_tensors() + 1]; }
-  LayerInputs inputs() const {
-    auto next = arguments.begin();
-    const auto take = [&] { return tensor_or_none(*next++); };
-    LayerInputs in;
-    in.x = take(), in.h0 = take();
-    if (cell.has_cell) in.c0 = take();
-    in.w_ih = take(), in.w_hh = take(), in.b_ih = take(), in.b_hh = take();
-    in.reverse = (next++)->toBool();
-    next += 2;  // save, recompute
-    in.lengths = take(), in.reset = take();
-    if (cell.has_cell) in.w_hr = take();
-    return in;
-  }
+  IValue& save() { return arguments[ForwardCall::place_of_save(cell)]; }
+  LayerInputs inputs() const { return read_forward(cell, arguments).in; }
 };
 
 // The autograd node of rnnfast::<cell>. Its forward is the op with save=True; what the caller did
@@ -96,12 +82,12 @@ class OpFunction : public torch::autograd::Function<OpFunction> {
   // Returns the results of the op.
   static List run(Call& call) {
     const LayerInputs in = call.inputs();
-    List results =
-        apply(call, in, optional(in.x), optional(in.h0), optional(in.c0), optional(in.w_ih),
-              optional(in.w_hh), optional(in.b_ih), optional(in.b_hh), optional(in.w_hr));
-    const size_t at_gates = call.cell.has_cell ? 3 : 2;
+    List results = apply(call, in, optional(in.x), optional(in.h0), optional(in.c0),
+                         optional(in.w_ih), optional(in.w_hh), optional(in.b_ih), optional(in.b_hh),
+                         optional(in.w_hr), optional(in.parameters));
+    const size_t at_gates = call.cell.has_c() ? 3 : 2;
     results.insert(results.begin() + int64_t(at_gates), call.gates);
-    if (call.cell.has_cell && results.size() == at_gates + 1) results.push_back(call.no_cells);
+    if (call.cell.has_c() && results.size() == at_gates + 1) results.push_back(call.no_cells);
     return results;
   }
 
@@ -112,9 +98,9 @@ class OpFunction : public torch::autograd::Function<OpFunction> {
     call.save() = true;
     run_below_autograd(call.op, call.keys, &call.arguments);
     const auto result = [&](size_t i) { return call.arguments[i].toTensor(); };
-    const size_t at_gates = call.cell.has_cell ? 3 : 2;
+    const size_t at_gates = call.cell.has_c() ? 3 : 2;
     const Tensor gates = result(at_gates);
-    const Tensor cells = call.cell.has_cell ? result(at_gates + 1) : Tensor();
+    const Tensor cells = call.cell.has_c() ? result(at_gates + 1) : Tensor();
     List saved{in.lengths, in.reset, result(0), gates, cells};
     for (const auto member : kDifferentiable) saved.push_back(in.*member);
     context->saved_data["cell"] = int64_t(call.cell.kind);
@@ -148,7 +134,7 @@ class OpFunction : public torch::autograd::Function<OpFunction> {
     }
     LayerGradOutputs grad_out;
     grad_out.y = grads[0], grad_out.h_n = grads[1];
-    if (cell.has_cell) grad_out.c_n = grads[2];
+    if (cell.has_c()) grad_out.c_n = grads[2];
     if (grads.size() > 3) grad_out.cells = grads[3];
     List found = call_backward(cell, grad_out, in, out, wanted);
     std::move(found.begin(), found.end(), results.begin() + kBefore);
@@ -157,34 +143,41 @@ class OpFunction : public torch::autograd::Function<OpFunction> {
 };
 
 // The kernel of rnnfast::<cell> for the dispatch key Autograd.
-template <CellKind kind>
-void differentiate(const OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) {
-  const CellInfo& cell = cell_info(kind);
-  const auto arguments = arguments_of(op, *stack);
-  switch (way_of(arguments, keys)) {
-    case Way::kNot:
-      return run_below_autograd(op, keys, stack);
-    case Way::kReference: {
-      static const OperatorHandle reference = find_op(reference_name(cell.name));
-      return reference.callBoxed(stack);
-    }
-    case Way::kBackward: {
-      Call call{op, keys, cell, arguments.vec()};
-      torch::jit::drop(*stack, arguments.size());
-      for (Tensor& result : OpFunction::run(call)) stack->emplace_back(std::move(result));
+class Differentiate final : public c10::OperatorKernel {
+ public:
+  explicit Differentiate(const CellInfo& cell) : cell_(cell) {}
+  void operator()(const OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) {
+    const auto arguments = arguments_of(op, *stack);
+    switch (way_of(arguments, keys)) {
+      case Way::kNot:
+        return run_below_autograd(op, keys, stack);
+      case Way::kReference:
+        return find_op(reference_name(cell_.name)).callBoxed(stack);
+      case Way::kBackward: {
+        Call call{op, keys, cell_, arguments.vec()};
+        torch::jit::drop(*stack, arguments.size());
+        for (Tensor& result : OpFunction::run(call)) stack->emplace_back(std::move(result));
+      }
     }
   }
-}
+
+ private:
+  const CellInfo& cell_;
+};
 
 // The same of rnnfast::<cell>_backward, whose derivatives are all left to plain PyTorch.
-template <CellKind kind>
-void differentiate_backward(const OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) {
-  if (way_of(arguments_of(op, *stack), keys) == Way::kNot)
-    return run_below_autograd(op, keys, stack);
-  static const OperatorHandle reference =
-      find_op(reference_name(std::string(cell_info(kind).name) + "_backward"));
-  reference.callBoxed(stack);
-}
+class DifferentiateBackward final : public c10::OperatorKernel {
+ public:
+  explicit DifferentiateBackward(const CellInfo& cell) : cell_(cell) {}
+  void operator()(const OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) {
+    if (way_of(arguments_of(op, *stack), keys) == Way::kNot)
+      return run_below_autograd(op, keys, stack);
+    find_op(reference_name(backward_name(cell_.name))).callBoxed(stack);
+  }
+
+ private:
+  const CellInfo& cell_;
+};
 
 // The kernel for autocast: floating-point tensors but float64 are cast, as the modules cast them.
 template <at::DeviceType device>
@@ -199,11 +192,22 @@ void cast(const OperatorHandle& op, c10::DispatchKeySet, Stack* stack) {
   op.callBoxed(stack);
 }
 
+void differentiate_ops(torch::Library& library, const CellInfo& cell) {
+  library.impl(cell.name,
+               torch::CppFunction::makeFromBoxedFunctor(std::make_unique<Differentiate>(cell)));
+  library.impl(
+      backward_name(cell.name).c_str(),
+      torch::CppFunction::makeFromBoxedFunctor(std::make_unique<DifferentiateBackward>(cell)));
+}
+
 template <at::DeviceType device>
-void cast_all(torch::Library& library) {
-  for (int kind = 0; kind < kCells; ++kind)
-    library.impl(cell_info(CellKind(kind)).name,
-                 torch::CppFunction::makeFromBoxedFunction<&cast<device>>());
+void cast_op(torch::Library& library, const CellInfo& cell) {
+  library.impl(cell.name, torch::CppFunction::makeFromBoxedFunction<&cast<device>>());
+}
+
+template <class F>
+void for_built_in_cells(F&& f) {
+  for (int kind = 0; kind < kCellKinds; ++kind) f(cell_info(CellKind(kind)));
 }
 
 }  // namespace
@@ -213,52 +217,38 @@ List call_backward(const CellInfo& cell, const LayerGradOutputs& grad_out, const
   const bool any = grad_out.y.defined() || grad_out.h_n.defined() || grad_out.c_n.defined() ||
                    grad_out.cells.defined();
   if (!any) return List(wanted.size());
-  static const auto ops = [] {
-    std::vector<OperatorHandle> found;
-    for (int kind = 0; kind < kCells; ++kind)
-      found.push_back(find_op(std::string(cell_info(CellKind(kind)).name) + "_backward"));
-    return found;
-  }();
-  const auto exists = [&](size_t i) {
-    const auto member = kDifferentiable[i];
-    if (member == &LayerInputs::c0) return cell.has_cell;
-    return member != &LayerInputs::w_hr || in.w_hr.defined();
-  };
-  c10::List<bool> mask;
+  BackwardCall call{grad_out, in, out, {}};
   for (size_t i = 0; i < wanted.size(); ++i)
-    if (exists(i)) mask.push_back(wanted[i]);
-
-  Stack stack{value_or_none(grad_out.y), value_or_none(grad_out.h_n)};
-  if (cell.has_cell) stack.push_back(value_or_none(grad_out.c_n));
-  for (size_t i = 0; i + 1 < kDifferentiable.size(); ++i)  // w_hr, the last, stands at the end
-    if (exists(i)) stack.push_back(value_or_none(in.*kDifferentiable[i]));
-  torch::jit::push(stack, out.y, out.gates);
-  if (cell.has_cell) stack.emplace_back(out.cells);
-  torch::jit::push(stack, in.reverse, mask, value_or_none(in.lengths), value_or_none(in.reset));
-  if (cell.has_cell) torch::jit::push(stack, value_or_none(in.w_hr), value_or_none(grad_out.cells));
-  ops[size_t(cell.kind)].callBoxed(&stack);
+    if (has_input(cell, in, kDifferentiable[i])) call.mask.push_back(wanted[i]);
+  Stack stack = backward_arguments(cell, call);
+  find_op(backward_name(cell.name)).callBoxed(&stack);
 
   List grads(wanted.size());
   for (size_t i = 0, next = 0; i < wanted.size(); ++i) {
-    if (!exists(i)) continue;
+    if (!has_input(cell, in, kDifferentiable[i])) continue;
     if (wanted[i]) grads[i] = stack[next].toTensor();
     ++next;
   }
   return grads;
 }
 
-TORCH_LIBRARY_IMPL(rnnfast, Autograd, library) {
-#define RNNFAST_DIFFERENTIATE(Cell)                                                             \
-  library.impl(Cell::kName,                                                                     \
-               torch::CppFunction::makeFromBoxedFunction<&differentiate<CellKind::k##Cell>>()); \
-  library.impl(                                                                                 \
-      (std::string(Cell::kName) + "_backward").c_str(),                                         \
-      torch::CppFunction::makeFromBoxedFunction<&differentiate_backward<CellKind::k##Cell>>());
-  RNNFAST_FOR_EACH_CELL(RNNFAST_DIFFERENTIATE)
-#undef RNNFAST_DIFFERENTIATE
+void add_autograd(const CellInfo& cell) {
+  const auto library = [](c10::DispatchKey key) -> torch::Library& {
+    return *new torch::Library(torch::Library::IMPL, "rnnfast", key, __FILE__, __LINE__);
+  };
+  differentiate_ops(library(c10::DispatchKey::Autograd), cell);
+  cast_op<at::kCPU>(library(c10::DispatchKey::AutocastCPU), cell);
+  cast_op<at::kCUDA>(library(c10::DispatchKey::AutocastCUDA), cell);
 }
 
-TORCH_LIBRARY_IMPL(rnnfast, AutocastCPU, library) { cast_all<at::kCPU>(library); }
-TORCH_LIBRARY_IMPL(rnnfast, AutocastCUDA, library) { cast_all<at::kCUDA>(library); }
+TORCH_LIBRARY_IMPL(rnnfast, Autograd, library) {
+  for_built_in_cells([&](const CellInfo& cell) { differentiate_ops(library, cell); });
+}
+TORCH_LIBRARY_IMPL(rnnfast, AutocastCPU, library) {
+  for_built_in_cells([&](const CellInfo& cell) { cast_op<at::kCPU>(library, cell); });
+}
+TORCH_LIBRARY_IMPL(rnnfast, AutocastCUDA, library) {
+  for_built_in_cells([&](const CellInfo& cell) { cast_op<at::kCUDA>(library, cell); });
+}
 
 }  // namespace rnnfast

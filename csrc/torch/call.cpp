@@ -20,6 +20,7 @@
 #include "torch/memory.h"
 #include "torch/plain.h"
 #include "torch/threads.h"
+#include "torch/user_cells.h"
 
 namespace rnnfast {
 namespace {
@@ -38,8 +39,9 @@ Tensor zeros(at::IntArrayRef shape, at::ScalarType type) {
 struct Call {
   const CellInfo& cell;
   Tensor x;  // (T, B, I), or packed (N, I); I is 1 for tokens, which frozen layers read
-  Tensors states;   // (L*D, B, H) each; (B, H) for a cell module
-  // Per layer and direction: w_ih, w_hh[, b_ih, b_hh][, w_hr]. Frozen ones have no biases here.
+  Tensors states;   // h (L*D, B, P) and c (L*D, B, C*H); (B, P) and (B, C*H) for a cell module
+  // Per layer and direction: w_ih, w_hh[, b_ih, b_hh][, w_hr][, parameters]. Frozen ones have no
+  // biases here.
   Tensors weights;
   bool step;  // a call of a cell module: states have no dimension of layers
   int64_t layers, directions;
@@ -57,17 +59,19 @@ struct Call {
   int64_t count() const { return layers * directions; }
   // Shape of a state of the call: k = 0 for h, k = 1 for c.
   c10::DimVector state_shape(size_t k) const {
-    return step ? one_state_shape(k) : c10::DimVector{count(), batch(), k == 0 ? P : H};
+    return step ? one_state_shape(k) : c10::DimVector{count(), batch(), state_size(k)};
   }
   // Shape of a state of one layer and direction. With a single one, the call's states are used
   // without a view, since making views would take longer than the step itself.
   c10::DimVector layer_state_shape(size_t k) const {
     return count() == 1 ? state_shape(k) : one_state_shape(k);
   }
-  size_t per_layer() const { return size_t(2 + 2 * biases + projects); }
+  size_t per_layer() const { return size_t(2 + 2 * biases + projects + has_parameters()); }
+  bool has_parameters() const { return cell.parameters > 0; }
 
  private:
-  c10::DimVector one_state_shape(size_t k) const { return {batch(), k == 0 ? P : H}; }
+  int64_t state_size(size_t k) const { return k == 0 ? P : cell.cells * H; }
+  c10::DimVector one_state_shape(size_t k) const { return {batch(), state_size(k)}; }
 };
 
 bool needs_grad(const Call& call) {
@@ -85,13 +89,14 @@ bool fits(const Call& call) {
     return false;
   if (x.size(0) == 0 || call.batch() == 0) return false;
   const bool frozen = call.frozen(), tokens = call.has_tokens();
-  if (frozen ? type != at::kFloat : tokens) return false;
+  if (frozen ? type != at::kFloat || call.cell.is_user_cell() : tokens) return false;
   if ((call.lengths.defined() || call.reset.defined() || call.projects || frozen) &&
       !CpuDevice::complete())
     return false;
   if (frozen && needs_grad(call)) return false;
   const int64_t H = call.H, P = call.P, rows = call.cell.gates * H;
   if (!call.projects && P != H) return false;
+  if (call.cell.is_user_cell() && !prepare_kernels(call.cell, dtype_of(x)).empty()) return false;
   if (!has_memory(x)) return false;
   if (call.lengths.defined() && !lengths_fit(x, call.lengths)) return false;
   for (size_t k = 0; k < call.states.size(); ++k) {
@@ -104,7 +109,8 @@ bool fits(const Call& call) {
     const size_t layer = i / call.per_layer() / size_t(call.directions),
                  kind = i % call.per_layer();
     const int64_t columns = kind == 1 ? P : layer == 0 ? x.size(-1) : call.directions * P;
-    const bool projection = call.projects && kind == call.per_layer() - 1;
+    const bool last = kind == call.per_layer() - 1;
+    const bool projection = call.projects && last, parameters = call.has_parameters() && last;
     if (!w.is_contiguous() || !has_memory(w)) return false;
     if (frozen) {
       const bool good = kind == 0 && layer == 0 && tokens
@@ -114,9 +120,10 @@ bool fits(const Call& call) {
       if (!good) return false;
       continue;
     }
-    const bool shaped = projection ? w.sizes() == at::IntArrayRef({P, H})
-                        : kind < 2 ? w.sizes() == at::IntArrayRef({rows, columns})
-                                   : w.sizes() == at::IntArrayRef({rows});
+    const bool shaped = parameters   ? w.sizes() == at::IntArrayRef({call.cell.parameters, H})
+                        : projection ? w.sizes() == at::IntArrayRef({P, H})
+                        : kind < 2   ? w.sizes() == at::IntArrayRef({rows, columns})
+                                     : w.sizes() == at::IntArrayRef({rows});
     if (!shaped || w.scalar_type() != type) return false;
   }
   return true;
@@ -129,12 +136,13 @@ LayerOutputs allocate(const Call& call, const LayerInputs& in, bool save) {
   LayerOutputs out;
   out.y = new_on_cpu(in.shape(call.P), type);
   out.h_n = new_on_cpu(call.layer_state_shape(0), type);
-  if (cell.has_cell) out.c_n = new_on_cpu(call.layer_state_shape(1), type);
+  if (cell.has_c()) out.c_n = new_on_cpu(call.layer_state_shape(1), type);
   if (save)
     out.gates = call.recompute && CpuDevice::complete()
                     ? new_on_cpu({0}, type)
                     : new_on_cpu(in.shape(cell.saved * hidden), type);
-  if (save && cell.has_cell) out.cells = new_on_cpu(in.shape(hidden), compute_type(type));
+  if (save && cell.has_c())
+    out.cells = new_on_cpu(in.shape(cell.cells * hidden), compute_type(type));
   return out;
 }
 
@@ -164,8 +172,9 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
     };
     apply(done, done.directions[0].in.x, input(0, &In::h0), input(0, &In::c0), input(0, &In::w_ih),
           input(0, &In::w_hh), input(0, &In::b_ih), input(0, &In::b_hh), input(0, &In::w_hr),
-          input(1, &In::h0), input(1, &In::c0), input(1, &In::w_ih), input(1, &In::w_hh),
-          input(1, &In::b_ih), input(1, &In::b_hh), input(1, &In::w_hr));
+          input(0, &In::parameters), input(1, &In::h0), input(1, &In::c0), input(1, &In::w_ih),
+          input(1, &In::w_hh), input(1, &In::b_ih), input(1, &In::b_hh), input(1, &In::w_hr),
+          input(1, &In::parameters));
   }
 
   template <class... Inputs>
@@ -176,7 +185,7 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
       for (size_t i = 1; i < kInputs; ++i) saved.push_back(in.*kDifferentiable[i]);
       saved.insert(saved.end(), {in.lengths, in.reset, out.y, out.gates, out.cells});
       results.insert(results.end(), {out.y, out.h_n});
-      if (done.cell.has_cell) results.push_back(out.c_n);
+      if (done.cell.has_c()) results.push_back(out.c_n);
     }
     const LayerInputs& first = done.directions[0].in;
     context->saved_data["record"] = c10::IValue::make_capsule(
@@ -201,7 +210,7 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
     // Saved-tensor hooks may have returned any kind of tensor.
     for (const Tensor& t : saved) plain = plain && (!t.defined() || is_plain(t));
 
-    const size_t outputs = cell.has_cell ? 3 : 2;
+    const size_t outputs = cell.has_c() ? 3 : 2;
     std::vector<Direction> directions(grads.size() / outputs);
     size_t edge = 1;  // undefined inputs have no edge in the graph
     auto next = saved.begin() + 1;
@@ -214,7 +223,7 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
         *t = *next++;
       const Tensor* grad = &grads[d * outputs];
       layer.grad_out.y = grad[0], layer.grad_out.h_n = grad[1];
-      if (cell.has_cell) layer.grad_out.c_n = grad[2];
+      if (cell.has_c()) layer.grad_out.c_n = grad[2];
       if (plain) {
         check_inputs(cell, record->format, in);
         check_saved(cell, record->format, layer.out);
@@ -257,14 +266,14 @@ class LayerFunction : public torch::autograd::Function<LayerFunction> {
       const auto parameters = compute_type(type);
       layer.grads = {allocate(0, type),       allocate(1, type),       allocate(2, type),
                      allocate(3, parameters), allocate(4, parameters), allocate(5, parameters),
-                     allocate(6, parameters), allocate(7, parameters)};
+                     allocate(6, parameters), allocate(7, parameters), allocate(8, parameters)};
       layers.push_back(std::move(layer));
     }
     CpuDevice::backward(record.cell, layers);
     std::vector<List> found;
     for (const LayerBackward& layer : layers) {
       const LayerGrads& d = layer.grads;
-      found.push_back({d.x, d.h0, d.c0, d.w_ih, d.w_hh, d.b_ih, d.b_hh, d.w_hr});
+      found.push_back({d.x, d.h0, d.c0, d.w_ih, d.w_hh, d.b_ih, d.b_hh, d.w_hr, d.parameters});
       for (Tensor& grad : found.back())
         if (grad.defined() && grad.scalar_type() != type) grad = grad.to(type);
     }
@@ -298,8 +307,9 @@ Tensor run(const Call& call, Tensors& finals) {
   const int64_t count = call.count();
   const bool given = !call.states.empty();
   const Tensor no_h = given ? Tensor() : zeros(call.layer_state_shape(0), call.type());
-  const Tensor no_c =
-      given || !call.projects ? no_h : zeros(call.layer_state_shape(1), call.type());
+  const Tensor no_c = given || !(call.projects || call.cell.cells > 1)
+                          ? no_h
+                          : zeros(call.layer_state_shape(1), call.type());
   const auto state = [&](size_t k, int64_t i) {
     if (!given) return k == 0 ? no_h : no_c;
     return (count == 1 ? call.states[k] : call.states[k].select(0, i)).contiguous();
@@ -321,13 +331,14 @@ Tensor run(const Call& call, Tensors& finals) {
       auto& [in, out] = layers[k];
       in = {.x = stacked && k > 0 ? layers[k - 1].out.y : x,
             .h0 = state(0, int64_t(i)),
-            .c0 = call.cell.has_cell ? state(1, int64_t(i)) : Tensor(),
+            .c0 = call.cell.has_c() ? state(1, int64_t(i)) : Tensor(),
             .w_ih = w[0],
             .w_hh = w[1],
             .b_ih = call.biases ? w[2] : Tensor(),
             .b_hh = call.biases ? w[3] : Tensor(),
             .reverse = !stacked && k == 1,
             .w_hr = call.projects ? w[call.per_layer() - 1] : Tensor(),
+            .parameters = call.has_parameters() ? w[call.per_layer() - 1] : Tensor(),
             .lengths = call.lengths,
             .reset = call.reset};
       out = allocate(call, in, record);
@@ -349,7 +360,7 @@ Tensor run(const Call& call, Tensors& finals) {
     return count == 1 ? states[0] : at::stack(states);
   };
   finals.push_back(join(h_n));
-  if (call.cell.has_cell) finals.push_back(join(c_n));
+  if (call.cell.has_c()) finals.push_back(join(c_n));
   return x;
 }
 
@@ -357,7 +368,7 @@ Tensor run(const Call& call, Tensors& finals) {
 // the call must take the general path.
 bool collect(Call& call, py::handle hx, const py::list& weights) {
   if (!hx.is_none()) {
-    const size_t states = call.cell.has_cell ? 2 : 1;
+    const size_t states = call.cell.has_c() ? 2 : 1;
     call.states.resize(states);
     if (states == 1) {
       if (!unpack(hx, call.states[0])) return false;

@@ -10,6 +10,7 @@
 #include "torch/layer.h"
 #include "torch/memory.h"
 #include "torch/threads.h"
+#include "torch/user_cells.h"
 
 namespace rnnfast {
 
@@ -137,11 +138,17 @@ class Planner {
   }
 };
 
+void require_kernels(const CellInfo& cell, const at::Tensor& like) {
+  const std::string problem = prepare_kernels(cell, dtype_of(like));
+  TORCH_CHECK(problem.empty(), "rnnfast::", cell.name, ": ", problem);
+}
+
 }  // namespace
 
 bool CpuDevice::complete() { return cpu::engine().is_complete(); }
 
 void CpuDevice::forward(const CellInfo& cell, std::span<LayerForward> layers, bool stacked) {
+  require_kernels(cell, layers[0].in.h0);
   const Planner planner(cell, layers[0].in);
   const Sizes size = layers[0].in.sizes();
   const int count = planner.side_by_side(layers.size(), size, false, stacked);
@@ -170,6 +177,7 @@ void CpuDevice::forward(const CellInfo& cell, std::span<LayerForward> layers, bo
 }
 
 void CpuDevice::backward(const CellInfo& cell, std::span<LayerBackward> layers) {
+  require_kernels(cell, layers[0].in.h0);
   const Planner planner(cell, layers[0].in);
   const int count = planner.side_by_side(layers.size(), layers[0].in.sizes(), true, false);
   for (size_t begin = 0; begin < layers.size(); begin += size_t(count)) {

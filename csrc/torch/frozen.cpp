@@ -154,20 +154,31 @@ std::tuple<Tensor, Tensor, Tensor> frozen_layer(c10::string_view name, const Ten
                                                 const Tensor& w_hh, Optional w_hr, bool reverse,
                                                 Optional lengths, Optional reset) {
   const CellInfo& cell = cell_info(std::string(name));
-  TORCH_CHECK(c0.has_value() == cell.has_cell && (!w_hr || cell.has_cell),
+  TORCH_CHECK(c0.has_value() == cell.has_c() && (!w_hr || cell.has_c()),
               "rnnfast::frozen_layer: ", cell.name,
-              cell.has_cell ? " needs c0" : " takes neither c0 nor w_hr");
+              cell.has_c() ? " needs c0" : " takes neither c0 nor w_hr");
   TORCH_CHECK(w_hh.scalar_type() == at::kByte, "rnnfast::frozen_layer: expected packed weights");
-  const LayerInputs in = check_inputs(cell, x, h0, c0.value_or(Tensor()), w_ih, w_hh, {}, {}, w_hr,
-                                      reverse, lengths, reset);
+  const auto given = [](Optional t) { return t.value_or(Tensor()); };
+  const LayerInputs in = check_inputs(cell, {.x = x,
+                                             .h0 = h0,
+                                             .c0 = given(c0),
+                                             .w_ih = w_ih,
+                                             .w_hh = w_hh,
+                                             .b_ih = {},
+                                             .b_hh = {},
+                                             .reverse = reverse,
+                                             .w_hr = given(w_hr),
+                                             .parameters = {},
+                                             .lengths = given(lengths),
+                                             .reset = given(reset)});
   LayerOutputs out = allocate_outputs(cell, in, false, false);
   if (x.size(0) > 0 && h0.numel() > 0) {
     CpuDevice::forward(cell, in, out);
   } else {
     out.h_n.copy_(in.h0);
-    if (cell.has_cell) out.c_n.copy_(in.c0);
+    if (cell.has_c()) out.c_n.copy_(in.c0);
   }
-  return {out.y, out.h_n, cell.has_cell ? out.c_n : at::empty({0}, h0.options())};
+  return {out.y, out.h_n, cell.has_c() ? out.c_n : at::empty({0}, h0.options())};
 }
 
 }  // namespace

@@ -64,7 +64,7 @@ class Generation {
         .head_weight = keep(head_weight, {V, H}),
         .head_bias = head_bias ? keep(*head_bias, {V}) : nullptr,
         .h0 = keep(states[0], {layers, B, H}),
-        .c0 = cell.has_cell ? keep(states.at(1), {layers, B, H}) : nullptr,
+        .c0 = cell.has_c() ? keep(states.at(1), {layers, B, H}) : nullptr,
         .sampling = {temperature, top_k, top_p},
     };
     const int64_t many = 1000;  // the number of steps is not known yet: plan a long sequence
@@ -117,7 +117,7 @@ class Generation {
   }
   static cpu::LayerKind layer_kind(int kind, const std::vector<Tensor>& weights,
                                    const std::vector<Tensor>& states) {
-    TORCH_CHECK(0 <= kind && kind < kCells, "rnnfast: there is no cell ", kind);
+    TORCH_CHECK(0 <= kind && kind < kCellKinds, "rnnfast: there is no cell ", kind);
     return {CellKind(kind), dtype_of(states.at(0)), frozen_type(weights.at(1))};
   }
 

@@ -7,14 +7,15 @@
 
 #include "cells/all.h"
 #include "torch/memory.h"
+#include "torch/user_cells.h"
 
 namespace rnnfast {
 namespace {
 
 // In the order of CellKind.
-constexpr CellInfo kTable[kCells] = {
+constexpr CellInfo kTable[kCellKinds] = {
 #define RNNFAST_ROW(Cell) \
-  {Cell::kName, CellKind::k##Cell, Cell::kGates, Cell::kSaved, Cell::kHasCell},
+  {Cell::kName, CellKind::k##Cell, Cell::kGates, Cell::kSaved, Cell::kCells},
     RNNFAST_FOR_EACH_CELL(RNNFAST_ROW)
 #undef RNNFAST_ROW
 };
@@ -113,7 +114,9 @@ at::Tensor last_stride_one(const at::Tensor& t) {
   return t.stride(-1) == 1 || t.size(-1) == 1 ? t : t.contiguous();
 }
 
-const CellInfo& cell_info(CellKind kind) { return kTable[int(kind)]; }
+const CellInfo& cell_info(CellKind kind) {
+  return int(kind) < kCellKinds ? kTable[int(kind)] : user_cell_info(kind);
+}
 
 const CellInfo& cell_info(const std::string& name) {
   for (const CellInfo& one : kTable)
@@ -153,7 +156,8 @@ void check_inputs(const CellInfo& cell, const LayerFormat& format, LayerInputs& 
   if (in.lengths.defined()) check_lengths(cell, in.x, in.lengths, B);
   Checker{cell, at::kBool, device}(in.reset, "reset", rows);
   check(in.h0, "h0", format.state_shape(P));
-  check(in.c0, "c0", format.state_shape(H));
+  check(in.c0, "c0", format.state_shape(cell.cells * H));
+  check(in.parameters, "parameters", {cell.parameters, H});
   if (frozen) {
     check_frozen(cell, format, in);
   } else {
@@ -169,25 +173,8 @@ void check_inputs(const CellInfo& cell, const LayerFormat& format, LayerInputs& 
   if (tokens) check_tokens(cell, in.x, V);
 }
 
-LayerInputs check_inputs(const CellInfo& cell, const at::Tensor& x, const at::Tensor& h0,
-                         const at::Tensor& c0, const at::Tensor& w_ih, const at::Tensor& w_hh,
-                         const std::optional<at::Tensor>& b_ih,
-                         const std::optional<at::Tensor>& b_hh,
-                         const std::optional<at::Tensor>& w_hr, bool reverse,
-                         const std::optional<at::Tensor>& lengths,
-                         const std::optional<at::Tensor>& reset) {
-  const auto given = [](const std::optional<at::Tensor>& t) { return t.value_or(at::Tensor()); };
-  LayerInputs in{.x = x,
-                 .h0 = h0,
-                 .c0 = cell.has_cell ? c0 : at::Tensor(),
-                 .w_ih = w_ih,
-                 .w_hh = w_hh,
-                 .b_ih = given(b_ih),
-                 .b_hh = given(b_hh),
-                 .reverse = reverse,
-                 .w_hr = given(w_hr),
-                 .lengths = given(lengths),
-                 .reset = given(reset)};
+LayerInputs check_inputs(const CellInfo& cell, LayerInputs in) {
+  const at::Tensor &x = in.x, &h0 = in.h0, &w_ih = in.w_ih;
   const bool packed = x.dim() == 2 && in.lengths.defined();
   TORCH_CHECK(x.dim() == 3 || packed, "rnnfast::", cell.name,
               ": expected x of shape (T, B, I), or packed (N, I) with lengths, got ", x.sizes());
@@ -203,6 +190,8 @@ LayerInputs check_inputs(const CellInfo& cell, const at::Tensor& x, const at::Te
               ": expected no reset with packed x");
   TORCH_CHECK(in.b_ih.defined() == in.b_hh.defined(), "rnnfast::", cell.name,
               ": expected both b_ih and b_hh, or neither");
+  TORCH_CHECK(in.parameters.defined() == (cell.parameters > 0), "rnnfast::", cell.name,
+              ": expected parameters of ", cell.parameters, " vectors");
   dtype_of(in.has_tokens() ? h0 : x);
   check_inputs(cell, format_of(in), in);
   return in;
@@ -231,7 +220,7 @@ void check_saved(const CellInfo& cell, const LayerFormat& format, LayerOutputs& 
   if (saved.gates.defined() && saved.gates.sizes() != at::IntArrayRef({0}))
     check(saved.gates, "gates", format.shape(cell.saved * format.H));
   const Checker check_cells{cell, compute_type(format.dtype), format.device};
-  check_cells(saved.cells, "the cells that the forward saved", format.shape(format.H));
+  check_cells(saved.cells, "the cells that the forward saved", format.shape(cell.cells * format.H));
 }
 
 void check_grad_outputs(const CellInfo& cell, const LayerFormat& format, LayerGradOutputs& grads) {
@@ -241,9 +230,9 @@ void check_grad_outputs(const CellInfo& cell, const LayerFormat& format, LayerGr
     grads.y = last_stride_one(grads.y);
   }
   check(grads.h_n, "grad_h_n", format.state_shape(format.P));
-  check(grads.c_n, "grad_c_n", format.state_shape(format.H));
+  check(grads.c_n, "grad_c_n", format.state_shape(cell.cells * format.H));
   const Checker check_cells{cell, compute_type(format.dtype), format.device};
-  check_cells(grads.cells, "grad_cells", format.shape(format.H));
+  check_cells(grads.cells, "grad_cells", format.shape(cell.cells * format.H));
 }
 
 LayerOutputs allocate_outputs(const CellInfo& cell, const LayerInputs& in, bool save_gates,
@@ -255,15 +244,17 @@ LayerOutputs allocate_outputs(const CellInfo& cell, const LayerInputs& in, bool 
   out.y = new_tensor(in.shape(in.h0.size(-1)), options);
   out.h_n = at::empty(in.h0.sizes(), options);
   out.gates = save_gates ? new_tensor(in.shape(cell.saved * H), options) : at::empty({0}, options);
-  if (cell.has_cell) {
-    out.c_n = at::empty({B, H}, options);
-    out.cells = save_cells ? new_tensor(in.shape(H), compute) : at::empty({0}, compute);
+  if (cell.has_c()) {
+    out.c_n = at::empty({B, cell.cells * H}, options);
+    out.cells =
+        save_cells ? new_tensor(in.shape(cell.cells * H), compute) : at::empty({0}, compute);
   }
   return out;
 }
 
 LayerGrads allocate_grads(const CellInfo& cell, const LayerInputs& in, at::ArrayRef<bool> mask) {
-  const size_t count = (cell.has_cell ? 7 : 6) + (in.w_hr.defined() ? 1 : 0);
+  const size_t count =
+      cell.tensors() + (in.w_hr.defined() ? 1 : 0) + (in.parameters.defined() ? 1 : 0);
   TORCH_CHECK(mask.size() == count, "rnnfast::", cell.name, "_backward: expected a mask of ", count,
               " entries, got ", mask.size());
   const auto options = in.h0.options();
@@ -276,7 +267,7 @@ LayerGrads allocate_grads(const CellInfo& cell, const LayerInputs& in, at::Array
   LayerGrads grads;
   grads.x = allocate(in.has_tokens() ? at::Tensor() : in.x, options);
   grads.h0 = allocate(in.h0, options);
-  if (cell.has_cell) grads.c0 = allocate(in.c0, options);
+  if (cell.has_c()) grads.c0 = allocate(in.c0, options);
   grads.w_ih = allocate(in.has_transposed_table() ? in.w_ih.t() : in.w_ih, compute);
   if (in.has_transposed_table() && grads.w_ih.defined())
     grads.w_ih = grads.w_ih.t();
@@ -286,6 +277,7 @@ LayerGrads allocate_grads(const CellInfo& cell, const LayerInputs& in, at::Array
   grads.b_ih = allocate(in.b_ih, compute);
   grads.b_hh = allocate(in.b_hh, compute);
   if (in.w_hr.defined()) grads.w_hr = allocate(in.w_hr, compute);
+  if (in.parameters.defined()) grads.parameters = allocate(in.parameters, compute);
   return grads;
 }
 
@@ -313,6 +305,7 @@ ForwardArgs forward_args(const LayerInputs& in, const LayerOutputs& out) {
       .b_ih = data_or_null(in.b_ih),
       .b_hh = data_or_null(in.b_hh),
       .w_hr = data_or_null(in.w_hr),
+      .parameters = data_or_null(in.parameters),
       .y = out.y.data_ptr(),
       .h_n = out.h_n.data_ptr(),
       .c_n = data_or_null(out.c_n),
@@ -346,6 +339,7 @@ BackwardArgs backward_args(const LayerGradOutputs& grad_out, const LayerInputs& 
       .b_ih = data_or_null(in.b_ih),
       .b_hh = data_or_null(in.b_hh),
       .w_hr = data_or_null(in.w_hr),
+      .parameters = data_or_null(in.parameters),
       .y = out.y.data_ptr(),
       .gates = data_or_null(out.gates),
       .cells = data_or_null(out.cells),
@@ -357,15 +351,17 @@ BackwardArgs backward_args(const LayerGradOutputs& grad_out, const LayerInputs& 
       .grad_b_ih = data_or_null(grads.b_ih),
       .grad_b_hh = data_or_null(grads.b_hh),
       .grad_w_hr = data_or_null(grads.w_hr),
+      .grad_parameters = data_or_null(grads.parameters),
   };
 }
 
 void finish_grads(const LayerInputs& in, LayerGrads& grads) {
   const auto storage = in.dtype();
-  for (at::Tensor* grad : {&grads.w_ih, &grads.w_hh, &grads.b_ih, &grads.b_hh, &grads.w_hr})
+  for (at::Tensor* grad :
+       {&grads.w_ih, &grads.w_hh, &grads.b_ih, &grads.b_hh, &grads.w_hr, &grads.parameters})
     if (grad->defined()) *grad = grad->to(storage);
   for (at::Tensor* grad : {&grads.x, &grads.h0, &grads.c0, &grads.w_ih, &grads.w_hh, &grads.b_ih,
-                           &grads.b_hh, &grads.w_hr})
+                           &grads.b_hh, &grads.w_hr, &grads.parameters})
     if (!grad->defined()) *grad = at::empty({0}, in.h0.options());
 }
 

@@ -23,8 +23,16 @@ struct CellInfo {
   CellKind kind;
   int gates;      // G: blocks of H rows in w_ih and w_hh
   int saved;      // blocks of H columns in `gates`, saved for the backward
-  bool has_cell;  // whether there is a second state c
+  int cells;      // C: states beside h. Together they are c, blocks of H columns
+  int parameters = 0;  // N: learnable vectors with one number for each unit
+
+  bool has_c() const { return cells > 0; }
+  bool is_user_cell() const { return int(kind) >= kCellKinds; }
+  bool may_project() const { return has_c() && !is_user_cell(); }
+  // How many of an op's arguments are tensors of x, states, weights and biases.
+  size_t tensors() const { return has_c() ? 7 : 6; }
 };
+// Throws for a kind that is none.
 const CellInfo& cell_info(CellKind kind);
 // Throws ValueError for an unknown name.
 const CellInfo& cell_info(const std::string& name);
@@ -50,7 +58,7 @@ struct LayerInputs {
   // (T, B, I), or packed (N, I) with the rows of all steps; last stride 1. Or int64 tokens with
   // I = 1: each is the index of a row of the table w_ih, which has W_ih x for every token.
   at::Tensor x;
-  at::Tensor h0, c0;  // (B, P), (B, H); c0 is undefined if the cell has no c
+  at::Tensor h0, c0;  // (B, P), (B, C*H); c0 is undefined if the cell has no c
   // Frozen weights are blocks of bytes (cpu/frozen.h) with the bias within, of all matrices or
   // none. That of w_ih holds a table if x is tokens.
   at::Tensor w_ih;  // (G*H, I); for tokens a table (V, G*H), which may be transposed
@@ -58,6 +66,7 @@ struct LayerInputs {
   at::Tensor b_ih, b_hh;  // (G*H), or both undefined
   bool reverse;
   at::Tensor w_hr;  // (P, H), the projection of h; undefined if there is none, with P = H
+  at::Tensor parameters;  // (N, H); undefined if the cell has none
   at::Tensor lengths;   // (B) int64 on the CPU, not increasing if packed; undefined if all are T
   at::Tensor reset;     // (T, B) bool, or undefined
 
@@ -88,29 +97,30 @@ struct LayerInputs {
 };
 
 // The inputs that have gradients, in the order of the ops' arguments and gradients.
-inline constexpr std::array<at::Tensor LayerInputs::*, 8> kDifferentiable = {
-    &LayerInputs::x,    &LayerInputs::h0,   &LayerInputs::c0,   &LayerInputs::w_ih,
-    &LayerInputs::w_hh, &LayerInputs::b_ih, &LayerInputs::b_hh, &LayerInputs::w_hr};
+inline constexpr std::array<at::Tensor LayerInputs::*, 9> kDifferentiable = {
+    &LayerInputs::x,    &LayerInputs::h0,   &LayerInputs::c0,
+    &LayerInputs::w_ih, &LayerInputs::w_hh, &LayerInputs::b_ih,
+    &LayerInputs::b_hh, &LayerInputs::w_hr, &LayerInputs::parameters};
 // Which of them are asked for.
 using Wanted = std::array<bool, kDifferentiable.size()>;
 
 // If x is packed, every tensor of shape (T, B, ...) is packed too: (N, ...).
 struct LayerOutputs {
   at::Tensor y;  // (T, B, P)
-  at::Tensor h_n, c_n;  // (B, P), (B, H)
+  at::Tensor h_n, c_n;  // (B, P), (B, C*H)
   at::Tensor gates;     // (T, B, saved blocks * H), or (0) or undefined if not saved
-  at::Tensor cells;     // (T, B, H) in the compute type, or (0) or undefined
+  at::Tensor cells;     // (T, B, C*H) in the compute type, or (0) or undefined
 };
 
 struct LayerGradOutputs {
   at::Tensor y;  // (T, B, P), last stride 1, or undefined for zeros
-  at::Tensor h_n, c_n;  // (B, P), (B, H) or undefined
-  at::Tensor cells;     // (T, B, H) in the compute type, contiguous, or undefined
+  at::Tensor h_n, c_n;  // (B, P), (B, C*H) or undefined
+  at::Tensor cells;     // (T, B, C*H) in the compute type, contiguous, or undefined
 };
 
 // In the order of the ops' results; undefined if not wanted.
 struct LayerGrads {
-  at::Tensor x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr;
+  at::Tensor x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, parameters;
 };
 
 // Whether lengths (int64, on the CPU) fit x. If x is (T, B, I), each must be from 0 to T. If x is
@@ -128,14 +138,8 @@ void check_memory(const char* op, const char* name, const at::Tensor& t);
 // Checks the tensors of a call against its format, and copies those whose layout is not the one
 // above.
 void check_inputs(const CellInfo& cell, const LayerFormat& format, LayerInputs& in);
-// Collects the tensors of a call, whose format is derived from them, and checks them.
-LayerInputs check_inputs(const CellInfo& cell, const at::Tensor& x, const at::Tensor& h0,
-                         const at::Tensor& c0, const at::Tensor& w_ih, const at::Tensor& w_hh,
-                         const std::optional<at::Tensor>& b_ih,
-                         const std::optional<at::Tensor>& b_hh,
-                         const std::optional<at::Tensor>& w_hr, bool reverse,
-                         const std::optional<at::Tensor>& lengths,
-                         const std::optional<at::Tensor>& reset);
+// Checks the tensors of a call of an op and derives its format.
+LayerInputs check_inputs(const CellInfo& cell, LayerInputs in);
 LayerFormat format_of(const LayerInputs& in);
 // Checks the tensors that a forward has saved: y, gates and cells. Copies those that are not
 // contiguous.
@@ -179,8 +183,6 @@ struct LayerBackward {
 std::vector<at::Tensor> call_backward(const CellInfo& cell, const LayerGradOutputs& grad_out,
                                       const LayerInputs& in, const LayerOutputs& out,
                                       const Wanted& wanted);
-// The name of the op that does in plain PyTorch what the op of this name does.
-std::string reference_name(const std::string& op);
 
 // What a block of frozen weights holds.
 struct FrozenFormat {

@@ -26,12 +26,13 @@ int64_t find_freed(const std::vector<std::optional<at::Tensor>>& tensors);
 void bind_generation(py::module_& m);  // in generation.cpp
 void bind_stream(py::module_& m);  // in stream.cpp
 void bind_threads(py::module_& m);  // in threads.cpp
+void bind_user_cells(py::module_& m);  // in user_cells.cpp
 
 namespace {
 
 py::dict cell_kinds() {
   py::dict kinds;
-  for (int kind = 0; kind < kCells; ++kind) kinds[cell_info(CellKind(kind)).name] = kind;
+  for (int kind = 0; kind < kCellKinds; ++kind) kinds[cell_info(CellKind(kind)).name] = kind;
   return kinds;
 }
 
@@ -164,6 +165,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   bind_generation(m);
   bind_stream(m);
   bind_threads(m);
+  bind_user_cells(m);
   bind_test_hooks(m);
   m.def("layers_at_once", &layers_at_once, py::arg("cell"), py::arg("T"), py::arg("B"),
         py::arg("I"), py::arg("H"), py::arg("count"), py::arg("stacked"), py::arg("threads"),

@@ -415,7 +415,7 @@ def _layer(cell: Cell, inputs: LayerInputs) -> LayerOutputs:
     """`rnnfast.reference.layer` with blocks of frozen weights, which hold the biases."""
     if backend.is_tracing():
         onnx.refuse_unknown("rnnfast::frozen_layer")
-    x, states, w_ih, w_hh, _, _, reverse, lengths, reset, w_hr = inputs
+    x, states, w_ih, w_hh, _, _, reverse, lengths, reset, w_hr, _ = inputs
     c0 = states[1] if cell.states > 1 else None
     y, *finals = torch.ops.rnnfast.frozen_layer(
         cell.name, x, states[0], c0, w_ih, w_hh, w_hr, reverse, lengths, reset

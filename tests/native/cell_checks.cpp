@@ -128,7 +128,7 @@ struct OfCell {
 // Calls f(cell, place) for every cell, and for tiles of every number of units.
 template <class F>
 void for_places(Kit& kit, F&& f) {
-  for (int i = 0; i < kCells; ++i) {
+  for (int i = 0; i < kCellKinds; ++i) {
     const OfCell of(kit, i);
     for (int64_t units = 1; units <= of.unit_vectors * kit.lanes; ++units)
       for (const int64_t panel : {0, 1}) {

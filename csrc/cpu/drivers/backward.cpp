@@ -9,7 +9,8 @@ Backward::Backward(const Context& context, const BackwardArgs& args, const Plan&
       args_(args),
       plan_(plan),
       history_(context, args, arena),
-      recompute_(context, args, plan, history_, arena),
+      parameters_(context, args.parameters, args.size.H, arena),
+      recompute_(context, args, plan, history_, parameters_, arena),
       products_(context, args, plan, history_, d_gates_, d_h_rows_, unprojected_, arena),
       hidden_(context, context.format(plan.step_split_precision), args.h_size),
       units_(context, *context.kernels.dense, args.size.H),
@@ -21,8 +22,8 @@ Backward::Backward(const Context& context, const BackwardArgs& args, const Plan&
   const int64_t B = args.size.B, H = args.size.H, P = args.h_size;
   w_hh_ = arena.take<char>((packs_at_once() ? hidden_.count() : plan.threads) *
                            hidden_.panel_bytes(depth_));
-  const int64_t c_bytes = context.compute(context.whole_vectors(H));
-  if (context.cell.has_c) d_c_ = {arena.take<char>(B * c_bytes), c_bytes};
+  const int64_t c_bytes = context.compute(context.whole_vectors(context.c_size(H)));
+  if (context.cell.cells > 0) d_c_ = {arena.take<char>(B * c_bytes), c_bytes};
   const int64_t h_bytes = context.compute(context.state_pitch(P));
   d_h_ = {arena.take<char>(B * h_bytes), h_bytes};
   // Rows of two blocks are kept, used alternately: so no thread waits for the products of the block
@@ -31,7 +32,7 @@ Backward::Backward(const Context& context, const BackwardArgs& args, const Plan&
   slots_ = recomputes() ? plan.block_steps + 1 : 2 * plan.block_steps;
   const int64_t vector = context.kernels.lanes * context.kernels.state_align;
   d_gates_ =
-      StepRows::take(arena, slots_, B, context.element(context.cell.grad_blocks * H + vector));
+      StepRows::take(arena, slots_, B, context.element(context.gradient_blocks() * H + vector));
   tile_rows_ = arena.take<BackwardRow>(B);
   block_ = arena.take<BlockRow>(2 * block_rows_);
   block_counts_ = arena.take<int64_t>(2);
@@ -58,6 +59,7 @@ void Backward::run(const Team& team) {
   if (!packs_at_once()) w_hh_ += team.index() * hidden_.panel_bytes(depth_);
   pack(team);
   history_.load(team);
+  if (team.index() == 0) parameters_.load();
   load_state(team.share(B));
   team.barrier();
   rows_ = team.share_rows(B);
@@ -151,7 +153,7 @@ void Backward::load_state(Span rows) {
     complete(d_gates_, b, context_.cell.grad_blocks * H, context_.cell.gates * H);
     if (projects()) complete(d_h_rows_, b, P, P);
     load(d_h_, b, args_.grad_h_n, P);
-    if (d_c_) load(d_c_, b, args_.grad_c_n, H);
+    if (d_c_) load(d_c_, b, args_.grad_c_n, context_.c_size(H));
   }
 }
 
@@ -174,7 +176,6 @@ void Backward::through_weights(int64_t step, int64_t panel, int64_t b, int rows,
 // Sets up the rows `now` that are active at a step for the cell's backward. Rows from `both` on
 // begin here: the forward has no step after this one for them.
 void Backward::set_rows(int64_t step, Span now, int64_t both) {
-  const int64_t H = args_.size.H;
   const Cell& cell = context_.cell;
   for (int64_t b = now.begin; b < now.end; ++b) {
     const bool begins = b >= both;
@@ -186,9 +187,9 @@ void Backward::set_rows(int64_t step, Span now, int64_t both) {
         .h =
             cell.reads_h ? history_.row(args_.y, step, b, context_.storage(args_.h_size)) : nullptr,
         .h_prev = cell.direct ? history_.h_before(step, b) : nullptr,
-        .c = cell.has_c ? history_.row(args_.cells, step, b, context_.compute(H)) : nullptr,
-        .c_prev = cell.has_c ? history_.c_before(step, b) : nullptr,
-        .grad_c = history_.row(args_.grad_cells, step, b, context_.compute(H)),
+        .c = cell.cells > 0 ? history_.row(args_.cells, step, b, history_.c_bytes()) : nullptr,
+        .c_prev = cell.cells > 0 ? history_.c_before(step, b) : nullptr,
+        .grad_c = history_.row(args_.grad_cells, step, b, history_.c_bytes()),
         .grad_y = args_.grad_y ? at(args_.grad_y, context_.storage(y_offset)) : nullptr,
         .d_h_rest = begins || cell.direct ? d_h_[b] : nullptr,
         .takes_weights = from_next,
@@ -211,7 +212,8 @@ void Backward::apply_cell(int64_t step, int64_t panel, const BackwardRow* rows, 
                                .rows = rows,
                                .count = count,
                                .from_weights = from_weights,
-                               .weights_stride = units_.width()});
+                               .weights_stride = units_.width(),
+                               .parameters = parameters_.data()});
   const Rows& converted = lhs_[step & 1];
   if (!converted) return;
   const WeightFormat& format = hidden_.format();
@@ -377,9 +379,12 @@ void Backward::finish(int64_t step, Span rows) const {
   }
   const int64_t first = unit_panels_.begin * units_.width();
   const int64_t count = std::min(H, unit_panels_.end * units_.width()) - first;
+  const int64_t size = context_.c_size(H);
   for (int64_t b = rows.begin; args_.grad_c0 && count > 0 && b < rows.end; ++b)
-    context_.kernels.store(at(args_.grad_c0, context_.storage(history_.batch.place(b) * H + first)),
-                           d_c_[b] + context_.compute(first), count);
+    for (int64_t unit = first; unit < size; unit += H)
+      context_.kernels.store(
+          at(args_.grad_c0, context_.storage(history_.batch.place(b) * size + unit)),
+          d_c_[b] + context_.compute(unit), count);
 }
 
 }  // namespace rnnfast::cpu

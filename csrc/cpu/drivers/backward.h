@@ -48,6 +48,7 @@ class Backward {
   const BackwardArgs& args_;
   const Plan& plan_;
   History history_;
+  CellParameters parameters_;
   Recompute recompute_;
   BlockProducts products_;
   const Columns hidden_, units_;

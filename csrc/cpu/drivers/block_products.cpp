@@ -37,7 +37,7 @@ BlockProducts::BlockProducts(const Context& context, const BackwardArgs& args, c
       lhs_rows_ = {arena.take<char>(rows * bytes), bytes};
     }
   }
-  lhs_ = take_transposed(arena, context.cell.grad_blocks * H, rows, format);
+  lhs_ = take_transposed(arena, context.gradient_blocks() * H, rows, format);
   x_ = arena.take<char>(input_.bytes(rows));
   h_ = arena.take<char>(hidden_.bytes(rows));
   if (!args.grad_w_hr) return;
@@ -153,12 +153,12 @@ void BlockProducts::grad_parameters(const Block& block, const Team& team) const 
   if (args_.tokens && args_.grad_w_ih) grad_table(block, team);
   const bool of_x = args_.grad_w_ih && !args_.tokens;
   const bool any_weight = of_x || args_.grad_w_hh || args_.grad_w_hr;
-  if (!any_weight && !args_.grad_b_ih && !args_.grad_b_hh) return;
+  if (!any_weight && !args_.grad_b_ih && !args_.grad_b_hh && !args_.grad_parameters) return;
   const auto x = [&](BlockRow row) { return history_.x(row.step, row.b); };
   const auto h = [&](BlockRow row) { return history_.h_before(row.step, row.b); };
-  const Span own = share_vectors(team, context_.cell.grad_blocks * args_.size.H);
+  const Span own = share_vectors(team, context_.gradient_blocks() * args_.size.H);
   if (block.count > 0 && block.count <= kFewRows) {
-    grad_bias(block, own, [&](int64_t m, int64_t n, void* sums) {
+    grad_vectors(block, own, [&](int64_t m, int64_t n, void* sums) {
       const void* rows[kFewRows];
       for (int64_t k = 0; k < block.count; ++k) rows[k] = d_gates_(block.rows[k]);
       context_.kernels.add_elements(sums, rows, block.count, m, n, false);
@@ -169,7 +169,7 @@ void BlockProducts::grad_parameters(const Block& block, const Team& team) const 
     return;
   }
   transpose(block, own, d_gates_, lhs_);
-  grad_bias(block, own, [&](int64_t m, int64_t n, void* sums) {
+  grad_vectors(block, own, [&](int64_t m, int64_t n, void* sums) {
     lhs_.format->sum_lhs(lhs_.rows[m], lhs_.rows.pitch, n, block.count, sums);
   });
   if (!any_weight) return;
@@ -240,11 +240,11 @@ void BlockProducts::grad_table(const Block& block, const Team& team) const {
   }
 }
 
-// Adds to the bias gradients. sums(m, n, to) computes the sums over the block's rows of n gate
-// gradients from the m-th on.
+// Adds to the gradients of biases and of the cell's parameters. sums(m, n, to) computes the sums
+// over the block's rows of n gradients from the m-th on.
 template <class Sums>
-void BlockProducts::grad_bias(const Block& block, Span own, Sums&& sums) const {
-  if (!args_.grad_b_ih && !args_.grad_b_hh) return;
+void BlockProducts::grad_vectors(const Block& block, Span own, Sums&& sums) const {
+  if (!args_.grad_b_ih && !args_.grad_b_hh && !args_.grad_parameters) return;
   constexpr int64_t kAtOnce = 256;
   alignas(64) char buffer[kAtOnce * sizeof(double)];
   const int64_t H = args_.size.H, G = context_.cell.gates, D = context_.cell.grad_blocks;
@@ -257,7 +257,8 @@ void BlockProducts::grad_bias(const Block& block, Span own, Sums&& sums) const {
                            !block.is_first());
     };
     if (args_.grad_b_ih && j < G) add(args_.grad_b_ih, context_.cell.input_gate[j]);
-    if (args_.grad_b_hh && j >= D - G) add(args_.grad_b_hh, j - (D - G));
+    if (args_.grad_b_hh && j >= D - G && j < D) add(args_.grad_b_hh, j - (D - G));
+    if (args_.grad_parameters && j >= D) add(args_.grad_parameters, j - D);
     m += n;
   }
 }

@@ -65,7 +65,7 @@ class BlockProducts {
   void grad_parameters(const Block& block, const Team& team) const;
   void grad_table(const Block& block, const Team& team) const;
   template <class Sums>
-  void grad_bias(const Block& block, Span own, Sums&& sums) const;
+  void grad_vectors(const Block& block, Span own, Sums&& sums) const;
   template <class Lhs, class Rhs>
   void sum_few(const Block& block, const Team& team, Lhs&& lhs, Rhs&& rhs, int64_t first_element,
                const WeightGrad& grad) const;
@@ -94,7 +94,7 @@ class BlockProducts {
   const bool panelwise_;  // each thread packs one panel of W_ih at a time
   // Packed columns [panel, or thread][G*H] of W_ih, its rows in the order of d_gates.
   char* w_ih_ = nullptr;
-  Transposed lhs_;        // gate gradients [D*H]
+  Transposed lhs_;        // gradients of gates and parameters [(D + N)*H]
   Rows lhs_rows_;  // gate gradients as lhs rows [row of a block] for grad_x, if the format converts
   char *x_ = nullptr, *h_ = nullptr;  // packed columns of x and h, over the rows of a block
   Transposed projection_lhs_;  // gradient of h [P]

@@ -9,6 +9,7 @@
 #include "cpu/microkernels.h"
 #include "cpu/parallel.h"
 #include "cpu/plan.h"
+#include "cpu/user_cells.h"
 
 namespace rnnfast::cpu {
 
@@ -16,7 +17,7 @@ namespace rnnfast::cpu {
 struct Context {
   const MicroKernels& kernels;
   const CellKind kind;
-  const CellFunctions& functions = kernels.cells[int(kind)];
+  const CellFunctions& functions = cell_functions(kernels, kind);
   const Cell& cell = functions.cell;
 
   // The bytes of n elements of S, A and E.
@@ -24,6 +25,10 @@ struct Context {
   int64_t compute(int64_t n) const { return n * kernels.compute_bytes; }
   int64_t element(int64_t n) const { return n * kernels.element_bytes; }
   int64_t whole_vectors(int64_t n) const { return ceil_div(n, kernels.lanes) * kernels.lanes; }
+
+  int64_t c_size(int64_t H) const { return cell.cells * H; }  // elements of c
+  // Blocks of H gradients that the cell's backward writes: of gates, then of parameters.
+  int gradient_blocks() const { return cell.grad_blocks + cell.parameters; }
 
   const WeightFormat& format(bool split_precision) const {
     return split_precision ? *kernels.split : *kernels.dense;
@@ -70,6 +75,25 @@ inline int64_t count_tiles(int64_t rows, int tile_rows) {
 struct InPlaceBuffer {
   alignas(64) char data[kInPlaceRows * kMaxTileVectors * 64];
   const void* lhs[kInPlaceRows];
+};
+
+// The parameters of a cell in the compute type.
+class CellParameters {
+ public:
+  CellParameters(const Context& context, const void* from, int64_t H, Arena& arena)
+      : context_(context), from_(from), count_(context.cell.parameters * H) {
+    if (context.kernels.converts()) copy_ = arena.take<char>(context.compute(count_));
+  }
+  void load() {
+    if (copy_ && count_ > 0) context_.kernels.load(copy_, from_, count_);
+  }
+  const void* data() const { return copy_ ? copy_ : from_; }
+
+ private:
+  const Context& context_;
+  const void* from_;
+  const int64_t count_;
+  char* copy_ = nullptr;
 };
 
 // Calls f(first row, number of rows) for tiles of nearly equal height.

@@ -17,7 +17,8 @@ Forward::Forward(const Context& context, const ForwardArgs& args, const Plan& pl
       hidden_(context, context.format(plan, plan.hidden, plan.step_split_precision),
               context.cell.gates, args.size.H, args.h_size, plan.hidden),
       max_rows_(ceil_div(args.size.B, plan.row_shares)),
-      input_(context, args, plan, batch_, plan.block_steps * max_rows_, arena) {
+      input_(context, args, plan, batch_, plan.block_steps * max_rows_, arena),
+      parameters_(context, args.parameters, args.size.H, arena) {
   const auto [T, B, I, H] = args.size;
   hidden_.set(args.w_hh);
   hidden_.take(arena, plan.threads);
@@ -26,7 +27,7 @@ Forward::Forward(const Context& context, const ForwardArgs& args, const Plan& pl
     return Rows{arena.take<char>(count * bytes + others * kApartBytes), bytes};
   };
   for (Rows& h : h_) h = take_rows(B, context.element(context.state_pitch(args.h_size)));
-  const int64_t c_bytes = context.compute(context.state_pitch(H));
+  const int64_t c_bytes = context.compute(context.state_pitch(context.c_size(H)));
   if (args.w_hr) {
     const Packing packing = plan.hidden == Packing::kPanelwise ? Packing::kOnce : plan.hidden;
     projection_.emplace(context, context.format(plan, packing, false), 1, args.h_size, H, packing);
@@ -36,7 +37,7 @@ Forward::Forward(const Context& context, const ForwardArgs& args, const Plan& pl
   }
   tile_rows_ =
       reinterpret_cast<ForwardRow*>(take_rows(plan.threads * max_rows_, sizeof(ForwardRow)).data);
-  if (context.cell.has_c) c_ = take_rows(plan.threads * max_rows_, c_bytes);
+  if (context.cell.cells > 0) c_ = take_rows(plan.threads * max_rows_, c_bytes);
   if (converts_lhs(hidden_) || (projection_ && converts_lhs(*projection_))) {
     const int64_t bytes =
         std::max(hidden_.format().row_bytes(args.h_size),
@@ -81,6 +82,7 @@ bool Forward::run(const Team& team, const Progress* upstream, Progress& done) {
   };
   load_h(part(rows_));
   load_c();
+  if (team.index() == 0) parameters_.load();
   if (zeros_ && team.index() == 0) std::memset(zeros_, 0, size_t(h_[0].pitch));
   team.barrier();
   const StepsFunction run_at_once = steps_of_one_row();
@@ -150,15 +152,17 @@ void Forward::store_h(Span rows) const {
   }
 }
 
-// For each row of this thread's part of c, calls f(byte offset in a tensor S (B, H), address in c_,
-// number of units).
+// For each block of each row of this thread's part of c, calls f(byte offset in a tensor S (B,
+// C*H), address in c_, number of units).
 template <class F>
 void Forward::for_c(F&& f) const {
   const int64_t begin = panels_.begin * hidden_.units();
   const int64_t count = std::min(args_.size.H, panels_.end * hidden_.units()) - begin;
+  const int64_t H = args_.size.H;
   for (int64_t b = rows_.begin; c_ && count > 0 && b < rows_.end; ++b)
-    f(context_.storage(batch_.place(b) * args_.size.H + begin), c(b) + context_.compute(begin),
-      count);
+    for (int64_t first = begin; first < context_.c_size(H); first += H)
+      f(context_.storage(batch_.place(b) * context_.c_size(H) + first),
+        c(b) + context_.compute(first), count);
 }
 void Forward::load_c() {
   for_c([&](int64_t from, char* to, int64_t count) {
@@ -186,7 +190,7 @@ void Forward::clear(int64_t step, Span rows) const {
   for (int64_t b = rows.begin; b < rows.end; ++b) {
     const int64_t row = batch_.row(time(step), b);
     const int64_t y_bytes = context_.storage(args_.h_size),
-                  c_bytes = context_.compute(args_.size.H);
+                  c_bytes = context_.compute(context_.c_size(args_.size.H));
     std::memset(at(args_.y, row * y_bytes), 0, size_t(y_bytes));
     if (args_.cells) std::memset(at(args_.cells, row * c_bytes), 0, size_t(c_bytes));
   }
@@ -207,7 +211,8 @@ class Forward::CellWork : public Deferred {
               .from_x = nullptr,
               .x_stride = 0,
               .from_h = nullptr,
-              .h_stride = all.hidden_.width()} {}
+              .h_stride = all.hidden_.width(),
+              .parameters = all.parameters_.data()} {}
 
   void take(int64_t first_unit, int64_t units, const ForwardRow* rows, int count,
             const InputProjection::Projected& from_x, const void* from_h) {
@@ -257,7 +262,8 @@ void Forward::set_rows(int64_t step, Span rows) {
         .h = unprojected_ ? unprojected_[b] : h_after(step, b),
         .c = own_c,
         .saved = args_.gates ? at(args_.gates, row * saved_bytes) : nullptr,
-        .c_copy = args_.cells ? at(args_.cells, row * context_.compute(H)) : nullptr};
+        .c_copy =
+            args_.cells ? at(args_.cells, row * context_.compute(context_.c_size(H))) : nullptr};
   }
 }
 
@@ -318,7 +324,7 @@ StepsFunction Forward::steps_of_one_row() const {
     return nullptr;
   const WeightType type =
       plan_.hidden == Packing::kFrozen ? plan_.frozen : WeightType::kFloat32;  // the dense format
-  return context_.kernels.steps[int(type)][int(context_.kind)];
+  return context_.functions.steps[int(type)];
 }
 
 void Forward::run_steps(StepsFunction run, Span steps, bool projects) {
@@ -350,8 +356,10 @@ void Forward::run_steps(StepsFunction run, Span steps, bool projects) {
             .y_stride = rows * H,
             .saved = args_.gates ? at(args_.gates, context_.storage(first * saved)) : nullptr,
             .saved_stride = rows * saved,
-            .c_copy = args_.cells ? at(args_.cells, context_.compute(first * H)) : nullptr,
-            .c_copy_stride = rows * H};
+            .c_copy = args_.cells ? at(args_.cells, context_.compute(first * context_.c_size(H)))
+                                  : nullptr,
+            .c_copy_stride = rows * context_.c_size(H),
+            .parameters = parameters_.data()};
   if (projects) {
     const GateWeights::Panel input = input_.first_panel();
     all.x = input_.input(time(steps.begin), b);

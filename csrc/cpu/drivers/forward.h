@@ -55,6 +55,7 @@ class Forward {
   std::optional<GateWeights> projection_;  // W_hr
   const int64_t max_rows_;  // most rows of the batch that a thread has
   InputProjection input_;
+  CellParameters parameters_;
   bool good_ = true;
   Span rows_{0, 0}, panels_{0, 0};  // this thread's part of the batch and of the panels of units
   Rows h_[2];             // E [B], the state before even and odd steps

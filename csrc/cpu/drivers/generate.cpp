@@ -34,7 +34,7 @@ Generate::Generate(const Context& context, const GenerateArgs& args, const Plan&
     lhs_ = {arena.take<char>(plan.threads * states * bytes), bytes};
   }
   const int64_t c_bytes = context.compute(pitch);
-  if (context.cell.has_c) c_ = {arena.take<char>(states * c_bytes), c_bytes};
+  if (context.cell.cells > 0) c_ = {arena.take<char>(states * c_bytes), c_bytes};
   const int64_t score_bytes = context.compute(head_.count() * head_.width());
   scores_ = {arena.take<char>(args.B * score_bytes), score_bytes};
 }

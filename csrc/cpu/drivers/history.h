@@ -17,16 +17,16 @@ class History {
   History(const Context& context, const BackwardArgs& args, Arena& arena)
       : batch(args), context_(context), args_(args) {
     const int64_t pitch =
-        context.compute(context.whole_vectors(std::max(args.size.H, args.h_size)));
-    if (context.cell.has_c) c0_ = {arena.take<char>(args.size.B * pitch), pitch};
+        context.compute(context.whole_vectors(std::max(context.c_size(args.size.H), args.h_size)));
+    if (context.cell.cells > 0) c0_ = {arena.take<char>(args.size.B * pitch), pitch};
     if (batch.has_resets()) zeros_ = {arena.take<char>(pitch), pitch};
   }
 
   void load(const Team& team) {
-    const int64_t H = args_.size.H;
+    const int64_t size = context_.c_size(args_.size.H);
     const Span rows = team.share(args_.size.B);
     for (int64_t b = rows.begin; c0_ && b < rows.end; ++b)
-      context_.kernels.load(c0_[b], at(args_.c0, context_.storage(batch.place(b) * H)), H);
+      context_.kernels.load(c0_[b], at(args_.c0, context_.storage(batch.place(b) * size)), size);
     if (zeros_ && team.index() == 0) std::memset(zeros_.data, 0, size_t(zeros_.pitch));
   }
 
@@ -47,6 +47,7 @@ class History {
     return data ? at(data, batch.row(time(step), b) * bytes) : nullptr;
   }
 
+  int64_t c_bytes() const { return context_.compute(context_.c_size(args_.size.H)); }
   // The states before a step: h (S) and c (A).
   const char* h_before(int64_t step, int64_t b) const {
     const int64_t t = time(step), bytes = context_.storage(args_.h_size);
@@ -58,7 +59,7 @@ class History {
     const int64_t t = time(step);
     if (batch.resets(t, b)) return zeros_.data;
     if (batch.is_first(t, b)) return c0_[b];
-    return at(args_.cells, batch.row(batch.before(t), b) * context_.compute(args_.size.H));
+    return at(args_.cells, batch.row(batch.before(t), b) * c_bytes());
   }
   // Whether no gradient passes to the states before a step.
   bool cut(int64_t step, int64_t b) const { return batch.resets(time(step), b); }

@@ -3,10 +3,11 @@
 namespace rnnfast::cpu {
 
 Recompute::Recompute(const Context& context, const BackwardArgs& args, const Plan& plan,
-                     const History& history, Arena& arena)
+                     const History& history, const CellParameters& parameters, Arena& arena)
     : context_(context),
       args_(args),
       history_(history),
+      parameters_(parameters),
       // The forward's formats: others would sum in another order.
       formats_(choose_forward_formats(context, args.size)),
       input_(context, context.format(formats_.x_split), context.cell.gates, args.size.H,
@@ -86,7 +87,7 @@ void Recompute::run(const BlockRow* rows, int64_t count, const Team& team) const
             args_.tokens ? table_.row(history_.token(row.step, row.b)) : lhs(x_, index, x(index));
         before[i] = lhs(h_, index, h(index));
         tile[i] = {.h_prev = lhs(states, index, h(index)),
-                   .c_prev = context_.cell.has_c ? history_.c_before(row.step, row.b) : nullptr,
+                   .c_prev = context_.cell.cells > 0 ? history_.c_before(row.step, row.b) : nullptr,
                    .h = nullptr,
                    .c = nullptr,
                    .saved = gates(row.step, row.b),
@@ -105,7 +106,8 @@ void Recompute::run(const BlockRow* rows, int64_t count, const Team& team) const
                                   .from_x = from_x.data,
                                   .x_stride = hidden_.width(),
                                   .from_h = from_h.data,
-                                  .h_stride = hidden_.width()});
+                                  .h_stride = hidden_.width(),
+                                  .parameters = parameters_.data()});
     });
   }
 }

@@ -16,7 +16,7 @@ class Recompute {
   }
 
   Recompute(const Context& context, const BackwardArgs& args, const Plan& plan,
-            const History& history, Arena& arena);
+            const History& history, const CellParameters& parameters, Arena& arena);
 
   void pack(const Team& team);
   // Recomputes this thread's share of the rows of a block.
@@ -30,6 +30,7 @@ class Recompute {
   const Context& context_;
   const BackwardArgs& args_;
   const History& history_;
+  const CellParameters& parameters_;
   const ForwardFormats formats_;
   GateWeights input_, hidden_;  // W_ih and W_hh, packed if the forward packs them
   TokenTable table_;  // W_ih of an input of tokens

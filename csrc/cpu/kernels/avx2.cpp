@@ -1,14 +1,9 @@
 // AVX2 with FMA and F16C (x86-64-v3).
 #if defined(__x86_64__)
-#include "cpu/kernels/baseline.h"
 #include "cpu/targets.h"
 
-// The warning about the ABI of returned vectors does not apply: all such functions are inlined.
-#pragma GCC diagnostic ignored "-Wpsabi"
-#pragma GCC target("avx2,fma,f16c")
-#define RNNFAST_TARGET avx2
-#define RNNFAST_VECTOR_BYTES 32
-#define RNNFAST_REGISTERS 16
+#include "cpu/kernels/isa/avx2.h"
+
 #include "cpu/kernels/table.h"
 
 constinit const rnnfast::cpu::Target rnnfast::cpu::kAvx2 = RNNFAST_TARGET::make_target();

@@ -1,16 +1,9 @@
 // AVX-512 (x86-64-v4).
 #if defined(__x86_64__)
-#include "cpu/kernels/baseline.h"
 #include "cpu/targets.h"
 
-// GCC 12 warns about its own intrinsics, which start from an undefined register.
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-// The warning about the ABI of returned vectors does not apply: all such functions are inlined.
-#pragma GCC diagnostic ignored "-Wpsabi"
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
-#define RNNFAST_TARGET avx512
-#define RNNFAST_VECTOR_BYTES 64
-#define RNNFAST_REGISTERS 32
+#include "cpu/kernels/isa/avx512.h"
+
 #include "cpu/kernels/table.h"
 
 constinit const rnnfast::cpu::Target rnnfast::cpu::kAvx512 = RNNFAST_TARGET::make_target();

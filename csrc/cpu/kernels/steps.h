@@ -68,7 +68,8 @@ RNNFAST_INLINE void step_panel(const Steps& s, int64_t p, const ForwardRow& row,
                       .from_x = from_x ? from_x + p * width : projected,
                       .x_stride = 0,
                       .from_h = from_h,
-                      .h_stride = 0};
+                      .h_stride = 0,
+                      .parameters = s.parameters};
   forward_rows<Cell, A, A, 1, V, false, true>(t, 0);
 }
 

@@ -1,10 +1,9 @@
 // Builds the table of micro-kernels of one instruction set from the headers of this folder.
 #pragma once
 
-#include "cpu/kernels/cell_tile.h"
+#include "cpu/kernels/cell_functions.h"
 #include "cpu/kernels/dots.h"
 #include "cpu/kernels/int8.h"
-#include "cpu/kernels/steps.h"
 #include "cpu/tuning.h"
 
 namespace rnnfast::cpu::RNNFAST_TARGET {
@@ -54,31 +53,26 @@ constexpr WeightFormat narrow_format() {
 template <class W>
 inline constexpr WeightFormat kNarrowFormat = narrow_format<W>();
 
-template <class S, class Product>
-constexpr void set_steps(StepsFunction (&all)[kCells]) {
-#define RNNFAST_CELL(C) all[int(CellKind::k##C)] = steps<C, S, Product>;
-  RNNFAST_FOR_EACH_CELL(RNNFAST_CELL)
-#undef RNNFAST_CELL
-}
-
 template <class Op>
 constexpr Int8Kernels make_int8_kernels() {
   Int8Kernels k{.format = int8::make_format<Op>(), .steps = {}};
-  set_steps<float, Int8RowProduct<Op>>(k.steps);
+#define RNNFAST_CELL(C) k.steps[int(CellKind::k##C)] = steps<C, float, Int8RowProduct<Op>>;
+  RNNFAST_FOR_EACH_CELL(RNNFAST_CELL)
+#undef RNNFAST_CELL
   return k;
 }
 
-template <class C>
-constexpr Cell cell_numbers() {
-  Cell cell{.gates = C::kGates,
-            .saved = C::kSaved,
-            .grad_blocks = C::kGradBlocks,
-            .has_c = C::kHasCell,
-            .direct = C::kDirect,
-            .reads_h = C::kReadsH,
-            .input_gate = {}};
-  for (int j = 0; j < C::kGates; ++j) cell.input_gate[j] = C::input_gate(j);
-  return cell;
+// A built-in cell: unlike a user's, it has steps for frozen weights.
+template <class C, class S, class Op>
+constexpr CellFunctions make_cell_with_frozen() {
+  CellFunctions functions = make_cell<C, S, Op>();
+  if constexpr (std::is_same_v<S, float>) {
+    const auto set = [&](WeightType type, StepsFunction run) { functions.steps[int(type)] = run; };
+    set(WeightType::kBFloat16, steps<C, S, RowProduct<NarrowOperand<bf16>>>);
+    set(WeightType::kFloat16, steps<C, S, RowProduct<NarrowOperand<f16>>>);
+    set(WeightType::kInt8, steps<C, S, Int8RowProduct<int8::Int16Pairs>>);
+  }
+  return functions;
 }
 // The kernels for tensors of S with products by Op, whose Element is E.
 template <class S, class Op>
@@ -86,6 +80,7 @@ constexpr MicroKernels make_kernels(Dtype dtype) {
   using A = Compute<S>;
   using E = typename Op::Element;
   MicroKernels k{};
+  k.target = RNNFAST_TARGET_NAME;
   k.dtype = dtype;
   k.lanes = kLanes<A>;
   k.storage_bytes = sizeof(S), k.compute_bytes = sizeof(A), k.element_bytes = sizeof(E);
@@ -97,16 +92,11 @@ constexpr MicroKernels make_kernels(Dtype dtype) {
     k.frozen[int(WeightType::kBFloat16)] = &kNarrowFormat<bf16>;
     k.frozen[int(WeightType::kFloat16)] = &kNarrowFormat<f16>;
     k.frozen[int(WeightType::kInt8)] = &int8::kFormat<int8::Int16Pairs>;
-    set_steps<S, RowProduct<NarrowOperand<bf16>>>(k.steps[int(WeightType::kBFloat16)]);
-    set_steps<S, RowProduct<NarrowOperand<f16>>>(k.steps[int(WeightType::kFloat16)]);
-    set_steps<S, Int8RowProduct<int8::Int16Pairs>>(k.steps[int(WeightType::kInt8)]);
     k.gather_frozen_tokens[int(WeightType::kFloat32)] = gather_tokens<float, S>;
     k.gather_frozen_tokens[int(WeightType::kBFloat16)] = gather_tokens<bf16, S>;
     k.gather_frozen_tokens[int(WeightType::kFloat16)] = gather_tokens<f16, S>;
     k.gather_frozen_tokens[int(WeightType::kInt8)] = gather_tokens<int8_t, S>;
   }
-  if constexpr (std::is_same_v<S, A>)
-    set_steps<S, RowProduct<Op>>(k.steps[int(WeightType::kFloat32)]);
   k.load = convert_row<A, S>, k.store = convert_row<S, A>;
   k.load_state = convert_row<E, S>, k.store_state = convert_row<S, E>;
   k.round_state = round_row<E, S>;
@@ -115,8 +105,7 @@ constexpr MicroKernels make_kernels(Dtype dtype) {
   k.pack_bias = pack_bias<S>;
   k.gather_tokens = gather_tokens<S, S>, k.gather_gates = gather_gates<A>;
   k.dots = dots<S, E>, k.outer_few = outer_few<S, E>;
-#define RNNFAST_CELL(C) \
-  k.cells[int(CellKind::k##C)] = {cell_numbers<C>(), cell_forward<C, S, E>, cell_backward<C, S, E>};
+#define RNNFAST_CELL(C) k.cells[int(CellKind::k##C)] = make_cell_with_frozen<C, S, Op>();
   RNNFAST_FOR_EACH_CELL(RNNFAST_CELL)
 #undef RNNFAST_CELL
   return k;

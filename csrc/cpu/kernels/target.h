@@ -1,10 +1,10 @@
-// The instruction set that the headers of this folder are compiled for. Each file <target>.cpp
-// includes kernels/baseline.h, selects its instruction set with `#pragma GCC target`, defines
+// The instruction set that the headers of this folder are compiled for. A file isa/<target>.h
+// includes kernels/baseline.h, selects its instruction set with `#pragma GCC target` and defines
 //   RNNFAST_TARGET        the namespace of the instruction set
 //   RNNFAST_VECTOR_BYTES  the width of a vector register
 //   RNNFAST_REGISTERS     the number of vector registers
-// and then includes the headers of this folder. A header that is opened alone, as editors do, is
-// compiled for the portable target below.
+// It must be included before the headers of this folder, and after all others. Without it the
+// headers are compiled for the portable target below.
 //
 // The linker merges inline functions of the same name. It must not pick one that was compiled for a
 // newer machine as the code for all machines. So everything in this folder is in the namespace
@@ -23,3 +23,7 @@
 #define RNNFAST_REGISTERS 16
 #endif
 #endif
+
+#define RNNFAST_STRING(name) #name
+#define RNNFAST_EXPANDED_STRING(name) RNNFAST_STRING(name)
+#define RNNFAST_TARGET_NAME RNNFAST_EXPANDED_STRING(RNNFAST_TARGET)

@@ -1,0 +1,364 @@
+"""The modules that run a user's cell: `Layer` over sequences, `LayerCell` for a single step."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from ..bases import CELL_WEIGHTS, Device, Layers, OneStep, check_backend
+from ..reference import Cell
+from .cells import CustomCell
+
+_SUFFIX = re.compile(r"_l\d+(_reverse)?$")
+"""What follows the name of a parameter in a stack of layers."""
+
+
+class Layer(Layers):
+    """Recurrent layers of a cell that `rnnfast.cell` has made.
+
+    A call computes for every step t, with the function of the cell::
+
+        states_t = cell(W_ih x_t + b_ih, W_hh h_(t-1) + b_hh, states_(t-1), parameters)
+
+    Where nothing else is said, arguments, shapes, initial values and errors are those of
+    `rnnfast.LSTM`. A cell with several states takes and returns a tuple of them where an LSTM has
+    (h, c), in the order of the cell's ``state``.
+
+    Calls on the CPU run the cell's own kernels. They are compiled by the first call with tensors of
+    a dtype, in some seconds, and kept on disk in the folder that ``RNNFAST_CELL_CACHE`` names.
+    Without a C++ compiler, on other devices, and under forward-mode AD and torch.func, plain
+    PyTorch runs.
+
+    Sizes: T time steps, B batch, I input features, H hidden features, G gates, L layers, D
+    directions.
+
+    Args:
+        cell: What `rnnfast.cell` returns.
+        input_size: I.
+        hidden_size: H.
+        num_layers: L. Default: 1.
+        bias: Whether there are biases. Default: True.
+        batch_first: Whether input and output are (B, T, features). Default: False.
+        dropout: The probability with which dropout between layers zeroes elements. Default: 0.
+        bidirectional: Whether each layer also runs from the end. Default: False.
+        device: The device of the parameters.
+        dtype: The dtype of the parameters.
+        tokens: Whether inputs are integer tokens, each of which stands for a one-hot vector.
+            Default: False.
+        recompute: Whether the backward computes again what it would otherwise read from memory.
+            Default: False.
+        backend: "fused", "reference" or "auto" to force what runs the calls, or None for
+            `rnnfast.use_backend` or the default; see `rnnfast.backend`. Default: None.
+
+    Inputs:
+        input: (T, B, I), (B, T, I) with ``batch_first``, (T, I) for a single sequence, or a
+            PackedSequence.
+        hx: The states (L*D, B, H): one tensor, or a tuple with one for each state of the cell.
+            Default: None, zeros.
+        lengths, reset, embedding: As for `rnnfast.LSTM`.
+
+    Outputs:
+        output: The h of every step, (T, B, D*H) or like the input.
+        h_n: The states after the last step, in the form of hx.
+
+    Weights:
+        weight_ih_l[k]: W_ih (G*H, I), or (G*H, D*H) for k > 0; ``_reverse`` follows in the names of
+            the reverse direction.
+        weight_hh_l[k]: W_hh (G*H, H).
+        bias_ih_l[k], bias_hh_l[k]: b_ih and b_hh (G*H).
+        [parameter]_l[k]: Each learnable vector of the cell (H), by its name.
+
+    All are drawn from the uniform distribution between -1/sqrt(H) and 1/sqrt(H), except parameters
+    for which the cell gives a value.
+
+    Raises:
+        TypeError: ``cell`` is not what `rnnfast.cell` returns.
+        ValueError: A size or option is out of range.
+        RuntimeError: Of a call: shapes, dtypes or devices do not fit, or a forced backend cannot
+            run.
+
+    Example:
+        >>> @rnnfast.cell(gates=4, state=("h", "c"), parameters=("p_i", "p_f", "p_o"))
+        ... def peephole_lstm(x, h, state, p):  # Gers, Schraudolph and Schmidhuber, JMLR 3, 2002
+        ...     i = torch.sigmoid(x[0] + h[0] + p.p_i * state.c)
+        ...     f = torch.sigmoid(x[1] + h[1] + p.p_f * state.c)
+        ...     c = f * state.c + i * torch.tanh(x[2] + h[2])
+        ...     o = torch.sigmoid(x[3] + h[3] + p.p_o * c)
+        ...     return o * torch.tanh(c), c
+        >>> layer = rnnfast.Layer(peephole_lstm, 10, 20, num_layers=2)
+        >>> output, (h_n, c_n) = layer(torch.randn(5, 3, 10))
+        >>> c_n.shape
+        torch.Size([2, 3, 20])
+    """
+
+    def __init__(
+        self,
+        cell: CustomCell,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        tokens: bool = False,
+        recompute: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        nn.Module.__init__(self)  # torch.nn's layers know their own kinds of cells alone
+        _check_cell(cell)
+        for name, size in (
+            ("input_size", input_size),
+            ("hidden_size", hidden_size),
+            ("num_layers", num_layers),
+        ):
+            if not isinstance(size, int) or isinstance(size, bool):
+                raise TypeError(f"{name} should be of type int, got: {type(size).__name__}")
+            if size < (0 if name == "input_size" else 1):
+                raise ValueError(f"{name} must be greater than zero")
+        if isinstance(dropout, bool) or not 0 <= dropout <= 1:
+            raise ValueError(
+                "dropout should be a number in range [0, 1] representing the probability of an "
+                "element being zeroed"
+            )
+        self.cell = cell
+        self.mode = cell.name
+        self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
+        self.bias, self.batch_first, self.dropout = bias, batch_first, float(dropout)
+        self.bidirectional, self.proj_size = bidirectional, 0
+        self.tokens, self.recompute = tokens, recompute
+        self.backend = check_backend(backend)
+        _ = cell.row  # registers it with torch
+
+        directions = 2 if bidirectional else 1
+        own = ["weight_ih", "weight_hh", *(["bias_ih", "bias_hh"] if bias else [])]
+        self._all_weights = []
+        for layer in range(num_layers):
+            for suffix in (f"_l{layer}", f"_l{layer}_reverse")[:directions]:
+                columns = input_size if layer == 0 else directions * hidden_size
+                rows = cell.gates * hidden_size
+                shapes = ((rows, columns), (rows, hidden_size), (rows,), (rows,))
+                for name, shape in zip(own, shapes, strict=False):
+                    tensor = torch.empty(shape, device=device, dtype=dtype)
+                    self.register_parameter(name + suffix, nn.Parameter(tensor))
+                for name in cell.parameter_names:
+                    tensor = torch.empty(hidden_size, device=device, dtype=dtype)
+                    self.register_parameter(name + suffix, nn.Parameter(tensor))
+                self._all_weights.append([name + suffix for name in (*own, *cell.parameter_names)])
+        self._flat_weights_names = [name for names in self._all_weights for name in names]
+        self._init_flat_weights()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws all weights anew."""
+        for name, weight in self.named_parameters(recurse=False):
+            _fill(self.cell, _SUFFIX.sub("", name), weight, self.hidden_size)
+
+    def flatten_parameters(self) -> None:
+        """Does nothing: it is for cuDNN, which knows no such cells."""
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Any = None,
+        lengths: Tensor | Sequence[int] | None = None,
+        reset: Tensor | None = None,
+        return_cells: bool = False,
+        embedding: nn.Embedding | None = None,
+    ) -> Any:
+        """Runs the layers over a batch of sequences, or over a single one.
+
+        The arguments and results are those under "Inputs" and "Outputs" in the class.
+        """
+        states = _joined_states(self.cell, hx)
+        output, finals = super().forward(input, states, lengths, reset, return_cells, embedding)
+        return output, _separate_states(self.cell, finals)
+
+    @property
+    def _cell(self) -> Cell:
+        return self.cell.row
+
+    def _read(self, names: list[str]) -> list[Tensor]:
+        tensors = super()._read(names)
+        if not self.cell.parameters:
+            return tensors
+        size, own = len(self._all_weights[0]), len(self.cell.parameters)
+        result: list[Tensor] = []
+        for begin in range(0, len(tensors), size):
+            result += tensors[begin : begin + size - own]
+            result.append(torch.stack(tensors[begin + size - own : begin + size]))
+        return result
+
+    def _forward_in_torch(self, input: Any, hx: Any, reason: str) -> NoReturn:
+        raise TypeError(f"input should be a Tensor or a PackedSequence, got {type(input).__name__}")
+
+    def _refuse(self, input: Any, hx: Any, problem: str) -> NoReturn:
+        raise RuntimeError(problem)
+
+    def __prepare_scriptable__(self) -> None:
+        raise RuntimeError("torch.jit.script cannot compile rnnfast.Layer: use torch.compile")
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _ = self.cell.row  # registers it with torch
+
+    def extra_repr(self) -> str:
+        """The arguments that ``repr`` shows."""
+        return f"{self.cell.name}, {super().extra_repr()}"
+
+
+class LayerCell(OneStep):
+    """One step of a cell that `rnnfast.cell` has made.
+
+    Sizes: B batch, I input features, H hidden features, G gates.
+
+    Args:
+        cell: What `rnnfast.cell` returns.
+        input_size: I.
+        hidden_size: H.
+        bias: Whether there are biases. Default: True.
+        device: The device of the parameters.
+        dtype: The dtype of the parameters.
+        backend: As for `Layer`.
+
+    Inputs:
+        input: (B, I), or (I) for a single input.
+        hx: The states (B, H), or (H): one tensor, or a tuple with one for each state of the cell.
+            Default: None, zeros.
+
+    Outputs:
+        The next states, in the form of hx.
+
+    Weights:
+        weight_ih: W_ih (G*H, I).
+        weight_hh: W_hh (G*H, H).
+        bias_ih, bias_hh: b_ih and b_hh (G*H).
+        [parameter]: Each learnable vector of the cell (H), by its name.
+
+    They are drawn as those of `Layer` are.
+
+    Raises:
+        TypeError: ``cell`` is not what `rnnfast.cell` returns.
+        RuntimeError: Of a call: shapes, dtypes or devices do not fit, or a forced backend cannot
+            run.
+
+    Example:
+        >>> @rnnfast.cell(gates=1)
+        ... def leaky(x, h, state):
+        ...     return 0.9 * state.h + 0.1 * torch.tanh(x[0] + h[0])
+        >>> step = rnnfast.LayerCell(leaky, 10, 20)
+        >>> h = step(torch.randn(3, 10))
+        >>> step(torch.randn(3, 10), h).shape
+        torch.Size([3, 20])
+    """
+
+    def __init__(
+        self,
+        cell: CustomCell,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        backend: str | None = None,
+    ) -> None:
+        _check_cell(cell)
+        super().__init__(input_size, hidden_size, bias, cell.gates, device=device, dtype=dtype)
+        self.cell = cell
+        self.backend = check_backend(backend)
+        _ = cell.row  # registers it with torch
+        for name in cell.parameter_names:
+            tensor = torch.empty(hidden_size, device=device, dtype=dtype)
+            self.register_parameter(name, nn.Parameter(tensor))
+            _fill(cell, name, tensor, hidden_size)
+
+    def reset_parameters(self) -> None:
+        """Draws all weights anew."""
+        for name, weight in self.named_parameters(recurse=False):
+            if name in CELL_WEIGHTS:  # the others come later, when this is called first
+                _fill(None, name, weight, self.hidden_size)
+            else:
+                _fill(self.cell, name, weight, self.hidden_size)
+
+    def forward(self, input: Tensor, hx: Any = None) -> Any:
+        """Computes the next states.
+
+        The arguments and results are those under "Inputs" and "Outputs" in the class.
+        """
+        return _separate_states(self.cell, super().forward(input, _joined_states(self.cell, hx)))
+
+    @property
+    def _cell(self) -> Cell:
+        return self.cell.row
+
+    def _read_parameters(self) -> Tensor:
+        return torch.stack(self._read(list(self.cell.parameter_names)))
+
+    def _forward_in_torch(self, input: Any, hx: Any, reason: str) -> NoReturn:
+        if isinstance(input, Tensor):
+            raise RuntimeError(reason)
+        raise TypeError(f"input should be a Tensor, got {type(input).__name__}")
+
+    def __prepare_scriptable__(self) -> None:
+        raise RuntimeError("torch.jit.script cannot compile rnnfast.LayerCell: use torch.compile")
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _ = self.cell.row  # registers it with torch
+
+    def extra_repr(self) -> str:
+        """The arguments that ``repr`` shows."""
+        return f"{self.cell.name}, {super().extra_repr()}"
+
+
+def _check_cell(cell: object) -> None:
+    if not isinstance(cell, CustomCell):
+        raise TypeError(f"cell should be what rnnfast.cell returns, got {type(cell).__name__}")
+
+
+def _fill(cell: CustomCell | None, name: str, tensor: Tensor, hidden_size: int) -> None:
+    """Sets the initial values of a weight or a learnable vector of a cell."""
+    value = dict(cell.parameters).get(name) if cell else None
+    bound = 1 / math.sqrt(hidden_size) if hidden_size > 0 else 0
+    with torch.no_grad():
+        tensor.uniform_(-bound, bound) if value is None else tensor.fill_(value)
+
+
+def _joined_states(cell: CustomCell, hx: Any) -> Any:
+    """The states as the operators take them: those beside h side by side in one tensor.
+
+    Raises:
+        RuntimeError: There is another number of states, or their shapes differ.
+    """
+    count = len(cell.state)
+    if hx is None or count == 1:
+        return hx
+    if not isinstance(hx, (tuple, list)) or len(hx) != count:
+        names = ", ".join(cell.state)
+        raise RuntimeError(f"{cell.name} expects {count} hidden states ({names})")
+    if count == 2:
+        return hx
+    for name, tensor in zip(cell.state, hx, strict=True):
+        if not isinstance(tensor, Tensor):
+            raise RuntimeError(f"Expected {name} to be a tensor, got {type(tensor).__name__}")
+        if tensor.shape != hx[0].shape:
+            raise RuntimeError(
+                f"Expected {name} size {tuple(hx[0].shape)}, got {list(tensor.shape)}"
+            )
+    return hx[0], torch.cat(tuple(hx[1:]), dim=-1)
+
+
+def _separate_states(cell: CustomCell, finals: Any) -> Any:
+    """The inverse of `_joined_states`."""
+    count = len(cell.state)
+    return finals if count <= 2 else (finals[0], *finals[1].chunk(count - 1, dim=-1))
