@@ -7,7 +7,6 @@ import math
 import re
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +17,6 @@ from torch import Tensor
 from rnnfast.custom.emission import Emission, emit
 from rnnfast.custom.tracing import trace
 
-ROOT = Path(__file__).resolve().parent.parent
 KINDS = {torch.float32: ("float", ctypes.c_float), torch.float64: ("double", ctypes.c_double)}
 LANES = 16  # a multiple of those of every vector
 

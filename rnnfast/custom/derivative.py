@@ -124,9 +124,9 @@ def derive(
     gradients = tuple(f"gradient.{name}" for name in states)
     joint = _Primitive((*input_names(gates, states, parameters), *gradients), simplify=True)
     recorder = Recorder(joint, of_user=False, decompositions=_decompositions())
-    inputs = [recorder.input(index, requires_grad=True) for index in range(count)]
-    arriving = [recorder.input(count + k) for k in range(len(states))]
-    with torch.enable_grad(), recorder:
+    with torch.inference_mode(False), torch.enable_grad(), recorder:
+        inputs = [recorder.input(index, requires_grad=True) for index in range(count)]
+        arriving = [recorder.input(count + k) for k in range(len(states))]
         values: list[Any] = program.values(*inputs)
         outputs = [values[output.index] for output in program.outputs if output is not None]
         pairs = [(o, g) for o, g in zip(outputs, arriving, strict=True) if o.requires_grad]

@@ -21,6 +21,7 @@ from rnnfast.custom.program import (
     Syntax,
     Text,
     infix,
+    number_text,
     uses,
     written,
 )
@@ -389,7 +390,7 @@ class _CppSyntax(Syntax):
         if math.isinf(value):
             text = "__builtin_huge_val()"
             return Text(text, ATOM) if value > 0 else Text(f"-{text}", SIGNED)
-        text = str(int(value)) if value == int(value) and abs(value) < 1e6 else repr(value)
+        text = number_text(value)
         return Text(text, SIGNED if text.startswith("-") else ATOM)
 
     def _vector(self, argument: Text, is_number: bool) -> str:

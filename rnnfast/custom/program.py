@@ -91,6 +91,16 @@ class Operation(NamedTuple):
     name: str = ""
     """The name of the result in the function that the program comes from, if it has one there."""
 
+    # By the texts: NaN equals NaN, and 0.0 differs from -0.0.
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Operation) and repr(self) == repr(other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash(repr(self))
+
 
 class Program(NamedTuple):
     """An elementwise formula in the form of operations, each of which gives one new value.
@@ -282,6 +292,12 @@ def _key(operator: str, arguments: tuple[Argument, ...]) -> tuple[str, ...]:
     return (operator, *map(repr, arguments))
 
 
+def number_text(value: float) -> str:
+    """A finite number, without a fraction where it has none."""
+    whole = value == int(value) and abs(value) < 1e6 and repr(value) != "-0.0"
+    return str(int(value)) if whole else repr(value)
+
+
 def uses(program: Program) -> dict[Ref, int]:
     """How often each value is an argument or an output."""
     counts: dict[Ref, int] = {}
@@ -391,7 +407,7 @@ class _PythonSyntax(Syntax):
     def number(self, value: float) -> Text:
         if not math.isfinite(value):
             return Text(f'float("{value}")', ATOM)
-        text = str(int(value)) if value == int(value) and abs(value) < 1e6 else repr(value)
+        text = number_text(value)
         return Text(text, SIGNED if text.startswith("-") else ATOM)
 
     def operation(self, operator: str, arguments: list[Text], numbers: list[bool]) -> Text:

@@ -474,7 +474,8 @@ def trace(
     builder = Builder(input_names(gates, states, parameters))
     code = _code_of(function)
     recorder = Recorder(builder, of_user=True, code=code)
-    tensors = [recorder.input(index) for index in range(len(builder.inputs))]
+    with torch.inference_mode(False):
+        tensors = [recorder.input(index) for index in range(len(builder.inputs))]
     x, h = _Gates(tensors[:gates]), _Gates(tensors[gates : 2 * gates])
     x.recorder = h.recorder = recorder
     x.name, h.name = "x", "h"
@@ -493,7 +494,7 @@ def trace(
 
     before = sys.getprofile()
     try:
-        with torch.enable_grad(), recorder:
+        with torch.inference_mode(False), torch.enable_grad(), recorder:
             sys.setprofile(profile)
             try:
                 result = function(*arguments)
