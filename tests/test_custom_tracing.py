@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from custom_steps import CASES, Case
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from rnnfast.custom.derivative import PRIMITIVES, derive
 from rnnfast.custom.emission import emit
@@ -112,11 +113,21 @@ def test_source_has_the_names_of_the_function() -> None:
     assert traced(CASES["lstm"]).source("lstm").splitlines() == lines
 
 
-@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
-def test_modes_of_torch_make_no_difference(case: Case, mode: type) -> None:
+MODES = {
+    "inference": torch.inference_mode,
+    "no gradient": torch.no_grad,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "device": lambda: torch.device("meta"),
+    "fake tensors": FakeTensorMode,
+    "hooks": lambda: torch.autograd.graph.saved_tensors_hooks(torch.zeros_like, torch.ones_like),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_modes_of_torch_make_no_difference(case: Case, mode: str) -> None:
     arguments = (case.gates, case.states, case.parameters)
     expected = derive(traced(case), *arguments)
-    with mode():
+    with MODES[mode]():
         assert derive(traced(case), *arguments) == expected
 
 

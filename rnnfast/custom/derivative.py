@@ -16,7 +16,7 @@ import torch
 from torch._decomp import get_decompositions
 
 from rnnfast.custom.program import MASKS, Argument, Builder, Program, Ref, Value
-from rnnfast.custom.tracing import CellError, Recorder, Traced, input_names
+from rnnfast.custom.tracing import CellError, Recorder, Traced, alone, input_names
 
 
 class Derivative(NamedTuple):
@@ -120,11 +120,17 @@ def derive(
     Raises:
         CellError: A derivative needs an operator that has no kernel.
     """
+    return alone(lambda: _derived(program, gates, states, parameters))
+
+
+def _derived(
+    program: Program, gates: int, states: Sequence[str], parameters: Sequence[str]
+) -> Derivative:
     count = len(program.inputs)
     gradients = tuple(f"gradient.{name}" for name in states)
     joint = _Primitive((*input_names(gates, states, parameters), *gradients), simplify=True)
     recorder = Recorder(joint, of_user=False, decompositions=_decompositions())
-    with torch.inference_mode(False), torch.enable_grad(), recorder:
+    with recorder:
         inputs = [recorder.input(index, requires_grad=True) for index in range(count)]
         arriving = [recorder.input(count + k) for k in range(len(states))]
         values: list[Any] = program.values(*inputs)

@@ -8,8 +8,9 @@ import os
 import sys
 from collections import namedtuple
 from collections.abc import Callable, Iterator, Sequence
+from threading import Thread
 from types import CodeType, FrameType, TracebackType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -424,6 +425,31 @@ def _code_of(function: Callable[..., Any]) -> CodeType | None:
 
 # ---- tracing ----
 
+_Result = TypeVar("_Result")
+
+
+def alone(function: Callable[[], _Result]) -> _Result:
+    """Calls a function in a thread of its own.
+
+    torch keeps its modes for each thread: inference mode, autocast, the default device, hooks on
+    saved tensors, transforms. None of them must change what is recorded.
+    """
+    results: list[_Result] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(function())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = Thread(target=run)
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+    return results[0]
+
 
 class _Gates(tuple):  # type: ignore[type-arg]
     """The gates of x or h."""
@@ -471,11 +497,16 @@ def trace(
     Raises:
         CellError: The function is not a step that a kernel can be made of.
     """
+    return alone(lambda: _traced(function, gates, states, parameters))
+
+
+def _traced(
+    function: Callable[..., Any], gates: int, states: Sequence[str], parameters: Sequence[str]
+) -> Program:
     builder = Builder(input_names(gates, states, parameters))
     code = _code_of(function)
     recorder = Recorder(builder, of_user=True, code=code)
-    with torch.inference_mode(False):
-        tensors = [recorder.input(index) for index in range(len(builder.inputs))]
+    tensors = [recorder.input(index) for index in range(len(builder.inputs))]
     x, h = _Gates(tensors[:gates]), _Gates(tensors[gates : 2 * gates])
     x.recorder = h.recorder = recorder
     x.name, h.name = "x", "h"
@@ -494,7 +525,7 @@ def trace(
 
     before = sys.getprofile()
     try:
-        with torch.inference_mode(False), torch.enable_grad(), recorder:
+        with recorder:
             sys.setprofile(profile)
             try:
                 result = function(*arguments)
