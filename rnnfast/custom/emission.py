@@ -245,13 +245,13 @@ def _saved_names(derivative: Derivative, states: Sequence[str]) -> list[str]:
     """The names of the saved values in the user's function, or short ones."""
     forward = derivative.forward
     names = []
-    for output in forward.outputs[len(states) :]:
+    for k, output in enumerate(forward.outputs[len(states) :]):
         assert output is not None
         position = output.index - len(forward.inputs)
         name = forward.operations[position].name if position >= 0 else ""
         if not name and position < 0:
             name = "from_" + re.sub(r"\W", "", forward.inputs[output.index])  # from_h2
-        names.append(name or "s")
+        names.append(name or f"saved_{k}")
     return names
 
 
