@@ -304,7 +304,7 @@ def _register_fakes(cell: Cell) -> None:
         like = states[0]  # x may be tokens
         y = like.new_empty((*rows, like.shape[1]))
         finals = tuple(like.new_empty(state.shape) for state in states)
-        save_gates = save and not recompute
+        save_gates = save and not (recompute and cell.recomputes)
         gates = like.new_empty((*rows, cell.saved * hidden) if save_gates else (0,))
         if cell.states == 1:
             return y, *finals, gates

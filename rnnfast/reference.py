@@ -44,6 +44,8 @@ class Cell(NamedTuple):
     """N: how many learnable vectors (H) the step takes, as a tensor (N, H)."""
     projects: bool = False
     """Whether h may be projected."""
+    recomputes: bool = True
+    """Whether the fused backward can do without what the forward saves."""
     compile: Callable[[torch.dtype], str | None] | None = None
     """Of a user's cell: compiles the kernels for tensors of a dtype, unless that has been done, and
     returns None, or why there are none."""

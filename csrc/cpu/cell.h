@@ -22,6 +22,11 @@ struct Cell {
   bool direct;  // whether h depends on h_prev other than through W_hh: both functions read h_prev,
                 // and the backward writes d_h_direct
   bool reads_h;  // whether the backward reads h
+  // If not 0, the gates W_ih x + b_ih + W_hh h + b_hh of a row are normalised to a mean of 0 and a
+  // variance of 1, where eps is added to the variance, then multiplied by weights and added to a
+  // bias, both of G*H elements. The cell reads the result as from_x, and zeros as from_h. It has
+  // D = G. The drivers save G blocks more, and have 2 G parameters more: weights and bias.
+  double norm_eps;
   int input_gate[kMaxGradBlocks];  // the gate block of w_ih that gradient block j < G belongs to
 };
 

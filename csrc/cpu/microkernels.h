@@ -173,6 +173,16 @@ struct MicroKernels {
   void (*outer_few)(const void* const* lhs, const void* const* rhs, int count, int64_t begin,
                     int64_t rows, int64_t columns, void* to, bool add);
 
+  // Normalises the gates of a row in place, A [panel][gate][unit]; weight and bias are laid out
+  // alike. `saved`, S [gate][H], receives the gates before, or is null.
+  void (*normalize_gates)(const GateShape&, void* row, const void* weight, const void* bias,
+                          double eps, void* saved);
+  // Turns the gradients of n normalised gates, E, into those of the gates before, in place. `saved`
+  // (S) are the gates before. d_weight and d_bias (E) receive the row's gradients of weight and
+  // bias.
+  void (*normalize_gates_backward)(int64_t n, void* d_gates, const void* saved, const void* weight,
+                                   double eps, void* d_weight, void* d_bias);
+
   CellFunctions cells[kCellKinds];  // the built-in ones; for all see user_cells.h
 
   bool converts() const { return storage_bytes != compute_bytes; }

@@ -106,7 +106,7 @@ class Search {
  private:
   void consider(int r, int u) {
     const StepShape& s = step_;
-    if (r > s.rows || u > s.panels) return;
+    if (r > s.rows || u > s.panels || (u > 1 && s.whole_rows)) return;
     const int64_t rows = ceil_div(s.rows, r), panels = ceil_div(s.panels, u);
     double cycles = kRegion + double(size_.T) * step_cycles(s, rows, panels, machine_);
     if (cycles >= best_.cycles) return;

@@ -99,6 +99,7 @@ struct StepShape {
   // Minimum cycles to fetch a line of the lhs that another thread has written, where units are
   // split across threads; this comes on top of kExchange.
   double exchange_cycles;
+  bool whole_rows = false;  // whether a thread must have all units of its rows
 };
 
 // `pack` says whether weights are packed. A block has at most `max_steps` steps.

@@ -14,12 +14,13 @@ namespace {
 // the front of a list and never removed, so it is read without a lock.
 struct Compiled {
   const std::string target;
-  const CellFunctions& functions;
+  const CellFunctions functions;
   const Compiled* const next;
 };
 
 struct UserCell {
   const std::string name;
+  const double norm_eps;
   std::atomic<const Compiled*> compiled[kDtypes] = {};
 };
 
@@ -54,17 +55,20 @@ const CellFunctions& cell_functions(const MicroKernels& kernels, CellKind kind) 
   return *functions;
 }
 
-CellKind add_user_cell(const std::string& name) {
+CellKind add_user_cell(const std::string& name, double norm_eps) {
   const std::lock_guard lock(mutex);
-  cells().emplace_back(name);
+  cells().emplace_back(name, norm_eps);
   return CellKind(kCellKinds + int(cells().size()) - 1);
 }
 
 void set_cell_functions(CellKind kind, const std::string& target, Dtype dtype,
                         const CellFunctions& functions) {
-  auto& first = user_cell(kind).compiled[int(dtype)];
+  UserCell& cell = user_cell(kind);
+  CellFunctions own = functions;
+  own.cell.norm_eps = cell.norm_eps;
   const std::lock_guard lock(mutex);
-  first.store(new Compiled{target, functions, first.load()}, std::memory_order_release);
+  auto& first = cell.compiled[int(dtype)];
+  first.store(new Compiled{target, own, first.load()}, std::memory_order_release);
 }
 
 bool has_cell_functions(CellKind kind, const MicroKernels& kernels) {

@@ -138,7 +138,7 @@ LayerOutputs allocate(const Call& call, const LayerInputs& in, bool save) {
   out.h_n = new_on_cpu(call.layer_state_shape(0), type);
   if (cell.has_c()) out.c_n = new_on_cpu(call.layer_state_shape(1), type);
   if (save)
-    out.gates = call.recompute && CpuDevice::complete()
+    out.gates = call.recompute && cell.recomputes && CpuDevice::complete()
                     ? new_on_cpu({0}, type)
                     : new_on_cpu(in.shape(cell.saved * hidden), type);
   if (save && cell.has_c())

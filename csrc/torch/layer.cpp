@@ -282,7 +282,8 @@ LayerGrads allocate_grads(const CellInfo& cell, const LayerInputs& in, at::Array
 }
 
 void check_gates(const CellInfo& cell, const LayerOutputs& out, bool complete) {
-  TORCH_CHECK(complete || cell.saved == 0 || out.gates.numel() > 0, "rnnfast::", cell.name,
+  TORCH_CHECK((complete && cell.recomputes) || cell.saved == 0 || out.gates.numel() > 0,
+              "rnnfast::", cell.name,
               "_backward: expected the gates that the forward saves with save=True and "
               "recompute=False, got none");
 }

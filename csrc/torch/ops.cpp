@@ -29,7 +29,8 @@ LayerOutputs forward(const CellInfo& cell, const LayerInputs& in, bool save, boo
   TORCH_CHECK(!recompute || Device::complete(), "rnnfast::", cell.name,
               ": recompute=True has no kernels on this device");
   check_sequences<Device>(cell, in);
-  LayerOutputs out = allocate_outputs(cell, in, save && !recompute, save);
+  const bool save_gates = save && !(recompute && cell.recomputes);
+  LayerOutputs out = allocate_outputs(cell, in, save_gates, save);
   if (!is_empty(in)) {
     Device::forward(cell, in, out);
   } else {

@@ -32,17 +32,19 @@ py::object& builder() {
   return function;
 }
 
-int add_cell(const std::string& name, int gates, int saved, int states, int parameters) {
+int add_cell(const std::string& name, int gates, int saved, int states, int parameters,
+             double norm_eps) {
   UserCell* cell;
   {
     const std::lock_guard lock(mutex);
     cell = &cells().emplace_back(name);
     cell->info = {.name = cell->name.c_str(),
-                  .kind = cpu::add_user_cell(name),
+                  .kind = cpu::add_user_cell(name, norm_eps),
                   .gates = gates,
                   .saved = saved,
                   .cells = states - 1,
-                  .parameters = parameters};
+                  .parameters = parameters,
+                  .recomputes = norm_eps == 0};
   }
   add_ops(cell->info);
   return int(cell->info.kind);
@@ -84,7 +86,7 @@ std::string prepare_kernels(const CellInfo& cell, Dtype dtype) {
 
 void bind_user_cells(py::module_& m) {
   m.def("add_cell", &add_cell, py::arg("name"), py::arg("gates"), py::arg("saved"),
-        py::arg("states"), py::arg("parameters"));
+        py::arg("states"), py::arg("parameters"), py::arg("norm_eps") = 0.0);
   m.def("cell_target", &cell_target, py::arg("dtype"));
   m.def("has_cell", &has_cell, py::arg("kind"), py::arg("dtype"));
   m.def("set_cell_functions", &set_cell_functions, py::arg("kind"), py::arg("target"),

@@ -11,6 +11,7 @@ from functools import cached_property, partial
 from typing import Any, NamedTuple, NoReturn
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import autograd
@@ -39,6 +40,7 @@ class CustomCell:
         parameters: The learnable vectors with one number for each unit: their names and initial
             values. None stands for random ones, drawn as weights are.
         program: The step, as a list of elementwise operations.
+        norm_eps: What is added to the variance if the gates are normalised; None if they are not.
     """
 
     def __init__(
@@ -48,9 +50,10 @@ class CustomCell:
         state: tuple[str, ...],
         parameters: tuple[tuple[str, float | None], ...],
         program: Program,
+        norm_eps: float | None = None,
     ) -> None:
         self.name, self.gates, self.state = name, gates, state
-        self.parameters, self.program = parameters, program
+        self.parameters, self.program, self.norm_eps = parameters, program, norm_eps
 
     @property
     def source(self) -> str:
@@ -78,7 +81,8 @@ class CustomCell:
 
         The name of the operators has a digest of the content, so it is the same in every process.
         """
-        digest = hashlib.sha256(f"{self.state}{self.source}".encode()).hexdigest()[:12]
+        content = f"{self.state}{self.norm_eps}{self.source}"
+        digest = hashlib.sha256(content.encode()).hexdigest()[:12]
         name = f"{self.name}_{digest}"
         with _lock:
             if name not in _registered:
@@ -96,7 +100,10 @@ class CustomCell:
 
     @property
     def _content(self) -> tuple[Any, ...]:
-        return self.name, self.gates, self.state, self.parameters, self.program
+        return (
+            *(self.name, self.gates, self.state, self.parameters, self.program),
+            self.norm_eps,
+        )
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, CustomCell):
@@ -123,6 +130,8 @@ class CustomCell:
         words = [f"gates={self.gates}", f"state={self.state}"]
         if self.parameters:
             words.append(f"parameters={self.parameter_names}")
+        if self.norm_eps is not None:
+            words.append(f"norm='layer', eps={self.norm_eps}")
         return f"<rnnfast.cell {self.name}: {', '.join(words)}>"
 
 
@@ -131,6 +140,8 @@ def cell(
     gates: int,
     state: Sequence[str] = ("h",),
     parameters: Sequence[str] | Mapping[str, float | None] = (),
+    norm: str | None = None,
+    eps: float = 1e-5,
 ) -> Callable[[Callable[..., Any]], CustomCell]:
     """Makes a recurrent cell of a function that computes one step.
 
@@ -145,6 +156,10 @@ def cell(
     - ``state``: the states before the step, by their names,
     - ``parameters``: the learnable vectors by their names, if there are any.
 
+    With ``norm="layer"`` it takes ``gates`` in place of ``x`` and ``h``: the sums W_ih x + b_ih +
+    W_hh h + b_hh of each row, normalised over all units of all gates, times a weight, plus a bias,
+    as torch.nn.LayerNorm does it (Ba, Kiros and Hinton, arXiv:1607.06450).
+
     It returns the next state, or a tuple of the next states in the order of ``state``. All tensors
     have one number for each hidden unit, and the units do not mix: the function may use arithmetic,
     comparisons, ``torch.where``, and functions such as exp, log, tanh, sigmoid, relu, softplus,
@@ -155,6 +170,8 @@ def cell(
         state: The names of the states. The first, which W_hh multiplies, is the output.
         parameters: The names of learnable vectors (H), such as peepholes; or a mapping from names
             to initial values, where None stands for random ones, drawn as weights are.
+        norm: None, or "layer" to normalise the gates.
+        eps: What the normalisation adds to the variance.
 
     Returns:
         A decorator that turns the function into a `CustomCell`.
@@ -178,13 +195,19 @@ def cell(
         raise ValueError(f"gates should be a number from 1 to {MAX_GATES}, got {gates!r}")
     if not names:
         raise ValueError("state should name one state at least, got none")
+    if norm not in (None, "layer"):
+        raise ValueError(f"norm should be None or 'layer', got {norm!r}")
+    if norm and not 0 < eps < float("inf"):
+        raise ValueError(f"eps should be positive, got {eps}")
     if shared := sorted({*names} & {name for name, _ in vectors}):
         raise ValueError(f"a state and a parameter are both named {shared[0]}")
 
     def decorate(function: Callable[..., Any]) -> CustomCell:
-        program = trace(function, gates, names, tuple(name for name, _ in vectors))
+        own = tuple(name for name, _ in vectors)
+        program = trace(function, gates, names, own, summed=norm is not None)
         name = getattr(function, "__name__", type(function).__name__)
-        return CustomCell(name if _NAME.fullmatch(name) else "cell", gates, names, vectors, program)
+        name = name if _NAME.fullmatch(name) else "cell"
+        return CustomCell(name, gates, names, vectors, program, float(eps) if norm else None)
 
     return decorate
 
@@ -202,7 +225,7 @@ def _checked_names(names: Sequence[str], kind: str) -> tuple[str, ...]:
     return result
 
 
-_OF_LAYERS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+_OF_LAYERS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "norm_weight", "norm_bias")
 
 
 def _checked_parameters(
@@ -227,7 +250,14 @@ def _step(cell: CustomCell, gates_x: Tensor, gates_h: Tensor, h: Tensor, *rest: 
     if len(cell.state) > 1:
         states = (h, *rest[0].chunk(len(cell.state) - 1, dim=-1))
     if cell.parameters:
-        parameters = rest[-1].unbind(0)
+        parameters = rest[-1][: len(cell.parameters)].unbind(0)
+    if cell.norm_eps is not None:
+        weight, bias = rest[-1][len(parameters) :].chunk(2)
+        size = (gates_x.shape[-1],)
+        gates_x = F.layer_norm(
+            gates_x + gates_h, size, weight.flatten(), bias.flatten(), cell.norm_eps
+        )
+        gates_h = torch.zeros_like(gates_h)
     gates = (*gates_x.chunk(cell.gates, dim=-1), *gates_h.chunk(cell.gates, dim=-1))
     results = cell.program.run(*gates, *states, *parameters)
     first, *others = (result.expand_as(h) for result in results if result is not None)
@@ -251,6 +281,9 @@ _problems: dict[tuple[str, torch.dtype], str] = {}
 
 def _register(cell: CustomCell, name: str) -> _Registered:
     saved, states = cell._emission.facts.saved, len(cell.state)
+    parameters, normalizes = len(cell.parameters), cell.norm_eps is not None
+    if normalizes:  # it saves the gates before, and has a weight and a bias of its own
+        saved, parameters = saved + cell.gates, parameters + 2 * cell.gates
     row = Cell(
         name,
         gates=cell.gates,
@@ -259,12 +292,15 @@ def _register(cell: CustomCell, name: str) -> _Registered:
         aten="",
         step=partial(_step, cell),
         cells=states - 1,
-        parameters=len(cell.parameters),
+        parameters=parameters,
+        recomputes=not normalizes,
         compile=partial(_prepare, name),
     )
     if _backend.EXTENSION is None:
         return _Registered(cell, row, None)
-    kind = _backend.EXTENSION.add_cell(name, cell.gates, saved, states, row.parameters)
+    kind = _backend.EXTENSION.add_cell(
+        name, cell.gates, saved, states, parameters, cell.norm_eps or 0.0
+    )
     _backend.CELL_KINDS[name] = kind
     autograd.register(row)
     return _Registered(cell, row, kind)

@@ -73,9 +73,10 @@ class Layer(Layers):
         weight_hh_l[k]: W_hh (G*H, H).
         bias_ih_l[k], bias_hh_l[k]: b_ih and b_hh (G*H).
         [parameter]_l[k]: Each learnable vector of the cell (H), by its name.
+        norm_weight_l[k], norm_bias_l[k]: Of a cell with ``norm="layer"`` (G*H).
 
     All are drawn from the uniform distribution between -1/sqrt(H) and 1/sqrt(H), except parameters
-    for which the cell gives a value.
+    for which the cell gives a value, norm_weight, which is 1, and norm_bias, which is 0.
 
     Raises:
         TypeError: ``cell`` is not what `rnnfast.cell` returns.
@@ -141,6 +142,7 @@ class Layer(Layers):
 
         directions = 2 if bidirectional else 1
         own = ["weight_ih", "weight_hh", *(["bias_ih", "bias_hh"] if bias else [])]
+        more = _parameter_sizes(cell, hidden_size)
         self._all_weights = []
         for layer in range(num_layers):
             for suffix in (f"_l{layer}", f"_l{layer}_reverse")[:directions]:
@@ -150,10 +152,10 @@ class Layer(Layers):
                 for name, shape in zip(own, shapes, strict=False):
                     tensor = torch.empty(shape, device=device, dtype=dtype)
                     self.register_parameter(name + suffix, nn.Parameter(tensor))
-                for name in cell.parameter_names:
-                    tensor = torch.empty(hidden_size, device=device, dtype=dtype)
+                for name, size in more.items():
+                    tensor = torch.empty(size, device=device, dtype=dtype)
                     self.register_parameter(name + suffix, nn.Parameter(tensor))
-                self._all_weights.append([name + suffix for name in (*own, *cell.parameter_names)])
+                self._all_weights.append([name + suffix for name in (*own, *more)])
         self._flat_weights_names = [name for names in self._all_weights for name in names]
         self._init_flat_weights()
         self.reset_parameters()
@@ -189,13 +191,13 @@ class Layer(Layers):
 
     def _read(self, names: list[str]) -> list[Tensor]:
         tensors = super()._read(names)
-        if not self.cell.parameters:
+        if not self._cell.parameters:
             return tensors
-        size, own = len(self._all_weights[0]), len(self.cell.parameters)
+        size, own = len(self._all_weights[0]), 4 if self.bias else 2
         result: list[Tensor] = []
         for begin in range(0, len(tensors), size):
-            result += tensors[begin : begin + size - own]
-            result.append(torch.stack(tensors[begin + size - own : begin + size]))
+            result += tensors[begin : begin + own]
+            result.append(_joined_parameters(tensors[begin + own : begin + size], self.hidden_size))
         return result
 
     def _forward_in_torch(self, input: Any, hx: Any, reason: str) -> NoReturn:
@@ -243,6 +245,7 @@ class LayerCell(OneStep):
         weight_hh: W_hh (G*H, H).
         bias_ih, bias_hh: b_ih and b_hh (G*H).
         [parameter]: Each learnable vector of the cell (H), by its name.
+        norm_weight, norm_bias: Of a cell with ``norm="layer"`` (G*H).
 
     They are drawn as those of `Layer` are.
 
@@ -277,8 +280,8 @@ class LayerCell(OneStep):
         self.cell = cell
         self.backend = check_backend(backend)
         _ = cell.row  # registers it with torch
-        for name in cell.parameter_names:
-            tensor = torch.empty(hidden_size, device=device, dtype=dtype)
+        for name, size in _parameter_sizes(cell, hidden_size).items():
+            tensor = torch.empty(size, device=device, dtype=dtype)
             self.register_parameter(name, nn.Parameter(tensor))
             _fill(cell, name, tensor, hidden_size)
 
@@ -302,7 +305,8 @@ class LayerCell(OneStep):
         return self.cell.row
 
     def _read_parameters(self) -> Tensor:
-        return torch.stack(self._read(list(self.cell.parameter_names)))
+        names = list(_parameter_sizes(self.cell, self.hidden_size))
+        return _joined_parameters(self._read(names), self.hidden_size)
 
     def _forward_in_torch(self, input: Any, hx: Any, reason: str) -> NoReturn:
         if isinstance(input, Tensor):
@@ -326,9 +330,26 @@ def _check_cell(cell: object) -> None:
         raise TypeError(f"cell should be what rnnfast.cell returns, got {type(cell).__name__}")
 
 
+_OF_NORM = {"norm_weight": 1.0, "norm_bias": 0.0}
+"""The parameters of a normalisation and their initial values."""
+
+
+def _parameter_sizes(cell: CustomCell, hidden_size: int) -> dict[str, int]:
+    """The names and sizes of what a layer has beside weights and biases."""
+    sizes = dict.fromkeys(cell.parameter_names, hidden_size)
+    if cell.norm_eps is not None:
+        sizes |= dict.fromkeys(_OF_NORM, cell.gates * hidden_size)
+    return sizes
+
+
+def _joined_parameters(tensors: list[Tensor], hidden_size: int) -> Tensor:
+    """All of these as rows of a tensor (N, H), as the operators take them."""
+    return torch.cat(tensors).view(-1, hidden_size)
+
+
 def _fill(cell: CustomCell | None, name: str, tensor: Tensor, hidden_size: int) -> None:
     """Sets the initial values of a weight or a learnable vector of a cell."""
-    value = dict(cell.parameters).get(name) if cell else None
+    value = {**_OF_NORM, **dict(cell.parameters)}.get(name) if cell else None
     bound = 1 / math.sqrt(hidden_size) if hidden_size > 0 else 0
     with torch.no_grad():
         tensor.uniform_(-bound, bound) if value is None else tensor.fill_(value)

@@ -479,7 +479,12 @@ def input_names(gates: int, states: Sequence[str], parameters: Sequence[str]) ->
 
 
 def trace(
-    function: Callable[..., Any], gates: int, states: Sequence[str], parameters: Sequence[str] = ()
+    function: Callable[..., Any],
+    gates: int,
+    states: Sequence[str],
+    parameters: Sequence[str] = (),
+    *,
+    summed: bool = False,
 ) -> Program:
     """The program of a cell's step.
 
@@ -489,6 +494,8 @@ def trace(
         gates: How many gates ``x`` and ``h`` have.
         states: The names of the states, of which the first is the output ``h``.
         parameters: The names of the learnable vectors.
+        summed: Whether the function takes ``gates``, which are the sums of those of ``x`` and
+            ``h``, in place of both.
 
     Returns:
         The program. Its inputs are the gates of x, those of h, the states and the parameters. Its
@@ -497,25 +504,35 @@ def trace(
     Raises:
         CellError: The function is not a step that a kernel can be made of.
     """
-    return alone(lambda: _traced(function, gates, states, parameters))
+    return alone(lambda: _traced(function, gates, states, parameters, summed))
 
 
 def _traced(
-    function: Callable[..., Any], gates: int, states: Sequence[str], parameters: Sequence[str]
+    function: Callable[..., Any],
+    gates: int,
+    states: Sequence[str],
+    parameters: Sequence[str],
+    summed: bool,
 ) -> Program:
     builder = Builder(input_names(gates, states, parameters))
     code = _code_of(function)
     recorder = Recorder(builder, of_user=True, code=code)
     tensors = [recorder.input(index) for index in range(len(builder.inputs))]
-    x, h = _Gates(tensors[:gates]), _Gates(tensors[gates : 2 * gates])
-    x.recorder = h.recorder = recorder
-    x.name, h.name = "x", "h"
+    of_gates = {"x": tensors[:gates], "h": tensors[gates : 2 * gates]}
+    if summed:
+        with recorder:
+            of_gates = {"gates": [x + h for x, h in zip(*of_gates.values(), strict=True)]}
+    arguments: list[Any] = []
+    for name, own in of_gates.items():
+        arguments.append(_Gates(own))
+        arguments[-1].recorder, arguments[-1].name = recorder, name
     end = 2 * gates + len(states)
-    arguments: list[Any] = [x, h, namedtuple("State", states)(*tensors[2 * gates : end])]
+    arguments.append(namedtuple("State", states)(*tensors[2 * gates : end]))
     if parameters:
         arguments.append(namedtuple("Parameters", parameters)(*tensors[end:]))
     start = None if code is None else (code, code.co_firstlineno)
-    _check_signature(function, arguments, start)
+    names = [*of_gates, "state", *(["parameters"] if parameters else [])]
+    _check_signature(function, arguments, names, start)
 
     last: dict[str, Any] = {}
 
@@ -546,7 +563,10 @@ def _traced(
 
 
 def _check_signature(
-    function: Callable[..., Any], arguments: list[Any], start: tuple[CodeType, int] | None
+    function: Callable[..., Any],
+    arguments: list[Any],
+    names: list[str],
+    start: tuple[CodeType, int] | None,
 ) -> None:
     try:
         signature = inspect.signature(function)
@@ -555,10 +575,10 @@ def _check_signature(
     try:
         signature.bind(*arguments)
     except TypeError as error:
-        names = "x, h, state, parameters" if len(arguments) == 4 else "x, h, state"
         raise CellError(
-            f"A step of this cell is called with ({names}), but this function takes {signature}. "
-            "The last argument is there only if the cell has parameters.\n" + _place(start)
+            f"A step of this cell is called with ({', '.join(names)}), but this function takes "
+            f"{signature}. The last argument is there only if the cell has parameters.\n"
+            + _place(start)
         ) from error
 
 

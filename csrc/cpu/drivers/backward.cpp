@@ -50,8 +50,10 @@ StepShape Backward::step_shape(const Context& context, const Sizes& size, bool s
   const WeightFormat& format = context.format(split_precision);
   const Columns columns(context, format, size.H);
   const int gates = context.cell.gates;
-  return cpu::step_shape(context, format, size.B, columns.count(), gates * size.H, kMaxTileVectors,
-                         kMaxTileVectors * kCellCycles * gates);
+  StepShape shape = cpu::step_shape(context, format, size.B, columns.count(), gates * size.H,
+                                    kMaxTileVectors, kMaxTileVectors * kCellCycles * gates);
+  shape.whole_rows = context.normalizes();
+  return shape;
 }
 
 void Backward::run(const Team& team) {
@@ -105,7 +107,7 @@ void Backward::list_rows(Span steps, int64_t half) {
 const void* Backward::gates(int64_t step, int64_t b) const {
   return recomputes() ? recompute_.gates(step, b)
                       : history_.row(args_.gates, step, b,
-                                     context_.storage(context_.cell.saved * args_.size.H));
+                                     context_.storage(context_.saved_blocks() * args_.size.H));
 }
 
 char* Backward::w_hh_panel(int64_t panel) const {
@@ -201,8 +203,7 @@ void Backward::set_rows(int64_t step, Span now, int64_t both) {
   }
 }
 
-// Runs the cell's backward on `count` rows from b on and one panel of units, and converts the gate
-// gradients to lhs rows where the format needs that.
+// Runs the cell's backward on `count` rows from b on and one panel of units.
 void Backward::apply_cell(int64_t step, int64_t panel, const BackwardRow* rows, int64_t b,
                           int count, const void* from_weights) const {
   const int64_t H = args_.size.H, first = panel * units_.width(), units = units_.columns(panel);
@@ -214,8 +215,30 @@ void Backward::apply_cell(int64_t step, int64_t panel, const BackwardRow* rows, 
                                .from_weights = from_weights,
                                .weights_stride = units_.width(),
                                .parameters = parameters_.data()});
+  if (!context_.normalizes()) convert(step, rows, b, count, first, units);
+}
+
+// The gradients of the gates before they were normalised, for whole rows.
+void Backward::pass_norm(int64_t step, Span rows) const {
+  const int64_t H = args_.size.H, gates = context_.cell.gates * H;
+  const int64_t own = context_.cell.parameters * H;
+  const char* weight = at(parameters_.data(), context_.compute(own));
+  for (int64_t b = rows.begin; b < rows.end; ++b) {
+    char* d_gates = d_gates_(step, b);
+    char* d_weight = d_gates + context_.element(gates + own);
+    context_.kernels.normalize_gates_backward(
+        gates, d_gates, at(tile_rows_[b].saved, context_.storage(context_.cell.saved * H)), weight,
+        context_.cell.norm_eps, d_weight, d_weight + context_.element(gates));
+    convert(step, tile_rows_ + b, b, 1, 0, H);
+  }
+}
+
+// Converts gate gradients of units [first, first + units) to lhs rows where the format needs that.
+void Backward::convert(int64_t step, const BackwardRow* rows, int64_t b, int count, int64_t first,
+                       int64_t units) const {
   const Rows& converted = lhs_[step & 1];
   if (!converted) return;
+  const int64_t H = args_.size.H;
   const WeightFormat& format = hidden_.format();
   const int G = context_.cell.gates, D = context_.cell.grad_blocks;
   for (int i = 0; i < count; ++i) {
@@ -310,6 +333,7 @@ void Backward::step_back(int64_t step, const Team& team) {
     run_rows(p, {both, now.end}, true, nullptr);
   }
   cell.finish();
+  if (context_.normalizes()) pass_norm(step, now);
   if (projects()) {
     team.unit_barrier();
     through_projection(step, now);

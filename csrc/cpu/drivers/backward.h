@@ -42,6 +42,9 @@ class Backward {
   void through_projection(int64_t step, Span rows);
   void apply_cell(int64_t step, int64_t panel, const BackwardRow* rows, int64_t b, int count,
                   const void* from_weights) const;
+  void convert(int64_t step, const BackwardRow* rows, int64_t b, int count, int64_t first,
+               int64_t units) const;
+  void pass_norm(int64_t step, Span rows) const;
   void finish(int64_t step, Span rows) const;
 
   const Context& context_;

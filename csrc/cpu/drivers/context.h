@@ -27,8 +27,14 @@ struct Context {
   int64_t whole_vectors(int64_t n) const { return ceil_div(n, kernels.lanes) * kernels.lanes; }
 
   int64_t c_size(int64_t H) const { return cell.cells * H; }  // elements of c
-  // Blocks of H gradients that the cell's backward writes: of gates, then of parameters.
-  int gradient_blocks() const { return cell.grad_blocks + cell.parameters; }
+  bool normalizes() const { return cell.norm_eps != 0; }
+  // Blocks of H columns that a step saves. If gates are normalised, the last ones are the gates
+  // before that.
+  int saved_blocks() const { return cell.saved + (normalizes() ? cell.gates : 0); }
+  // All parameters: the cell's, then weights and bias of the normalisation.
+  int parameters() const { return cell.parameters + (normalizes() ? 2 * cell.gates : 0); }
+  // Blocks of H gradients of a step: of gates, then of parameters.
+  int gradient_blocks() const { return cell.grad_blocks + parameters(); }
 
   const WeightFormat& format(bool split_precision) const {
     return split_precision ? *kernels.split : *kernels.dense;
@@ -81,7 +87,7 @@ struct InPlaceBuffer {
 class CellParameters {
  public:
   CellParameters(const Context& context, const void* from, int64_t H, Arena& arena)
-      : context_(context), from_(from), count_(context.cell.parameters * H) {
+      : context_(context), from_(from), count_(context.parameters() * H) {
     if (context.kernels.converts()) copy_ = arena.take<char>(context.compute(count_));
   }
   void load() {

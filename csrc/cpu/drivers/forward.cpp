@@ -44,6 +44,12 @@ Forward::Forward(const Context& context, const ForwardArgs& args, const Plan& pl
                  projection_ ? projection_->format().row_bytes(projection_->K()) : 0);
     lhs_ = {arena.take<char>(plan.threads * max_rows_ * bytes), bytes};
   }
+  if (context.normalizes()) {
+    const int64_t bytes = context.compute(hidden_.count() * hidden_.width());
+    // one vector more: rows at multiples of 4 KiB would compete for the same sets of L1
+    sums_ = take_rows(plan.threads * max_rows_, bytes + context.compute(context.kernels.lanes));
+    norm_weight_ = arena.take<char>(bytes), norm_bias_ = arena.take<char>(bytes);
+  }
   if (batch_.has_resets()) zeros_ = arena.take<char>(h_[0].pitch);
 }
 
@@ -51,8 +57,10 @@ StepShape Forward::step_shape(const Context& context, const Sizes& size,
                               const WeightFormat& format) {
   const GateWeights weights(context, format, context.cell.gates, size.H, size.H, Packing::kNone);
   const int vectors = weights.vectors(0);
-  return cpu::step_shape(context, format, size.B, weights.count(), size.H, vectors,
-                         vectors * kCellCycles);
+  StepShape shape = cpu::step_shape(context, format, size.B, weights.count(), size.H, vectors,
+                                    vectors * kCellCycles);
+  shape.whole_rows = context.normalizes();
+  return shape;
 }
 
 // Moves the pointers to this thread's part of the workspace. Threads that split the units of the
@@ -67,6 +75,7 @@ void Forward::take_own(const Team& team) {
   tile_rows_ = reinterpret_cast<ForwardRow*>(reinterpret_cast<char*>(tile_rows_ + rows) +
                                              team.index() * kApartBytes);
   if (c_) c_.data += rows * c_.pitch + team.index() * kApartBytes;
+  if (sums_) sums_.data += rows * sums_.pitch + team.index() * kApartBytes;
 }
 
 bool Forward::run(const Team& team, const Progress* upstream, Progress& done) {
@@ -82,7 +91,7 @@ bool Forward::run(const Team& team, const Progress* upstream, Progress& done) {
   };
   load_h(part(rows_));
   load_c();
-  if (team.index() == 0) parameters_.load();
+  if (team.index() == 0) load_parameters();
   if (zeros_ && team.index() == 0) std::memset(zeros_, 0, size_t(h_[0].pitch));
   team.barrier();
   const StepsFunction run_at_once = steps_of_one_row();
@@ -101,7 +110,10 @@ bool Forward::run(const Team& team, const Progress* upstream, Progress& done) {
     Outputs before{steps.begin, {0, 0}};
     for (int64_t step = steps.begin; step < steps.end; ++step) {
       const Span active = batch_.active(time(step), rows_);
-      advance(step, active, first, before);
+      if (sums_)
+        advance_normalized(step, active, first, before);
+      else
+        advance(step, active, first, before);
       if (projection_) {
         team.unit_barrier();
         project_state(step, active, team.share_units(projection_->count()));
@@ -124,6 +136,19 @@ void Forward::pack(const Team& team) {
   input_.pack(team);
   good_ &= hidden_.pack(args_.b_hh, team.share(hidden_.count()));
   if (projection_) projection_->pack(nullptr, team.share(projection_->count()));
+}
+
+void Forward::load_parameters() {
+  parameters_.load();
+  if (!sums_) return;
+  const int64_t H = args_.size.H, own = context_.cell.parameters * H,
+                gates = context_.cell.gates * H;
+  const auto pack = [&](int64_t from, char* to) {
+    context_.kernels.pack_bias(hidden_.shape(), at(args_.parameters, context_.storage(from)), 0,
+                               hidden_.count(), to);
+  };
+  pack(own, norm_weight_);
+  pack(own + gates, norm_bias_);
 }
 
 void Forward::load_h(Span rows) {
@@ -251,7 +276,7 @@ class Forward::CellWork : public Deferred {
 // Sets up, for each of these rows, where the cell reads and writes its states.
 void Forward::set_rows(int64_t step, Span rows) {
   const int64_t t = time(step), H = args_.size.H;
-  const int64_t saved_bytes = context_.storage(context_.cell.saved * H);
+  const int64_t saved_bytes = context_.storage(context_.saved_blocks() * H);
   for (int64_t b = rows.begin; b < rows.end; ++b) {
     const int64_t row = batch_.row(t, b);
     const bool reset = batch_.resets(t, b);
@@ -315,10 +340,60 @@ void Forward::advance(int64_t step, Span rows, int64_t first_row, Outputs before
   write(before);
 }
 
+// A step of a cell whose gates are normalised. The sums of all gates of a row are complete before
+// the cell runs.
+void Forward::advance_normalized(int64_t step, Span rows, int64_t first_row, Outputs before) {
+  set_rows(step, rows);
+  ForwardRow* tile_rows = tile_rows_ + (rows.begin - rows_.begin);
+  const bool converts = converts_lhs(hidden_);
+  for (int64_t r = 0; converts && r < rows.size(); ++r)
+    good_ &= hidden_.format().load_lhs(lhs_[r], tile_rows[r].h_prev, args_.h_size);
+  const int64_t H = args_.size.H, width = hidden_.width();
+  const int64_t stride = sums_.pitch / context_.kernels.compute_bytes;
+  TileOptions options = hidden_.options();
+  TileBuffer from_x;
+  const int64_t way = step % 2 ? -1 : 1, first = way > 0 ? panels_.begin : panels_.end - 1;
+  for (int64_t i = 0; i < panels_.size(); ++i) {
+    const int64_t p = first + way * i, place = context_.compute(p * width);
+    const GateWeights::Panel panel = hidden_.panel(p, good_);
+    const int64_t next = i + 1 < panels_.size() ? p + way : -1;
+    for_row_tiles(rows.size(), panel.tile_rows, [&](int64_t r, int n) {
+      const void* lhs[kMaxTileRows];
+      for (int k = 0; k < n; ++k) lhs[k] = converts ? lhs_[r + k] : tile_rows[r + k].h_prev;
+      hidden_.prefetch_part(options, next, r, n, rows.size());
+      hidden_.multiply(panel, lhs, n, sums_[r] + place, stride, options);
+      const auto projected = input_.rows(first_row + r, n, p, from_x.data);
+      for (int k = 0; k < n; ++k)
+        context_.kernels.add(sums_[r + k] + place,
+                             at(projected.first, context_.compute(k * projected.stride)),
+                             hidden_.vectors(p) * context_.kernels.lanes, true);
+    });
+  }
+  for (int64_t r = 0; r < rows.size(); ++r) {
+    void* saved = tile_rows[r].saved;
+    context_.kernels.normalize_gates(
+        hidden_.shape(), sums_[r], norm_weight_, norm_bias_, context_.cell.norm_eps,
+        saved ? at(saved, context_.storage(context_.cell.saved * H)) : nullptr);
+  }
+  alignas(64) static constexpr char kZeros[kMaxTileVectors * 64] = {};
+  for (int64_t p = panels_.begin; p < panels_.end; ++p)
+    context_.functions.forward({.H = H,
+                                .first_unit = p * hidden_.units(),
+                                .units = hidden_.units(p),
+                                .rows = tile_rows,
+                                .count = int(rows.size()),
+                                .from_x = sums_.data + context_.compute(p * width),
+                                .x_stride = stride,
+                                .from_h = kZeros,
+                                .h_stride = 0,
+                                .parameters = parameters_.data()});
+  write(before);
+}
+
 // The function for many steps at once, if this thread has a single row and nothing that function
 // does not know; else null.
 StepsFunction Forward::steps_of_one_row() const {
-  const bool plain = !projection_ && !batch_.is_ragged() && !batch_.has_resets();
+  const bool plain = !projection_ && !batch_.is_ragged() && !batch_.has_resets() && !sums_;
   if (rows_.size() != 1 || plan_.by_units() || plan_.step_split_precision || !plain ||
       !hidden_.has_all_panels() || !input_.is_by_units())
     return nullptr;
@@ -331,7 +406,7 @@ void Forward::run_steps(StepsFunction run, Span steps, bool projects) {
   const int64_t b = rows_.begin, H = args_.size.H;
   const int64_t first = batch_.row(time(steps.begin), b);
   const int64_t rows = args_.reverse ? -args_.size.B : args_.size.B;  // from one step to the next
-  const int64_t saved = context_.cell.saved * H;
+  const int64_t saved = context_.saved_blocks() * H;
   const GateWeights::Panel weights = hidden_.panel(0, good_);
   Steps all{.count = steps.size(),
             .H = H,

@@ -29,6 +29,7 @@ class Forward {
 
   void take_own(const Team& team);
   void pack(const Team& team);
+  void load_parameters();
   void load_h(Span rows);
   void store_h(Span rows) const;
   template <class F>
@@ -39,6 +40,7 @@ class Forward {
   void clear(int64_t step, Span rows) const;
   void set_rows(int64_t step, Span rows);
   void advance(int64_t step, Span rows, int64_t first_row, Outputs before);
+  void advance_normalized(int64_t step, Span rows, int64_t first_row, Outputs before);
   void project_state(int64_t step, Span rows, Span panels);
   StepsFunction steps_of_one_row() const;
   void run_steps(StepsFunction run, Span steps, bool projects);
@@ -62,6 +64,9 @@ class Forward {
   Rows unprojected_;      // E [B], h before the projection, if there is one
   Rows c_;                // A, per thread [max_rows]
   Rows lhs_;  // per thread [max_rows], h as lhs rows, if a format converts
+  // Only if gates are normalised.
+  Rows sums_;  // A [panel][gate][unit], per thread [max_rows]
+  char *norm_weight_ = nullptr, *norm_bias_ = nullptr;  // A [panel][gate][unit]
   ForwardRow* tile_rows_;  // per thread [max_rows], for the current step
   char* zeros_ = nullptr;  // E, the state after a reset: one row
 };

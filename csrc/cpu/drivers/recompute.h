@@ -12,7 +12,7 @@ namespace rnnfast::cpu {
 class Recompute {
  public:
   static bool wanted(const Context& context, const BackwardArgs& args) {
-    return context.cell.saved > 0 && !args.gates;
+    return context.saved_blocks() > 0 && !args.gates;
   }
 
   Recompute(const Context& context, const BackwardArgs& args, const Plan& plan,

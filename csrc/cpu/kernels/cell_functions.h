@@ -16,6 +16,7 @@ constexpr Cell cell_numbers() {
             .parameters = C::kParameters,
             .direct = C::kDirect,
             .reads_h = C::kReadsH,
+            .norm_eps = 0,
             .input_gate = {}};
   for (int j = 0; j < C::kGates; ++j) cell.input_gate[j] = C::input_gate(j);
   return cell;

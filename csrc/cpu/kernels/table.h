@@ -4,6 +4,7 @@
 #include "cpu/kernels/cell_functions.h"
 #include "cpu/kernels/dots.h"
 #include "cpu/kernels/int8.h"
+#include "cpu/kernels/norm.h"
 #include "cpu/tuning.h"
 
 namespace rnnfast::cpu::RNNFAST_TARGET {
@@ -105,6 +106,8 @@ constexpr MicroKernels make_kernels(Dtype dtype) {
   k.pack_bias = pack_bias<S>;
   k.gather_tokens = gather_tokens<S, S>, k.gather_gates = gather_gates<A>;
   k.dots = dots<S, E>, k.outer_few = outer_few<S, E>;
+  k.normalize_gates = normalize_gates<S>;
+  k.normalize_gates_backward = normalize_gates_backward<S, E>;
 #define RNNFAST_CELL(C) k.cells[int(CellKind::k##C)] = make_cell_with_frozen<C, S, Op>();
   RNNFAST_FOR_EACH_CELL(RNNFAST_CELL)
 #undef RNNFAST_CELL
