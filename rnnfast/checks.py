@@ -181,7 +181,8 @@ def step_problem(cell: Cell, x: Tensor, states: States | None, weights: StepWeig
     """What is wrong with the arguments of `run_step`; as `sequence_problem`."""
     if x.dim() != 2:
         return f"input must have 2 dimensions, got {x.dim()}"
-    shapes = [(x.shape[0], weights[1].shape[-1])] * cell.states
+    hidden = weights[1].shape[-1] if cell.recurrent else weights[1].shape[0] // cell.gates
+    shapes = [(x.shape[0], hidden), (x.shape[0], cell.cells * hidden)][: cell.states]
     return _problem(cell, x, weights[0].shape[-1], states, shapes, weights)
 
 

@@ -44,6 +44,8 @@ class Cell(NamedTuple):
     """N: how many learnable vectors (H) the step takes, as a tensor (N, H)."""
     projects: bool = False
     """Whether h may be projected."""
+    recurrent: bool = True
+    """Whether the cell has W_hh. Without it w_hh is (G*H, 0), and gates_h are zeros."""
     recomputes: bool = True
     """Whether the fused backward can do without what the forward saves."""
     compile: Callable[[torch.dtype], str | None] | None = None
@@ -210,7 +212,11 @@ def layer(cell: Cell, inputs: LayerInputs) -> LayerOutputs:
         if reset is not None and (border := t + 1 if reverse else t) < x.shape[0]:
             cut = reset[border] if lengths is None else reset[border] & (border < lengths)
             before = tuple(state.masked_fill(cut.unsqueeze(1), 0) for state in current)
-        h, *others = cell.step(gates_x[t], F.linear(before[0], w_hh, b_hh), *before, *more)
+        if cell.recurrent:
+            gates_h = F.linear(before[0], w_hh, b_hh)
+        else:
+            gates_h = torch.zeros_like(gates_x[t])
+        h, *others = cell.step(gates_x[t], gates_h, *before, *more)
         h = h if w_hr is None else F.linear(h, w_hr)
         following = (_rounded(h, dtype), *others)
         if lengths is None:

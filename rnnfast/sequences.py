@@ -163,7 +163,7 @@ def run_step(
     """
     x, states, (*weights, parameters) = autocast(x, states, (*weights, parameters))
     if states is None:
-        hidden = weights[1].shape[1]
+        hidden = weights[1].shape[1] if cell.recurrent else weights[1].shape[0] // cell.gates
         sizes = (hidden, cell.cells * hidden)[: cell.states]
         states = tuple(x.new_zeros(x.shape[0], size) for size in sizes)
     name = _of_cell(cell, choose(requested, x), x, requested)
@@ -237,7 +237,8 @@ def stack(
 def state_sizes(cell: Cell, weights: Sequence[Tensor], options: Options) -> list[int]:
     """The features of each state: P, which is H unless h is projected, and, of c, C*H."""
     rows, h_size = weights[1].shape
-    hidden = rows // cell.gates if options.proj_size else h_size
+    hidden = rows // cell.gates if options.proj_size or not cell.recurrent else h_size
+    h_size = h_size if cell.recurrent else hidden
     return [h_size, cell.cells * hidden][: cell.states]
 
 

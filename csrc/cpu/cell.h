@@ -27,6 +27,9 @@ struct Cell {
   // bias, both of G*H elements. The cell reads the result as from_x, and zeros as from_h. It has
   // D = G. The drivers save G blocks more, and have 2 G parameters more: weights and bias.
   double norm_eps;
+  // Whether there is a product with W_hh. If not, w_hh is (G*H, 0), and the cell reads zeros as
+  // from_h. It has D = G.
+  bool recurrent;
   int input_gate[kMaxGradBlocks];  // the gate block of w_ih that gradient block j < G belongs to
 };
 

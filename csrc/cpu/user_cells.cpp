@@ -21,6 +21,7 @@ struct Compiled {
 struct UserCell {
   const std::string name;
   const double norm_eps;
+  const bool recurrent;
   std::atomic<const Compiled*> compiled[kDtypes] = {};
 };
 
@@ -55,9 +56,9 @@ const CellFunctions& cell_functions(const MicroKernels& kernels, CellKind kind) 
   return *functions;
 }
 
-CellKind add_user_cell(const std::string& name, double norm_eps) {
+CellKind add_user_cell(const std::string& name, double norm_eps, bool recurrent) {
   const std::lock_guard lock(mutex);
-  cells().emplace_back(name, norm_eps);
+  cells().emplace_back(name, norm_eps, recurrent);
   return CellKind(kCellKinds + int(cells().size()) - 1);
 }
 
@@ -66,6 +67,7 @@ void set_cell_functions(CellKind kind, const std::string& target, Dtype dtype,
   UserCell& cell = user_cell(kind);
   CellFunctions own = functions;
   own.cell.norm_eps = cell.norm_eps;
+  own.cell.recurrent = cell.recurrent;
   const std::lock_guard lock(mutex);
   auto& first = cell.compiled[int(dtype)];
   first.store(new Compiled{target, own, first.load()}, std::memory_order_release);

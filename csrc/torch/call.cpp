@@ -108,7 +108,9 @@ bool fits(const Call& call) {
     const Tensor& w = call.weights[i];
     const size_t layer = i / call.per_layer() / size_t(call.directions),
                  kind = i % call.per_layer();
-    const int64_t columns = kind == 1 ? P : layer == 0 ? x.size(-1) : call.directions * P;
+    const int64_t columns = kind == 1    ? (call.cell.recurrent ? P : 0)
+                            : layer == 0 ? x.size(-1)
+                                         : call.directions * P;
     const bool last = kind == call.per_layer() - 1;
     const bool projection = call.projects && last, parameters = call.has_parameters() && last;
     if (!w.is_contiguous() || !has_memory(w)) return false;
@@ -391,7 +393,7 @@ bool collect(Call& call, py::handle hx, const py::list& weights) {
     call.H = header.H, call.P = header.K;
   } else {
     if (w_hh.dim() != 2) return false;
-    call.H = w_hh.size(0) / call.cell.gates, call.P = w_hh.size(1);
+    call.H = w_hh.size(0) / call.cell.gates, call.P = call.cell.recurrent ? w_hh.size(1) : call.H;
   }
   return true;
 }

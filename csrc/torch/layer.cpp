@@ -165,7 +165,7 @@ void check_inputs(const CellInfo& cell, const LayerFormat& format, LayerInputs& 
       check.check(in.w_ih, "w_ih", {V, gates});
     else
       check(in.w_ih, "w_ih", tokens ? at::IntArrayRef{V, gates} : at::IntArrayRef{gates, I});
-    check(in.w_hh, "w_hh", {gates, P});
+    check(in.w_hh, "w_hh", {gates, cell.recurrent ? P : 0});
     check(in.b_ih, "b_ih", {gates});
     check(in.b_hh, "b_hh", {gates});
     check(in.w_hr, "w_hr", {P, H});

@@ -25,6 +25,7 @@ struct CellInfo {
   int saved;      // blocks of H columns in `gates`, saved for the backward
   int cells;      // C: states beside h. Together they are c, blocks of H columns
   int parameters = 0;  // N: learnable vectors with one number for each unit
+  bool recurrent = true;  // whether there is a product with W_hh; if not, w_hh is (G*H, 0)
   bool recomputes = true;  // whether the backward can do without saved gates
 
   bool has_c() const { return cells > 0; }

@@ -33,17 +33,18 @@ py::object& builder() {
 }
 
 int add_cell(const std::string& name, int gates, int saved, int states, int parameters,
-             double norm_eps) {
+             double norm_eps, bool recurrent) {
   UserCell* cell;
   {
     const std::lock_guard lock(mutex);
     cell = &cells().emplace_back(name);
     cell->info = {.name = cell->name.c_str(),
-                  .kind = cpu::add_user_cell(name, norm_eps),
+                  .kind = cpu::add_user_cell(name, norm_eps, recurrent),
                   .gates = gates,
                   .saved = saved,
                   .cells = states - 1,
                   .parameters = parameters,
+                  .recurrent = recurrent,
                   .recomputes = norm_eps == 0};
   }
   add_ops(cell->info);
@@ -86,7 +87,8 @@ std::string prepare_kernels(const CellInfo& cell, Dtype dtype) {
 
 void bind_user_cells(py::module_& m) {
   m.def("add_cell", &add_cell, py::arg("name"), py::arg("gates"), py::arg("saved"),
-        py::arg("states"), py::arg("parameters"), py::arg("norm_eps") = 0.0);
+        py::arg("states"), py::arg("parameters"), py::arg("norm_eps") = 0.0,
+        py::arg("recurrent") = true);
   m.def("cell_target", &cell_target, py::arg("dtype"));
   m.def("has_cell", &has_cell, py::arg("kind"), py::arg("dtype"));
   m.def("set_cell_functions", &set_cell_functions, py::arg("kind"), py::arg("target"),

@@ -41,6 +41,7 @@ class CustomCell:
             values. None stands for random ones, drawn as weights are.
         program: The step, as a list of elementwise operations.
         norm_eps: What is added to the variance if the gates are normalised; None if they are not.
+        recurrent: Whether there is a W_hh.
     """
 
     def __init__(
@@ -51,9 +52,11 @@ class CustomCell:
         parameters: tuple[tuple[str, float | None], ...],
         program: Program,
         norm_eps: float | None = None,
+        recurrent: bool = True,
     ) -> None:
         self.name, self.gates, self.state = name, gates, state
-        self.parameters, self.program, self.norm_eps = parameters, program, norm_eps
+        self.parameters, self.program = parameters, program
+        self.norm_eps, self.recurrent = norm_eps, recurrent
 
     @property
     def source(self) -> str:
@@ -81,7 +84,7 @@ class CustomCell:
 
         The name of the operators has a digest of the content, so it is the same in every process.
         """
-        content = f"{self.state}{self.norm_eps}{self.source}"
+        content = f"{self.state}{self.norm_eps}{self.recurrent}{self.source}"
         digest = hashlib.sha256(content.encode()).hexdigest()[:12]
         name = f"{self.name}_{digest}"
         with _lock:
@@ -102,7 +105,7 @@ class CustomCell:
     def _content(self) -> tuple[Any, ...]:
         return (
             *(self.name, self.gates, self.state, self.parameters, self.program),
-            self.norm_eps,
+            *(self.norm_eps, self.recurrent),
         )
 
     def __eq__(self, other: object) -> bool:
@@ -130,6 +133,8 @@ class CustomCell:
         words = [f"gates={self.gates}", f"state={self.state}"]
         if self.parameters:
             words.append(f"parameters={self.parameter_names}")
+        if not self.recurrent:
+            words.append("recurrent=False")
         if self.norm_eps is not None:
             words.append(f"norm='layer', eps={self.norm_eps}")
         return f"<rnnfast.cell {self.name}: {', '.join(words)}>"
@@ -142,6 +147,7 @@ def cell(
     parameters: Sequence[str] | Mapping[str, float | None] = (),
     norm: str | None = None,
     eps: float = 1e-5,
+    recurrent: bool = True,
 ) -> Callable[[Callable[..., Any]], CustomCell]:
     """Makes a recurrent cell of a function that computes one step.
 
@@ -160,6 +166,10 @@ def cell(
     W_hh h + b_hh of each row, normalised over all units of all gates, times a weight, plus a bias,
     as torch.nn.LayerNorm does it (Ba, Kiros and Hinton, arXiv:1607.06450).
 
+    With ``recurrent=False`` there is no W_hh, and the function does not take ``h``: a step depends
+    on the one before by ``state`` alone, as in minGRU (Feng et al., arXiv:2410.01201) and IndRNN
+    (Li et al., arXiv:1803.04831). Such a step takes a fraction of the time.
+
     It returns the next state, or a tuple of the next states in the order of ``state``. All tensors
     have one number for each hidden unit, and the units do not mix: the function may use arithmetic,
     comparisons, ``torch.where``, and functions such as exp, log, tanh, sigmoid, relu, softplus,
@@ -172,6 +182,7 @@ def cell(
             to initial values, where None stands for random ones, drawn as weights are.
         norm: None, or "layer" to normalise the gates.
         eps: What the normalisation adds to the variance.
+        recurrent: Whether there is a W_hh.
 
     Returns:
         A decorator that turns the function into a `CustomCell`.
@@ -204,10 +215,12 @@ def cell(
 
     def decorate(function: Callable[..., Any]) -> CustomCell:
         own = tuple(name for name, _ in vectors)
-        program = trace(function, gates, names, own, summed=norm is not None)
+        only = "gates" if norm else None if recurrent else "x"
+        program = trace(function, gates, names, own, only=only)
         name = getattr(function, "__name__", type(function).__name__)
         name = name if _NAME.fullmatch(name) else "cell"
-        return CustomCell(name, gates, names, vectors, program, float(eps) if norm else None)
+        of_norm = float(eps) if norm else None
+        return CustomCell(name, gates, names, vectors, program, of_norm, bool(recurrent))
 
     return decorate
 
@@ -293,13 +306,14 @@ def _register(cell: CustomCell, name: str) -> _Registered:
         step=partial(_step, cell),
         cells=states - 1,
         parameters=parameters,
+        recurrent=cell.recurrent,
         recomputes=not normalizes,
         compile=partial(_prepare, name),
     )
     if _backend.EXTENSION is None:
         return _Registered(cell, row, None)
     kind = _backend.EXTENSION.add_cell(
-        name, cell.gates, saved, states, parameters, cell.norm_eps or 0.0
+        name, cell.gates, saved, states, parameters, cell.norm_eps or 0.0, cell.recurrent
     )
     _backend.CELL_KINDS[name] = kind
     autograd.register(row)

@@ -15,6 +15,7 @@ from ..bases import CELL_WEIGHTS, Device, Layers, OneStep, check_backend
 from ..reference import Cell
 from .cells import CustomCell
 
+Shape = tuple[int, ...]
 _SUFFIX = re.compile(r"_l\d+(_reverse)?$")
 """What follows the name of a parameter in a stack of layers."""
 
@@ -70,7 +71,7 @@ class Layer(Layers):
     Weights:
         weight_ih_l[k]: W_ih (G*H, I), or (G*H, D*H) for k > 0; ``_reverse`` follows in the names of
             the reverse direction.
-        weight_hh_l[k]: W_hh (G*H, H).
+        weight_hh_l[k]: W_hh (G*H, H). Like bias_hh it is missing with ``recurrent=False``.
         bias_ih_l[k], bias_hh_l[k]: b_ih and b_hh (G*H).
         [parameter]_l[k]: Each learnable vector of the cell (H), by its name.
         norm_weight_l[k], norm_bias_l[k]: Of a cell with ``norm="layer"`` (G*H).
@@ -141,21 +142,15 @@ class Layer(Layers):
         _ = cell.row  # registers it with torch
 
         directions = 2 if bidirectional else 1
-        own = ["weight_ih", "weight_hh", *(["bias_ih", "bias_hh"] if bias else [])]
-        more = _parameter_sizes(cell, hidden_size)
         self._all_weights = []
         for layer in range(num_layers):
             for suffix in (f"_l{layer}", f"_l{layer}_reverse")[:directions]:
                 columns = input_size if layer == 0 else directions * hidden_size
-                rows = cell.gates * hidden_size
-                shapes = ((rows, columns), (rows, hidden_size), (rows,), (rows,))
-                for name, shape in zip(own, shapes, strict=False):
+                shapes = _shapes(cell, columns, hidden_size, bias)
+                for name, shape in shapes.items():
                     tensor = torch.empty(shape, device=device, dtype=dtype)
                     self.register_parameter(name + suffix, nn.Parameter(tensor))
-                for name, size in more.items():
-                    tensor = torch.empty(size, device=device, dtype=dtype)
-                    self.register_parameter(name + suffix, nn.Parameter(tensor))
-                self._all_weights.append([name + suffix for name in (*own, *more)])
+                self._all_weights.append([name + suffix for name in shapes])
         self._flat_weights_names = [name for names in self._all_weights for name in names]
         self._init_flat_weights()
         self.reset_parameters()
@@ -190,15 +185,18 @@ class Layer(Layers):
         return self.cell.row
 
     def _read(self, names: list[str]) -> list[Tensor]:
-        tensors = super()._read(names)
-        if not self._cell.parameters:
+        tensors, size = super()._read(names), len(self._all_weights[0])
+        if self._is_plain:
             return tensors
-        size, own = len(self._all_weights[0]), 4 if self.bias else 2
         result: list[Tensor] = []
         for begin in range(0, len(tensors), size):
-            result += tensors[begin : begin + own]
-            result.append(_joined_parameters(tensors[begin + own : begin + size], self.hidden_size))
+            result += _of_layer(self.cell, tensors[begin : begin + size], self.bias)
         return result
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether a layer has weights and biases alone."""
+        return self.cell.recurrent and not self._cell.parameters
 
     def _forward_in_torch(self, input: Any, hx: Any, reason: str) -> NoReturn:
         raise TypeError(f"input should be a Tensor or a PackedSequence, got {type(input).__name__}")
@@ -242,7 +240,7 @@ class LayerCell(OneStep):
 
     Weights:
         weight_ih: W_ih (G*H, I).
-        weight_hh: W_hh (G*H, H).
+        weight_hh: W_hh (G*H, H). Like bias_hh it is missing with ``recurrent=False``.
         bias_ih, bias_hh: b_ih and b_hh (G*H).
         [parameter]: Each learnable vector of the cell (H), by its name.
         norm_weight, norm_bias: Of a cell with ``norm="layer"`` (G*H).
@@ -280,18 +278,21 @@ class LayerCell(OneStep):
         self.cell = cell
         self.backend = check_backend(backend)
         _ = cell.row  # registers it with torch
-        for name, size in _parameter_sizes(cell, hidden_size).items():
-            tensor = torch.empty(size, device=device, dtype=dtype)
+        shapes = _shapes(cell, input_size, hidden_size, bias)
+        for name in CELL_WEIGHTS:
+            if name not in shapes:
+                self.register_parameter(name, None)
+        self._others = [name for name in shapes if name not in CELL_WEIGHTS]
+        for name in self._others:
+            tensor = torch.empty(shapes[name], device=device, dtype=dtype)
             self.register_parameter(name, nn.Parameter(tensor))
             _fill(cell, name, tensor, hidden_size)
 
     def reset_parameters(self) -> None:
         """Draws all weights anew."""
         for name, weight in self.named_parameters(recurse=False):
-            if name in CELL_WEIGHTS:  # the others come later, when this is called first
-                _fill(None, name, weight, self.hidden_size)
-            else:
-                _fill(self.cell, name, weight, self.hidden_size)
+            # the first call comes before there is a cell, and has weights alone
+            _fill(None if name in CELL_WEIGHTS else self.cell, name, weight, self.hidden_size)
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
         """Computes the next states.
@@ -304,9 +305,16 @@ class LayerCell(OneStep):
     def _cell(self) -> Cell:
         return self.cell.row
 
+    def _read(self, names: list[str]) -> list[Tensor]:
+        weights, biases = names[:2], names[2:] if self.bias else []
+        if not self.cell.recurrent:
+            weights, biases = weights[:1], biases[:1]
+        result = _of_layer(self.cell, super()._read([*weights, *biases]), self.bias)
+        missing: list[Any] = [] if self.bias else [None, None]
+        return [*result, *missing]
+
     def _read_parameters(self) -> Tensor:
-        names = list(_parameter_sizes(self.cell, self.hidden_size))
-        return _joined_parameters(self._read(names), self.hidden_size)
+        return _joined_parameters(super()._read(self._others), self.hidden_size)
 
     def _forward_in_torch(self, input: Any, hx: Any, reason: str) -> NoReturn:
         if isinstance(input, Tensor):
@@ -334,12 +342,33 @@ _OF_NORM = {"norm_weight": 1.0, "norm_bias": 0.0}
 """The parameters of a normalisation and their initial values."""
 
 
-def _parameter_sizes(cell: CustomCell, hidden_size: int) -> dict[str, int]:
-    """The names and sizes of what a layer has beside weights and biases."""
-    sizes = dict.fromkeys(cell.parameter_names, hidden_size)
+def _shapes(cell: CustomCell, columns: int, hidden_size: int, bias: bool) -> dict[str, Shape]:
+    """The parameters of a layer: their names and shapes."""
+    rows = cell.gates * hidden_size
+    shapes: dict[str, Shape] = {"weight_ih": (rows, columns)}
+    if cell.recurrent:
+        shapes["weight_hh"] = (rows, hidden_size)
+    if bias:
+        shapes["bias_ih"] = (rows,)
+    if bias and cell.recurrent:
+        shapes["bias_hh"] = (rows,)
+    shapes |= dict.fromkeys(cell.parameter_names, (hidden_size,))
     if cell.norm_eps is not None:
-        sizes |= dict.fromkeys(_OF_NORM, cell.gates * hidden_size)
-    return sizes
+        shapes |= dict.fromkeys(_OF_NORM, (rows,))
+    return shapes
+
+
+def _of_layer(cell: CustomCell, tensors: list[Tensor], bias: bool) -> list[Tensor]:
+    """The tensors of a layer as the operators take them: w_ih, w_hh[, b_ih, b_hh][, parameters]."""
+    w_ih, *rest = tensors
+    rows = w_ih.shape[0]
+    result = [w_ih, rest.pop(0) if cell.recurrent else w_ih.new_empty(rows, 0)]
+    if bias:
+        b_ih = rest.pop(0)
+        result += [b_ih, rest.pop(0) if cell.recurrent else torch.zeros_like(b_ih)]
+    if rest:
+        result.append(_joined_parameters(rest, rows // cell.gates))
+    return result
 
 
 def _joined_parameters(tensors: list[Tensor], hidden_size: int) -> Tensor:

@@ -484,7 +484,7 @@ def trace(
     states: Sequence[str],
     parameters: Sequence[str] = (),
     *,
-    summed: bool = False,
+    only: str | None = None,
 ) -> Program:
     """The program of a cell's step.
 
@@ -494,8 +494,8 @@ def trace(
         gates: How many gates ``x`` and ``h`` have.
         states: The names of the states, of which the first is the output ``h``.
         parameters: The names of the learnable vectors.
-        summed: Whether the function takes ``gates``, which are the sums of those of ``x`` and
-            ``h``, in place of both.
+        only: The name of what the function takes in place of ``x`` and ``h``: their sums, one for
+            each gate. None if it takes both.
 
     Returns:
         The program. Its inputs are the gates of x, those of h, the states and the parameters. Its
@@ -504,7 +504,7 @@ def trace(
     Raises:
         CellError: The function is not a step that a kernel can be made of.
     """
-    return alone(lambda: _traced(function, gates, states, parameters, summed))
+    return alone(lambda: _traced(function, gates, states, parameters, only))
 
 
 def _traced(
@@ -512,16 +512,16 @@ def _traced(
     gates: int,
     states: Sequence[str],
     parameters: Sequence[str],
-    summed: bool,
+    only: str | None,
 ) -> Program:
     builder = Builder(input_names(gates, states, parameters))
     code = _code_of(function)
     recorder = Recorder(builder, of_user=True, code=code)
     tensors = [recorder.input(index) for index in range(len(builder.inputs))]
     of_gates = {"x": tensors[:gates], "h": tensors[gates : 2 * gates]}
-    if summed:
+    if only:
         with recorder:
-            of_gates = {"gates": [x + h for x, h in zip(*of_gates.values(), strict=True)]}
+            of_gates = {only: [x + h for x, h in zip(*of_gates.values(), strict=True)]}
     arguments: list[Any] = []
     for name, own in of_gates.items():
         arguments.append(_Gates(own))

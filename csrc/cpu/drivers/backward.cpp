@@ -22,7 +22,8 @@ Backward::Backward(const Context& context, const BackwardArgs& args, const Plan&
   const int64_t B = args.size.B, H = args.size.H, P = args.h_size;
   w_hh_ = arena.take<char>((packs_at_once() ? hidden_.count() : plan.threads) *
                            hidden_.panel_bytes(depth_));
-  const int64_t c_bytes = context.compute(context.whole_vectors(context.c_size(H)));
+  // room for whole vectors of the last block
+  const int64_t c_bytes = context.compute(context.c_size(H) - H + context.whole_vectors(H));
   if (context.cell.cells > 0) d_c_ = {arena.take<char>(B * c_bytes), c_bytes};
   const int64_t h_bytes = context.compute(context.state_pitch(P));
   d_h_ = {arena.take<char>(B * h_bytes), h_bytes};
@@ -128,7 +129,7 @@ void Backward::pack_w_hh(int64_t panel) const {
 void Backward::pack(const Team& team) {
   recompute_.pack(team);
   products_.pack(team);
-  const bool needs_w_hh = args_.size.T > 1 || args_.grad_h0;
+  const bool needs_w_hh = context_.cell.recurrent && (args_.size.T > 1 || args_.grad_h0);
   const Span own = team.share(packs_at_once() && needs_w_hh ? hidden_.count() : 0);
   for (int64_t p = own.begin; p < own.end; ++p) pack_w_hh(p);
   const int64_t P = args_.h_size, row_bytes = context_.storage(args_.size.H);
@@ -181,7 +182,7 @@ void Backward::set_rows(int64_t step, Span now, int64_t both) {
   const Cell& cell = context_.cell;
   for (int64_t b = now.begin; b < now.end; ++b) {
     const bool begins = b >= both;
-    const bool from_next = !begins && !history_.cut(step - 1, b);
+    const bool from_next = cell.recurrent && !begins && !history_.cut(step - 1, b);
     const int64_t y_offset =
         history_.batch.offset(history_.time(step), b, args_.grad_y_stride_t, args_.grad_y_stride_b);
     tile_rows_[b] = {
@@ -315,7 +316,7 @@ void Backward::step_back(int64_t step, const Team& team) {
     for_row_tiles(part.size(), hidden_.tile_rows(p), [&](int64_t r, int n) {
       const int64_t first = part.begin + r;
       char* out = from_weights[defers ? count++ % 2 : 0].data;
-      if (!begins) {
+      if (!begins && context_.cell.recurrent) {
         prefetch_part(options, next, hidden_.panel_bytes(depth_), r, n, part.size());
         through_weights(step - 1, p, first, n, out, options);
       }
@@ -371,13 +372,13 @@ void Backward::finish(int64_t step, Span rows) const {
   if (rows.size() <= 0) return;
   const int64_t H = args_.size.H, P = args_.h_size, width = hidden_.width();
   const TileOptions options{.chain = hidden_.format().chain};
-  const bool uses_once = step > 0 && !packs_at_once();
+  const bool uses_once = step > 0 && context_.cell.recurrent && !packs_at_once();
   for (int64_t p = panels_.begin; args_.grad_h0 && p < panels_.end; ++p) {
     // d_h: what passes through W_hh, for n rows from `first` on
     const auto store = [&](int64_t first, int64_t n, const char* d_h) {
       for (int64_t i = 0; i < n; ++i) {
         const int64_t b = first + i;
-        const bool weights = step > 0 && !history_.cut(step - 1, b);
+        const bool weights = step > 0 && context_.cell.recurrent && !history_.cut(step - 1, b);
         const bool rest = step == 0 || context_.cell.direct;
         context_.kernels.store_sum(
             at(args_.grad_h0, context_.storage(history_.batch.place(b) * P + p * width)),
@@ -397,7 +398,8 @@ void Backward::finish(int64_t step, Span rows) const {
     if (uses_once) pack_w_hh(p);
     for_row_tiles(rows.size(), hidden_.tile_rows(p), [&](int64_t r, int n) {
       TileBuffer d_h;
-      if (step > 0) through_weights(step - 1, p, rows.begin + r, n, d_h.data, options);
+      if (step > 0 && context_.cell.recurrent)
+        through_weights(step - 1, p, rows.begin + r, n, d_h.data, options);
       store(rows.begin + r, n, d_h.data);
     });
   }

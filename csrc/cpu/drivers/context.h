@@ -27,6 +27,8 @@ struct Context {
   int64_t whole_vectors(int64_t n) const { return ceil_div(n, kernels.lanes) * kernels.lanes; }
 
   int64_t c_size(int64_t H) const { return cell.cells * H; }  // elements of c
+  // Columns of W_hh, where h has h_size elements.
+  int64_t hidden_columns(int64_t h_size) const { return cell.recurrent ? h_size : 0; }
   bool normalizes() const { return cell.norm_eps != 0; }
   // Blocks of H columns that a step saves. If gates are normalised, the last ones are the gates
   // before that.
@@ -65,6 +67,10 @@ struct Rows {
   char* operator[](int64_t row) const { return data + row * pitch; }
   explicit operator bool() const { return data; }
 };
+
+// What a cell reads where nothing comes from h, for any number of rows: the rows of a tile are 0
+// elements apart.
+alignas(64) inline constexpr char kZeroGates[kMaxTileVectors * 64] = {};
 
 // Room on a thread's stack for the results of a tile of any size.
 struct TileBuffer {

@@ -15,7 +15,7 @@ Forward::Forward(const Context& context, const ForwardArgs& args, const Plan& pl
       plan_(plan),
       batch_(args),
       hidden_(context, context.format(plan, plan.hidden, plan.step_split_precision),
-              context.cell.gates, args.size.H, args.h_size, plan.hidden),
+              context.cell.gates, args.size.H, context.hidden_columns(args.h_size), plan.hidden),
       max_rows_(ceil_div(args.size.B, plan.row_shares)),
       input_(context, args, plan, batch_, plan.block_steps * max_rows_, arena),
       parameters_(context, args.parameters, args.size.H, arena) {
@@ -55,7 +55,8 @@ Forward::Forward(const Context& context, const ForwardArgs& args, const Plan& pl
 
 StepShape Forward::step_shape(const Context& context, const Sizes& size,
                               const WeightFormat& format) {
-  const GateWeights weights(context, format, context.cell.gates, size.H, size.H, Packing::kNone);
+  const GateWeights weights(context, format, context.cell.gates, size.H,
+                            context.hidden_columns(size.H), Packing::kNone);
   const int vectors = weights.vectors(0);
   StepShape shape = cpu::step_shape(context, format, size.B, weights.count(), size.H, vectors,
                                     vectors * kCellCycles);
@@ -236,7 +237,7 @@ class Forward::CellWork : public Deferred {
               .from_x = nullptr,
               .x_stride = 0,
               .from_h = nullptr,
-              .h_stride = all.hidden_.width(),
+              .h_stride = all.context_.cell.recurrent ? all.hidden_.width() : 0,
               .parameters = all.parameters_.data()} {}
 
   void take(int64_t first_unit, int64_t units, const ForwardRow* rows, int count,
@@ -308,7 +309,7 @@ void Forward::advance(int64_t step, Span rows, int64_t first_row, Outputs before
   ForwardRow* tile_rows = tile_rows_ + (rows.begin - rows_.begin);
   const bool converts = converts_lhs(hidden_);
   for (int64_t r = 0; converts && r < rows.size(); ++r)
-    good_ &= hidden_.format().load_lhs(lhs_[r], tile_rows[r].h_prev, args_.h_size);
+    good_ &= hidden_.format().load_lhs(lhs_[r], tile_rows[r].h_prev, hidden_.K());
 
   const bool defers = hidden_.format().defers;
   TileBuffer from_h[2], from_x[2];
@@ -327,11 +328,14 @@ void Forward::advance(int64_t step, Span rows, int64_t first_row, Outputs before
       const void* lhs[kMaxTileRows];
       for (int i = 0; i < n; ++i) lhs[i] = converts ? lhs_[r + i] : tile_rows[r + i].h_prev;
       const int buffer = defers ? count++ % 2 : 0;
-      hidden_.prefetch_part(options, next, r, n, rows.size());
-      hidden_.multiply(panel, lhs, n, from_h[buffer].data, hidden_.width(), options);
+      if (context_.cell.recurrent) {
+        hidden_.prefetch_part(options, next, r, n, rows.size());
+        hidden_.multiply(panel, lhs, n, from_h[buffer].data, hidden_.width(), options);
+      }
       cell.finish();
       cell.take(p * hidden_.units(), hidden_.units(p), tile_rows + r, n,
-                input_.rows(first_row + r, n, p, from_x[buffer].data), from_h[buffer].data);
+                input_.rows(first_row + r, n, p, from_x[buffer].data),
+                context_.cell.recurrent ? from_h[buffer].data : kZeroGates);
       if (!defers) cell.finish();
       write_some();
     });
@@ -347,7 +351,7 @@ void Forward::advance_normalized(int64_t step, Span rows, int64_t first_row, Out
   ForwardRow* tile_rows = tile_rows_ + (rows.begin - rows_.begin);
   const bool converts = converts_lhs(hidden_);
   for (int64_t r = 0; converts && r < rows.size(); ++r)
-    good_ &= hidden_.format().load_lhs(lhs_[r], tile_rows[r].h_prev, args_.h_size);
+    good_ &= hidden_.format().load_lhs(lhs_[r], tile_rows[r].h_prev, hidden_.K());
   const int64_t H = args_.size.H, width = hidden_.width();
   const int64_t stride = sums_.pitch / context_.kernels.compute_bytes;
   TileOptions options = hidden_.options();
@@ -375,7 +379,6 @@ void Forward::advance_normalized(int64_t step, Span rows, int64_t first_row, Out
         hidden_.shape(), sums_[r], norm_weight_, norm_bias_, context_.cell.norm_eps,
         saved ? at(saved, context_.storage(context_.cell.saved * H)) : nullptr);
   }
-  alignas(64) static constexpr char kZeros[kMaxTileVectors * 64] = {};
   for (int64_t p = panels_.begin; p < panels_.end; ++p)
     context_.functions.forward({.H = H,
                                 .first_unit = p * hidden_.units(),
@@ -384,7 +387,7 @@ void Forward::advance_normalized(int64_t step, Span rows, int64_t first_row, Out
                                 .count = int(rows.size()),
                                 .from_x = sums_.data + context_.compute(p * width),
                                 .x_stride = stride,
-                                .from_h = kZeros,
+                                .from_h = kZeroGates,
                                 .h_stride = 0,
                                 .parameters = parameters_.data()});
   write(before);
@@ -393,7 +396,8 @@ void Forward::advance_normalized(int64_t step, Span rows, int64_t first_row, Out
 // The function for many steps at once, if this thread has a single row and nothing that function
 // does not know; else null.
 StepsFunction Forward::steps_of_one_row() const {
-  const bool plain = !projection_ && !batch_.is_ragged() && !batch_.has_resets() && !sums_;
+  const bool plain = context_.cell.recurrent && !projection_ && !batch_.is_ragged() &&
+                     !batch_.has_resets() && !sums_;
   if (rows_.size() != 1 || plan_.by_units() || plan_.step_split_precision || !plain ||
       !hidden_.has_all_panels() || !input_.is_by_units())
     return nullptr;

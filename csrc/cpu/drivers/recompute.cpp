@@ -13,7 +13,7 @@ Recompute::Recompute(const Context& context, const BackwardArgs& args, const Pla
       input_(context, context.format(formats_.x_split), context.cell.gates, args.size.H,
              args.size.I, formats_.pack ? Packing::kOnce : Packing::kNone),
       hidden_(context, context.format(formats_.h_split), context.cell.gates, args.size.H,
-              args.h_size, formats_.pack ? Packing::kOnce : Packing::kNone),
+              context.hidden_columns(args.h_size), formats_.pack ? Packing::kOnce : Packing::kNone),
       table_(context, args.size.H, Packing::kNone),
       block_steps_(plan.block_steps) {
   if (!wanted(context, args)) return;
@@ -49,7 +49,7 @@ void Recompute::pack(const Team& team) {
 }
 
 void Recompute::run(const BlockRow* rows, int64_t count, const Team& team) const {
-  const int64_t I = args_.size.I, P = args_.h_size;
+  const int64_t I = args_.size.I;
   const Span own = team.share(count);
   const auto x = [&](int64_t i) { return history_.x(rows[i].step, rows[i].b); };
   const auto h = [&](int64_t i) { return history_.h_before(rows[i].step, rows[i].b); };
@@ -57,7 +57,7 @@ void Recompute::run(const BlockRow* rows, int64_t count, const Team& team) const
   for (int i = 0; i < team.size(); ++i) good &= good_[i];
   for (int64_t i = own.begin; i < own.end; ++i) {
     if (x_) good &= input_.format().load_lhs(x_[i], x(i), I);
-    if (h_) good &= hidden_.format().load_lhs(h_[i], h(i), P);
+    if (h_) good &= hidden_.format().load_lhs(h_[i], h(i), hidden_.K());
   }
   // An lhs row. The row is read in place if there are no copies, or if a number cannot be
   // represented in them.

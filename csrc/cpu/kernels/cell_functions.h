@@ -17,6 +17,7 @@ constexpr Cell cell_numbers() {
             .direct = C::kDirect,
             .reads_h = C::kReadsH,
             .norm_eps = 0,
+            .recurrent = true,
             .input_gate = {}};
   for (int j = 0; j < C::kGates; ++j) cell.input_gate[j] = C::input_gate(j);
   return cell;
