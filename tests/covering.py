@@ -1,18 +1,24 @@
-"""Covering arrays: few rows that contain every combination of values of some dimensions."""
+"""Covering arrays: few rows that contain every combination of values of some dimensions.
+
+A test of all combinations takes long. `quick_values` and `quick_pairs` leave a covering array in
+the default tests, and mark the other combinations full.
+"""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from itertools import product
+from itertools import combinations, product
 from typing import Any
+
+import pytest
 
 Row = dict[str, Any]
 
 
 def covering(
     dimensions: Mapping[str, Sequence[Any]],
-    combinations: Sequence[tuple[str, ...]],
+    wanted: Sequence[tuple[str, ...]],
     allowed: Callable[[Row], bool],
     tries: int = 3,
 ) -> list[Row]:
@@ -25,7 +31,7 @@ def covering(
 
     Args:
         dimensions: The values of each dimension.
-        combinations: The dimensions whose values are to occur in every combination.
+        wanted: The dimensions whose values are to occur in every combination.
         allowed: Whether a row of some of the dimensions can be part of an allowed row. For any
             allowed row, every other dimension must have a value that fits.
         tries: The number of rows of which the best is kept.
@@ -37,9 +43,9 @@ def covering(
             for values in product(*(dimensions[name] for name in names))
             if allowed(dict(zip(names, values, strict=True)))
         }
-        for names in combinations
+        for names in wanted
     }
-    of_dimension = {name: [c for c in combinations if name in c] for name in dimensions}
+    of_dimension = {name: [c for c in wanted if name in c] for name in dimensions}
 
     def gain(row: Row, name: str) -> int:
         """Returns how many missing combinations the value of ``name`` would complete."""
@@ -64,14 +70,41 @@ def covering(
         return total, row
 
     rows: list[Row] = []
-    for names in combinations:
+    for names in wanted:
         # A fixed order, that of the dimensions' values: the order of a set differs between runs.
         for values in product(*(dimensions[name] for name in names)):
             if values not in missing[names]:
                 continue
             start = dict(zip(names, values, strict=True))
             _, row = max((extended(start) for _ in range(tries)), key=lambda found: found[0])
-            for others in combinations:
+            for others in wanted:
                 missing[others].discard(tuple(row[name] for name in others))
             rows.append({name: row[name] for name in dimensions})
     return rows
+
+
+def quick_values(**dimensions: Sequence[Any]) -> pytest.MarkDecorator:
+    """Gives a test all combinations. Those of the default tests contain every value."""
+    return _quick(1, dimensions)
+
+
+def quick_pairs(**dimensions: Sequence[Any]) -> pytest.MarkDecorator:
+    """Gives a test all combinations. Those of the default tests contain every pair of values.
+
+    The dimension "device" is that of the targets in targets.py.
+    """
+    return _quick(2, dimensions)
+
+
+def _quick(size: int, dimensions: Mapping[str, Sequence[Any]]) -> pytest.MarkDecorator:
+    places = {name: range(len(values)) for name, values in dimensions.items()}
+    quick = covering(places, [*combinations(dimensions, size)], lambda row: True)
+    params = []
+    for row in product(*places.values()):
+        values = [dimensions[name][place] for name, place in zip(dimensions, row, strict=True)]
+        marks = [] if dict(zip(dimensions, row, strict=True)) in quick else [pytest.mark.full]
+        marks += [pytest.mark.cuda] * ("cuda" in values)
+        name = "-".join(getattr(value, "__name__", str(value)) for value in values)
+        params.append(pytest.param(*values, marks=marks, id=name))
+    indirect = [name for name in dimensions if name == "device"]
+    return pytest.mark.parametrize(tuple(dimensions), params, indirect=indirect)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from covering import quick_pairs
 from frozen_cases import bound_of, every_type
 from targets import FROZEN, check_on, running_on
 from torch import Tensor, nn
@@ -30,7 +31,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "tokens": {"vocabulary": 20, "hidden": 17, "embedded": False, "num_layers": 3},
 }
 shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-kinds = pytest.mark.parametrize("kind", ["RNN", "GRU", "LSTM"])
+KINDS = ["RNN", "GRU", "LSTM"]
+kinds = pytest.mark.parametrize("kind", KINDS)
 
 
 class Model(nn.Module):
@@ -104,12 +106,11 @@ def prompts_for(vocabulary: int) -> list[Tensor]:
     return [torch.randint(vocabulary, (n,)) for n in (3, 1, 5, 3)]
 
 
-@every_type
-@shapes
-@kinds
-def test_runs_equal_a_loop_of_steps(kind: str, shape: dict[str, Any], weights: str) -> None:
+@quick_pairs(kind=KINDS, shape=[*SHAPES], weights=[*TYPES])
+def test_runs_equal_a_loop_of_steps(kind: str, shape: str, weights: str) -> None:
     """Greedy, and sampled with given uniforms, in one call and in several."""
-    model, prompts = Model(kind, **shape), prompts_for(shape["vocabulary"])
+    sizes = SHAPES[shape]
+    model, prompts = Model(kind, **sizes), prompts_for(sizes["vocabulary"])
 
     def check(_: str) -> None:
         frozen = rnnfast.freeze(model, weights)

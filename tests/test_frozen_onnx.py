@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from covering import quick_values
 from torch import Tensor, nn
 from torch.export import Dim
 
@@ -27,14 +28,15 @@ SIZES = [(6, 3), (1, 1), (13, 5)]
 """Pairs of T and B; models are exported with the first."""
 QUANTIZED = "DynamicQuantizeLSTM"
 HAS_VNNI = "_vnni" in Path("/proc/cpuinfo").read_text()
-FLOAT: list[tuple[str, type[nn.Module], dict[str, Any]]] = [
-    ("float32", nn.LSTM, {}),
+full = pytest.mark.full
+FLOAT: list[Any] = [
     ("float16", nn.LSTM, {}),
     ("bfloat16", nn.LSTM, {"num_layers": 2, "bidirectional": True, "batch_first": True}),
-    ("float16", nn.GRU, {"bidirectional": True}),
     ("bfloat16", nn.GRU, {"bias": False}),
     ("float32", nn.RNN, {"num_layers": 2}),
     ("bfloat16", nn.RNN, {"nonlinearity": "relu"}),
+    pytest.param("float32", nn.LSTM, {}, marks=full),
+    pytest.param("float16", nn.GRU, {"bidirectional": True}, marks=full),
 ]
 
 
@@ -141,8 +143,7 @@ class Reader(nn.Module):
         return self.layers(tokens, **more)[0]
 
 
-@pytest.mark.parametrize("weights", ["float32", "bfloat16", "float16", "int8"])
-@pytest.mark.parametrize("embeds", [False, True])
+@quick_values(weights=["float32", "bfloat16", "float16", "int8"], embeds=[False, True])
 def test_tokens(weights: str, embeds: bool) -> None:
     """The nodes read vectors."""
     table = nn.Embedding(20, 9) if embeds else None
@@ -177,7 +178,12 @@ def test_float_cells(kind: type[nn.Module]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("T", "B", "I", "H"), [(6, 3, 9, 20), (20, 5, 64, 64), (30, 2, 33, 70), (50, 1, 128, 256)]
+    ("T", "B", "I", "H"),
+    [
+        (6, 3, 9, 20),
+        (50, 1, 128, 256),
+        *(pytest.param(*sizes, marks=full) for sizes in [(20, 5, 64, 64), (30, 2, 33, 70)]),
+    ],
 )
 def test_int8_differs_only_by_8_bits(T: int, B: int, I: int, H: int) -> None:
     """ONNX Runtime computes what the integers and 8-bit inputs and states give, and nothing less.

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import io
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from covering import quick_values
 from frozen_cases import (
     TOKENS,
     assert_near,
@@ -388,31 +390,34 @@ class Model(nn.Module):
         return self.layers(tokens, **more)[0]
 
 
-def models() -> list[Model]:
+def reading() -> Model:
     options = {"num_layers": 2, "bidirectional": True, "proj_size": 4}
-    return [Model(reader(rnnfast.LSTM, **options)), Model(*embedded(rnnfast.GRU, 20))]
+    return Model(reader(rnnfast.LSTM, **options))
 
 
-@every_type
-def test_compile_export_and_trace(weights: str, many: None) -> None:
+def embedding() -> Model:
+    return Model(*embedded(rnnfast.GRU, 20))
+
+
+@quick_values(weights=[*TYPES], make=[reading, embedding])
+def test_compile_export_and_trace(weights: str, make: Callable[[], Model], many: None) -> None:
     torch._dynamo.reset()
     sizes = ({0: torch.export.Dim("time", min=2), 1: torch.export.Dim("batch", min=2)},)
-    for model in models():
-        frozen, tokens = rnnfast.freeze(model, weights), torch.randint(20, (30, B))
-        with torch.no_grad():
-            compiled = torch.compile(frozen, fullgraph=True, backend="aot_eager")
-            assert_near(compiled(tokens), frozen(tokens), 1e-6)
-            program = torch.export.export(frozen, (tokens,), dynamic_shapes=sizes)
-            file = io.BytesIO()
-            torch.export.save(program, file)
-            file.seek(0)
-            loaded = torch.export.load(file).module()
-            traced = torch.jit.trace(frozen, tokens)
-            for shape in ((30, B), (3, 2), (70, 9)):
-                tokens = torch.randint(20, shape)
-                assert_near(loaded(tokens), frozen(tokens), 1e-6)
-                if shape[1] == B:
-                    assert_near(traced(tokens), frozen(tokens), 1e-6)
+    frozen, tokens = rnnfast.freeze(make(), weights), torch.randint(20, (30, B))
+    with torch.no_grad():
+        compiled = torch.compile(frozen, fullgraph=True, backend="aot_eager")
+        assert_near(compiled(tokens), frozen(tokens), 1e-6)
+        program = torch.export.export(frozen, (tokens,), dynamic_shapes=sizes)
+        file = io.BytesIO()
+        torch.export.save(program, file)
+        file.seek(0)
+        loaded = torch.export.load(file).module()
+        traced = torch.jit.trace(frozen, tokens)
+        for shape in ((30, B), (3, 2), (70, 9)):
+            tokens = torch.randint(20, shape)
+            assert_near(loaded(tokens), frozen(tokens), 1e-6)
+            if shape[1] == B:
+                assert_near(traced(tokens), frozen(tokens), 1e-6)
 
 
 def test_operators() -> None:
@@ -429,7 +434,7 @@ def test_operators() -> None:
 
 
 def test_autocast(many: None) -> None:
-    for model in models():
+    for model in (reading(), embedding()):
         frozen, tokens = rnnfast.freeze(model), torch.randint(20, (30, B))
         expected = frozen(tokens)
         with torch.autocast("cpu", torch.bfloat16):
@@ -439,7 +444,7 @@ def test_autocast(many: None) -> None:
 
 
 def test_quantize_error_and_accelerate() -> None:
-    for model in models():
+    for model in (reading(), embedding()):
         tokens = torch.randint(20, (80, B))
         row = rnnfast.quantize_error(model, tokens)[0]
         assert (row.name, row.weights) == ("layers", "int8")

@@ -8,6 +8,8 @@ import pickle
 import pytest
 import torch
 from cases import OVERLAP_SHAPES
+from covering import quick_pairs
+from targets import TARGETS
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
@@ -476,19 +478,18 @@ def test_plain_calls_take_the_short_path(mode, suffix, bias, monkeypatch):
     assert_same(theirs, ours, x, random_state(mode, *((2, 4) if suffix else (1, 2, 4))))
 
 
-# (T, B, I, H): the first two overlap layers or directions on several threads, the third does not
-@pytest.mark.parametrize("shape", OVERLAP_SHAPES.values(), ids=OVERLAP_SHAPES.keys())
-@pytest.mark.parametrize("options", [{"num_layers": 5}, {"num_layers": 2, "bidirectional": True}])
-@pytest.mark.parametrize("mode", LAYERS)
+# the first two shapes overlap layers or directions on several threads, the third does not
+@quick_pairs(
+    device=TARGETS,
+    mode=[*LAYERS],
+    options=[{"num_layers": 5}, {"num_layers": 2, "bidirectional": True}],
+    shape=[*OVERLAP_SHAPES],
+)
 def test_overlapping_layers_give_the_same_bits(
-    mode: str,
-    options: dict[str, int],
-    shape: tuple[int, int, int, int],
-    device: str,
-    threads: None,
+    mode: str, options: dict[str, int], shape: str, device: str, threads: None
 ) -> None:
     """With one thread, layers and directions run one after the other."""
-    T, B, I, H = shape
+    T, B, I, H = OVERLAP_SHAPES[shape]
     torch.manual_seed(0)
     name, kind = LAYERS[mode]
     module = getattr(rnnfast, name)(I, H, **kind, **options, backend="fused")

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from covering import quick_values
 from torch import nn
 from torch.export import Dim
 
@@ -81,18 +82,19 @@ def assert_same_numbers(session, module, args):
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
-@cells
-@pytest.mark.parametrize(
-    ("given", "options"),
-    [
-        (False, {}),
-        (True, {"bias": False, "batch_first": True}),
-        (True, {"bidirectional": True}),
-        pytest.param(False, STACK | {"batch_first": True}, marks=pytest.mark.full),
-        pytest.param(True, STACK, marks=pytest.mark.full),
-    ],
-)
-def test_layers(cell, given, options):
+LAYERS = [
+    (False, {}),
+    (True, {"bias": False, "batch_first": True}),
+    (True, {"bidirectional": True}),
+    (False, STACK | {"batch_first": True}),
+    (True, STACK),
+]
+"""Whether the initial state is given, and the options."""
+
+
+@quick_values(cell=[*CELLS], layers=LAYERS)
+def test_layers(cell, layers):
+    given, options = layers
     torch.manual_seed(0)
     module = MODULES[cell](4, 5, **options).eval()
     batch_first = options.get("batch_first", False)
@@ -150,8 +152,7 @@ def test_what_onnx_lacks_is_refused(options):
     assert "no reset and no projection" in str(error)
 
 
-@cells
-@pytest.mark.parametrize("embedded", [False, True])
+@quick_values(cell=[*CELLS], embedded=[False, True])
 def test_tokens(cell, embedded):
     """Tokens become one-hot vectors or rows of the embedding, since ONNX's nodes read vectors."""
 
@@ -175,8 +176,7 @@ def test_tokens(cell, embedded):
         assert_same_numbers(run, module, (torch.randint(9, size),))
 
 
-@cells
-@pytest.mark.parametrize("given", [False, True])
+@quick_values(cell=[*CELLS], given=[False, True])
 def test_single_cells(cell, given):
     torch.manual_seed(0)
     module = ONE_STEP[cell](4, 5).eval()

@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from covering import quick_values
 from test_modules import EXPECT_FUSED, LAYERS, pair, random_state, tensors
 from torch.func import functional_call, jvp, vmap
 from torch.nn.utils.rnn import (
@@ -691,9 +692,8 @@ class TestTransforms:
         expected = torch.stack([call(one) for one in several])
         torch.testing.assert_close(vmap(call)(several), expected)
 
-    @extras
+    @quick_values(mode=[*LAYERS], extras=[*EXTRAS.values()])
     @pytest.mark.skipif(not EXPECT_FUSED, reason="the extension is not expected")
-    @modes
     def test_compile(self, mode, extras):
         torch._dynamo.reset()
         _, ours = two(mode, {"bidirectional": True})

@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from frozen_cases import every_type
+from covering import quick_pairs, quick_values
 from targets import FROZEN, check_on, running_on
 from torch import Tensor, nn
 
 import rnnfast
 from rnnfast import Stream, StreamBatch
+from rnnfast.frozen import TYPES
 
 MODULES: list[tuple[type[nn.Module], dict[str, Any]]] = [
     (nn.LSTM, {}),
@@ -41,13 +42,12 @@ def joined(frozen: Any, capacity: int) -> StreamBatch:
     return streams
 
 
-@every_type
-@pytest.mark.parametrize("inputs", [1, 9])
-@pytest.mark.parametrize(("kind", "options"), MODULES, ids=str)
+@quick_pairs(module=MODULES, inputs=[1, 9], weights=[*TYPES])
 def test_the_bits_are_those_of_single_streams(
-    kind: type[nn.Module], options: dict[str, Any], inputs: int, weights: str
+    module: tuple[type[nn.Module], dict[str, Any]], inputs: int, weights: str
 ) -> None:
     """Streams join and leave at random, and random ones of them have input."""
+    kind, options = module
     frozen = rnnfast.freeze(kind(inputs, 20, **options), weights)
 
     def check(_: str) -> None:
@@ -79,8 +79,7 @@ def test_the_bits_are_those_of_single_streams(
     check_on(FROZEN, check)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("weights", ["float32", "int8"])
+@quick_values(weights=["float32", "int8"], threads=[2, 1])
 def test_a_large_batch(weights: str, threads: int) -> None:
     """Products of 1,000 rows run other kernels than those of one row."""
     frozen, before = rnnfast.freeze(nn.LSTM(40, 64), weights), torch.get_num_threads()

@@ -7,6 +7,7 @@ import os
 
 import pytest
 import torch
+from covering import quick_pairs, quick_values
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.autograd.functional import hessian, jacobian
 from torch.utils.checkpoint import checkpoint
@@ -164,9 +165,7 @@ def flat_layer(layer, cell, reverse):
 
 
 @fused
-@cells
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("bias", [False, True])
+@quick_pairs(cell=[*CELLS], reverse=[False, True], bias=[False, True])
 def test_first_and_second_derivatives(cell, reverse, bias):
     call = flat_layer(autograd.layer, CELLS[cell], reverse)
     arguments = layer_arguments(CELLS[cell], bias=bias)
@@ -254,9 +253,7 @@ def fresh_compiler():
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@cells
-@backends
-@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.full)])
+@quick_values(cell=[*CELLS], backend=BACKENDS, dynamic=[False, True])
 def test_compiled_training_in_one_graph(cell, backend, dynamic):
     module = MODULES[cell](bidirectional=True, batch_first=True, dtype=DTYPE, backend=backend)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=dynamic)
@@ -270,9 +267,7 @@ def test_compiled_training_in_one_graph(cell, backend, dynamic):
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@cells
-@backends
-@pytest.mark.parametrize("dynamic", [False, True])
+@quick_pairs(cell=[*CELLS], backend=BACKENDS, dynamic=[False, True])
 def test_compiled_inference_in_one_graph(module, dynamic):
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     with torch.no_grad():
@@ -300,8 +295,7 @@ def test_compiled_training_on_torchs_kernels(kind):
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@backends
-@pytest.mark.parametrize("cell", ONE_STEP)
+@quick_values(cell=[*ONE_STEP], backend=BACKENDS)
 def test_compiled_single_cells(cell, backend):
     module = ONE_STEP[cell](dtype=DTYPE, backend=backend)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
@@ -342,8 +336,7 @@ def test_compiled_per_sample_gradients(module, x):
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@cells
-@backends
+@quick_values(cell=[*CELLS], backend=BACKENDS)
 def test_compiled_under_autocast(cell, backend):
     module = MODULES[cell](backend=backend)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
