@@ -132,10 +132,16 @@ EDGES = [
 ]
 """Every edge case with every cell and dtype, and all pairs of edge cases and options."""
 
-# Large cases with every cell and dtype. These calls take long.
+# These calls take long.
 AT_LARGE = {"shape": (LARGE, MANY_BLOCKS, BLOCKS_OF_A_STEP)} | OPTIONS
-LONG = [run_of(row) for row in covering(AT_LARGE, [("shape", "cell", "dtype")], allowed)]
-REMEMBERING = [
+LONG = [
+    run_of(row)
+    for row in covering(AT_LARGE, [*combinations(("shape", "cell", "dtype"), 2)], allowed)
+]
+"""Large cases: every two of case, cell and dtype."""
+MORE_LONG = [run_of(row) for row in covering(AT_LARGE, [("shape", "cell", "dtype")], allowed)]
+"""Every large case with every cell and dtype."""
+ALL_REMEMBERING = [
     run_of({"shape": (300, 4, 3, 10), "cell": cell, "dtype": dtype, "gates": "remembering"} | more)
     for cell in CELLS
     for dtype in DTYPES
@@ -143,16 +149,17 @@ REMEMBERING = [
     if (cell, dtype) != ("elman_relu", torch.float16)  # sums of these sizes overflow in float16
 ]
 """Long sequences whose state hardly changes from step to step."""
+# of each cell and dtype one of the two calls, in turn
+REMEMBERING = [run for i, run in enumerate(ALL_REMEMBERING) if i % 4 in (0, 3)]
+MORE_REMEMBERING = [run for run in ALL_REMEMBERING if run not in REMEMBERING]
 
-SPLIT = [
-    run_of(row)
-    for row in covering(
-        {"shape": tuple(SPLIT_SHAPES)} | OPTIONS,
-        [("shape", "cell", "lengths"), ("shape", "dtype"), ("cell", "dtype")],
-        allowed,
-    )
-]
+AT_SPLITS = {"shape": tuple(SPLIT_SHAPES)} | OPTIONS
+BY_PAIRS = [*combinations(("shape", "cell", "lengths"), 2), ("shape", "dtype"), ("cell", "dtype")]
+BY_TRIPLES = [("shape", "cell", "lengths"), ("shape", "dtype"), ("cell", "dtype")]
+SPLIT = [run_of(row) for row in covering(AT_SPLITS, BY_PAIRS, allowed)]
 """Calls that several threads split, in every way of splitting."""
+MORE_SPLIT = [run_of(row) for row in covering(AT_SPLITS, BY_TRIPLES, allowed)]
+"""Every way of splitting, with every cell and kind of sequences."""
 GRID = [
     run_of(row)
     for row in covering(
@@ -191,6 +198,17 @@ def product_of_all(cell: str, shape: tuple[int, ...]) -> Iterator[Run]:
                 yield run_of(row)
 
 
+UNEQUAL_LENGTHS = {
+    "cell": tuple(CELLS),
+    "steps": (("padded", False), ("packed", False), ("padded", True)),  # lengths, and resets
+    "reverse": (False, True),
+}
+
+
+def of_unequal_lengths(cell: str, steps: tuple[str, bool], reverse: bool) -> Case:
+    return Case(cell, 4, 3, 2, 3, True, reverse, "contiguous", *steps, cells=cell == "lstm")
+
+
 GRADCHECK_CASES = (
     [
         Case(cell, *shape, bias=bias, reverse=reverse)
@@ -202,12 +220,8 @@ GRADCHECK_CASES = (
         ]
     ]
     + [
-        Case(
-            cell, 4, 3, 2, 4, reverse=reverse, lengths=lengths, resets=resets, cells=cell == "lstm"
-        )
-        for cell in CELLS
-        for lengths, resets in (("padded", False), ("packed", False), ("padded", True))
-        for reverse in (False, True)
+        of_unequal_lengths(**row)
+        for row in covering(UNEQUAL_LENGTHS, [*combinations(UNEQUAL_LENGTHS, 2)], lambda row: True)
     ]
     + [
         Case("lstm", 3, 2, 2, 3, reverse=reverse, lengths=lengths, cells=True, proj=2)
@@ -215,8 +229,14 @@ GRADCHECK_CASES = (
         for reverse in (False, True)
     ]
     + [
-        Case(cell, 4, 3, 3, 4, reverse=reverse, lengths=lengths, tokens=True)
+        Case(cell, 4, 3, 3, 3, reverse=reverse, lengths=lengths, tokens=True)
         for cell in CELLS
         for lengths, reverse in (("", False), ("packed", True))
     ]
 )
+MORE_GRADCHECK_CASES = [
+    case
+    for values in product(*UNEQUAL_LENGTHS.values())
+    if (case := of_unequal_lengths(*values)) not in GRADCHECK_CASES
+]
+"""The other combinations."""

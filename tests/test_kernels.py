@@ -34,11 +34,15 @@ from cases import (
     sample_inputs,
     sample_with_oracle,
 )
+from covering import quick_pairs
 from runs import (
     COVERING,
     EDGES,
     GRID,
     LONG,
+    MORE_LONG,
+    MORE_REMEMBERING,
+    MORE_SPLIT,
     REMEMBERING,
     SPLIT,
     Run,
@@ -46,14 +50,15 @@ from runs import (
     random_run,
     seed_of_the_day,
 )
-from targets import COMPLETE, REPLACED, check_on, on, running_on, together, with_kernels
+from targets import COMPLETE, REPLACED, TARGETS, check_on, on, running_on, together, with_kernels
 
 import rnnfast
 from rnnfast import backend, reference
 from rnnfast.reference import CELLS
 
-RANDOM_RUNS = 200
-"""The number of random calls per day."""
+RANDOM_RUNS = 100
+"""The number of random calls per day; `test_many_random_calls` makes more."""
+MORE_RUNS = [*MORE_LONG, *MORE_REMEMBERING]
 
 
 def results_of(
@@ -88,7 +93,7 @@ def allowed_errors(run: Run) -> list[float]:
 def test_zeros_would_fail() -> None:
     """A kernel that returns zeros must not pass, whatever the noise is."""
     expected = torch.ones(3, 10, dtype=torch.float64)
-    for run in [*COVERING, *EDGES, *LONG, *REMEMBERING, *SPLIT, *GRID]:
+    for run in [*COVERING, *EDGES, *LONG, *REMEMBERING, *MORE_RUNS, *SPLIT, *MORE_SPLIT, *GRID]:
         for allowed in allowed_errors(run):
             with pytest.raises(AssertionError):
                 assert_close(0 * expected, expected, allowed, run.dtype, 1e9 * expected)
@@ -137,7 +142,14 @@ def check_run(run: Run, targets: list[str]) -> None:
     check_on(chosen, check)
 
 
-@pytest.mark.parametrize("run", [*COVERING, *EDGES, *LONG, *REMEMBERING], ids=str)
+@pytest.mark.parametrize(
+    "run",
+    [
+        *[*COVERING, *EDGES, *LONG, *REMEMBERING],
+        *(pytest.param(run, marks=pytest.mark.full) for run in MORE_RUNS),
+    ],
+    ids=str,
+)
 @together
 def test_values_and_gradients(
     run: Run, targets: list[str], poisoned_memory: None, threads: None
@@ -211,7 +223,8 @@ def test_what_instruction_sets_share(cell: str, dtype: torch.dtype) -> None:
     [
         *((run, (2, 2, 3, 7)) for run in SPLIT),  # including more threads than cores
         *((run, (4, 6)) for run in GRID),
-        *(pytest.param(run, (1, 16, 40), marks=pytest.mark.full) for run in SPLIT + GRID),
+        *(pytest.param(run, (2, 2, 3, 7), marks=pytest.mark.full) for run in MORE_SPLIT),
+        *(pytest.param(run, (1, 16, 40), marks=pytest.mark.full) for run in MORE_SPLIT + GRID),
     ],
     ids=str,
 )
@@ -392,8 +405,7 @@ def test_blocks_without_rows(device: str) -> None:
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("few", [1, 2, 3, 4])
-@pytest.mark.parametrize("cell", ["RNN", "GRU", "LSTM"])
+@quick_pairs(device=TARGETS, cell=["RNN", "GRU", "LSTM"], few=[1, 2, 3, 4])
 def test_few_rows_after_a_block(cell: str, few: int, device: str) -> None:
     """The backward's last block adds at most a few rows to the gradients of weights."""
     torch.manual_seed(0)

@@ -19,7 +19,7 @@ from cases import (
     sample_grads,
     sample_inputs,
 )
-from runs import GRADCHECK_CASES
+from runs import GRADCHECK_CASES, MORE_GRADCHECK_CASES
 from targets import COMPLETE, PARTIAL, check_on, on, together, with_kernels
 from torch import Tensor
 from torch._dynamo import compiled_autograd
@@ -31,6 +31,7 @@ from rnnfast import autograd, backend, reference
 from rnnfast.reference import CELLS, LayerInputs
 
 Inputs = list[Tensor | None]
+full = pytest.mark.full
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -51,7 +52,11 @@ def test_each_gradient_alone(cell: str, device: str) -> None:
                 assert grad.numel() == 0
 
 
-@pytest.mark.parametrize("case", GRADCHECK_CASES, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [*GRADCHECK_CASES, *(pytest.param(case, marks=full) for case in MORE_GRADCHECK_CASES)],
+    ids=str,
+)
 @together
 def test_gradcheck(case: Case, targets: list[str]) -> None:
     """First and second derivatives of the autograd Functions over the fused operators."""
@@ -82,7 +87,10 @@ def test_gradcheck(case: Case, targets: list[str]) -> None:
     check_on(with_kernels(chosen, case), check)
 
 
-@pytest.mark.parametrize("cell", CELLS)
+# The others differ in their formulas alone, and `test_opcheck_of_tokens` calls all.
+@pytest.mark.parametrize(
+    "cell", [pytest.param(c, marks=[full] * (c in ("elman_tanh", "gru"))) for c in CELLS]
+)
 def test_opcheck(cell: str) -> None:
     """Schemas, fake kernels and autograd, as torch.library checks them."""
     case = Case(cell, 3, 2, 4, 5)
