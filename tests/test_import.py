@@ -67,7 +67,7 @@ print(time.process_time() - start)
 
 def test_importing_is_quick():
     """Under 50 ms beyond torch; the bound allows for a machine at half its speed."""
-    assert min(float(run(IMPORT_SECONDS)) for _ in range(5)) < 0.1
+    assert any(float(run(IMPORT_SECONDS)) < 0.1 for _ in range(5))
 
 
 def imported_names(path: Path) -> Iterator[str]:

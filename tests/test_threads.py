@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from covering import quick_values
 
 import rnnfast
 
@@ -76,8 +77,7 @@ CREATED = """
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="threads are listed in /proc")
-@pytest.mark.parametrize("cores", [0, 64], ids=["cores there are", "many cores"])
-@pytest.mark.parametrize("threads", [2, 3, 4, 8, 16])
+@quick_values(threads=[2, 3, 4, 8, 16], cores=[0, 64])  # 0: those that there are
 def test_calls_create_no_threads(threads: int, cores: int) -> None:
     """Calls alone, and alternating with torch.mm.
 
