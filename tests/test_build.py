@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from covering import quick_values
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = sorted([*(ROOT / "csrc" / "cuda").glob("*.cu"), *(ROOT / "benchmarks").glob("*.cu")])
@@ -22,8 +23,7 @@ SPILL = re.compile(r"\b(\d+) bytes spill (stores|loads)")
 
 
 @pytest.mark.skipif(NVCC is None, reason="nvcc was not found")
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-@pytest.mark.parametrize("kernel", KERNELS, ids=lambda path: path.stem)
+@quick_values(kernel=KERNELS, arch=["sm_80", "sm_90"])
 def test_kernels_compile_alone_and_spill_no_registers(tmp_path, kernel, arch):
     command = [NVCC, "-O3", "-std=c++20", "-cubin", f"-arch={arch}", "-Xptxas", "-v"]
     command += ["-I", ROOT / "csrc", "-o", tmp_path / "kernel.cubin", kernel]

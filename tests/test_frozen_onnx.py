@@ -163,7 +163,10 @@ def test_tokens(weights: str, embeds: bool) -> None:
         torch.testing.assert_close(run(runner, tokens), [frozen(tokens)], rtol=1e-5, atol=bound)
 
 
-@pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+@pytest.mark.parametrize(
+    "kind",
+    [nn.LSTMCell, *(pytest.param(kind, marks=full) for kind in (nn.GRUCell, nn.RNNCell))],
+)
 def test_float_cells(kind: type[nn.Module]) -> None:
     frozen = rnnfast.freeze(kind(4, 5), "bfloat16")
     program = rnnfast.onnx.export(frozen, (torch.randn(3, 4),), dynamic_shapes=({0: BATCH},))
@@ -209,7 +212,9 @@ def test_int8_differs_only_by_8_bits(T: int, B: int, I: int, H: int) -> None:
     [
         (False, {"bias": False}),
         (True, {"num_layers": 2, "bidirectional": True}),
-        (False, {"num_layers": 2, "bidirectional": True, "batch_first": True}),
+        pytest.param(
+            False, {"num_layers": 2, "bidirectional": True, "batch_first": True}, marks=full
+        ),
     ],
     ids=str,
 )
@@ -288,7 +293,7 @@ class WithLengths(nn.Module):
         return self.rnn(x, lengths=lengths)
 
 
-@pytest.mark.parametrize("weights", ["float16", "int8"])
+@pytest.mark.parametrize("weights", ["int8", pytest.param("float16", marks=full)])
 def test_lengths(weights: str) -> None:
     layers = nn.LSTM(9, 20, num_layers=2, bidirectional=True)
     model = WithLengths(int8(layers) if weights == "int8" else rnnfast.freeze(layers, weights))
@@ -332,7 +337,7 @@ def test_models_frozen_in_place() -> None:
     torch.testing.assert_close(found, model(TOKENS), rtol=0.02, atol=0.02)
 
 
-@pytest.mark.parametrize("optimize", [False, True])
+@pytest.mark.parametrize("optimize", [True, pytest.param(False, marks=full)])
 def test_programs_and_the_table(optimize: bool) -> None:
     """Also a program that was saved, and torch.onnx.export with this package's translations."""
     frozen, x = rnnfast.freeze(nn.GRU(4, 5), "float16"), torch.randn(6, 3, 4)
@@ -377,7 +382,8 @@ def message_of(call: Any) -> str:
 
 
 @pytest.mark.parametrize(
-    ("kind", "operator"), [(nn.GRU, "GRU"), (nn.RNN, "RNN"), (nn.GRUCell, "GRU")]
+    ("kind", "operator"),
+    [(nn.RNN, "RNN"), (nn.GRUCell, "GRU"), pytest.param(nn.GRU, "GRU", marks=full)],
 )
 def test_int8_without_a_node_is_refused(kind: type[nn.Module], operator: str) -> None:
     frozen = rnnfast.freeze(kind(4, 5), "int8")
@@ -388,7 +394,7 @@ def test_int8_without_a_node_is_refused(kind: type[nn.Module], operator: str) ->
     )
 
 
-@pytest.mark.parametrize("weights", ["float32", "int8"])
+@pytest.mark.parametrize("weights", ["float32", pytest.param("int8", marks=full)])
 def test_projection_and_reset_are_refused(weights: str) -> None:
     words = "ONNX's recurrent nodes have no reset and no projection"
     x = torch.randn(6, 3, 4)

@@ -40,6 +40,7 @@ from runs import (
     EDGES,
     GRID,
     LONG,
+    MORE_EDGES,
     MORE_LONG,
     MORE_REMEMBERING,
     MORE_SPLIT,
@@ -58,7 +59,7 @@ from rnnfast.reference import CELLS
 
 RANDOM_RUNS = 100
 """The number of random calls per day; `test_many_random_calls` makes more."""
-MORE_RUNS = [*MORE_LONG, *MORE_REMEMBERING]
+MORE_RUNS = [*MORE_EDGES, *MORE_LONG, *MORE_REMEMBERING]
 
 
 def results_of(
@@ -464,7 +465,7 @@ print("equal")
 """
 
 
-@pytest.mark.parametrize("limit", [1, 2, 3])
+@pytest.mark.parametrize("limit", [1, 3, pytest.param(2, marks=pytest.mark.full)])
 def test_fewer_threads_than_planned(limit: int) -> None:
     """If OpenMP gives a smaller team than requested, the results are the same."""
     environment = os.environ | {"OMP_THREAD_LIMIT": str(limit), "RNNFAST_ASSUME_CORES": "64"}

@@ -53,7 +53,7 @@ def test_the_bits_are_those_of_single_streams(
     def check(_: str) -> None:
         chance = random.Random(0)
         batch, single = StreamBatch(frozen, 70), dict[int, Stream]()
-        for turn in range(60):
+        for turn in range(40):
             leaving = chance.sample(sorted(single), chance.randrange(len(single) // 4 + 1))
             for slot in leaving:
                 batch.leave(slot)
@@ -265,10 +265,10 @@ def test_many_steps_take_no_more_memory() -> None:
     before = tensors()
     tracemalloc.start()
     try:
-        run(1000)
+        run(500)
         gc.collect()
         first = tracemalloc.get_traced_memory()[0]
-        run(3000)
+        run(1500)
         gc.collect()
         assert tracemalloc.get_traced_memory()[0] <= first + 2000
     finally:

@@ -340,16 +340,16 @@ FORK = """
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
-@pytest.mark.parametrize(
-    ("before", "children"),
-    [
+@quick_values(
+    threads=[2, 4],
+    work=[
         ("lstm mm", ["lstm", "mm lstm dropout torch_nn train mm", "train"]),
         ("mm torch_nn", ["lstm mm", "train torch_nn mm dropout"]),
     ],
 )
-@pytest.mark.parametrize("threads", [2, 4])
-def test_children_of_several_threads_answer(threads: int, before: str, children: list[str]) -> None:
+def test_children_of_several_threads_answer(threads: int, work: tuple[str, list[str]]) -> None:
     """In a child the parent's team does not exist; several threads would wait for ever."""
+    before, children = work
     *found, parent = run(FORK, threads, before, *children).splitlines()
     assert found == ["1 1 same"] * len(children)
     assert parent == str(threads)
