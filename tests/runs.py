@@ -126,20 +126,25 @@ COVERING = [
 """All pairs of values of all dimensions, and all triples of these dimensions."""
 
 AT_EDGES = {"shape": SHAPES} | OPTIONS
-EDGES = [run_of(row) for row in covering(AT_EDGES, [*combinations(AT_EDGES, 2)], allowed)]
-"""All pairs of edge cases and options."""
-MORE_EDGES = [run_of(row) for row in covering(AT_EDGES, [("shape", "cell", "dtype")], allowed)]
-"""Every edge case with every cell and dtype."""
+EDGES = [
+    run_of(row)
+    for row in covering(AT_EDGES, [("shape", "cell", "dtype"), *combinations(AT_EDGES, 2)], allowed)
+]
+"""Every edge case with every cell and dtype, and all pairs of edge cases and options."""
 
-# These calls take long.
-AT_LARGE = {"shape": (LARGE, MANY_BLOCKS, BLOCKS_OF_A_STEP)} | OPTIONS
+AT_LARGE = {"shape": (LARGE,)} | OPTIONS
+AT_BLOCKS = {"shape": (MANY_BLOCKS, BLOCKS_OF_A_STEP)} | OPTIONS  # these calls take long
+OF_BLOCKS = [*combinations(("shape", "cell", "dtype"), 2)]
 LONG = [
     run_of(row)
-    for row in covering(AT_LARGE, [*combinations(("shape", "cell", "dtype"), 2)], allowed)
+    for row in [
+        *covering(AT_LARGE, [("cell", "dtype")], allowed),
+        *covering(AT_BLOCKS, OF_BLOCKS, allowed),
+    ]
 ]
-"""Large cases: every two of case, cell and dtype."""
-MORE_LONG = [run_of(row) for row in covering(AT_LARGE, [("shape", "cell", "dtype")], allowed)]
-"""Every large case with every cell and dtype."""
+"""Large cases with every cell and dtype; of those with blocks of steps, every pair of these."""
+MORE_LONG = [run_of(row) for row in covering(AT_BLOCKS, [("shape", "cell", "dtype")], allowed)]
+"""Every large case of blocks of steps with every cell and dtype."""
 ALL_REMEMBERING = [
     run_of({"shape": (300, 4, 3, 10), "cell": cell, "dtype": dtype, "gates": "remembering"} | more)
     for cell in CELLS

@@ -40,7 +40,6 @@ from runs import (
     EDGES,
     GRID,
     LONG,
-    MORE_EDGES,
     MORE_LONG,
     MORE_REMEMBERING,
     MORE_SPLIT,
@@ -59,7 +58,7 @@ from rnnfast.reference import CELLS
 
 RANDOM_RUNS = 100
 """The number of random calls per day; `test_many_random_calls` makes more."""
-MORE_RUNS = [*MORE_EDGES, *MORE_LONG, *MORE_REMEMBERING]
+MORE_RUNS = [*MORE_LONG, *MORE_REMEMBERING]
 
 
 def results_of(
