@@ -105,7 +105,10 @@ except RuntimeError as error:
 
 @pytest.mark.parametrize(
     ("environment", "reason"),
-    [({"RNNFAST_CUDA": "0"}, "RNNFAST_CUDA=0"), ({"CXX": "no-such-c++"}, "no C++ compiler")],
+    [
+        ({"RNNFAST_CUDA": "0"}, "RNNFAST_CUDA=0"),
+        pytest.param({"CXX": "no-such-c++"}, "no C++ compiler", marks=pytest.mark.full),
+    ],
 )
 def test_force_cuda_fails_loudly(source_copy, environment, reason):
     asked = run_python("setup.py", "build", cwd=source_copy, FORCE_CUDA="1", **environment)

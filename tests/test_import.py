@@ -168,7 +168,11 @@ def test_the_command_line_knows_all_schedules():
     assert train.SCHEDULES == schedule.SCHEDULES
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["train", "--help"]], ids=str)
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["train", "--help"], pytest.param(["--version"], marks=pytest.mark.full)],
+    ids=str,
+)
 def test_help_is_quick(arguments):
     *_, modules, seconds = run(COMMAND_LINE, *arguments).splitlines()
     assert not foreign(modules.split())

@@ -56,7 +56,7 @@ import rnnfast
 from rnnfast import backend, reference
 from rnnfast.reference import CELLS
 
-RANDOM_RUNS = 100
+RANDOM_RUNS = 60
 """The number of random calls per day; `test_many_random_calls` makes more."""
 MORE_RUNS = [*MORE_LONG, *MORE_REMEMBERING]
 

@@ -77,7 +77,16 @@ CREATED = """
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="threads are listed in /proc")
-@quick_values(threads=[2, 3, 4, 8, 16], cores=[0, 64])  # 0: those that there are
+@pytest.mark.parametrize(
+    ("threads", "cores"),  # 0: the cores that there are
+    [
+        *[(2, 64), (3, 0), (16, 64)],
+        *(
+            pytest.param(*pair, marks=pytest.mark.full)
+            for pair in [(2, 0), (3, 64), (4, 0), (4, 64), (8, 0), (8, 64), (16, 0)]
+        ),
+    ],
+)
 def test_calls_create_no_threads(threads: int, cores: int) -> None:
     """Calls alone, and alternating with torch.mm.
 
@@ -110,7 +119,9 @@ def test_a_change_of_affinity_is_noticed() -> None:
     run(script)
 
 
-@pytest.mark.parametrize("binding", ["OMP_PROC_BIND=close", "OMP_PLACES=cores"])
+@pytest.mark.parametrize(
+    "binding", ["OMP_PROC_BIND=close", pytest.param("OMP_PLACES=cores", marks=pytest.mark.full)]
+)
 def test_bound_threads_use_all_cores(binding: str) -> None:
     """OpenMP binds the calling thread to one core, and each of the others to another."""
     script = "import rnnfast; print(rnnfast.backend.EXTENSION.usable_cores())"
