@@ -19,6 +19,7 @@ from pathlib import Path
 
 import setuptools
 from setuptools import Extension, setup
+from setuptools.command.build_py import build_py
 from setuptools.command.egg_info import manifest_maker
 
 TORCH_RANGE = "torch>=2.11,<2.15"
@@ -202,6 +203,23 @@ if extensions:
             facts.write_text(json.dumps({"torch": torch.__version__}) + "\n", encoding="utf-8")
 
     command_classes["build_ext"] = BuildIncrementally
+
+    class BuildWithHeaders(build_py):
+        """Puts the headers of the kernels into the package: users' cells are compiled from them.
+
+        An editable install uses those in csrc/.
+        """
+
+        def run(self) -> None:
+            super().run()
+            if self.editable_mode:
+                return
+            for path in glob("csrc/**/*.h", recursive=True):
+                target = Path(self.build_lib, "rnnfast/headers", Path(path).relative_to("csrc"))
+                self.mkpath(str(target.parent))
+                self.copy_file(path, str(target))
+
+    command_classes["build_py"] = BuildWithHeaders
 
 manifest_maker.template = ".ci/MANIFEST.in"  # what an sdist has beside the package
 setup(ext_modules=extensions, cmdclass=command_classes, install_requires=[requirement])
