@@ -256,8 +256,11 @@ def _checked_parameters(
 _lock = threading.RLock()
 
 
-def _step(cell: CustomCell, gates_x: Tensor, gates_h: Tensor, h: Tensor, *rest: Tensor) -> States:
-    """The step as `rnnfast.reference.Cell` has it: states beside h lie side by side."""
+def _inputs(cell: CustomCell, gates_x: Tensor, gates_h: Tensor, h: Tensor, *rest: Tensor) -> States:
+    """The inputs of the program of a step from the arguments of `rnnfast.reference.Cell.step`.
+
+    There the states beside h lie side by side.
+    """
     states: States = (h,)
     parameters: States = ()
     if len(cell.state) > 1:
@@ -272,9 +275,27 @@ def _step(cell: CustomCell, gates_x: Tensor, gates_h: Tensor, h: Tensor, *rest: 
         )
         gates_h = torch.zeros_like(gates_h)
     gates = (*gates_x.chunk(cell.gates, dim=-1), *gates_h.chunk(cell.gates, dim=-1))
-    results = cell.program.run(*gates, *states, *parameters)
+    return *gates, *states, *parameters
+
+
+def _step(cell: CustomCell, *arguments: Tensor) -> States:
+    """The step as `rnnfast.reference.Cell` has it."""
+    inputs = _inputs(cell, *arguments)
+    h = inputs[2 * cell.gates]
+    results = cell.program.run(*inputs)
     first, *others = (result.expand_as(h) for result in results if result is not None)
     return (first, torch.cat(others, dim=-1)) if others else (first,)
+
+
+def named_values(cell: CustomCell, *arguments: Tensor) -> dict[str, Tensor]:
+    """What a step computes, by the names of the variables in the user's function.
+
+    The arguments are those of `rnnfast.reference.Cell.step`.
+    """
+    inputs = _inputs(cell, *arguments)
+    h, values = inputs[2 * cell.gates], cell.program.values(*inputs)[len(inputs) :]
+    pairs = zip(cell.program.operations, values, strict=True)
+    return {operation.name: value.expand_as(h) for operation, value in pairs if operation.name}
 
 
 class _Registered(NamedTuple):

@@ -11,13 +11,16 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from rnnfast import backend, checks, functional, reference, sequences
+from rnnfast.bases import CELL_WEIGHTS
+from rnnfast.custom import CustomCell, Layer, LayerCell
+from rnnfast.custom.cells import named_values
 from rnnfast.modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from rnnfast.reference import CELLS, Cell, LayerInputs, States
 from rnnfast.sequences import Extras, StepWeights
 
 Activations = dict[str, Tensor]
-Layers = RNN | GRU | LSTM
-Cells = RNNCell | GRUCell | LSTMCell
+Layers = RNN | GRU | LSTM | Layer
+Cells = RNNCell | GRUCell | LSTMCell | LayerCell
 
 
 def repeat_step(layer: Cells, input: Tensor, hx: Any = None) -> tuple[dict[str, Activations], int]:
@@ -26,9 +29,13 @@ def repeat_step(layer: Cells, input: Tensor, hx: Any = None) -> tuple[dict[str, 
     x = input.unsqueeze(0) if single else input
     states = _as_states(cell, hx, batch=0 if single else None)
     if states is None:
-        states = (x.new_zeros(x.shape[0], layer.hidden_size),) * cell.states
-    weights = (layer.weight_ih, layer.weight_hh, layer.bias_ih, layer.bias_hh)
-    own = _repeat(cell, x.unsqueeze(0), states, weights, False, Extras(), layer.backend)
+        sizes = (layer.hidden_size, cell.cells * layer.hidden_size)[: cell.states]
+        states = tuple(x.new_zeros(x.shape[0], size) for size in sizes)
+    weights: list[Tensor | None] = [*layer._read(CELL_WEIGHTS)]
+    if isinstance(layer, LayerCell):
+        weights = [weight for weight in weights if weight is not None]
+        weights += [layer._read_parameters()] if cell.parameters else []
+    own = _repeat(layer, cell, x.unsqueeze(0), states, weights, False, Extras())
     return {"l0": {name: t.squeeze(1) if single else t for name, t in own.items()}}, 0
 
 
@@ -65,16 +72,17 @@ def repeat_sequence(
     extras = checks.check_extras(x, lengths, reset, False, batch_first=False)
     states = _as_states(cell, hx, batch=1 if single else None)
     if states is None:
-        sizes = (layer.proj_size or layer.hidden_size, layer.hidden_size)[: cell.states]
+        hidden = layer.hidden_size
+        sizes = (layer.proj_size or hidden, cell.cells * hidden)[: cell.states]
         rows = layer.num_layers * directions
         states = tuple(x.new_zeros(rows, x.shape[1], size) for size in sizes)
 
     activations: dict[str, Activations] = {}
     outputs: list[Tensor] = []
-    for row, weights in enumerate(layer.all_weights):
+    for row, weights in enumerate(_weights_of(layer)):
         number, direction = divmod(row, directions)
         before = tuple(state[row] for state in states)
-        own = _repeat(cell, x, before, weights, direction == 1, extras, layer.backend)
+        own = _repeat(layer, cell, x, before, weights, direction == 1, extras)
         key = f"l{number}_reverse" if direction else f"l{number}"
         activations[key] = {name: restore(tensor) for name, tensor in own.items()}
         outputs.append(own["hidden"])
@@ -94,7 +102,17 @@ def _look_up(layer: Layers, tokens: Tensor | PackedSequence, embedding: nn.Embed
     return embedding(tokens)
 
 
+def _weights_of(layer: Layers) -> list[list[Tensor]]:
+    """The weights of each layer and direction."""
+    if not isinstance(layer, Layer):
+        return [list(weights) for weights in layer.all_weights]
+    tensors, size = layer._read(layer._flat_weights_names), layer._options().tensors_per_layer
+    return [tensors[begin : begin + size] for begin in range(0, len(tensors), size)]
+
+
 def _cell_of(layer: Layers | Cells) -> Cell:
+    if isinstance(layer, Layer | LayerCell):
+        return layer.cell.row
     if isinstance(layer, LSTM | LSTMCell):
         return CELLS["lstm"]
     if isinstance(layer, GRU | GRUCell):
@@ -107,37 +125,64 @@ def _as_states(cell: Cell, hx: Any, batch: int | None) -> States | None:
     if hx is None:
         return None
     states = hx if cell.states > 1 else (hx,)
+    if cell.cells > 1:  # the operators take the states beside h side by side
+        states = (states[0], torch.cat(states[1:], dim=-1))
     return tuple(state if batch is None else state.unsqueeze(batch) for state in states)
 
 
 def _repeat(
+    layer: Layers | Cells,
     cell: Cell,
     x: Tensor,
     states: States,
     weights: Sequence[Tensor | None],
     reverse: bool,
     extras: Extras,
-    requested: str | None,
 ) -> Activations:
     """The activations (T, B, H) of one layer in one direction.
 
     ``weights`` are w_ih and w_hh, then both biases if there are any, then w_hr if there is a
-    projection.
+    projection, or the learnable vectors of a user's cell.
     """
     arguments: Any = sequences.autocast(x, states, weights)
     x, states, (w_ih, w_hh, *others) = arguments
-    w_hr = others[-1] if len(others) % 2 else None
+    last = others[-1] if len(others) % 2 else None
     b_ih, b_hh = others[:2] if len(others) > 1 else (None, None)
-    plain = extras.lengths is None and extras.reset is None and w_hr is None
-    chosen = backend.choose(requested, x, beyond_torch=True)  # torch's kernels return no gates
-    fused = chosen == "fused" and (plain or x.device.type == "cpu")
-    look = _ask_kernel if fused else _ask_formula
-    found = look(cell, x, states, (w_ih, w_hh, b_ih, b_hh), reverse, extras, w_hr)
+    if isinstance(layer, Layer | LayerCell):
+        lengths, reset, _ = extras
+        inputs = LayerInputs(
+            x, states, w_ih, w_hh, b_ih, b_hh, reverse, lengths, reset, parameters=last
+        )
+        found = _ask_program(layer.cell, inputs)
+    else:
+        plain = extras.lengths is None and extras.reset is None and last is None
+        # torch's kernels return no gates
+        chosen = backend.choose(layer.backend, x, beyond_torch=True)
+        fused = chosen == "fused" and (plain or x.device.type == "cpu")
+        look = _ask_kernel if fused else _ask_formula
+        found = look(cell, x, states, (w_ih, w_hh, b_ih, b_hh), reverse, extras, last)
     if extras.lengths is not None:
         steps = torch.arange(x.shape[0], device=x.device).unsqueeze(1)
         beyond = (steps >= extras.lengths.to(x.device)).unsqueeze(2)
         found = {name: tensor.masked_fill(beyond, 0) for name, tensor in found.items()}
     return {name: tensor.to(found["hidden"].dtype) for name, tensor in found.items()}
+
+
+def _ask_program(custom: CustomCell, inputs: LayerInputs) -> Activations:
+    """What each step of a user's cell computes, by the names in the user's function."""
+    steps: list[Activations] = []
+
+    def step(*arguments: Tensor) -> States:
+        steps.append(named_values(custom, *arguments))
+        return custom.row.step(*arguments)
+
+    y, _, c = reference.layer(custom.row._replace(step=step), inputs)
+    steps = steps[::-1] if inputs.reverse else steps
+    found = {name: torch.stack([values[name] for values in steps]) for name in steps[0]}
+    if c is not None:
+        others = c.chunk(custom.row.cells, dim=-1)
+        found |= dict(zip(custom.state[1:], others, strict=True))
+    return {**found, "hidden": y}
 
 
 def _ask_kernel(

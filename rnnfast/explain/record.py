@@ -6,6 +6,7 @@ layer   activations
 RNN     hidden
 GRU     reset (r), update (z), new (n), hidden
 LSTM    input (i), forget (f), cell (g), output (o), cell_state (c), hidden
+Layer   every variable of the cell's function, its states beside h, hidden
 ======  ===========================================================================
 
 The letters are those of the formulas in `rnnfast.reference`; ``hidden`` is h.
@@ -23,11 +24,12 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from rnnfast import backend
+from rnnfast.custom import Layer, LayerCell
 from rnnfast.explain.gates import Activations, Cells, Layers, repeat_sequence, repeat_step
 from rnnfast.modules import RNN, RNNCell
 
-_FORWARDS = (RNN.forward, RNNCell.forward)
-"""The methods that all layers and all cells share."""
+_FORWARDS = (RNN.forward, RNNCell.forward, Layer.forward, LayerCell.forward)
+"""The methods that layers and cells share."""
 
 
 class GateRecord(Mapping[str, Activations]):
