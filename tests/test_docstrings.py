@@ -32,6 +32,9 @@ TOOLS = [
     rnnfast.quantize_error,
     rnnfast.Stream,
     rnnfast.StreamBatch,
+    rnnfast.cell,
+    rnnfast.Layer,
+    rnnfast.LayerCell,
 ]
 PUBLIC = [*LAYERS, *CELLS, *FUNCTIONS, *TOOLS, rnnfast.onnx.export]
 
