@@ -16,6 +16,7 @@ from ..reference import Cell
 from .cells import CustomCell
 
 Shape = tuple[int, ...]
+_OF_INPUT = ("weight_ih", "bias_ih")
 _SUFFIX = re.compile(r"_l\d+(_reverse)?$")
 """What follows the name of a parameter in a stack of layers."""
 
@@ -41,7 +42,9 @@ class Layer(Layers):
 
     Args:
         cell: What `rnnfast.cell` returns.
-        input_size: I.
+        input_size: I. Or None if inputs are gates, W_ih x + b_ih, which come from other modules
+            such as a batch normalisation. The first layer then has neither W_ih nor b_ih, and I is
+            G*H.
         hidden_size: H.
         num_layers: L. Default: 1.
         bias: Whether there are biases. Default: True.
@@ -59,7 +62,7 @@ class Layer(Layers):
 
     Inputs:
         input: (T, B, I), (B, T, I) with ``batch_first``, (T, I) for a single sequence, or a
-            PackedSequence.
+            PackedSequence; with ``tokens=True`` without the dimension of I.
         hx: The states (L*D, B, H): one tensor, or a tuple with one for each state of the cell.
             Default: None, zeros.
         lengths, reset, embedding: As for `rnnfast.LSTM`.
@@ -102,7 +105,7 @@ class Layer(Layers):
     def __init__(
         self,
         cell: CustomCell,
-        input_size: int,
+        input_size: int | None,
         hidden_size: int,
         num_layers: int = 1,
         bias: bool = True,
@@ -119,7 +122,7 @@ class Layer(Layers):
         nn.Module.__init__(self)  # torch.nn's layers know their own kinds of cells alone
         _check_cell(cell)
         for name, size in (
-            ("input_size", input_size),
+            ("input_size", 1 if input_size is None else input_size),
             ("hidden_size", hidden_size),
             ("num_layers", num_layers),
         ):
@@ -132,25 +135,36 @@ class Layer(Layers):
                 "dropout should be a number in range [0, 1] representing the probability of an "
                 "element being zeroed"
             )
+        if input_size is None and (tokens or bidirectional):
+            option = "tokens=True" if tokens else "bidirectional=True"
+            raise ValueError(f"input_size=None cannot be combined with {option}")
         self.cell = cell
         self.mode = cell.name
-        self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
+        self.takes_gates = input_size is None
+        self.input_size = cell.gates * hidden_size if input_size is None else input_size
+        self.hidden_size, self.num_layers = hidden_size, num_layers
         self.bias, self.batch_first, self.dropout = bias, batch_first, float(dropout)
         self.bidirectional, self.proj_size = bidirectional, 0
-        self.tokens, self.recompute = tokens, recompute
+        # Gates are a table for the kernels, and the steps its rows' numbers: tokens.
+        self.tokens = tokens or self.takes_gates
+        self.recompute = recompute
         self.backend = check_backend(backend)
         _ = cell.row  # registers it with torch
 
         directions = 2 if bidirectional else 1
         self._all_weights = []
+        self._own_names: list[list[str]] = []  # the same without the suffixes
         for layer in range(num_layers):
             for suffix in (f"_l{layer}", f"_l{layer}_reverse")[:directions]:
-                columns = input_size if layer == 0 else directions * hidden_size
+                columns = self.input_size if layer == 0 else directions * hidden_size
                 shapes = _shapes(cell, columns, hidden_size, bias)
+                if layer == 0 and self.takes_gates:
+                    shapes = {name: shapes[name] for name in shapes if name not in _OF_INPUT}
                 for name, shape in shapes.items():
                     tensor = torch.empty(shape, device=device, dtype=dtype)
                     self.register_parameter(name + suffix, nn.Parameter(tensor))
                 self._all_weights.append([name + suffix for name in shapes])
+                self._own_names.append(list(shapes))
         self._flat_weights_names = [name for names in self._all_weights for name in names]
         self._init_flat_weights()
         self.reset_parameters()
@@ -185,18 +199,42 @@ class Layer(Layers):
         return self.cell.row
 
     def _read(self, names: list[str]) -> list[Tensor]:
-        tensors, size = super()._read(names), len(self._all_weights[0])
-        if self._is_plain:
-            return tensors
+        tensors = super()._read(names)
+        plain = self.cell.recurrent and not self._cell.parameters
+        return tensors if plain or self.takes_gates else self._completed(tensors)
+
+    def _completed(self, tensors: list[Tensor], gates: Tensor | None = None) -> list[Tensor]:
+        """The parameters of all layers as the operators take them."""
         result: list[Tensor] = []
-        for begin in range(0, len(tensors), size):
-            result += _of_layer(self.cell, tensors[begin : begin + size], self.bias)
+        for names in self._own_names:
+            own = dict(zip(names, tensors, strict=False))
+            tensors = tensors[len(names) :]
+            result += _of_layer(self.cell, own, self.hidden_size, self.bias, gates)
+            gates = None
         return result
 
-    @property
-    def _is_plain(self) -> bool:
-        """Whether a layer has weights and biases alone."""
-        return self.cell.recurrent and not self._cell.parameters
+    def _take_tokens(
+        self, input: Any, weights: list[Tensor], lengths: Any, embedding: nn.Embedding | None
+    ) -> tuple[Any, list[Tensor], bool]:
+        if not self.takes_gates:
+            return super()._take_tokens(input, weights, lengths, embedding)
+        if embedding is not None:
+            raise ValueError("the input is gates: no embedding can be given")
+        data, *rest = input if isinstance(input, PackedSequence) else (input,)
+        if not isinstance(data, Tensor):
+            self._forward_in_torch(data, None, "")
+        if data.dim() == 0 or data.shape[-1] != self.input_size:
+            raise RuntimeError(
+                f"input.size(-1) must be equal to gates * hidden_size. Expected {self.input_size}, "
+                f"got {list(data.shape)}"
+            )
+        table = data.reshape(-1, self.input_size)
+        rows = torch.arange(len(table), device=data.device).view(*data.shape[:-1], 1)
+        return (
+            PackedSequence(rows, *rest) if rest else rows,
+            self._completed(weights, table),
+            True,
+        )
 
     def _forward_in_torch(self, input: Any, hx: Any, reason: str) -> NoReturn:
         raise TypeError(f"input should be a Tensor or a PackedSequence, got {type(input).__name__}")
@@ -213,7 +251,9 @@ class Layer(Layers):
 
     def extra_repr(self) -> str:
         """The arguments that ``repr`` shows."""
-        return f"{self.cell.name}, {super().extra_repr()}"
+        own = super().extra_repr()
+        own = own.replace(str(self.input_size), "None", 1) if self.takes_gates else own
+        return f"{self.cell.name}, {own}"
 
 
 class LayerCell(OneStep):
@@ -306,10 +346,11 @@ class LayerCell(OneStep):
         return self.cell.row
 
     def _read(self, names: list[str]) -> list[Tensor]:
-        weights, biases = names[:2], names[2:] if self.bias else []
-        if not self.cell.recurrent:
-            weights, biases = weights[:1], biases[:1]
-        result = _of_layer(self.cell, super()._read([*weights, *biases]), self.bias)
+        tensors = super()._read(names)
+        if self.cell.recurrent:
+            return tensors
+        own = {n: t for n, t in zip(names, tensors, strict=True) if t is not None}
+        result = _of_layer(self.cell, own, self.hidden_size, self.bias)
         missing: list[Any] = [] if self.bias else [None, None]
         return [*result, *missing]
 
@@ -358,17 +399,24 @@ def _shapes(cell: CustomCell, columns: int, hidden_size: int, bias: bool) -> dic
     return shapes
 
 
-def _of_layer(cell: CustomCell, tensors: list[Tensor], bias: bool) -> list[Tensor]:
-    """The tensors of a layer as the operators take them: w_ih, w_hh[, b_ih, b_hh][, parameters]."""
-    w_ih, *rest = tensors
-    rows = w_ih.shape[0]
-    result = [w_ih, rest.pop(0) if cell.recurrent else w_ih.new_empty(rows, 0)]
-    if bias:
-        b_ih = rest.pop(0)
-        result += [b_ih, rest.pop(0) if cell.recurrent else torch.zeros_like(b_ih)]
-    if rest:
-        result.append(_joined_parameters(rest, rows // cell.gates))
-    return result
+def _of_layer(
+    cell: CustomCell,
+    own: dict[str, Tensor],
+    hidden_size: int,
+    bias: bool,
+    gates: Tensor | None = None,
+) -> list[Tensor]:
+    """The tensors of a layer as the operators take them: w_ih, w_hh[, b_ih, b_hh][, parameters].
+
+    ``gates`` (N, G*H) takes the place of W_ih where inputs are gates: a table with a row for each
+    step.
+    """
+    w_ih, rows = own["weight_ih"] if gates is None else gates, cell.gates * hidden_size
+    result = [w_ih, own["weight_hh"] if cell.recurrent else w_ih.new_empty(rows, 0)]
+    for name in ("bias_ih", "bias_hh") if bias else ():
+        result.append(own[name] if name in own else w_ih.new_zeros(rows))
+    others = [tensor for name, tensor in own.items() if name not in CELL_WEIGHTS]
+    return [*result, _joined_parameters(others, hidden_size)] if others else result
 
 
 def _joined_parameters(tensors: list[Tensor], hidden_size: int) -> Tensor:

@@ -50,7 +50,8 @@ def repeat_sequence(
     embedding: nn.Embedding | None = None,
 ) -> tuple[dict[str, Activations], int]:
     """The activations of each layer and direction, shaped like the input, and the time dim."""
-    if layer.tokens or embedding is not None:
+    gates = isinstance(layer, Layer) and layer.takes_gates
+    if (layer.tokens and not gates) or embedding is not None:
         input = _look_up(layer, input, embedding)
     if isinstance(input, PackedSequence):
         input, lengths = pad_packed_sequence(input, layer.batch_first)
@@ -107,6 +108,8 @@ def _weights_of(layer: Layers) -> list[list[Tensor]]:
     if not isinstance(layer, Layer):
         return [list(weights) for weights in layer.all_weights]
     tensors, size = layer._read(layer._flat_weights_names), layer._options().tensors_per_layer
+    if layer.takes_gates:
+        tensors = layer._completed(tensors, torch.eye(layer.input_size).to(tensors[0]))
     return [tensors[begin : begin + size] for begin in range(0, len(tensors), size)]
 
 
