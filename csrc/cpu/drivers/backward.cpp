@@ -22,8 +22,7 @@ Backward::Backward(const Context& context, const BackwardArgs& args, const Plan&
   const int64_t B = args.size.B, H = args.size.H, P = args.h_size;
   w_hh_ = arena.take<char>((packs_at_once() ? hidden_.count() : plan.threads) *
                            hidden_.panel_bytes(depth_));
-  // room for whole vectors of the last block
-  const int64_t c_bytes = context.compute(context.c_size(H) - H + context.whole_vectors(H));
+  const int64_t c_bytes = context.compute(context.padded_c_size(H));
   if (context.cell.cells > 0) d_c_ = {arena.take<char>(B * c_bytes), c_bytes};
   const int64_t h_bytes = context.compute(context.state_pitch(P));
   d_h_ = {arena.take<char>(B * h_bytes), h_bytes};
