@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from .. import checks
 from ..bases import CELL_WEIGHTS, Device, Layers, OneStep, check_backend
 from ..reference import Cell
 from .cells import CustomCell
@@ -139,7 +140,7 @@ class Layer(Layers):
             option = "tokens=True" if tokens else "bidirectional=True"
             raise ValueError(f"input_size=None cannot be combined with {option}")
         self.cell = cell
-        self.mode = cell.name
+        self.mode = "CUSTOM"
         self.takes_gates = input_size is None
         self.input_size = cell.gates * hidden_size if input_size is None else input_size
         self.hidden_size, self.num_layers = hidden_size, num_layers
@@ -190,6 +191,10 @@ class Layer(Layers):
 
         The arguments and results are those under "Inputs" and "Outputs" in the class.
         """
+        if return_cells:
+            raise ValueError("return_cells is only supported for LSTM, not for cells of users")
+        if isinstance(input, fx.Proxy):
+            return super().forward(input, hx, lengths, reset, return_cells, embedding)
         states = _joined_states(self.cell, hx)
         output, finals = super().forward(input, states, lengths, reset, return_cells, embedding)
         return output, _separate_states(self.cell, finals)
@@ -339,6 +344,8 @@ class LayerCell(OneStep):
 
         The arguments and results are those under "Inputs" and "Outputs" in the class.
         """
+        if isinstance(input, fx.Proxy):
+            return super().forward(input, hx)
         return _separate_states(self.cell, super().forward(input, _joined_states(self.cell, hx)))
 
     @property
@@ -421,6 +428,7 @@ def _of_layer(
 
 def _joined_parameters(tensors: list[Tensor], hidden_size: int) -> Tensor:
     """All of these as rows of a tensor (N, H), as the operators take them."""
+    checks.refuse_freed(parameter=tensors)  # joining would read what is not there
     return torch.cat(tensors).view(-1, hidden_size)
 
 
@@ -453,6 +461,7 @@ def _joined_states(cell: CustomCell, hx: Any) -> Any:
             raise RuntimeError(
                 f"Expected {name} size {tuple(hx[0].shape)}, got {list(tensor.shape)}"
             )
+    checks.refuse_freed(hidden=hx)  # joining would read what is not there
     return hx[0], torch.cat(tuple(hx[1:]), dim=-1)
 
 
