@@ -238,7 +238,10 @@ def _checked_names(names: Sequence[str], kind: str) -> tuple[str, ...]:
     return result
 
 
-_OF_LAYERS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "norm_weight", "norm_bias")
+_OF_LAYERS = (
+    *("weight_ih", "weight_hh", "bias_ih", "bias_hh", "norm_weight", "norm_bias"),
+    *("bias", "cell", "backend", "training", "input_size", "hidden_size"),
+)
 
 
 def _checked_parameters(
