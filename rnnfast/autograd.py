@@ -294,7 +294,7 @@ def _register_fakes(cell: Cell) -> None:
     """Tells torch.compile and torch.export the shapes that the operators of ``cell`` return."""
 
     def forward(x: Tensor, *arguments: Any) -> States:
-        onnx.refuse_unknown(f"rnnfast::{cell.name}")
+        onnx.refuse_unknown(f"rnnfast::{cell.name}", custom=cell.compile is not None)
         states = arguments[: cell.states]
         # torch leaves out trailing arguments that have their default values
         _, save, recompute, *_ = (*arguments[cell.states + 4 :], False)

@@ -166,7 +166,10 @@ def _read_prompts(
         like = torch.empty(0, dtype=torch.float32, device="cpu")
     else:
         like = cast(Tensor, layers._flat_weights[0])
-    states = tuple(like.new_zeros(shape) for _ in range(2 if layers.mode == "LSTM" else 1))
+    count = 2 if layers.mode == "LSTM" else 1
+    if layers.mode == "CUSTOM":
+        count = len(cast(Any, layers).cell.state)
+    states = tuple(like.new_zeros(shape) for _ in range(count))
     for length in {len(prompt) for prompt in prompts} - {1}:
         rows = [row for row, prompt in enumerate(prompts) if len(prompt) == length]
         tokens = torch.stack([prompts[row][:-1] for row in rows])

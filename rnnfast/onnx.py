@@ -134,8 +134,10 @@ def export(
     return program
 
 
-def refuse_unknown(operator: str) -> None:
+def refuse_unknown(operator: str, custom: bool = False) -> None:
     """Refuses an operator of this package in a torch.onnx.export that lacks its translation.
+
+    A ``custom`` operator is one of a user's cell, which has no translation.
 
     torch says whether an export is running, but not with which translations: its frame knows that.
     The exporter that traces (``dynamo=False``) takes none.
@@ -148,6 +150,11 @@ def refuse_unknown(operator: str) -> None:
         if frame.f_back is None:
             return
         frame = frame.f_back
+    if custom:
+        raise RuntimeError(
+            f"ONNX has no operator for {operator}, a cell of a user's. With backend='reference' "
+            f"its steps are exported one after the other, for a fixed number of steps."
+        )
     table = frame.f_locals["custom_translation_table"] or {}
     if backend.is_tracing() or operator not in {known.name() for known in table}:
         raise RuntimeError(

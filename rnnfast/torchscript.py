@@ -33,7 +33,7 @@ def traced_layer(
     Raises:
         RuntimeError: It is torch.onnx.export that traces.
     """
-    onnx.refuse_unknown(f"rnnfast::{cell.name}")
+    onnx.refuse_unknown(f"rnnfast::{cell.name}", custom=cell.compile is not None)
     if cell.compile is not None:
         raise RuntimeError("torch.jit.trace cannot record a cell of a user's: use torch.compile")
     x, states, w_ih, w_hh, b_ih, b_hh, *options, _ = inputs

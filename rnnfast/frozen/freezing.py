@@ -135,6 +135,8 @@ def _class_to_freeze(module: nn.Module) -> type[nn.Module]:
         ValueError: The module may compute something else.
     """
     kind = parametrize.type_before_parametrizations(module)
+    if issubclass(kind, Backed) and not hasattr(kind, "torch_class"):
+        raise ValueError("its cell is a user's, and only torch.nn's cells can be frozen")
     torch_class: type[nn.Module] | None = (
         kind.torch_class if issubclass(kind, Backed) else torch_class_of(kind)
     )
