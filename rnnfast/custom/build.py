@@ -12,12 +12,13 @@ import ctypes
 import hashlib
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Final
@@ -54,9 +55,9 @@ def cache_folder() -> Path:
     ``XDG_CACHE_HOME``, or in ``~/.cache``.
     """
     if chosen := os.environ.get(CACHE_VARIABLE):
-        return Path(chosen)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "rnnfast" / "cells"
+        return Path(chosen).absolute()
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(base).absolute() / "rnnfast" / "cells"
 
 
 def load(name: str, struct: str, header: str, target: str, dtype: torch.dtype) -> int:
@@ -77,7 +78,7 @@ def load(name: str, struct: str, header: str, target: str, dtype: torch.dtype) -
     """
     source = _source(struct, target, dtype)
     key = hashlib.sha256("\0".join((header, source, *FLAGS, _headers_digest())).encode())
-    file = f"{name}-{target}-{_STORAGE[dtype]}-{key.hexdigest()[:16]}.so"
+    file = f"{name[:64]}-{target}-{_STORAGE[dtype]}-{key.hexdigest()[:16]}.so"
     with _lock:
         if file not in _libraries:
             _libraries[file] = _open(file, header, source)
@@ -86,32 +87,60 @@ def load(name: str, struct: str, header: str, target: str, dtype: torch.dtype) -
 
 def _open(file: str, header: str, source: str) -> ctypes.CDLL:
     path = cache_folder() / file
-    if path.exists():
-        try:
+    if _is_whole(path):
+        with suppress(OSError):  # it may be gone by now, or not be allowed to run
             return ctypes.CDLL(str(path))
-        except OSError:  # the file is damaged
-            path.unlink(missing_ok=True)
     with _folder_to_compile_in(path.parent) as folder:
         built = _compile(Path(folder), header, source)
-        if Path(folder).parent != path.parent:  # nothing can be kept
+        try:
+            with built.open("rb+") as whole:
+                digest = hashlib.sha256(whole.read()).digest()
+                whole.write(digest)  # the linker does not mind what follows its file
+            os.replace(built, path)
+        except OSError as error:
+            if Path(folder).parent == path.parent:  # else it has been said already
+                _warn_of_cache(path.parent, error)
             return ctypes.CDLL(str(built))
-        os.replace(built, path)
-    return ctypes.CDLL(str(path))
+        return ctypes.CDLL(str(path))
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file of the cache is there as it was written. A damaged one could end the process.
+
+    The last bytes of the file are the digest of those before.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return False
+    size = hashlib.sha256().digest_size
+    return hashlib.sha256(data[:-size]).digest() == data[-size:]
+
+
+def _warn_of_cache(folder: Path, error: OSError) -> None:
+    warnings.warn(
+        f"compiled cells cannot be kept in {folder} ({error.strerror}), so every process "
+        f"compiles them again; {CACHE_VARIABLE} names another folder",
+        stacklevel=2,
+    )
 
 
 @contextmanager
 def _folder_to_compile_in(wanted: Path) -> Iterator[str]:
-    """A new folder in the cache or, if nothing can be written there, one for temporary files."""
+    """A new folder in the cache or, if nothing can be written there, one for temporary files.
+
+    Raises:
+        CompileError: Neither can be made.
+    """
     try:
         wanted.mkdir(parents=True, exist_ok=True)
         folder = tempfile.mkdtemp(dir=wanted, prefix="compiling-")
     except OSError as error:
-        warnings.warn(
-            f"compiled cells cannot be kept in {wanted} ({error.strerror}), so every process "
-            f"compiles them again; {CACHE_VARIABLE} names another folder",
-            stacklevel=2,
-        )
-        folder = tempfile.mkdtemp(prefix="rnnfast-cell-")
+        _warn_of_cache(wanted, error)
+        try:
+            folder = tempfile.mkdtemp(prefix="rnnfast-cell-")
+        except OSError as none:
+            raise CompileError(f"no folder can be written to ({none})") from none
     try:
         yield folder
     finally:
@@ -164,7 +193,7 @@ def _compile(folder: Path, header: str, source: str) -> Path:
                 with_cuda=False,
                 is_python_module=False,
             )
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, subprocess.SubprocessError) as error:
             raise CompileError(f"the C++ compiler failed: {error}") from error
     return Path(library)
 
@@ -172,12 +201,16 @@ def _compile(folder: Path, header: str, source: str) -> Path:
 @contextmanager
 def _ninja_on_path() -> Iterator[None]:
     """Lets torch find the ninja that is installed just beside this Python."""
-    before = os.environ.get("PATH", "")
-    os.environ["PATH"] = before + os.pathsep + str(Path(sys.executable).parent)
+    before = os.environ.get("PATH")
+    known = os.defpath if before is None else before
+    os.environ["PATH"] = known + os.pathsep + str(Path(sys.executable).parent)
     try:
         yield
     finally:
-        os.environ["PATH"] = before
+        if before is None:
+            del os.environ["PATH"]
+        else:
+            os.environ["PATH"] = before
 
 
 def _headers() -> Path:
