@@ -1,15 +1,26 @@
-"""Fixtures: targets to run on (see targets.py), memory and threads."""
+"""Fixtures: targets to run on (see targets.py), memory, threads and compiled cells."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from targets import TARGETS, running_on
 
 from rnnfast import backend
+
+CELLS_OF_USERS = Path(__file__).resolve().parent.parent / "build/tests/cells"
+
+
+@pytest.fixture(scope="session")
+def cell_cache() -> Iterator[None]:
+    """Keeps compiled cells of users in build/, where all processes and later runs find them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RNNFAST_CELL_CACHE", str(CELLS_OF_USERS))
+        yield
 
 
 @pytest.fixture(autouse=True)
