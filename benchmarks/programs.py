@@ -1,6 +1,6 @@
-"""Times whole models before and after `rnnfast.accelerate`: `python -m benchmarks.programs --help`.
+"""Times whole models in plain PyTorch and with rnnfast: `python -m benchmarks.programs --help`.
 
-The models step through time in Python, with cells of torch.nn between other modules:
+In three of them, steps through time in Python call cells of torch.nn between other modules:
 
 tagger  The encoder of a part-of-speech tagger: two bidirectional layers of LSTMCell with recurrent
         dropout, one training step on 10 sentences of 25 words.
@@ -8,9 +8,22 @@ rssm    The recurrent state-space model of Dreamer: one training step on 16 sequ
 vad     A voice activity detector as Silero VAD 5: 100 chunks of 32 ms of sound, one at a time,
         without gradients.
 
-Outputs and gradients are compared first. Then both are timed in turn, in several new processes. A
-ratio is the time with torch.nn's cells divided by the time with rnnfast's. For programs without
-gradients, the share is the part of the time that the model with rnnfast's cells spends in them.
+One has layers of torch.nn, whose weights change with every call:
+
+awd     The AWD-LSTM language model: one training step on 20 texts of 70 words.
+
+Two have cells of their own, written in PyTorch:
+
+dreamer The world model of Dreamer 2 and 3, whose GRU normalises its gates: one training step on 16
+        sequences of 64 steps.
+ligru   A speech encoder: four bidirectional layers of the light GRU, on 8 sentences of 200 frames,
+        without gradients.
+
+`rnnfast.accelerate` replaces the layers of torch.nn, and what `REPLACEMENTS` says the others; the
+rest stays as it is. Outputs and gradients are compared first. Then both are timed in turn, in
+several new processes. A ratio is the time without rnnfast divided by the time with it. For programs
+without gradients, the share is the part of the time that the model with rnnfast spends in layers
+and cells.
 """
 
 import argparse
@@ -34,8 +47,11 @@ import rnnfast
 from benchmarks import machine
 from benchmarks.suite import verdict
 from benchmarks.timing import time_in_turn
+from rnnfast.custom import library
 
 Row = dict[str, Any]
+Models = dict[str, nn.Module]
+Steps = dict[str, Callable[[], Tensor]]
 
 
 class Tagger(nn.Module):
@@ -142,28 +158,227 @@ class VoiceDetector(nn.Module):
         return torch.stack(results)
 
 
+class WeightDrop(nn.Module):
+    """A layer of torch.nn whose W_hh is dropped in part, by a new mask for each call.
+
+    Like that of Merity, Keskar and Socher's program, it keeps the weights under another name, and
+    sets the attribute that the layer reads to what is left of them.
+    """
+
+    def __init__(self, layer: nn.RNNBase, dropout: float) -> None:
+        super().__init__()
+        self.layer, self.dropout = layer, dropout
+        layer.flatten_parameters = lambda: None  # the weights do not stay where they are
+        weight = layer._parameters.pop("weight_hh_l0")
+        layer.register_parameter("weight_hh_l0_raw", weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        raw = self.layer.weight_hh_l0_raw
+        self.layer.weight_hh_l0 = F.dropout(raw, self.dropout, self.training)
+        return self.layer(x)[0]
+
+
+def locked_dropout(x: Tensor, dropout: float, training: bool) -> Tensor:
+    """Drops elements of x (T, B, features) by one mask for all steps."""
+    return x * F.dropout(torch.ones_like(x[:1]), dropout, training)
+
+
+class LanguageModel(nn.Module):
+    """The AWD-LSTM of Merity, Keskar, Socher, arXiv:1708.02182, with its sizes for Penn Treebank.
+
+    Of their regularisation it has the dropped weights and units, and the tied embeddings.
+    """
+
+    def __init__(self, words: int = 10000, embedding: int = 400, hidden: int = 1150) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(words, embedding)
+        sizes = (embedding, hidden, hidden, embedding)
+        self.layers = nn.ModuleList(
+            WeightDrop(nn.LSTM(i, o), 0.5) for i, o in itertools.pairwise(sizes)
+        )
+        self.decoder = nn.Linear(embedding, words)
+        self.decoder.weight = self.embedding.weight
+
+    def forward(self, words: Tensor) -> Tensor:
+        """Takes words (T, B), and returns the losses of the words after the first."""
+        kept = F.dropout(torch.ones_like(self.embedding.weight[:, :1]), 0.1, self.training)
+        x = F.embedding(words[:-1], self.embedding.weight * kept)
+        x = locked_dropout(x, 0.4, self.training)
+        for layer, dropout in zip(self.layers, (0.25, 0.25, 0.4), strict=True):
+            x = locked_dropout(layer(x), dropout, self.training)
+        return F.cross_entropy(self.decoder(x).mT, words[1:], reduction="none")
+
+
+class NormGRUCell(nn.Module):
+    """The GRU cell of Dreamer 2: one matrix for input and state, and normalised gates."""
+
+    def __init__(self, input_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(input_size + hidden_size, 3 * hidden_size, bias=False)
+        self.norm = nn.LayerNorm(3 * hidden_size, eps=1e-3)
+
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+        parts = self.norm(self.linear(torch.cat([x, h], -1)))
+        reset, candidate, update = parts.chunk(3, -1)
+        candidate = torch.tanh(torch.sigmoid(reset) * candidate)
+        update = torch.sigmoid(update - 1)
+        return update * candidate + (1 - update) * h
+
+
+class WorldModel(nn.Module):
+    """The RSSM of Dreamer 2, arXiv:2010.02193, with the layers and sizes of small ports of 3.
+
+    The deterministic state has 512 units, and the random state 32 variables of 32 classes. An
+    embedded image has 4096 values and an action 6. Classes are relaxed (Jang, Gu, Poole,
+    arXiv:1611.01144) where Dreamer draws them, since rounding may change which one is drawn.
+    """
+
+    def __init__(self, hidden: int = 512, classes: int = 32, image: int = 4096) -> None:
+        super().__init__()
+        self.hidden, self.classes, random = hidden, classes, classes * classes
+
+        def block(input_size: int) -> list[nn.Module]:
+            linear = nn.Linear(input_size, hidden, bias=False)
+            return [linear, nn.LayerNorm(hidden, eps=1e-3), nn.SiLU()]
+
+        self.before = nn.Sequential(*block(random + 6))
+        self.cell = NormGRUCell(hidden, hidden)
+        self.prior = nn.Sequential(*block(hidden), nn.Linear(hidden, random))
+        self.posterior = nn.Sequential(*block(hidden + image), nn.Linear(hidden, random))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Takes images and actions (T, B, 4096 + 6); returns states and logits by step."""
+        images, actions = inputs[..., :-6], inputs[..., -6:]
+        h = images.new_zeros(images.shape[1], self.hidden)
+        s = images.new_zeros(images.shape[1], self.classes**2)
+        results = []
+        for image, action in zip(images, actions, strict=True):
+            h = self.cell(self.before(torch.cat([s, action], -1)), h)
+            prior, posterior = self.prior(h), self.posterior(torch.cat([h, image], -1))
+            logits = posterior.unflatten(-1, (self.classes, self.classes))
+            s = F.gumbel_softmax(logits).flatten(-2)
+            results.append(torch.cat([h, s, prior, posterior], -1))
+        return torch.stack(results)
+
+
+class LightGRU(nn.Module):
+    """A layer of the light GRU as SpeechBrain has it: relu, and the input's part normalised."""
+
+    def __init__(self, input_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.w = nn.Linear(input_size, 2 * hidden_size, bias=False)
+        self.u = nn.Linear(hidden_size, 2 * hidden_size, bias=False)
+        self.norm = nn.BatchNorm1d(2 * hidden_size, momentum=0.05)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Takes x (T, B, I); returns the h of each step (T, B, H) and the last one."""
+        h, states = x.new_zeros(x.shape[1], self.u.in_features), []
+        for part in self.norm(self.w(x).flatten(0, 1)).unflatten(0, x.shape[:2]):
+            a, z = (part + self.u(h)).chunk(2, -1)
+            z = torch.sigmoid(z)
+            h = z * h + (1 - z) * torch.relu(a)
+            states.append(h)
+        return torch.stack(states), h
+
+
+class SpeechEncoder(nn.Module):
+    """Bidirectional layers of the light GRU, Ravanelli et al., arXiv:1803.10225.
+
+    The sizes are those of SpeechBrain's recipe for TIMIT: four layers of 512 units. As there, both
+    directions of a layer have the same weights, and run as one batch.
+    """
+
+    def __init__(self, input_size: int = 80, hidden_size: int = 512, layers: int = 4) -> None:
+        super().__init__()
+        sizes = [input_size] + [2 * hidden_size] * (layers - 1)
+        self.layers = nn.ModuleList(LightGRU(size, hidden_size) for size in sizes)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """Takes frames (T, B, input_size), and returns states (T, B, 2 * hidden_size)."""
+        x = frames
+        for layer in self.layers:
+            forward, backward = layer(torch.cat([x, x.flip(0)], 1))[0].chunk(2, 1)
+            x = torch.cat([forward, backward.flip(0)], -1)
+        return x
+
+
+def trained_encoder() -> nn.Module:
+    """An encoder for use, that has seen data: its batch norms do not have mean 0 and variance 1."""
+    model = SpeechEncoder()
+    model(2 * torch.randn(20, 4, 80) + 1)
+    return model.eval()
+
+
+@torch.no_grad()
+def fused_norm_gru(cell: NormGRUCell) -> rnnfast.LayerCell:
+    hidden = cell.linear.out_features // 3
+    inputs = cell.linear.in_features - hidden
+    options: dict[str, Any] = {"bias": False, "backend": "fused"}
+    fused = rnnfast.LayerCell(library.layer_norm_gru, inputs, hidden, **options)
+    fused.weight_ih.copy_(cell.linear.weight[:, :inputs])
+    fused.weight_hh.copy_(cell.linear.weight[:, inputs:])
+    fused.norm_weight.copy_(cell.norm.weight)
+    fused.norm_bias.copy_(cell.norm.bias)
+    return fused
+
+
+@torch.no_grad()
+def fused_light_gru(layer: LightGRU) -> rnnfast.Layer:
+    """In evaluation, batch norm is a scale of the rows of W_ih and a bias."""
+    norm = layer.norm
+    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+    inputs, hidden = layer.w.in_features, layer.u.in_features
+    fused = rnnfast.Layer(library.light_gru, inputs, hidden, backend="fused")
+    fused.weight_ih_l0.copy_(scale.unsqueeze(1) * layer.w.weight)
+    fused.weight_hh_l0.copy_(layer.u.weight)
+    fused.bias_ih_l0.copy_(norm.bias - scale * norm.running_mean)
+    fused.bias_hh_l0.zero_()
+    return fused
+
+
+REPLACEMENTS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
+    NormGRUCell: fused_norm_gru,
+    LightGRU: fused_light_gru,
+}
+"""What makes a module of rnnfast of one that torch.nn does not have."""
+
+
+def accelerate(model: nn.Module) -> None:
+    """Replaces the recurrent layers and cells of a model, of torch.nn and of its own."""
+    rnnfast.accelerate(model, backend="fused")
+    for name, module in [*model.named_modules()]:
+        if type(module) in REPLACEMENTS:
+            model.set_submodule(name, REPLACEMENTS[type(module)](module))
+
+
 class Program(NamedTuple):
     """A model, the shape of its input, and whether a call is a step of training."""
 
     make: Callable[[], nn.Module]
     shape: tuple[int, ...]
     trains: bool
+    words: int | None = None
+    """If inputs are words, how many there are."""
 
 
 PROGRAMS = {
     "tagger": Program(Tagger, (25, 10, 300), trains=True),
     "rssm": Program(StateSpaceModel, (50, 16, 1030), trains=True),
     "vad": Program(VoiceDetector, (100, 1, 576), trains=False),
+    "awd": Program(LanguageModel, (71, 20), trains=True, words=10000),
+    "dreamer": Program(WorldModel, (64, 16, 4102), trains=True),
+    "ligru": Program(trained_encoder, (200, 8, 80), trains=False),
 }
 
 
-def steps_of(program: Program) -> tuple[dict[str, nn.Module], dict[str, Callable[[], Tensor]]]:
+def steps_of(program: Program) -> tuple[Models, Steps]:
     """Returns the models and the calls to time, by the names "torch" and "rnnfast"."""
     torch.manual_seed(0)
     model = program.make()
     models = {"torch": model, "rnnfast": copy.deepcopy(model)}
-    rnnfast.accelerate(models["rnnfast"], backend="fused")
-    x = torch.randn(program.shape)
+    accelerate(models["rnnfast"])
+    words, shape = program.words, program.shape
+    x = torch.randn(shape) if words is None else torch.randint(words, shape)
 
     def train(model: nn.Module) -> Tensor:
         model.zero_grad()
@@ -179,7 +394,16 @@ def steps_of(program: Program) -> tuple[dict[str, nn.Module], dict[str, Callable
     return models, {name: (lambda model=model: call(model)) for name, model in models.items()}
 
 
-def assert_same(models: dict[str, nn.Module], steps: dict[str, Callable[[], Tensor]]) -> None:
+def gradients(model: nn.Module) -> Iterator[Tensor]:
+    """The gradients of the parameters, as the model in plain PyTorch has them."""
+    for module in model.modules():
+        own = {name: p.grad for name, p in module.named_parameters(recurse=False)}
+        if isinstance(module, rnnfast.LayerCell):  # it stands for a NormGRUCell
+            yield torch.cat([own.pop("weight_ih"), own.pop("weight_hh")], 1)
+        yield from own.values()
+
+
+def assert_same(program: Program, models: Models, steps: Steps) -> None:
     """Compares the outputs and the gradients of the parameters.
 
     Raises:
@@ -188,17 +412,15 @@ def assert_same(models: dict[str, nn.Module], steps: dict[str, Callable[[], Tens
     results = []
     for name, step in steps.items():
         torch.manual_seed(1)  # for dropout and random states
-        results.append([step(), *(p.grad for p in models[name].parameters())])
+        results.append([step(), *(gradients(models[name]) if program.trains else ())])
     for theirs, ours in zip(*results, strict=True):
-        if theirs is None:  # no gradients are asked for
-            continue
         error = ((ours - theirs).abs().max() / theirs.abs().max()).item()
         if not error <= 1e-4:
             raise AssertionError(f"the results differ by {error:.2g} of the largest value")
 
 
 def share_of_cells(model: nn.Module, step: Callable[[], object], repeats: int) -> float:
-    """The part of the time that a step without gradients spends in cells: the median of repeats."""
+    """The part of the time that a step without gradients spends in layers and cells: the median."""
     spent = [0.0]
 
     def start(*_: object) -> None:
@@ -210,7 +432,7 @@ def share_of_cells(model: nn.Module, step: Callable[[], object], repeats: int) -
     hooks = [
         handle
         for module in model.modules()
-        if isinstance(module, nn.RNNCellBase)
+        if isinstance(module, (nn.RNNBase, nn.RNNCellBase))
         for handle in (module.register_forward_pre_hook(start), module.register_forward_hook(end))
     ]
     shares = []
@@ -227,7 +449,7 @@ def measure(name: str, threads: int, min_time: float, repeats: int) -> Row:
     torch.set_num_threads(threads)
     program = PROGRAMS[name]
     models, steps = steps_of(program)
-    assert_same(models, steps)
+    assert_same(program, models, steps)
     timings = time_in_turn(steps, lambda: None, min_time, repeats)
     row: Row = {"program": name, "threads": threads}
     for key, timing in timings.items():
@@ -280,7 +502,7 @@ def main(argv: list[str] | None = None) -> None:
         ratios = ", ".join(f"{ratio:.2f}" for ratio in row["ratios"])
         share = f", cells take {row['share']:.0%}" if "share" in row else ""
         print(
-            f"{name}, {threads} threads: torch.nn {1e3 * row['torch_min']:.3g} ms, rnnfast "
+            f"{name}, {threads} threads: torch {1e3 * row['torch_min']:.3g} ms, rnnfast "
             f"{1e3 * row['rnnfast_min']:.3g} ms, ratio {row['ratio_min']:.2f} ({ratios}), by "
             f"median {row['ratio_median']:.2f}: {row['verdict']}{share}",
             flush=True,

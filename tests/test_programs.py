@@ -1,4 +1,4 @@
-"""benchmarks/programs.py: whole models before and after `rnnfast.accelerate`."""
+"""benchmarks/programs.py: whole models in plain PyTorch and with rnnfast."""
 
 from __future__ import annotations
 
@@ -13,7 +13,17 @@ from benchmarks import programs
 from benchmarks.programs import PROGRAMS
 
 QUICK = ["--processes", "1", "--min-time", "0", "--repeats", "1"]
-SMALL = {"tagger": (3, 2, 300), "rssm": (3, 2, 1030), "vad": (2, 1, 576)}
+SMALL = {
+    "tagger": (3, 2, 300),
+    "rssm": (3, 2, 1030),
+    "vad": (2, 1, 576),
+    "awd": (4, 2),
+    "dreamer": (3, 2, 4102),
+    "ligru": (3, 2, 80),
+}
+RECURRENT = (nn.RNNBase, nn.RNNCellBase, *programs.REPLACEMENTS)
+
+pytestmark = pytest.mark.usefixtures("cell_cache")
 
 
 @pytest.fixture(autouse=True)
@@ -23,12 +33,13 @@ def short_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_accelerate_replaces_the_cells_alone(name: str) -> None:
+def test_only_recurrent_modules_are_replaced(name: str) -> None:
     models, _ = programs.steps_of(PROGRAMS[name])
-    pairs = list(zip(models["torch"].modules(), models["rnnfast"].modules(), strict=True))
-    changed = [type(before) for before, after in pairs if type(before) is not type(after)]
-    cells = [type(before) for before, _ in pairs if isinstance(before, nn.RNNCellBase)]
-    assert changed == cells != []
+    before, after = (dict(models[key].named_modules()) for key in ("torch", "rnnfast"))
+    changed = [key for key, module in after.items() if type(module) is not type(before[key])]
+    assert changed == [key for key in before if isinstance(before[key], RECURRENT)] != []
+    inner = [key for key in before if key not in after]
+    assert all(key.rpartition(".")[0] in changed for key in inner)
 
 
 def test_programs_are_timed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -37,8 +48,9 @@ def test_programs_are_timed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     rows = {row["program"]: row for row in json.loads(file.read_text())["rows"]}
     assert list(rows) == list(PROGRAMS)
     assert all(row["ratio_min"] > 0 and len(row["ratios"]) == 1 for row in rows.values())
-    assert {name for name, row in rows.items() if "share" in row} == {"vad"}
-    assert 0 < rows["vad"]["share"] < 1
+    shares = {name: row["share"] for name, row in rows.items() if "share" in row}
+    assert shares.keys() == {"vad", "ligru"}
+    assert all(0 < share < 1 for share in shares.values())
     assert capsys.readouterr().out.count("ratio") == len(PROGRAMS)
 
 
