@@ -30,9 +30,9 @@ Cell                    Gates    States      Parameters       From
 
 ``min_gru``, ``min_lstm``, ``ind_rnn``, ``sru`` and ``qrnn`` have no W_hh.
 
-The first GRU of Cho et al. (arXiv:1406.1078), that of Keras up to 2.2, and the minimal gated unit
-(Zhou et al., arXiv:1603.09420) multiply h by a gate before W_hh does. No such cell can be written:
-W_hh multiplies the h of the step before.
+The GRU of Cho et al. (arXiv:1406.1078v3), which is that of Keras with ``reset_after=False``, and
+the minimal gated unit (Zhou et al., arXiv:1603.09420) multiply h by a gate before W_hh does. No such
+cell can be written: W_hh multiplies the h of the step before.
 """
 
 from __future__ import annotations
@@ -95,6 +95,7 @@ def hard_lstm(x: Any, h: Any, state: Any) -> Any:
     The LSTM of Keras 1 and 2 with ``recurrent_activation="hard_sigmoid"``, the default up to
     Keras 2.2, and of ONNX with HardSigmoid. In Keras 3 hard_sigmoid is another function,
     relu6(a + 3) / 6, which torch calls hardsigmoid. Keras transposes its weights and has one bias.
+    ONNX has the order i, o, f, g.
     """
 
     def hard(a: Tensor) -> Tensor:
