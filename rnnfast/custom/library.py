@@ -31,8 +31,8 @@ Cell                    Gates    States      Parameters       From
 ``min_gru``, ``min_lstm``, ``ind_rnn``, ``sru`` and ``qrnn`` have no W_hh.
 
 The GRU of Cho et al. (arXiv:1406.1078v3), which is that of Keras with ``reset_after=False``, and
-the minimal gated unit (Zhou et al., arXiv:1603.09420) multiply h by a gate before W_hh does. No such
-cell can be written: W_hh multiplies the h of the step before.
+the minimal gated unit (Zhou et al., arXiv:1603.09420) multiply h by a gate before W_hh does. No
+such cell can be written: W_hh multiplies the h of the step before.
 """
 
 from __future__ import annotations
