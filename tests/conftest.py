@@ -12,15 +12,10 @@ from targets import TARGETS, running_on
 
 from rnnfast import backend
 
-CELLS_OF_USERS = Path(__file__).resolve().parent.parent / "build/tests/cells"
-
-
-@pytest.fixture(scope="session")
-def cell_cache() -> Iterator[None]:
-    """Keeps compiled cells of users in build/, where all processes and later runs find them."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RNNFAST_CELL_CACHE", str(CELLS_OF_USERS))
-        yield
+# Compiled cells of users are kept in build/, where all processes and later runs find them.
+os.environ.setdefault(
+    "RNNFAST_CELL_CACHE", str(Path(__file__).resolve().parent.parent / "build/tests/cells")
+)
 
 
 @pytest.fixture(autouse=True)

@@ -12,8 +12,6 @@ from torch import nn
 import rnnfast
 from rnnfast.custom import CustomCell, library
 
-pytestmark = pytest.mark.usefixtures("cell_cache")
-
 T, B = 6, 3
 
 COMPILED = ("peephole_lstm", "layer_norm_gru", "slstm", "ind_rnn")

@@ -23,8 +23,6 @@ SMALL = {
 }
 RECURRENT = (nn.RNNBase, nn.RNNCellBase, *programs.REPLACEMENTS)
 
-pytestmark = pytest.mark.usefixtures("cell_cache")
-
 
 @pytest.fixture(autouse=True)
 def short_inputs(monkeypatch: pytest.MonkeyPatch) -> None:

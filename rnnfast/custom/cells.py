@@ -220,7 +220,9 @@ def cell(
         name = getattr(function, "__name__", type(function).__name__)
         name = name if _NAME.fullmatch(name) else "cell"
         of_norm = float(eps) if norm else None
-        return CustomCell(name, gates, names, vectors, program, of_norm, bool(recurrent))
+        made = CustomCell(name, gates, names, vectors, program, of_norm, bool(recurrent))
+        made.__doc__ = function.__doc__
+        return made
 
     return decorate
 
