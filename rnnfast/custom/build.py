@@ -194,7 +194,7 @@ def _compile(folder: Path, header: str, source: str) -> Path:
                 is_python_module=False,
             )
         except (RuntimeError, OSError, subprocess.SubprocessError) as error:
-            raise CompileError(f"the C++ compiler failed: {error}") from error
+            raise CompileError(f"the C++ compiler failed: {str(error).strip('. ')}") from error
     return Path(library)
 
 
