@@ -27,8 +27,9 @@ def normal(gates: Any, state: Any) -> Any:
 @pytest.mark.parametrize("backend", ["fused", "reference"])
 def test_the_variables_of_a_step(backend: str) -> None:
     torch.manual_seed(0)
-    layer = rnnfast.Layer(gated, 3, 5, bidirectional=True, backend=backend)
-    x, hx = torch.randn(4, 2, 3), (torch.randn(2, 2, 5), torch.randn(2, 2, 5))
+    layer = rnnfast.Layer(gated, 3, 5, bidirectional=True, backend=backend, dtype=torch.float64)
+    x, h, c = (torch.randn(n, 2, k, dtype=torch.float64) for n, k in ((4, 3), (2, 5), (2, 5)))
+    hx = (h, c)
     with record_gates(layer) as record:
         y, _ = layer(x, hx)
     assert list(record) == ["l0", "l0_reverse"]
@@ -51,7 +52,8 @@ def test_the_variables_of_a_step(backend: str) -> None:
 
 def test_lengths_and_single_steps() -> None:
     torch.manual_seed(0)
-    layer, x = rnnfast.Layer(normal, 3, 5, batch_first=True), torch.randn(2, 4, 3)
+    layer = rnnfast.Layer(normal, 3, 5, batch_first=True, dtype=torch.float64)
+    x = torch.randn(2, 4, 3, dtype=torch.float64)
     with record_gates(layer) as record:
         y, _ = layer(x, lengths=[2, 4])
     assert {name: tuple(t.shape) for name, t in record["l0"].items()} == {
@@ -61,7 +63,7 @@ def test_lengths_and_single_steps() -> None:
     assert record["l0"]["update"][0, 2:].eq(0).all()
     torch.testing.assert_close(record["l0"]["hidden"], y)
 
-    step = rnnfast.LayerCell(normal, 3, 5)
+    step = rnnfast.LayerCell(normal, 3, 5, dtype=torch.float64)
     step.load_state_dict({name[:-3]: value for name, value in layer.state_dict().items()})
     with record_gates(step) as single:
         h = step(x[:, 0])

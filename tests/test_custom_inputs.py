@@ -84,10 +84,11 @@ def test_like_a_layer_with_its_own_weights(name: str, kind: str, backend: str) -
 
 def test_a_recurrence_alone_has_no_parameters() -> None:
     torch.manual_seed(0)
-    layer, gates = rnnfast.Layer(leaky, None, 7, bias=False), torch.randn(4, 2, 14)
+    layer = rnnfast.Layer(leaky, None, 7, bias=False)
+    gates = torch.randn(4, 2, 14, dtype=torch.float64)
     assert list(layer.parameters()) == []
     assert repr(layer) == "Layer(leaky, None, 7, bias=False)"
-    h, expected = torch.zeros(2, 7), []
+    h, expected = torch.zeros(2, 7, dtype=torch.float64), []
     for z, a in (g.chunk(2, -1) for g in gates):
         h = torch.lerp(h, a, z.sigmoid())
         expected.append(h)
