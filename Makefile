@@ -134,6 +134,8 @@ bench: build
 		--json benchmarks/results/models.json
 	$(BIN)/python -m benchmarks.cells --threads 1 2 --min-time 0.3 \
 		--json benchmarks/results/cells.json
+	$(BIN)/python -m benchmarks.custom --threads 1 2 --min-time 0.3 \
+		--json benchmarks/results/custom.json
 	$(BIN)/python -m benchmarks.frozen --threads 1 2 --json benchmarks/results/frozen.json
 	$(AVX2) $(BIN)/python -m benchmarks.frozen --weights int8 --peers unfrozen torch_int8 \
 		--threads 1 2 --json benchmarks/results/frozen-avx2.json

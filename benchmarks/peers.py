@@ -10,6 +10,7 @@ threads are left at their defaults.
 import copy
 import functools
 import logging
+import multiprocessing
 import os
 import tempfile
 import warnings
@@ -23,7 +24,8 @@ from torch import Tensor, nn
 
 import rnnfast
 
-from .steps import Problem, Step, module_step, outputs
+from . import custom_cells
+from .steps import Case, Problem, Step, module_step, outputs
 
 Builder = Callable[[Problem], Step]
 
@@ -344,6 +346,8 @@ def start_jax(threads: int) -> Any:
 
 def build_jax(problem: Problem) -> Step:
     demand_float32(problem)
+    if isinstance(problem.module, custom_cells.Loop):
+        return build_jax_scan(problem)
     jax = start_jax(torch.get_num_threads())
     cell, names = cell_of(problem), [name for name, _ in problem.module.named_parameters()]
 
@@ -392,6 +396,133 @@ def build_jax(problem: Problem) -> Step:
     return Step(lambda: jax.block_until_ready(train(weights, x, grad_y)), gradients)
 
 
+# Cells that users write (benchmarks.custom): the module of a problem is a Loop.
+
+COMPILED_STEPS = 25  # the longest loop that is given to torch.compile, which unrolls it
+COMPILE_SECONDS = 60.0  # the most that this may take
+
+
+def loop_of(problem: Problem) -> custom_cells.Loop:
+    """Returns the loop in PyTorch that is the module of a problem.
+
+    Raises:
+        UnsupportedError: The module is something else.
+    """
+    if not isinstance(problem.module, custom_cells.Loop):
+        raise UnsupportedError("cells that users write only")
+    return problem.module
+
+
+def build_written(problem: Problem) -> Step:
+    """Builds the module of rnnfast that runs a user's cell."""
+    loop = loop_of(problem)
+    make = rnnfast.LayerCell if loop.single else rnnfast.Layer
+    module = make(loop.kind.cell, loop.input_size, loop.hidden_size, backend="fused")
+    module.load_state_dict(loop.state_dict())
+    return module_step(module, problem)
+
+
+def build_loop(problem: Problem) -> Step:
+    return module_step(copy.deepcopy(loop_of(problem)), problem)
+
+
+def build_builtin(problem: Problem) -> Step:
+    """Builds rnnfast's own layer or cell of the same formula."""
+    loop = loop_of(problem)
+    if loop.kind.builtin is None:
+        raise UnsupportedError("not a built-in cell")
+    make = loop.kind.builtin[loop.single]
+    module = make(loop.input_size, loop.hidden_size, backend="fused")
+    module.load_state_dict(loop.state_dict())
+    return module_step(module, problem)
+
+
+def compiled_step(problem: Problem) -> Step:
+    torch._dynamo.reset()  # forget the loops of earlier problems
+    loop = copy.deepcopy(loop_of(problem))
+    loop.compile()
+    return module_step(loop, problem)
+
+
+def try_to_compile(name: str, case: Case, mode: str, input_grad: bool, threads: int) -> None:
+    """Compiles the loop of a problem, so that torch's cache on disk has it."""
+    torch.set_num_threads(threads)
+    problem = custom_cells.make_problem(name, case, mode, case.T == 1, input_grad)
+    with torch.inference_mode(mode == "inference"):
+        compiled_step(problem).run()
+
+
+def build_compiled(problem: Problem) -> Step:
+    """Builds the loop under torch.compile, if a process of its own can compile it in time."""
+    loop, (T, B, I) = loop_of(problem), problem.x.shape
+    if T > COMPILED_STEPS:
+        raise UnsupportedError(f"no loops of more than {COMPILED_STEPS} steps")
+    case = Case(T, B, I, loop.hidden_size)
+    given = (loop.name, case, problem.mode, problem.input_grad, torch.get_num_threads())
+    attempt = multiprocessing.get_context("spawn").Process(target=try_to_compile, args=given)
+    attempt.start()
+    attempt.join(COMPILE_SECONDS)
+    if attempt.is_alive():
+        attempt.kill()
+        attempt.join()
+        raise UnsupportedError(f"torch.compile took more than {COMPILE_SECONDS:.0f} s")
+    if attempt.exitcode:
+        raise UnsupportedError("torch.compile failed")
+    return compiled_step(problem)
+
+
+def build_jax_scan(problem: Problem) -> Step:
+    """Builds a user's cell as a scan, or as a single step."""
+    loop, jax = loop_of(problem), start_jax(torch.get_num_threads())
+    kind, m = loop.kind, custom_cells.jax_functions()
+
+    def to_jax(value: Tensor) -> Any:
+        return jax.numpy.array(value.detach().numpy())
+
+    def to_torch(value: Any) -> Tensor:
+        return torch.from_numpy(jax.device_get(value).copy())
+
+    weights = {name: to_jax(weight) for name, weight in loop.named_parameters()}
+    x, grad_y = to_jax(problem.x), to_jax(problem.grad_y)
+    zeros = torch.zeros(problem.x.shape[1], loop.hidden_size)
+    first = tuple(map(to_jax, problem.state or [zeros] * len(kind.cell.state)))
+
+    def model(weights: Any, x: Any) -> tuple[Any, Any]:
+        w = {name.removesuffix("_l0"): weight for name, weight in weights.items()}
+
+        def step(state: Any, from_x: Any) -> tuple[Any, Any]:
+            state = tuple(custom_cells.advance(m, kind, w, from_x, state))
+            return state, state[0]
+
+        from_x = custom_cells.project(m, kind, w, x)
+        if loop.single:
+            state, y = step(first, from_x[0])
+            return y, state
+        state, y = jax.lax.scan(step, first, from_x)
+        return y, tuple(value[None] for value in state)
+
+    if problem.mode == "inference":
+        infer = jax.jit(model)
+
+        def numbers(result: Any) -> dict[str, Tensor]:
+            return outputs(jax.tree.map(to_torch, result))
+
+        return Step(lambda: jax.block_until_ready(infer(weights, x)), numbers)
+
+    @jax.jit
+    def train(weights: Any, x: Any, grad_y: Any) -> tuple[Any, ...]:
+        given = (weights, x) if problem.input_grad else (weights,)
+        y, backward = jax.vjp(lambda w, x=x: model(w, x)[0], *given)
+        return y, *backward(grad_y)
+
+    def gradients(result: Any) -> dict[str, Tensor]:
+        y, of_weights, *of_x = jax.tree.map(to_torch, result)
+        found = {f"grad of {name}": value for name, value in of_weights.items()}
+        return {"y": y, **found, **dict(zip(["grad of x"], of_x, strict=False))}
+
+    return Step(lambda: jax.block_until_ready(train(weights, x, grad_y)), gradients)
+
+
 PEERS: dict[str, Peer] = {
     "torch": Peer(build_torch),
     "onnxruntime": Peer(build_onnxruntime),
@@ -400,4 +531,7 @@ PEERS: dict[str, Peer] = {
     "torch_int8": Peer(build_torch_int8, tolerance=0.1),
     "onnxruntime_int8": Peer(build_onnxruntime_int8, tolerance=0.1),
     "unfrozen": Peer(build_rnnfast),
+    "loop": Peer(build_loop),
+    "compiled": Peer(build_compiled),
+    "builtin": Peer(build_builtin),
 }

@@ -29,6 +29,9 @@ STYLES = {
     "torch_int8": ("torch int8 (lower precision)", "#999999", "x"),
     "onnxruntime_int8": ("ONNX Runtime int8 (lower precision)", "#56B4E9", "x"),
     "unfrozen": ("rnnfast, not frozen", "#000000", "o"),
+    "loop": ("a loop in PyTorch", "#D55E00", "o"),
+    "compiled": ("the loop under torch.compile", "#F0E442", "s"),
+    "builtin": ("rnnfast's own layer or cell", "#000000", "o"),
 }
 
 

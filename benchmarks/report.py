@@ -313,6 +313,23 @@ def frozen(name: str = "frozen") -> str:
     return "\n\n".join([*parts, "\n".join(f"{line}." for line in said)])
 
 
+def custom() -> str:
+    """Cells that users write: the table by threads, and the times of compiling."""
+    if not (RESULTS / "custom.json").exists():
+        return "Not measured yet."
+    report = load("custom")
+
+    def describe(row: Row) -> tuple[str, ...]:
+        return row["cell"], str(case_of(row)).replace(",", ", ")
+
+    lines = [
+        [row["cell"], f"{row['first']:.1f}", f"{1e3 * row['cached']:.0f}"]
+        for row in report["compiles"]
+    ]
+    head = ["cell", "first compile, s", "later start, ms"]
+    return f"{by_threads(report, ['cell', 'T, B, I, H'], describe)}\n\n{table(head, lines)}"
+
+
 def rtneural() -> str:
     """Times of a step, and RTNeural's over ours."""
     report = load("rtneural")
@@ -424,6 +441,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "cells-avx2": lambda: cells("cells-avx2"),
     "frozen": frozen,
     "frozen-avx2": lambda: frozen("frozen-avx2"),
+    "custom": custom,
     "rtneural": rtneural,
     "streams": streams,
     "odd": odd,

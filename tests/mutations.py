@@ -97,7 +97,7 @@ FAULTS = [
           "smaller(K, k + kPart)", "k + kPart", "k + kPart - 1",
           "weights that are not packed, sums of more than one chain"),
     Fault("c of a narrow last panel not saved", CELL_TILE,
-          "if (Cell::kHasCell && row.c_copy)", "row.c_copy",
+          "if (row.c_copy) store(", "row.c_copy",
           "(t.units >= lanes ? row.c_copy : nullptr)", "LSTM, H that is no multiple of a vector"),
     Fault("no gradient of h0 for sequences without a step", BACKWARD,
           "finish(0, {last.end, rows_.end})", "last.end", "rows_.end", "lengths of 0"),

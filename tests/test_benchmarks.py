@@ -190,6 +190,8 @@ MODULES = [
 def is_unsupported(name: str, cell: str, options: dict[str, object], mode: str) -> bool:
     if name in ("jax", "rnnfast", "unfrozen"):
         return False
+    if name in ("loop", "compiled", "builtin"):  # of cells that users write
+        return True
     no_cells = name == "torch_int8" and (cell == "RNN" or cell in steps.SINGLE_STEPS)
     only_lstm = name == "onnxruntime_int8" and not cell.startswith("LSTM")
     return mode == "training" or "proj_size" in options or no_cells or only_lstm
