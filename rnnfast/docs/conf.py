@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 PAGES = {
     "Guides": [
         "rnnfast/docs/layers",
+        "rnnfast/docs/cells",
         "rnnfast/docs/accelerate",
         "rnnfast/docs/frozen",
         "rnnfast/docs/c-library",
