@@ -60,7 +60,7 @@ class CustomCell:
 
     @property
     def source(self) -> str:
-        """The C++ that the kernels are compiled from."""
+        """The C++ that the kernels are compiled from: the step and its backward."""
         return self._emission.header
 
     @property
@@ -188,7 +188,9 @@ def cell(
         A decorator that turns the function into a `CustomCell`.
 
     Raises:
-        ValueError: The function does something else than such a step; the message names the line.
+        ValueError: An argument is out of range.
+        CellError: The decorated function does something else than such a step. The message names
+            the line. It is a ValueError, too.
 
     Example:
         >>> @rnnfast.cell(gates=2)

@@ -57,7 +57,7 @@ class Layer(Layers):
         tokens: Whether inputs are integer tokens, each of which stands for a one-hot vector.
             Default: False.
         recompute: Whether the backward computes again what it would otherwise read from memory.
-            Default: False.
+            It changes nothing for a cell with ``norm="layer"``. Default: False.
         backend: "fused", "reference" or "auto" to force what runs the calls, or None for
             `rnnfast.use_backend` or the default; see `rnnfast.backend`. Default: None.
 
@@ -66,7 +66,7 @@ class Layer(Layers):
             PackedSequence; with ``tokens=True`` without the dimension of I.
         hx: The states (L*D, B, H): one tensor, or a tuple with one for each state of the cell.
             Default: None, zeros.
-        lengths, reset, embedding: As for `rnnfast.LSTM`.
+        lengths, reset, embedding: As for `rnnfast.LSTM`. There is no ``return_cells=True``.
 
     Outputs:
         output: The h of every step, (T, B, D*H) or like the input.
