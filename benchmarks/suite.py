@@ -3,7 +3,8 @@
 A program (`benchmarks.compare`, `benchmarks.models`, `benchmarks.cells`, `benchmarks.frozen`,
 `benchmarks.custom`) says which problems it measures, as items. For each item all implementations
 get the same weights and input. Their results are checked against torch.nn, or a loop in PyTorch, in
-float64, and then they are timed in turn, in one process. A ratio is the peer's time divided by rnnfast's: above 1, rnnfast is faster.
+float64, and then they are timed in turn, in one process. A ratio is the peer's time divided by
+rnnfast's: above 1, rnnfast is faster.
 
 With `--processes N` all of it is repeated in N new processes. A new process has other addresses in
 memory and meets another moment of the machine, so ratios differ more between processes than within
