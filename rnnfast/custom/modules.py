@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 from .. import checks
 from ..bases import CELL_WEIGHTS, Device, Layers, OneStep, check_backend
 from ..reference import Cell
+from ..sequences import is_cast
 from .cells import CustomCell
 
 Shape = tuple[int, ...]
@@ -444,7 +445,7 @@ def _joined_states(cell: CustomCell, hx: Any) -> Any:
     """The states as the operators take them: those beside h side by side in one tensor.
 
     Raises:
-        RuntimeError: There is another number of states, or their shapes differ.
+        RuntimeError: There is another number of states, or their shapes, types or devices differ.
     """
     count = len(cell.state)
     if hx is None or count == 1:
@@ -461,6 +462,11 @@ def _joined_states(cell: CustomCell, hx: Any) -> Any:
             raise RuntimeError(
                 f"Expected {name} size {tuple(hx[0].shape)}, got {list(tensor.shape)}"
             )
+        if tensor.device != hx[0].device:
+            raise RuntimeError(f"Expected {name} on {hx[0].device}, got {tensor.device}")
+        # joining would convert it
+        if tensor.dtype is not hx[0].dtype and not (is_cast(tensor) and is_cast(hx[0])):
+            raise RuntimeError(f"Expected {name} of {hx[0].dtype}, got {tensor.dtype}")
     checks.refuse_freed(hidden=hx)  # joining would read what is not there
     return hx[0], torch.cat(tuple(hx[1:]), dim=-1)
 
