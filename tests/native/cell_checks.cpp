@@ -70,11 +70,11 @@ Gradients step_back(CellKind cell, const Real* saved, Real h, Real h_prev, Real 
 Cell numbers_of(CellKind cell) {
   switch (cell) {
     case CellKind::kGru:
-      return {3, 4, 4, false, true, false, {2, 0, 1}};
+      return {3, 4, 4, 0, 0, true, false, 0, true, {2, 0, 1}};
     case CellKind::kLstm:
-      return {4, 4, 4, true, false, false, {0, 1, 2, 3}};
+      return {4, 4, 4, 1, 0, false, false, 0, true, {0, 1, 2, 3}};
     default:
-      return {1, 0, 1, false, false, true, {0}};
+      return {1, 0, 1, 0, 0, false, true, 0, true, {0}};
   }
 }
 
@@ -118,8 +118,10 @@ struct OfCell {
         unit_vectors(cell.gates == 1 ? 4 : 1) {
     const Cell expected = numbers_of(kind);
     if (cell.gates != expected.gates || cell.saved != expected.saved ||
-        cell.grad_blocks != expected.grad_blocks || cell.has_c != expected.has_c ||
-        cell.direct != expected.direct || cell.reads_h != expected.reads_h ||
+        cell.grad_blocks != expected.grad_blocks || cell.cells != expected.cells ||
+        cell.parameters != expected.parameters || cell.norm_eps != expected.norm_eps ||
+        cell.recurrent != expected.recurrent || cell.direct != expected.direct ||
+        cell.reads_h != expected.reads_h ||
         !std::equal(cell.input_gate, cell.input_gate + cell.gates, expected.input_gate))
       fail("numbers of cell %d", i);
   }
@@ -164,7 +166,7 @@ struct RowForward {
       c_before.push_back(options & 16 ? 0 : from_c[u]);
     }
     row = {.h_prev = cell.direct ? from_h.data() : nullptr,
-           .c_prev = cell.has_c && !(options & 16) ? from_c.data() : nullptr,
+           .c_prev = cell.cells > 0 && !(options & 16) ? from_c.data() : nullptr,
            .h = options & 1 ? nullptr : h.data(),
            .c = options & 2 ? nullptr : c.data(),
            .saved = options & 4 ? nullptr : saved.data(),
@@ -274,9 +276,9 @@ RNNFAST_CHECK(forward) {
         }
         const Step s = step(of.kind, x, h, row.h_before[size_t(u)], row.c_before[size_t(u)]);
         if (row.row.h) expect_near(kit, "h", r, u, row.h, at.first + u, s.h);
-        if (of.cell.has_c && row.row.c)
+        if (of.cell.cells > 0 && row.row.c)
           expect_near(kit, "c", r, u, row.c, at.first + u, s.c, false);
-        if (of.cell.has_c && row.row.c_copy)
+        if (of.cell.cells > 0 && row.row.c_copy)
           expect_near(kit, "c_copy", r, u, row.c_copy, at.first + u, s.c, false);
         for (int k = 0; row.row.saved && k < of.cell.saved; ++k)
           expect_near(kit, "saved", r, u, row.saved, k * at.H + at.first + u, s.saved[k]);
@@ -296,7 +298,7 @@ RNNFAST_CHECK(forward) {
       };
       for (int64_t u = at.first; u < at.first + at.units; ++u) {
         if (row.row.h) same(alone.h, row.h, u);
-        if (of.cell.has_c && row.row.c) same(alone.c, row.c, u);
+        if (of.cell.cells > 0 && row.row.c) same(alone.c, row.c, u);
         for (int k = 0; row.row.saved && k < of.cell.saved; ++k)
           same(alone.saved, row.saved, k * at.H + u);
       }
@@ -342,17 +344,17 @@ RNNFAST_CHECK(backward) {
       of_rows.push_back({.saved = row.saved.data(),
                          .h = cell.reads_h ? row.h.data() : nullptr,
                          .h_prev = cell.direct ? row.h_prev.data() : nullptr,
-                         .c = cell.has_c ? row.c.data() : nullptr,
-                         .c_prev = cell.has_c ? row.c_prev.data() : nullptr,
-                         .grad_c = cell.has_c ? maybe(row.grad_c) : nullptr,
+                         .c = cell.cells > 0 ? row.c.data() : nullptr,
+                         .c_prev = cell.cells > 0 ? row.c_prev.data() : nullptr,
+                         .grad_c = cell.cells > 0 ? maybe(row.grad_c) : nullptr,
                          .grad_y = maybe(row.grad_y),
                          .d_h_rest = maybe(row.d_h_rest),
                          .takes_weights = kit.random.coin(),
                          .cut = kit.random.below(4) == 0,
                          .d_gates = row.d_gates.data(),
-                         .d_c = cell.has_c ? row.d_c.data() : nullptr,
+                         .d_c = cell.cells > 0 ? row.d_c.data() : nullptr,
                          .d_h_direct = cell.direct ? direct.data() : nullptr,
-                         .output = cell.has_c ? maybe(row.output) : nullptr});
+                         .output = cell.cells > 0 ? maybe(row.output) : nullptr});
     }
     const bool has_weights = kit.random.below(4) > 0;
     of.functions.backward({at.H, at.first, at.units, of_rows.data(), count,
@@ -375,7 +377,7 @@ RNNFAST_CHECK(backward) {
             step_back(of.kind, saved, row.h[i], row.h_prev[i], row.c[i], row.c_prev[i], d_h, d_c);
         for (int k = 0; k < cell.grad_blocks; ++k)
           expect_near(kit, "d_gates", r, u, row.d_gates, k * at.H + i, d.d_gates[k]);
-        if (cell.has_c) expect_near(kit, "d_c", r, u, row.d_c, i, given.cut ? 0 : d.d_c, false);
+        if (cell.cells > 0) expect_near(kit, "d_c", r, u, row.d_c, i, given.cut ? 0 : d.d_c, false);
         if (cell.direct)
           expect_near(kit, "d_h_direct", r, u, direct, i, given.cut ? 0 : d.d_h_direct, false);
         if (given.output) expect_near(kit, "output", r, u, row.output, i, d.output);
