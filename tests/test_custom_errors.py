@@ -30,11 +30,6 @@ HX = tuple(torch.zeros(1, 3, 5, dtype=DOUBLE) for _ in range(4))
 STEP_HX = tuple(state[0] for state in HX)
 
 
-def record(module: nn.Module) -> None:
-    with rnnfast.explain.record_gates(module):
-        module(X)
-
-
 def freed(module: nn.Module, name: str) -> nn.Module:
     getattr(module, name).data.untyped_storage().resize_(0)
     return module
@@ -149,7 +144,6 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "trace a step": (lambda: trace(STEP(), X[0]), RuntimeError, "trace cannot record a cell"),
     "freeze": (lambda: rnnfast.freeze(nn.Sequential(LAYER())), ValueError, "its cell is a user's"),
     "freeze a step": (lambda: rnnfast.freeze(STEP()), ValueError, "its cell is a user's"),
-    "record_gates": (lambda: record(LAYER()), ValueError, "no layer or cell of rnnfast to record"),
     "freed weight": (lambda: freed(LAYER(), "weight_hh_l0")(X), RuntimeError, "freed or resized"),
     "freed vector": (lambda: freed(LAYER(), "p_l0")(X), RuntimeError, "freed or resized"),
     "freed in a step": (lambda: freed(STEP(), "p")(X[0]), RuntimeError, "freed or resized"),

@@ -141,6 +141,7 @@ class Layer(Layers):
             option = "tokens=True" if tokens else "bidirectional=True"
             raise ValueError(f"input_size=None cannot be combined with {option}")
         self.cell = cell
+        self._plain_states = _plain_states(cell)
         self.mode = "CUSTOM"
         self.takes_gates = input_size is None
         self.input_size = cell.gates * hidden_size if input_size is None else input_size
@@ -194,8 +195,11 @@ class Layer(Layers):
         """
         if return_cells:
             raise ValueError("return_cells is only supported for LSTM, not for cells of users")
-        if isinstance(input, fx.Proxy):
-            return super().forward(input, hx, lengths, reset, return_cells, embedding)
+        # calls of other functions would be noticed in a single step of a small layer
+        if self._plain_states or isinstance(input, fx.Proxy):
+            if self._plain_states == 2 and not (type(hx) is tuple and len(hx) == 2):
+                _joined_states(self.cell, hx)  # checks them
+            return Layers.forward(self, input, hx, lengths, reset, return_cells, embedding)
         states = _joined_states(self.cell, hx)
         output, finals = super().forward(input, states, lengths, reset, return_cells, embedding)
         return output, _separate_states(self.cell, finals)
@@ -322,6 +326,7 @@ class LayerCell(OneStep):
         _check_cell(cell)
         super().__init__(input_size, hidden_size, bias, cell.gates, device=device, dtype=dtype)
         self.cell = cell
+        self._plain_states = _plain_states(cell)
         self.backend = check_backend(backend)
         _ = cell.row  # registers it with torch
         shapes = _shapes(cell, input_size, hidden_size, bias)
@@ -345,8 +350,11 @@ class LayerCell(OneStep):
 
         The arguments and results are those under "Inputs" and "Outputs" in the class.
         """
-        if isinstance(input, fx.Proxy):
-            return super().forward(input, hx)
+        # calls of other functions would be noticed in a single step of a small layer
+        if self._plain_states or isinstance(input, fx.Proxy):
+            if self._plain_states == 2 and not (type(hx) is tuple and len(hx) == 2):
+                _joined_states(self.cell, hx)  # checks them
+            return OneStep.forward(self, input, hx)
         return _separate_states(self.cell, super().forward(input, _joined_states(self.cell, hx)))
 
     @property
@@ -354,7 +362,7 @@ class LayerCell(OneStep):
         return self.cell.row
 
     def _read(self, names: list[str]) -> list[Tensor]:
-        tensors = super()._read(names)
+        tensors = OneStep._read(self, names)
         if self.cell.recurrent:
             return tensors
         own = {n: t for n, t in zip(names, tensors, strict=True) if t is not None}
@@ -439,6 +447,11 @@ def _fill(cell: CustomCell | None, name: str, tensor: Tensor, hidden_size: int) 
     bound = 1 / math.sqrt(hidden_size) if hidden_size > 0 else 0
     with torch.no_grad():
         tensor.uniform_(-bound, bound) if value is None else tensor.fill_(value)
+
+
+def _plain_states(cell: CustomCell) -> int:
+    """How many states a cell has, if the operators take and return them as they are; else 0."""
+    return len(cell.state) if len(cell.state) <= 2 else 0
 
 
 def _joined_states(cell: CustomCell, hx: Any) -> Any:
