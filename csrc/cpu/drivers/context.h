@@ -28,9 +28,7 @@ struct Context {
 
   int64_t c_size(int64_t H) const { return cell.cells * H; }  // elements of c
   // The elements of a row of c that has room for whole vectors at the end of its last block.
-  int64_t padded_c_size(int64_t H) const {
-    return whole_vectors(c_size(H) - H + whole_vectors(H));
-  }
+  int64_t padded_c_size(int64_t H) const { return whole_vectors(c_size(H) - H + whole_vectors(H)); }
   // Columns of W_hh, where h has h_size elements.
   int64_t hidden_columns(int64_t h_size) const { return cell.recurrent ? h_size : 0; }
   bool normalizes() const { return cell.norm_eps != 0; }
