@@ -5,9 +5,7 @@ The loops call the functions as they were written, without anything of rnnfast.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -19,11 +17,6 @@ from torch import Tensor
 
 import rnnfast
 from rnnfast import custom
-
-# Files of the cache are named after all that they are made from, so they may be kept. Processes of
-# one run share them, and so do runs.
-CACHE = Path(__file__).resolve().parents[1] / "build" / "tests" / "cells"
-os.environ.setdefault("RNNFAST_CELL_CACHE", str(CACHE))
 
 
 class Written(NamedTuple):
