@@ -21,7 +21,7 @@ CHECKS = {
     "product_checks": [*PRODUCTS, "dots", "outer_few", "transposed"],
     "frozen_checks": ["frozen", "frozen_tokens"],
     "row_checks": ["conversions", "halves", "sums", "gathered_gradients"],
-    "cell_checks": ["activations", "forward", "backward"],
+    "cell_checks": ["activations", "forward", "backward", "normalization"],
 }
 """Loads the functions of tests/native/<name>.cpp."""
 INDEX = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}

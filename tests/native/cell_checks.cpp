@@ -401,3 +401,70 @@ RNNFAST_CHECK(backward) {
     }
   });
 }
+
+// The normalisation of the gates of a row, and its backward. What fills the last vectors of units
+// is NaN and must not matter.
+RNNFAST_CHECK(normalization) {
+  for (const int G : {1, 3, 4}) {
+    for (const int64_t H : {int64_t(1), int64_t(kit.lanes), int64_t(kit.lanes) + 3, int64_t(70)}) {
+      const GateShape shape{H, G, G == 1 ? 4 : 1};
+      const int64_t width = int64_t(shape.unit_vectors) * kit.lanes;
+      const int64_t n = G * H, all = (H + width - 1) / width * width * G;
+      const double eps = 0.01;
+      now("%d gates of %lld units", G, (long long)H);
+      const auto place = [&](int64_t i) {  // in a row of panels
+        const int64_t gate = i / H, unit = i % H;
+        return (unit / width * G + gate) * width + unit % width;
+      };
+      Numbers row(kit.A, all), weight(kit.A, all), bias(kit.A, all), saved(kit.S, n);
+      Numbers before(kit.S, n), d_gates(kit.E, n), own_weight(kit.A, n), d_weight(kit.E, n),
+          d_bias(kit.E, n);
+      Numbers d_before(kit.E, n);
+      for (int64_t i = 0; i < n; ++i) {
+        row.set(place(i), kit.random.real());
+        weight.set(place(i), kit.random.real());
+        bias.set(place(i), kit.random.real());
+        before.set(i, kit.random.real());
+        own_weight.set(i, kit.random.real());
+        d_gates.set(i, kit.random.real());
+        d_before.set(i, d_gates[i]);
+      }
+      const auto moments = [&](auto&& value) {
+        Real mean = 0, variance = 0;
+        for (int64_t i = 0; i < n; ++i) mean += value(i) / Real(n);
+        for (int64_t i = 0; i < n; ++i) variance += (value(i) - mean) * (value(i) - mean) / Real(n);
+        return std::pair{mean, 1 / std::sqrt(variance + Real(eps))};
+      };
+      std::vector<Real> gates;
+      for (int64_t i = 0; i < n; ++i) gates.push_back(row[place(i)]);
+      const auto [mean, scale] = moments([&](int64_t i) { return gates[size_t(i)]; });
+      kit.k.normalize_gates(shape, row.data(), weight.data(), bias.data(), eps, saved.data());
+      for (int64_t i = 0; i < n; ++i) {
+        const Real normal = (gates[size_t(i)] - mean) * scale;
+        expect_near(kit, "saved", 0, i, saved, i, gates[size_t(i)]);
+        expect_near(kit, "normalised", 0, i, row, place(i),
+                    normal * weight[place(i)] + bias[place(i)], false);
+      }
+      const auto [mean_before, scale_before] = moments([&](int64_t i) { return Real(before[i]); });
+      Real sum = 0, product = 0;
+      const auto normal_of = [&, m = mean_before, s = scale_before](int64_t i) {
+        return (before[i] - m) * s;
+      };
+      for (int64_t i = 0; i < n; ++i) {
+        const Real d_normal = Real(d_before[i]) * own_weight[i];
+        sum += d_normal / Real(n), product += d_normal * normal_of(i) / Real(n);
+      }
+      kit.k.normalize_gates_backward(n, d_gates.data(), before.data(), own_weight.data(), eps,
+                                     d_weight.data(), d_bias.data());
+      for (int64_t i = 0; i < n; ++i) {
+        const Real d_normal = Real(d_before[i]) * own_weight[i];
+        expect_near(kit, "d_gates", 0, i, d_gates, i,
+                    (d_normal - sum - normal_of(i) * product) * scale_before);
+        expect_near(kit, "d_weight", 0, i, d_weight, i, d_before[i] * normal_of(i));
+        expect_near(kit, "d_bias", 0, i, d_bias, i, d_before[i]);
+      }
+      for (const Numbers* one : {&row, &saved, &d_gates, &d_weight, &d_bias})
+        one->check_border("a result");
+    }
+  }
+}
