@@ -9,8 +9,10 @@ import hashlib
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +207,26 @@ def test_threads_compile_at_the_same_time(monkeypatch: pytest.MonkeyPatch, tmp_p
     for layer, output in zip(layers, outputs, strict=True):
         layer.backend = "reference"
         torch.testing.assert_close(output, layer(x)[0])
+
+
+def test_a_child_of_a_process_that_compiles(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("RNNFAST_CELL_CACHE", str(tmp_path))
+    layer, x = define(0.3125), torch.ones(4, 2, 2)
+    import_module("torch.utils.cpp_extension")  # Python cannot fork during an import
+    context = torch.multiprocessing.get_context("fork")
+    with ThreadPoolExecutor(1) as pool:
+        compiling = pool.submit(layer, x)
+        while not list(tmp_path.glob("compiling-*")):
+            assert not compiling.done()
+            time.sleep(0.01)
+        child = context.Process(target=layer, args=(x,))
+        child.start()
+        child.join(60)
+        child.kill()
+        assert child.exitcode == 0
+        compiling.result()
 
 
 class Samples(torch.utils.data.Dataset[Any]):

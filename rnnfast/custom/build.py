@@ -44,6 +44,15 @@ _libraries: dict[str, ctypes.CDLL] = {}
 """What has been loaded, by the names of files. Libraries are never unloaded."""
 
 
+def _begin_child() -> None:
+    """Makes a new lock in a forked child, where no thread lives that could release the old one."""
+    global _lock
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_begin_child)
+
+
 class CompileError(RuntimeError):
     """The kernels of a cell cannot be compiled on this machine."""
 
@@ -175,7 +184,10 @@ def _compile(folder: Path, header: str, source: str) -> Path:
     Raises:
         CompileError: There is no compiler, or it fails.
     """
-    from torch.utils import cpp_extension  # it imports much
+    try:
+        from torch.utils import cpp_extension  # it imports much
+    except ImportError as error:  # it needs setuptools
+        raise CompileError(f"torch.utils.cpp_extension cannot be imported ({error})") from error
 
     (folder / "cell.h").write_text(header, encoding="utf-8")
     (folder / "cell.cpp").write_text(source, encoding="utf-8")

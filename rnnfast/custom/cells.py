@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import threading
 import warnings
@@ -261,6 +262,15 @@ def _checked_parameters(
 
 
 _lock = threading.RLock()
+
+
+def _begin_child() -> None:
+    """Makes a new lock in a forked child, where no thread lives that could release the old one."""
+    global _lock
+    _lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_begin_child)
 
 
 def _inputs(cell: CustomCell, gates_x: Tensor, gates_h: Tensor, h: Tensor, *rest: Tensor) -> States:
