@@ -136,7 +136,9 @@ def failing_compiler(folder: Path) -> dict[str, str]:
     ("compiler", "words"),
     [
         (lambda folder: NO_COMPILER, "there is no C++ compiler"),
-        (lambda folder: {"CXX": "false"}, "the C++ compiler failed"),
+        pytest.param(
+            lambda folder: {"CXX": "false"}, "the C++ compiler failed", marks=pytest.mark.full
+        ),
         pytest.param(failing_compiler, "the C++ compiler failed", marks=pytest.mark.full),
     ],
     ids=["none", "false", "failing"],
@@ -183,7 +185,8 @@ def define(factor: float, name: str = "small") -> rnnfast.Layer:
     return Written(step, 1).layer(2, 3)
 
 
-@pytest.mark.parametrize("variable", ["PATH", pytest.param("CXX", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("variable", ["PATH", "CXX"])
 def test_variables_are_as_before(
     variable: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -209,6 +212,7 @@ def test_threads_compile_at_the_same_time(monkeypatch: pytest.MonkeyPatch, tmp_p
         torch.testing.assert_close(output, layer(x)[0])
 
 
+@pytest.mark.full
 def test_a_child_of_a_process_that_compiles(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
