@@ -70,6 +70,19 @@ def clamped(x, h, state, parameters):
     return torch.where(s > parameters.p * state.h, s, 0.5 * x[1] + h[1])
 
 
+@rnnfast.cell(gates=3, state=("h", "c"), parameters=("p",))
+def gated(x: Any, h: Any, state: Any, parameters: Any) -> Any:
+    keep = torch.sigmoid(x[0] + h[0] + parameters.p * state.c)
+    c = keep * state.c + torch.tanh(x[1] + h[1])
+    return torch.sigmoid(x[2] + h[2]) * torch.tanh(c), c
+
+
+@rnnfast.cell(gates=2, norm="layer")
+def normal(gates: Any, state: Any) -> Any:
+    update = torch.sigmoid(gates[0])
+    return update * torch.tanh(gates[1]) + (1 - update) * state.h
+
+
 CELLS = {
     "ligru": Written(steps.ligru, 2),
     "lstm": Written(steps.lstm, 4, ("h", "c")),

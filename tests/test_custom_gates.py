@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
+from custom_layers import gated, normal
 
 import rnnfast
 from rnnfast.explain import record_gates
-
-
-@rnnfast.cell(gates=3, state=("h", "c"), parameters=("p",))
-def gated(x: Any, h: Any, state: Any, parameters: Any) -> Any:
-    keep = torch.sigmoid(x[0] + h[0] + parameters.p * state.c)
-    c = keep * state.c + torch.tanh(x[1] + h[1])
-    return torch.sigmoid(x[2] + h[2]) * torch.tanh(c), c
-
-
-@rnnfast.cell(gates=2, norm="layer")
-def normal(gates: Any, state: Any) -> Any:
-    update = torch.sigmoid(gates[0])
-    return update * torch.tanh(gates[1]) + (1 - update) * state.h
 
 
 @pytest.mark.parametrize("backend", ["fused", "reference"])

@@ -7,24 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from custom_layers import gated, normal
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import rnnfast
 from rnnfast.explain import record_gates
-
-
-@rnnfast.cell(gates=3, state=("h", "c"), parameters=("p",))
-def gated(x: Any, h: Any, state: Any, parameters: Any) -> Any:
-    keep = torch.sigmoid(x[0] + h[0] + parameters.p * state.c)
-    c = keep * state.c + torch.tanh(x[1] + h[1])
-    return torch.sigmoid(x[2] + h[2]) * torch.tanh(c), c
-
-
-@rnnfast.cell(gates=2, norm="layer")
-def normal(gates: Any, state: Any) -> Any:
-    update = torch.sigmoid(gates[0])
-    return update * torch.tanh(gates[1]) + (1 - update) * state.h
 
 
 @rnnfast.cell(gates=2, recurrent=False)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch._decomp import get_decompositions
 
-from rnnfast.custom.program import MASKS, Argument, Builder, Program, Ref, Value
+from rnnfast.custom.program import MASKS, Argument, Builder, Program, Ref, Value, as_value
 from rnnfast.custom.tracing import CellError, Recorder, Traced, alone, input_names
 
 
@@ -83,7 +83,7 @@ class _Primitive(Builder):
             base = self.add("reciprocal", base)
         size = abs(exponent)
         factors = [base] * int(size) + [self.add("sqrt", base)] * (size != int(size))
-        result: Value = factors[0]  # type: ignore[assignment]
+        result = as_value(factors[0])
         for factor in factors[1:]:
             result = self.add("mul", result, factor)
         return result

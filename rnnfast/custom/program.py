@@ -150,6 +150,12 @@ class Program(NamedTuple):
         return "\n".join(lines) + "\n"
 
 
+def as_value(argument: Argument) -> Value:
+    """An argument that is no text and is not missing."""
+    assert isinstance(argument, Ref | int | float)
+    return argument
+
+
 class Builder:
     """Makes a program. Operations that are there already are shared.
 
@@ -182,7 +188,7 @@ class Builder:
             one = self._append("full_like", (Ref(0), arguments[first]))
             arguments = (*arguments[:first], one, *arguments[first + 1 :])
         if operator in ("mul", "div") and arguments[1] == 1:
-            return arguments[0]  # type: ignore[return-value]
+            return as_value(arguments[0])
         if self._simplify:
             simple = self._simplified(operator, arguments)
             if simple is not None:
@@ -209,16 +215,16 @@ class Builder:
         minus_b = of_b.arguments[0] if of_b is not None and of_b.operator == "neg" else None
         assert operator == "where" or isinstance(a, Ref)
         if operator == "detach":
-            return a  # type: ignore[return-value]
+            return as_value(a)
         if operator == "neg":
             if minus_a is not None:
-                return minus_a  # type: ignore[return-value]
+                return as_value(minus_a)
             if of_a is not None and of_a.operator == "sub":
                 return self.add("sub", of_a.arguments[1], of_a.arguments[0])
             if of_a is not None and of_a.operator == "rsub":
                 return self.add("sub", *of_a.arguments)
         if operator in ("add", "sub") and b == 0:
-            return a  # type: ignore[return-value]
+            return as_value(a)
         if operator == "rsub" and b == 0:
             return self.add("neg", a)
         if operator in ("mul", "div") and b == -1:
@@ -239,9 +245,9 @@ class Builder:
         if operator == "rsub" and minus_a is not None:
             return self.add("add", minus_a, b)
         if operator == "where" and repr(arguments[1]) == repr(arguments[2]):
-            return arguments[1]  # type: ignore[return-value]
+            return as_value(arguments[1])
         if operator == "logical_not" and of_a is not None and of_a.operator == "logical_not":
-            return of_a.arguments[0]  # type: ignore[return-value]
+            return as_value(of_a.arguments[0])
         return None
 
     def build(self, outputs: Iterable[Ref | None]) -> Program:
